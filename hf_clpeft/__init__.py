@@ -1,0 +1,34 @@
+"""hf_clpeft: continual learning with PEFT adapters on a frozen vision transformer.
+
+Names are imported when they are first used, so that `import hf_clpeft` costs nothing.
+"""
+
+from importlib import import_module
+
+
+__version__ = "0.1.0"
+
+_MODULES = {
+    "config": ["ConfigError", "ContinualConfig", "MethodConfig"],
+    "streams": ["StreamError", "Task", "TaskStream", "load_benchmark"],
+    "backbones": ["Backbone", "BackboneError", "load_backbone"],
+    "experts": ["Expert", "ExpertBank", "ExpertError", "PromptTunedVisionModel"],
+    "routing": ["PrototypeRouter"],
+    "heads": ["Heads"],
+    "modeling": ["ContinualModel", "Prediction"],
+    "methods": ["METHODS", "s_lora", "s_prompts", "sequential_lora"],
+    "training": ["ContinualTrainer", "ContinualTrainingArguments", "StreamReport"],
+}
+_MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}
+
+__all__ = sorted(_MODULE_OF)
+
+
+def __getattr__(name: str):
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f".{_MODULE_OF[name]}", __name__), name)
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]
