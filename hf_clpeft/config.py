@@ -1,0 +1,219 @@
+"""The configuration of a continual model: what it learns with, on which backbone, and what it has learnt so far.
+
+Everything here is plain data. It imports nothing heavy, so that a command line can show its help at once.
+"""
+
+import json
+import re
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+
+CONFIG_NAME = "config.json"
+FORMAT_VERSION = 1
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot work. The message says which field, what it was and what it may be."""
+
+
+def check_task_name(name: str) -> str:
+    """Returns `name` if it can be a folder and a git tag, else raises [`ConfigError`].
+
+    Example:
+
+    ```py
+    >>> from hf_clpeft.config import check_task_name
+
+    >>> check_task_name("task-003")
+    'task-003'
+
+    ```
+    """
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]{0,95}", name):
+        raise ConfigError(f"Task name {name!r} must be 1 to 96 letters, digits, '_' or '-', and start with no sign.")
+    return name
+
+
+@dataclass
+class MethodConfig:
+    """How a continual model learns. The presets in [`hf_clpeft.methods`] fill it; nothing else tells methods apart.
+
+    Args:
+        name (`str`): Name of the method, for example `"s_lora"`.
+        peft (`dict`): Arguments of the PEFT configuration of every expert, with `peft_type`. Left-out
+            `target_modules` become the query and value projections that are found in the backbone.
+        k (`int`, *optional*, defaults to 5): Prototypes (k-means centres) per task; section 2 of DESIGN, 5 in the
+            paper (arXiv 2406.03216).
+        head (`str`, *optional*, defaults to `"auto"`): `"shared"` (one row per class), `"per_task"` (one row per task
+            and class) or `"auto"`: shared when tasks bring new classes, per task when they bring new domains.
+        expert_per_task (`bool`, *optional*, defaults to `True`): `False` trains one expert on every task in turn: the
+            forgetting floor.
+        mask_logits (`bool`, *optional*, defaults to `True`): Leave classes that are absent from the current task out
+            of the loss.
+
+    Raises:
+        [`ConfigError`]: A value is out of range.
+
+    Example:
+
+    ```py
+    >>> from hf_clpeft.config import MethodConfig
+
+    >>> MethodConfig(name="s_lora", peft={"peft_type": "LORA", "r": 1}, k=5).head
+    'auto'
+
+    ```
+    """
+
+    name: str
+    peft: dict
+    k: int = 5
+    head: str = "auto"
+    expert_per_task: bool = True
+    mask_logits: bool = True
+
+    def __post_init__(self):
+        if self.head not in ("auto", "shared", "per_task"):
+            raise ConfigError(f"head={self.head!r} is not one of 'auto', 'shared', 'per_task'.")
+        if not isinstance(self.k, int) or self.k < 1:
+            raise ConfigError(f"k={self.k!r} must be a whole number of prototypes per task, 1 or more.")
+        if "peft_type" not in self.peft:
+            raise ConfigError("peft needs a 'peft_type', for example {'peft_type': 'LORA', 'r': 1}.")
+
+
+@dataclass
+class BackboneConfig:
+    """Which frozen vision model the experts belong to. The backbone itself is never saved with them.
+
+    Args:
+        name_or_path (`str`): Repo id or folder.
+        image_size (`int`): Side of the square input, in pixels.
+        weight_hash (`str`): SHA-256 of the checkpoint's weights, see [`hf_clpeft.backbones.hash_weights`].
+        revision (`str`, *optional*): Commit of the repo.
+
+    Example:
+
+    ```py
+    >>> from hf_clpeft.config import BackboneConfig
+
+    >>> BackboneConfig("google/vit-base-patch16-224-in21k", image_size=224, weight_hash="0f3c").revision is None
+    True
+
+    ```
+    """
+
+    name_or_path: str
+    image_size: int
+    weight_hash: str
+    revision: str | None = None
+
+
+@dataclass
+class TaskConfig:
+    """What a learnt task leaves behind besides tensors.
+
+    Args:
+        name (`str`): Name of the task: folder of its expert and tag of its commit.
+        classes (`list[str]`): Names of its classes.
+        domain (`str`, *optional*): Its domain, if the stream is domain-incremental.
+        num_train_images (`int`, *optional*, defaults to 0): Images it was trained on.
+
+    Example:
+
+    ```py
+    >>> from hf_clpeft.config import TaskConfig
+
+    >>> TaskConfig("task-000", classes=["cat", "dog"]).title
+    'cat, dog'
+    >>> TaskConfig("task-001", classes=["cat", "dog"], domain="sketch").title
+    'sketch'
+
+    ```
+    """
+
+    name: str
+    classes: list[str]
+    domain: str | None = None
+    num_train_images: int = 0
+
+    def __post_init__(self):
+        check_task_name(self.name)
+
+    @property
+    def title(self) -> str:
+        """Short text for tables and plots: the domain, or the first classes."""
+        if self.domain is not None:
+            return self.domain
+        return ", ".join(self.classes[:3]) + (", …" if len(self.classes) > 3 else "")
+
+
+@dataclass
+class ContinualConfig:
+    """Everything in `config.json`: method, backbone, and the tasks learnt so far in order.
+
+    Args:
+        method ([`MethodConfig`]): How it learns.
+        backbone ([`BackboneConfig`]): What it learns on.
+        tasks (`list[TaskConfig]`): What it has learnt.
+        classes (`list[str]`): All class names in the order in which they appeared. Logits follow this order.
+        versions (`dict[str, str]`): Versions of the libraries that wrote the file.
+        format_version (`int`): Version of the layout on disk.
+
+    Example:
+
+    ```py
+    >>> from hf_clpeft.config import BackboneConfig, ContinualConfig, MethodConfig
+
+    >>> config = ContinualConfig(
+    ...     MethodConfig("s_lora", {"peft_type": "LORA", "r": 1}), BackboneConfig("vit", 224, "0f3c")
+    ... )
+    >>> ContinualConfig.from_dict(config.to_dict()) == config
+    True
+
+    ```
+    """
+
+    method: MethodConfig
+    backbone: BackboneConfig
+    tasks: list[TaskConfig] = field(default_factory=list)
+    classes: list[str] = field(default_factory=list)
+    versions: dict[str, str] = field(default_factory=dict)
+    format_version: int = FORMAT_VERSION
+
+    def to_dict(self) -> dict:
+        """Plain `dict`, ready for JSON."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict) -> "ContinualConfig":
+        """Inverse of [`~ContinualConfig.to_dict`]; raises [`ConfigError`] on anything it does not know."""
+        values = dict(values)
+        if values.get("format_version") != FORMAT_VERSION:
+            raise ConfigError(
+                f"format_version {values.get('format_version')!r} is not {FORMAT_VERSION}: this is no hf_clpeft "
+                "model, or a newer one. Try `pip install --upgrade hf-clpeft`."
+            )
+        try:
+            values["method"] = MethodConfig(**values["method"])
+            values["backbone"] = BackboneConfig(**values["backbone"])
+            values["tasks"] = [TaskConfig(**task) for task in values["tasks"]]
+            return cls(**values)
+        except (KeyError, TypeError) as error:
+            raise ConfigError(f"The configuration lacks a field or has one that is unknown: {error}.") from error
+
+    def save(self, folder: str | Path) -> None:
+        """Writes `config.json` into `folder`."""
+        text = json.dumps(self.to_dict(), indent=2, ensure_ascii=False)
+        Path(folder, CONFIG_NAME).write_text(text + "\n", encoding="utf-8")
+
+    @classmethod
+    def load(cls, folder: str | Path) -> "ContinualConfig":
+        """Reads `config.json` from `folder`."""
+        path = Path(folder, CONFIG_NAME)
+        if not path.is_file():
+            raise FileNotFoundError(f"{folder} holds no {CONFIG_NAME}, so it is no hf_clpeft model.")
+        try:
+            return cls.from_dict(json.loads(path.read_text(encoding="utf-8")))
+        except (ConfigError, json.JSONDecodeError) as error:
+            raise ConfigError(f"{path} cannot be used: {error}") from error

@@ -1,0 +1,193 @@
+"""Formulas over the accuracy matrix `A[i, j]`: accuracy on task j's test split after learning task i.
+
+Libraries differ in these definitions, so each docstring states its formula. T is the number of tasks. Entries that
+were not measured are NaN; a formula that needs one of them gives NaN rather than a number that means something else.
+"""
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+
+def _square(matrix: ArrayLike) -> np.ndarray:
+    matrix = np.asarray(matrix, dtype=np.float64)
+    if matrix.ndim != 2 or matrix.shape[0] != matrix.shape[1] or not len(matrix):
+        raise ValueError(f"The accuracy matrix must be square with one row per task, but has shape {matrix.shape}.")
+    return matrix
+
+
+def average_accuracy(matrix: ArrayLike) -> float:
+    """Mean of the last row: `mean(A[T-1, :])`.
+
+    Args:
+        matrix (array of shape `(T, T)`): Accuracies in [0, 1].
+
+    Returns:
+        `float`: In [0, 1].
+
+    Raises:
+        `ValueError`: The matrix is not square.
+
+    Example:
+
+    ```py
+    >>> from hf_clpeft.metrics import average_accuracy
+
+    >>> average_accuracy([[0.9, 0.0], [0.7, 0.8]])
+    0.75
+
+    ```
+    """
+    return float(_square(matrix)[-1].mean())
+
+
+def average_incremental_accuracy(matrix: ArrayLike) -> float:
+    """Mean over i of the mean over the tasks seen so far: `mean_i mean(A[i, :i+1])`.
+
+    Args:
+        matrix (array of shape `(T, T)`): Accuracies in [0, 1].
+
+    Returns:
+        `float`: In [0, 1].
+
+    Example:
+
+    ```py
+    >>> from hf_clpeft.metrics import average_incremental_accuracy
+
+    >>> average_incremental_accuracy([[0.9, 0.0], [0.7, 0.8]])
+    0.825
+
+    ```
+    """
+    matrix = _square(matrix)
+    return float(np.mean([row[: i + 1].mean() for i, row in enumerate(matrix)]))
+
+
+def forgetting(matrix: ArrayLike) -> float:
+    """What was once known and is not any more: `mean_{j<T-1} (max_{i in [j, T-2]} A[i, j] − A[T-1, j])`.
+
+    Args:
+        matrix (array of shape `(T, T)`): Accuracies in [0, 1].
+
+    Returns:
+        `float`: In [-1, 1]; lower is better. 0 for a single task.
+
+    Example:
+
+    ```py
+    >>> from hf_clpeft.metrics import forgetting
+
+    >>> round(forgetting([[0.9, 0.0], [0.7, 0.8]]), 3)
+    0.2
+
+    ```
+    """
+    matrix = _square(matrix)
+    last = len(matrix) - 1
+    return float(np.mean([matrix[j:last, j].max() - matrix[last, j] for j in range(last)])) if last else 0.0
+
+
+def backward_transfer(matrix: ArrayLike) -> float:
+    """What later tasks did to earlier ones: `mean_{j<T-1} (A[T-1, j] − A[j, j])`.
+
+    Args:
+        matrix (array of shape `(T, T)`): Accuracies in [0, 1].
+
+    Returns:
+        `float`: In [-1, 1]; higher is better. 0 for a single task.
+
+    Example:
+
+    ```py
+    >>> from hf_clpeft.metrics import backward_transfer
+
+    >>> round(backward_transfer([[0.9, 0.0], [0.7, 0.8]]), 3)
+    -0.2
+
+    ```
+    """
+    matrix = _square(matrix)
+    last = len(matrix) - 1
+    return float(np.mean(matrix[last, :last] - matrix.diagonal()[:last])) if last else 0.0
+
+
+def forward_transfer(matrix: ArrayLike, untrained: ArrayLike) -> float:
+    """What earlier tasks did for later ones: `mean_{j>0} (A[j-1, j] − untrained[j])`.
+
+    Args:
+        matrix (array of shape `(T, T)`): Accuracies in [0, 1]; the entries right above the diagonal are used.
+        untrained (`float` or array of shape `(T,)`): Accuracy of an untrained model on each task.
+
+    Returns:
+        `float`: In [-1, 1]; higher is better. NaN where tasks were not evaluated before they were learnt.
+
+    Example:
+
+    ```py
+    >>> from hf_clpeft.metrics import forward_transfer
+
+    >>> round(forward_transfer([[0.9, 0.6], [0.7, 0.8]], untrained=0.5), 3)
+    0.1
+
+    ```
+    """
+    matrix = _square(matrix)
+    if len(matrix) == 1:
+        return 0.0
+    untrained = np.broadcast_to(np.asarray(untrained, dtype=np.float64), len(matrix))
+    return float(np.mean(matrix.diagonal(offset=1) - untrained[1:]))
+
+
+def routing_accuracy(confusion: ArrayLike) -> float:
+    """Share of images that were sent to their own task's expert.
+
+    Args:
+        confusion (array of shape `(T, T)`): `confusion[j, e]`: test images of task j sent to the expert of task e.
+
+    Returns:
+        `float`: In [0, 1].
+
+    Example:
+
+    ```py
+    >>> from hf_clpeft.metrics import routing_accuracy
+
+    >>> routing_accuracy([[8, 2], [1, 9]])
+    0.85
+
+    ```
+    """
+    confusion = np.asarray(confusion, dtype=np.float64)
+    return float(confusion.diagonal().sum() / confusion.sum())
+
+
+def summarize(matrix: ArrayLike, untrained: ArrayLike | None = None) -> dict[str, float]:
+    """All formulas of this module that the matrix alone allows.
+
+    Args:
+        matrix (array of shape `(T, T)`): Accuracies in [0, 1].
+        untrained (`float` or array of shape `(T,)`, *optional*): Accuracy of an untrained model on each task; gives
+            `forward_transfer` as well.
+
+    Returns:
+        `dict[str, float]`: Name of the metric to its value.
+
+    Example:
+
+    ```py
+    >>> from hf_clpeft.metrics import summarize
+
+    >>> {name: round(value, 3) for name, value in summarize([[0.9, 0.0], [0.7, 0.8]]).items()}
+    {'average_accuracy': 0.75, 'average_incremental_accuracy': 0.825, 'forgetting': 0.2, 'backward_transfer': -0.2}
+
+    ```
+    """
+    summary = {
+        "average_accuracy": average_accuracy(matrix),
+        "average_incremental_accuracy": average_incremental_accuracy(matrix),
+        "forgetting": forgetting(matrix),
+        "backward_transfer": backward_transfer(matrix),
+    }
+    if untrained is not None:
+        summary["forward_transfer"] = forward_transfer(matrix, untrained)
+    return summary
