@@ -1,0 +1,22 @@
+"""Where tasks come from: data sets, split into tasks, and named benchmarks."""
+
+from .benchmarks import BENCHMARKS, Benchmark, load_benchmark
+from .images import ImageTransform, TaskImages, cache_images
+from .source import ImageSource, StreamError
+from .stream import TaskStream
+from .task import Split, Task
+
+
+__all__ = [
+    "BENCHMARKS",
+    "Benchmark",
+    "ImageSource",
+    "ImageTransform",
+    "Split",
+    "StreamError",
+    "Task",
+    "TaskImages",
+    "TaskStream",
+    "cache_images",
+    "load_benchmark",
+]

@@ -1,0 +1,147 @@
+"""Named streams, each with the data set's Hub id, the protocol, and where the protocol is documented."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from .digits import load_digits_dataset
+from .stream import TaskStream
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """A named stream and the settings that suit it.
+
+    Args:
+        scenario (`str`): `"class"` or `"domain"`.
+        dataset (`str` or callable): Hub id, or a function that makes the data set.
+        protocol (`str`): What is split how, in one sentence, and where that is documented.
+        stream (`dict`): Arguments of [`TaskStream.class_incremental`] or [`TaskStream.domain_incremental`]. `revision`
+            pins the data set where a commit is known.
+        defaults (`dict`): Options of the recipes that differ from their own defaults on this benchmark.
+
+    Example:
+
+    ```py
+    >>> from hf_clpeft.streams import BENCHMARKS
+
+    >>> BENCHMARKS["split_cifar100"].dataset
+    'uoft-cs/cifar100'
+
+    ```
+    """
+
+    scenario: str
+    dataset: str | Callable
+    protocol: str
+    stream: dict = field(default_factory=dict)
+    defaults: dict = field(default_factory=dict)
+
+
+DIGITS_DEFAULTS = {
+    "backbone": "hf-clpeft/vit-tiny-glyphs",
+    "k": 20,
+    "num_train_epochs": 10,
+    "train_batch_size": 32,
+    "learning_rate": 5e-3,
+    "head_learning_rate": 1e-2,
+}
+
+BENCHMARKS: dict[str, Benchmark] = {
+    "split_cifar100": Benchmark(
+        scenario="class",
+        dataset="uoft-cs/cifar100",
+        protocol="10 tasks of 10 classes in an order shuffled with seed 1993, the usual one of class-incremental "
+        "learning (iCaRL, arXiv 1611.07725; PILOT).",
+        stream={
+            "num_tasks": 10,
+            "seed": 1993,
+            "image_column": "img",
+            "label_column": "fine_label",
+            "revision": "aadb3af77e9048adbea6b47c21a81e47dd092ae5",
+        },
+    ),
+    "split_tiny_imagenet": Benchmark(
+        scenario="class",
+        dataset="zh-plus/tiny-imagenet",
+        protocol="10 tasks of 20 classes in an order shuffled with seed 1993; tested on the split `valid`, as the "
+        "test labels were never published (arXiv 2406.03216, section 4).",
+        stream={"num_tasks": 10, "seed": 1993, "test_split": "valid"},
+    ),
+    "domainnet": Benchmark(
+        scenario="domain",
+        dataset="wltjr1007/DomainNet",
+        protocol="6 domains x 345 classes, in the order of S-Prompts (arXiv 2207.12819, its `domainnet.yaml`).",
+        stream={
+            "domains": ["real", "quickdraw", "painting", "sketch", "infograph", "clipart"],
+            "revision": "ee20570ae7a29c51571e55a9a17983f7625295d6",
+        },
+    ),
+    "core50": Benchmark(
+        scenario="domain",
+        dataset="adrake17/core50",
+        protocol="Learns sessions 1, 2, 4, 5, 6, 8, 9, 11 one after another and tests on sessions 3, 7, 10, whose "
+        "images are dealt out to the tasks (arXiv 1705.03550; google-research/l2p issue 23). The Hub's copy is split "
+        "at random, so both of its splits are read, and its column `session` decides.",
+        stream={
+            "domain_column": "session",
+            "domains": ["1", "2", "4", "5", "6", "8", "9", "11"],
+            "test_domains": ["3", "7", "10"],
+            "train_split": "train+test",
+            "test_split": "train+test",
+        },
+    ),
+    "pacs": Benchmark(
+        scenario="domain",
+        dataset="flwrlabs/pacs",
+        protocol="4 domains x 7 classes in alphabetical order; 20 % of every class held out of the only split for "
+        "testing (images and domains: arXiv 1710.03077).",
+        stream={"domains": ["art_painting", "cartoon", "photo", "sketch"]},
+    ),
+    "digits": Benchmark(
+        scenario="class",
+        dataset=load_digits_dataset,
+        protocol="scikit-learn's 1,797 handwritten digits: 5 tasks of 2 classes, needs no download.",
+        stream={"num_tasks": 5},
+        defaults=DIGITS_DEFAULTS,
+    ),
+    "digits_domains": Benchmark(
+        scenario="domain",
+        dataset=lambda: load_digits_dataset(domains=True),
+        protocol="scikit-learn's 1,797 handwritten digits in 4 domains: as scanned, inverted, rotated by 90°, on a "
+        "textured background; needs no download.",
+        defaults=DIGITS_DEFAULTS,
+    ),
+}
+
+
+def load_benchmark(name: str, **overrides) -> TaskStream:
+    """The stream of a named benchmark.
+
+    Args:
+        name (`str`): A key of [`BENCHMARKS`].
+        overrides: Arguments of [`TaskStream.class_incremental`] or [`TaskStream.domain_incremental`] to change; with
+            `dataset` the benchmark's protocol runs on another copy of the data, for example a local folder.
+
+    Raises:
+        `ValueError`: There is no benchmark of that name.
+
+    Example:
+
+    ```py
+    >>> from hf_clpeft.streams import load_benchmark
+
+    >>> [task.classes for task in load_benchmark("digits")][:2]
+    [('0', '1'), ('2', '3')]
+
+    ```
+    """
+    if name not in BENCHMARKS:
+        raise ValueError(f"There is no benchmark {name!r}; choose one of {sorted(BENCHMARKS)}.")
+    benchmark = BENCHMARKS[name]
+    options = {**benchmark.stream, **overrides}
+    dataset = options.pop("dataset", None) or benchmark.dataset
+    dataset = dataset() if callable(dataset) else dataset
+    make = TaskStream.class_incremental if benchmark.scenario == "class" else TaskStream.domain_incremental
+    stream = make(dataset, **options)
+    stream.name = name
+    return stream

@@ -1,0 +1,240 @@
+"""Pictures to pixels: decoded and resized once, kept on disk, normalised and augmented on the device."""
+
+import io
+from collections.abc import Sequence
+
+import numpy as np
+import PIL.Image
+import PIL.ImageOps
+import torch
+from datasets import Dataset, Features, Value
+from datasets.exceptions import DatasetGenerationError
+
+from .source import StreamError
+from .task import Split
+
+
+AUGMENTATIONS = ("none", "flip", "crop_flip")
+
+
+class ImageTransform:
+    """A backbone's own image processing, cut in two: resizing on the CPU, arithmetic on the device.
+
+    Args:
+        processor (`transformers.BaseImageProcessor`): The backbone's image processor.
+
+    Example:
+
+    ```py
+    >>> from PIL import Image
+    >>> from hf_clpeft.backbones import load_backbone
+
+    >>> transform = load_backbone("hf-clpeft/vit-tiny-glyphs").transform
+    >>> pixels = transform.resize([Image.new("RGB", (50, 40))])
+    >>> pixels.shape, pixels.dtype
+    ((1, 3, 32, 32), dtype('uint8'))
+    >>> transform.normalize(torch.from_numpy(pixels)).mean().item()
+    -1.0
+
+    ```
+    """
+
+    def __init__(self, processor):
+        self.processor = processor
+
+    def resize(self, images: Sequence[PIL.Image.Image]) -> np.ndarray:
+        """Resizes (and crops, if the processor does) RGB images.
+
+        Args:
+            images (sequence of `PIL.Image.Image`): Images of any size.
+
+        Returns:
+            `uint8` array of shape `(len(images), 3, height, width)`.
+        """
+        images = [image.convert("RGB") for image in images]
+        pixels = self.processor(images, do_rescale=False, do_normalize=False, return_tensors="np").pixel_values
+        return np.clip(np.round(pixels), 0, 255).astype(np.uint8)
+
+    def normalize(self, pixels: torch.Tensor) -> torch.Tensor:
+        """Scales and normalises pixels, on whatever device they are.
+
+        Args:
+            pixels (`torch.Tensor` of shape `(batch, 3, height, width)`, `uint8`): Resized images.
+
+        Returns:
+            `torch.Tensor` of the same shape, `float32`: What the backbone expects.
+        """
+        values = pixels.float()
+        if self.processor.do_rescale:
+            values = values * self.processor.rescale_factor
+        if self.processor.do_normalize:
+            mean = torch.tensor(self.processor.image_mean, device=pixels.device).view(-1, 1, 1)
+            std = torch.tensor(self.processor.image_std, device=pixels.device).view(-1, 1, 1)
+            values = (values - mean) / std
+        return values
+
+
+def augment(pixels: torch.Tensor, augmentation: str) -> torch.Tensor:
+    """Random views of a batch, every image its own, on the device of the batch.
+
+    Args:
+        pixels (`torch.Tensor` of shape `(batch, 3, height, width)`): Normalised images.
+        augmentation (`str`): `"none"`, `"flip"` (left to right, for half of the images) or `"crop_flip"` (a random
+            part of 50 to 100 % of the area as well).
+
+    Returns:
+        `torch.Tensor` of the same shape.
+
+    Example:
+
+    ```py
+    >>> import torch
+    >>> from hf_clpeft.streams.images import augment
+
+    >>> augment(torch.zeros(2, 3, 32, 32), "crop_flip").shape
+    torch.Size([2, 3, 32, 32])
+
+    ```
+    """
+    if augmentation == "none":
+        return pixels
+    batch, device = len(pixels), pixels.device
+    flip = 1 - 2 * torch.randint(0, 2, (batch,), device=device)
+    side = torch.ones(batch, device=device)
+    if augmentation == "crop_flip":
+        side = torch.empty(batch, device=device).uniform_(0.5, 1).sqrt()
+    shift = (1 - side).unsqueeze(1) * torch.empty(batch, 2, device=device).uniform_(-1, 1)
+    theta = torch.zeros(batch, 2, 3, device=device)
+    theta[:, 0, 0], theta[:, 1, 1], theta[:, :, 2] = side * flip, side, shift
+    grid = torch.nn.functional.affine_grid(theta, list(pixels.shape), align_corners=False)
+    return torch.nn.functional.grid_sample(pixels, grid, padding_mode="reflection", align_corners=False)
+
+
+def decode(encoded: dict) -> PIL.Image.Image:
+    """The upright RGB image of what `datasets.Image(decode=False)` gives: its `bytes`, or the `path` to it."""
+    file = io.BytesIO(encoded["bytes"]) if encoded["bytes"] is not None else encoded["path"]
+    with PIL.Image.open(file) as image:
+        return PIL.ImageOps.exif_transpose(image).convert("RGB")
+
+
+class TaskImages(torch.utils.data.Dataset):
+    """Resized images of a split, read from an Arrow file on disk in whole batches.
+
+    Args:
+        dataset (`datasets.Dataset`): Columns `pixels` (bytes) and `label`.
+        shape (`tuple[int, int, int]`): Channels, height and width of an image.
+    """
+
+    def __init__(self, dataset: Dataset, shape: tuple[int, int, int]):
+        self.dataset, self.shape = dataset, shape
+        self.labels = np.asarray(dataset["label"][:], dtype=np.int64)
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        return {name: value[0] for name, value in self.__getitems__([index]).items()}
+
+    def __getitems__(self, indices: Sequence[int]) -> dict[str, torch.Tensor]:
+        """A batch: `pixels` of shape `(batch, 3, height, width)`, `label` and `index` of shape `(batch,)`."""
+        rows = self.dataset[list(indices)]["pixels"]
+        pixels = np.stack([np.frombuffer(row, dtype=np.uint8).reshape(self.shape) for row in rows])
+        indices = np.asarray(indices)
+        return {
+            "pixels": torch.from_numpy(pixels),
+            "label": torch.from_numpy(self.labels[indices]),
+            "index": torch.from_numpy(indices),
+        }
+
+    def loader(
+        self, batch_size: int, rows: Sequence[int] | None = None, shuffle: bool = False, num_workers: int = 0
+    ) -> torch.utils.data.DataLoader:
+        """A loader of whole batches of all images, or of some rows in their order."""
+        images = self if rows is None else torch.utils.data.Subset(self, rows)
+        return torch.utils.data.DataLoader(
+            images, batch_size=batch_size, shuffle=shuffle, num_workers=num_workers, collate_fn=_same
+        )
+
+
+def _same(batch):
+    return batch
+
+
+_FEATURES = Features({"pixels": Value("binary"), "label": Value("int64")})
+
+
+def cache_images(split: Split, transform: ImageTransform) -> TaskImages:
+    """Decodes and resizes the images of a split, once, into an Arrow file in the cache of `datasets`.
+
+    A second call, in this run or a later one, finds the file.
+
+    Args:
+        split ([`Split`]): Encoded images.
+        transform ([`ImageTransform`]): How to resize them.
+
+    Returns:
+        [`TaskImages`]
+
+    Raises:
+        [`StreamError`]: An image cannot be decoded. Names the data set, the split and the row.
+
+    Example:
+
+    ```py
+    >>> from hf_clpeft.backbones import load_backbone
+    >>> from hf_clpeft.streams import cache_images, load_benchmark
+
+    >>> task = load_benchmark("digits")[0]
+    >>> images = cache_images(task.test, load_backbone("hf-clpeft/vit-tiny-glyphs").transform)
+    >>> images[0]["pixels"].shape
+    torch.Size([3, 32, 32])
+
+    ```
+    """
+    arguments = {
+        "transform": transform,
+        "image_column": split.image_column,
+        "label_column": split.label_column,
+        "labels": split.labels,
+        "title": split.title,
+    }
+    if isinstance(split.dataset, Dataset):
+        cached = split.dataset.map(
+            _to_pixels,
+            batched=True,
+            batch_size=64,
+            fn_kwargs=arguments,
+            remove_columns=split.dataset.column_names,
+            features=_FEATURES,
+            desc="Resizing images",
+        )
+    else:
+        rows = split.dataset.map(
+            _to_pixels, batched=True, batch_size=64, fn_kwargs=arguments, remove_columns=split.dataset.column_names
+        )
+        try:
+            cached = Dataset.from_generator(_rows, gen_kwargs={"rows": rows}, features=_FEATURES)
+        except DatasetGenerationError as error:
+            raise error.__cause__ if isinstance(error.__cause__, StreamError) else error from error
+    size = transform.resize([PIL.Image.new("RGB", (8, 8))]).shape[1:]
+    return TaskImages(cached, size)
+
+
+def _rows(rows):
+    yield from rows
+
+
+def _to_pixels(batch, transform, image_column, label_column, labels, title):
+    images = []
+    for encoded, row in zip(batch[image_column], batch["row"], strict=True):
+        try:
+            images.append(decode(encoded))
+        except Exception as error:  # PIL raises anything from OSError to struct.error on broken files
+            raise StreamError(
+                f"{title}, row {row}: the image cannot be decoded ({error}). Drop it with "
+                f"`dataset.select(i for i in range(len(dataset)) if i != {row})`."
+            ) from error
+    return {
+        "pixels": [image.tobytes() for image in transform.resize(images)],
+        "label": [labels[value] for value in batch[label_column]],
+    }

@@ -1,0 +1,218 @@
+"""One split of an image data set, with its columns found, its rows numbered and its labels checked."""
+
+from pathlib import Path
+
+import numpy as np
+from datasets import (
+    ClassLabel,
+    DatasetDict,
+    Image,
+    IterableDataset,
+    IterableDatasetDict,
+    load_dataset,
+    load_dataset_builder,
+    load_from_disk,
+)
+
+
+LABEL_NAMES = ("label", "labels", "fine_label", "class", "target")
+TEST_SPLITS = ("test", "validation", "valid", "val")
+
+
+class StreamError(ValueError):
+    """Data that cannot become a task. The message names the data set, the split and, where there is one, the row."""
+
+
+class ImageSource:
+    """One split of an image data set.
+
+    The images stay encoded; a column `row` remembers where each came from, so that a later error can name it.
+
+    Args:
+        dataset (`datasets.Dataset` or `datasets.IterableDataset`): The split.
+        name (`str`): What to call the data set in errors.
+        split (`str`): What to call the split in errors.
+        image_column (`str`, *optional*): Column of type `datasets.Image`. Found when there is exactly one.
+        label_column (`str`, *optional*): Column of class labels. Found by its usual names or its type `ClassLabel`.
+        domain_column (`str`, *optional*): Column of domains, only for domain-incremental streams.
+
+    Raises:
+        [`StreamError`]: A column cannot be found or has the wrong type, or a row has no label.
+
+    Example:
+
+    ```py
+    >>> from datasets import Dataset
+    >>> from PIL import Image
+    >>> from hf_clpeft.streams import ImageSource
+
+    >>> rows = {"image": [Image.new("RGB", (8, 8))] * 3, "label": ["cat", "dog", "cat"]}
+    >>> source = ImageSource(Dataset.from_dict(rows), name="pets", split="train")
+    >>> source.class_names
+    ['cat', 'dog']
+
+    ```
+    """
+
+    def __init__(self, dataset, name, split, image_column=None, label_column=None, domain_column=None):
+        self.title = f"data set {name!r}, split {split!r}"
+        self.streaming = isinstance(dataset, IterableDataset)
+        features = dataset._resolve_features().features if self.streaming else dataset.features
+        self.image_column = self._find_image_column(features, image_column)
+        self.label_column = self._find_label_column(features, label_column)
+        self.domain_column = domain_column
+        if domain_column is not None and domain_column not in features:
+            raise StreamError(f"{self.title} has no column {domain_column!r}; its columns are {list(features)}.")
+        columns = [self.image_column, self.label_column] + ([domain_column] if domain_column else [])
+        dataset = dataset.select_columns(list(dict.fromkeys(columns)))
+        dataset = dataset.cast_column(self.image_column, Image(decode=False))
+        if self.streaming:
+            dataset = dataset.map(_number_row, with_indices=True)
+        else:
+            dataset = dataset.add_column("row", np.arange(len(dataset)))
+        self.dataset = dataset
+        self._label_feature = features[self.label_column]
+        self._domain_feature = features[domain_column] if domain_column else None
+        self._values: dict[str, np.ndarray] = {}
+        self.class_names = self._names(self.label_column, self._label_feature)
+        self.domain_names = self._names(domain_column, self._domain_feature) if domain_column else []
+
+    def _find_image_column(self, features, column):
+        images = [name for name, feature in features.items() if isinstance(feature, Image)]
+        if column is None and len(images) == 1:
+            return images[0]
+        if column in images:
+            return column
+        if column in features:
+            raise StreamError(
+                f"{self.title}: column {column!r} is {features[column]}, not images. Cast it with "
+                f"`dataset.cast_column({column!r}, datasets.Image())`."
+            )
+        wanted = f"no column {column!r}" if column else f"{len(images)} image columns"
+        raise StreamError(f"{self.title} has {wanted}; set image_column to one of {images or list(features)}.")
+
+    def _find_label_column(self, features, column):
+        if column is None:
+            typed = [name for name, feature in features.items() if isinstance(feature, ClassLabel)]
+            column = next((name for name in LABEL_NAMES if name in features), typed[0] if len(typed) == 1 else None)
+        if column not in features:
+            wanted = f"no column {column!r}" if column else "no column that is clearly the label"
+            raise StreamError(f"{self.title} has {wanted}; set label_column to one of {list(features)}.")
+        return column
+
+    def values(self, column: str) -> np.ndarray:
+        """All values of one column, in row order. A streaming source is read once for it, without decoding images."""
+        if column not in self._values:
+            rows = self.dataset.select_columns([column])
+            values = [row[column] for row in rows] if self.streaming else rows[:][column]
+            missing = next((i for i, value in enumerate(values) if value is None or value == -1), None)
+            if missing is not None:
+                raise StreamError(
+                    f"{self.title}, row {missing}: {column!r} is {values[missing]!r}. Every image needs one; drop "
+                    f"unlabelled rows with `dataset.filter(lambda row: row[{column!r}] is not None)`."
+                )
+            self._values[column] = np.asarray(values)
+        return self._values[column]
+
+    def _names(self, column, feature):
+        if isinstance(feature, ClassLabel):
+            return list(feature.names)
+        return [str(value) for value in sorted(set(self.values(column).tolist()))]
+
+    def _codes(self, column, feature, names: list[str]) -> dict:
+        """Value in the column for each of the names: what a filter compares with."""
+        if isinstance(feature, ClassLabel):
+            return {feature.str2int(name): name for name in names}
+        wanted = set(names)
+        return {value: str(value) for value in set(self.values(column).tolist()) if str(value) in wanted}
+
+    def labels_of(self, classes: list[str]) -> dict:
+        """Maps each value of the label column to the position of its class in `classes`."""
+        unknown = [name for name in classes if name not in self.class_names]
+        if unknown:
+            raise StreamError(f"{self.title} has no class {unknown[0]!r}; its classes are {self.class_names[:20]}.")
+        codes = self._codes(self.label_column, self._label_feature, classes)
+        return {value: classes.index(name) for value, name in codes.items()}
+
+    def domains_of(self, domains: list[str]) -> set:
+        """Values of the domain column that mean one of `domains`."""
+        unknown = [name for name in domains if name not in self.domain_names]
+        if unknown:
+            raise StreamError(f"{self.title} has no domain {unknown[0]!r}; its domains are {self.domain_names}.")
+        return set(self._codes(self.domain_column, self._domain_feature, domains))
+
+
+def _number_row(row, index):
+    return {"row": index}
+
+
+def load_source(
+    dataset,
+    split: str,
+    name: str | None = None,
+    revision: str | None = None,
+    streaming: bool = False,
+    **columns,
+) -> ImageSource:
+    """Opens one split of a data set: a Hub id, a folder of Parquet files, an ImageFolder, or one already loaded.
+
+    Args:
+        dataset (`str`, `Path`, `DatasetDict` or `IterableDatasetDict`): Hub id, folder, or loaded data set.
+        split (`str`): Name of the split.
+        name (`str`, *optional*): Configuration of the data set.
+        revision (`str`, *optional*): Commit of the data set's repo.
+        streaming (`bool`, *optional*, defaults to `False`): Read rows as they are needed.
+        columns: `image_column`, `label_column`, `domain_column`.
+
+    Returns:
+        [`ImageSource`]
+
+    Example:
+
+    ```py
+    >>> from datasets import Dataset, DatasetDict
+    >>> from PIL import Image
+    >>> from hf_clpeft.streams.source import load_source
+
+    >>> rows = {"image": [Image.new("RGB", (8, 8))] * 2, "label": [0, 1]}
+    >>> load_source(DatasetDict(train=Dataset.from_dict(rows)), "train").title
+    "data set 'DatasetDict', split 'train'"
+
+    ```
+    """
+    if isinstance(dataset, DatasetDict | IterableDatasetDict):
+        if split not in dataset:
+            raise StreamError(f"The data set has no split {split!r}; its splits are {list(dataset)}.")
+        return ImageSource(dataset[split], type(dataset).__name__, split, **columns)
+    if Path(dataset, "dataset_dict.json").is_file():
+        return load_source(load_from_disk(dataset), split, **columns)
+    try:
+        loaded = load_dataset(str(dataset), name, split=split, revision=revision, streaming=streaming)
+    except ValueError as error:
+        raise StreamError(f"Data set {str(dataset)!r}, split {split!r} cannot be loaded: {error}") from error
+    return ImageSource(loaded, str(dataset), split, **columns)
+
+
+def find_test_split(dataset, name: str | None = None, revision: str | None = None) -> str | None:
+    """Name of the split to test on, or `None` when the data set has only one.
+
+    Example:
+
+    ```py
+    >>> from datasets import Dataset, DatasetDict
+    >>> from hf_clpeft.streams.source import find_test_split
+
+    >>> splits = DatasetDict(train=Dataset.from_dict({}), valid=Dataset.from_dict({}))
+    >>> find_test_split(splits)
+    'valid'
+
+    ```
+    """
+    if isinstance(dataset, DatasetDict | IterableDatasetDict):
+        splits = list(dataset)
+    elif Path(dataset, "dataset_dict.json").is_file():
+        splits = list(load_from_disk(dataset))
+    else:
+        splits = list(load_dataset_builder(str(dataset), name, revision=revision).info.splits or ())
+        splits = splits or list(load_dataset(str(dataset), name, revision=revision, streaming=True))
+    return next((split for split in TEST_SPLITS if split in splits), None)

@@ -1,0 +1,257 @@
+"""The ordered tasks that a model learns one after another."""
+
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+
+from .source import ImageSource, StreamError, find_test_split, load_source
+from .task import Task, split_of
+
+
+class TaskStream(Sequence):
+    """The ordered tasks of a stream.
+
+    Args:
+        tasks (iterable of [`Task`]): The tasks, in the order in which they are learnt.
+        name (`str`, *optional*, defaults to `"stream"`): Name for tables and cards.
+
+    Raises:
+        [`StreamError`]: No task, or two tasks of one name.
+
+    Example:
+
+    ```py
+    >>> from hf_clpeft import TaskStream
+    >>> from hf_clpeft.streams.digits import load_digits_dataset
+
+    >>> stream = TaskStream.class_incremental(load_digits_dataset(), num_tasks=5)
+    >>> len(stream), stream[4].classes
+    (5, ('8', '9'))
+    >>> stream.classes[:3]
+    ['0', '1', '2']
+
+    ```
+    """
+
+    def __init__(self, tasks: Iterable[Task], name: str = "stream"):
+        self.tasks = list(tasks)
+        self.name = name
+        names = [task.name for task in self.tasks]
+        if not names:
+            raise StreamError("A stream needs at least one task.")
+        if len(set(names)) < len(names):
+            raise StreamError(f"Two tasks of a stream have the same name: {names}.")
+
+    def __len__(self) -> int:
+        return len(self.tasks)
+
+    def __getitem__(self, index):
+        return TaskStream(self.tasks[index], self.name) if isinstance(index, slice) else self.tasks[index]
+
+    @property
+    def classes(self) -> list[str]:
+        """Names of all classes in order of appearance."""
+        return list(dict.fromkeys(name for task in self.tasks for name in task.classes))
+
+    @property
+    def scenario(self) -> str:
+        """`"class"` when tasks bring new classes, `"domain"` when they bring new domains."""
+        return "domain" if self.tasks[0].domain is not None else "class"
+
+    @classmethod
+    def class_incremental(
+        cls,
+        dataset,
+        num_tasks: int = 5,
+        seed: int | None = None,
+        class_order: list[str] | None = None,
+        **options,
+    ) -> "TaskStream":
+        """Every task brings new classes.
+
+        Args:
+            dataset (`str`, `Path` or `DatasetDict`): Hub id, local folder (Parquet or ImageFolder) or loaded data set.
+            num_tasks (`int`, *optional*, defaults to 5): How many tasks; the first ones get one class more when the
+                classes cannot be shared out evenly.
+            seed (`int`, *optional*): Shuffles the class order with `numpy.random.RandomState(seed).permutation`, the
+                convention of the class-incremental literature (1993 is its usual seed). `None` keeps the data set's.
+            class_order (`list[str]`, *optional*): Names of the classes in the order in which they are learnt.
+            options: `name`, `revision`, `streaming`, `train_split`, `test_split`, `test_size`, `image_column`,
+                `label_column`, `max_train_samples_per_task`, `max_test_samples_per_task`, `split_seed`; see
+                [`TaskStream.domain_incremental`].
+
+        Raises:
+            [`StreamError`]: The data cannot be split like this.
+        """
+        sides = _Sides.open(dataset, **options)
+        classes = sides.classes() if class_order is None else list(class_order)
+        if seed is not None:
+            classes = [classes[i] for i in np.random.RandomState(seed).permutation(len(classes))]
+        if not 1 <= num_tasks <= len(classes) // 2:
+            raise StreamError(
+                f"{sides.train.title}: {len(classes)} classes cannot make num_tasks={num_tasks} tasks of two classes "
+                f"or more; choose 1 to {len(classes) // 2}." + (" Check label_column." if len(classes) < 2 else "")
+            )
+        groups = np.array_split(np.arange(len(classes)), num_tasks)
+        return cls(
+            (sides.task(i, [classes[c] for c in group]) for i, group in enumerate(groups)), name=sides.stream_name
+        )
+
+    @classmethod
+    def domain_incremental(
+        cls,
+        dataset,
+        domain_column: str = "domain",
+        domains: list[str] | None = None,
+        test_domains: list[str] | None = None,
+        **options,
+    ) -> "TaskStream":
+        """Every task brings the same classes in a new domain.
+
+        Args:
+            dataset (`str`, `Path` or `DatasetDict`): Hub id, local folder (Parquet or ImageFolder) or loaded data set.
+            domain_column (`str`, *optional*, defaults to `"domain"`): Column that says which domain a row is of.
+            domains (`list[str]`, *optional*): Domains to learn, in this order. Default: all, as the data set orders
+                them.
+            test_domains (`list[str]`, *optional*): Test on these domains instead of each task's own. Their images are
+                dealt out to the tasks evenly, so that each is judged once; routing accuracy then says nothing.
+            options:
+                - `name` (`str`): configuration of the data set; `revision` (`str`): commit of its repo
+                - `streaming` (`bool`): read rows as they are needed
+                - `train_split` (`str`), `test_split` (`str`): names of the splits; without a test split, `test_size`
+                  (`float`, default 0.2) of every class is held out of train with `split_seed` (`int`, default 0)
+                - `image_column`, `label_column` (`str`): found when they have their usual names or types
+                - `max_train_samples_per_task`, `max_test_samples_per_task` (`int`): at most so many images
+
+        Raises:
+            [`StreamError`]: The data cannot be split like this.
+
+        Example:
+
+        ```py
+        >>> from hf_clpeft import TaskStream
+        >>> from hf_clpeft.streams.digits import load_digits_dataset
+
+        >>> stream = TaskStream.domain_incremental(load_digits_dataset(domains=True))
+        >>> [task.domain for task in stream]
+        ['scanned', 'inverted', 'rotated', 'textured']
+
+        ```
+        """
+        sides = _Sides.open(dataset, domain_column=domain_column, **options)
+        domains = sides.train.domain_names if domains is None else list(domains)
+        classes = sides.classes()
+        shares: list[np.ndarray | None] = [None] * len(domains)
+        if test_domains is not None:
+            shares = sides.deal_test_rows(classes, test_domains, len(domains))
+        return cls(
+            (
+                sides.task(i, classes, domain, test_domains, test_rows)
+                for i, (domain, test_rows) in enumerate(zip(domains, shares, strict=True))
+            ),
+            name=sides.stream_name,
+        )
+
+
+class _Sides:
+    """The train and the test side of a data set, and how many of their images a task may have."""
+
+    def __init__(self, train: ImageSource, test: ImageSource, train_rows, test_rows, max_train, max_test, name):
+        self.train, self.test = train, test
+        self.train_rows, self.test_rows = train_rows, test_rows
+        self.max_train, self.max_test = max_train, max_test
+        self.stream_name = name
+
+    @classmethod
+    def open(
+        cls,
+        dataset,
+        name=None,
+        revision=None,
+        streaming=False,
+        train_split="train",
+        test_split=None,
+        test_size=0.2,
+        split_seed=0,
+        image_column=None,
+        label_column=None,
+        domain_column=None,
+        max_train_samples_per_task=None,
+        max_test_samples_per_task=None,
+    ) -> "_Sides":
+        where = {"name": name, "revision": revision}
+        columns = {"image_column": image_column, "label_column": label_column, "domain_column": domain_column}
+        test_split = test_split or find_test_split(dataset, **where)
+        if test_split is None and streaming:
+            raise StreamError(f"Data set {dataset!r} has no test split; name one with test_split to stream it.")
+        train = load_source(dataset, train_split, streaming=streaming, **where, **columns)
+        limits = (max_train_samples_per_task, max_test_samples_per_task)
+        stream_name = dataset.rstrip("/").split("/")[-1] if isinstance(dataset, str) else "stream"
+        if test_split is None:
+            train_rows, test_rows = _hold_out(train.values(train.label_column), test_size, split_seed)
+            return cls(train, train, train_rows, test_rows, *limits, stream_name)
+        test = load_source(dataset, test_split, streaming=streaming, **where, **columns)
+        sides = cls(train, test, None, None, *limits, stream_name)
+        if train_split != test_split:
+            sides.check_test_classes()
+        return sides
+
+    def classes(self) -> list[str]:
+        """Classes that have training images, in the data set's order."""
+        if self.train.streaming:
+            return self.train.class_names
+        present = set(self.train.values(self.train.label_column).tolist())
+        labels = self.train.labels_of(self.train.class_names)
+        return [self.train.class_names[position] for value, position in sorted(labels.items()) if value in present]
+
+    def check_test_classes(self):
+        """A class that is only tested on can never be learnt: most likely the labels of the splits do not match."""
+        if self.test.streaming:
+            return
+        known = set(self.classes())
+        values = self.test.values(self.test.label_column)
+        for value, position in self.test.labels_of(self.test.class_names).items():
+            name = self.test.class_names[position]
+            if name not in known and value in values:
+                row = int(np.flatnonzero(values == value)[0])
+                raise StreamError(
+                    f"{self.test.title}, row {row}: class {name!r} has no image in {self.train.title}, so it cannot "
+                    "be learnt. Check label_column, or filter the test split."
+                )
+
+    def deal_test_rows(self, classes: list[str], domains: list[str], num_tasks: int) -> list[np.ndarray]:
+        """Deals the test images of `domains` out to the tasks, class by class, so that all get alike shares."""
+        labels = self.test.values(self.test.label_column)
+        inside = np.isin(self.test.values(self.test.domain_column), list(self.test.domains_of(domains)))
+        hands: list[list[np.ndarray]] = [[] for _ in range(num_tasks)]
+        for value in self.test.labels_of(classes):
+            rows = np.flatnonzero(inside & (labels == value))
+            for i, hand in enumerate(hands):
+                hand.append(rows[i::num_tasks])
+        return [np.concatenate(hand) for hand in hands]
+
+    def task(self, index, classes, domain=None, test_domains=None, test_rows=None) -> Task:
+        own = [domain] if domain is not None else None
+        return Task(
+            name=f"task-{index:03d}",
+            classes=tuple(classes),
+            train=split_of(self.train, classes, own, self.train_rows, self.max_train, seed=index),
+            test=split_of(
+                self.test,
+                classes,
+                test_domains or own,
+                self.test_rows if test_rows is None else test_rows,
+                self.max_test,
+                seed=index,
+            ),
+            domain=domain,
+        )
+
+
+def _hold_out(labels: np.ndarray, test_size: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    from sklearn.model_selection import train_test_split
+
+    try:
+        return train_test_split(np.arange(len(labels)), test_size=test_size, random_state=seed, stratify=labels)
+    except ValueError as error:
+        raise StreamError(f"test_size={test_size} of every class cannot be held out for testing: {error}") from error

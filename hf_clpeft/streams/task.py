@@ -1,0 +1,161 @@
+"""One step of a stream: the images and classes that a model learns together."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+from datasets import Dataset, IterableDataset
+
+from ..config import check_task_name
+from .source import ImageSource, StreamError
+
+
+@dataclass(frozen=True)
+class Split:
+    """The encoded images of one side (train or test) of a task.
+
+    Args:
+        dataset (`datasets.Dataset` or `datasets.IterableDataset`): Rows with the image, its label and `row`, the
+            number of the row in the data set.
+        image_column (`str`): Column of encoded images.
+        label_column (`str`): Column of labels as the data set has them.
+        labels (`dict`): Value in the label column to position in the task's classes.
+        title (`str`): Where the rows come from, for errors.
+    """
+
+    dataset: Dataset | IterableDataset
+    image_column: str
+    label_column: str
+    labels: dict
+    title: str
+
+    def __iter__(self) -> Iterator[tuple[dict, int, int]]:
+        """Yields (encoded image, position of its class in the task's classes, row)."""
+        for row in self.dataset:
+            yield row[self.image_column], self.labels[row[self.label_column]], row["row"]
+
+
+@dataclass(frozen=True)
+class Task:
+    """One step of a stream. A task stands for itself: it knows its classes by name, not by number.
+
+    Args:
+        name (`str`): Folder of its expert and tag of its commit: letters, digits, `_` and `-`.
+        classes (`tuple[str, ...]`): Names of its classes, at least two.
+        train ([`Split`]): What is learnt.
+        test ([`Split`]): What it is judged by.
+        domain (`str`, *optional*): Its domain, if the stream is domain-incremental.
+
+    Raises:
+        [`StreamError`]: Fewer than two classes.
+
+    Example:
+
+    ```py
+    >>> from hf_clpeft.streams import load_benchmark
+
+    >>> task = load_benchmark("digits")[0]
+    >>> task.name, task.classes
+    ('task-000', ('0', '1'))
+
+    ```
+    """
+
+    name: str
+    classes: tuple[str, ...]
+    train: Split
+    test: Split
+    domain: str | None = None
+
+    def __post_init__(self):
+        check_task_name(self.name)
+        if len(self.classes) < 2:
+            raise StreamError(
+                f"Task {self.name!r} ({self.train.title}) has {len(self.classes)} class ({', '.join(self.classes)}); "
+                "a classifier needs at least two per task. Use fewer tasks, or check label_column."
+            )
+
+    @classmethod
+    def from_dataset(cls, dataset, name: str, domain: str | None = None, **options) -> "Task":
+        """One task out of a whole data set: all its classes, its train and its test split.
+
+        Args:
+            dataset: As for [`TaskStream.class_incremental`].
+            name (`str`): Name of the task.
+            domain (`str`, *optional*): Its domain: the same classes as before, seen in a new way.
+            options: As for [`TaskStream.class_incremental`].
+
+        Example:
+
+        ```py
+        >>> from datasets import Dataset, DatasetDict
+        >>> from PIL import Image
+        >>> from hf_clpeft.streams import Task
+
+        >>> rows = Dataset.from_dict({"image": [Image.new("RGB", (8, 8))] * 4, "label": ["cat", "dog"] * 2})
+        >>> Task.from_dataset(DatasetDict(train=rows, test=rows), name="pets").classes
+        ('cat', 'dog')
+
+        ```
+        """
+        from .stream import TaskStream
+
+        (task,) = TaskStream.class_incremental(dataset, num_tasks=1, **options)
+        return cls(name, task.classes, task.train, task.test, domain)
+
+
+def split_of(
+    source: ImageSource,
+    classes: list[str],
+    domains: list[str] | None = None,
+    rows: np.ndarray | None = None,
+    max_samples: int | None = None,
+    seed: int = 0,
+) -> Split:
+    """The rows of a source that belong to a task.
+
+    Args:
+        source ([`ImageSource`]): Where to take them from.
+        classes (`list[str]`): Classes of the task.
+        domains (`list[str]`, *optional*): Keep only these domains.
+        rows (integer array, *optional*): Keep only these rows of the source.
+        max_samples (`int`, *optional*): Keep at most so many, drawn with `seed`; the first ones when streaming.
+        seed (`int`, *optional*, defaults to 0): Seed of the draw.
+
+    Raises:
+        [`StreamError`]: Nothing is left.
+    """
+    labels = source.labels_of(classes)
+    wanted_domains = source.domains_of(domains) if domains is not None else None
+    title = source.title + (f", domain {', '.join(domains)}" if domains is not None else "")
+    if source.streaming:
+        keep = _Keep(source.label_column, set(labels), source.domain_column, wanted_domains)
+        dataset = source.dataset.filter(keep)
+        dataset = dataset if max_samples is None else dataset.take(max_samples)
+        empty = next(iter(dataset.select_columns(["row"])), None) is None
+    else:
+        mask = np.isin(source.values(source.label_column), list(labels))
+        if wanted_domains is not None:
+            mask &= np.isin(source.values(source.domain_column), list(wanted_domains))
+        if rows is not None:
+            mask &= np.isin(np.arange(len(mask)), rows)
+        indices = np.flatnonzero(mask)
+        if max_samples is not None and max_samples < len(indices):
+            indices = np.sort(np.random.default_rng(seed).choice(indices, max_samples, replace=False))
+        dataset, empty = source.dataset.select(indices), not len(indices)
+    if empty:
+        raise StreamError(f"{title} has no image of {', '.join(classes[:10])}: the task would be empty.")
+    return Split(dataset, source.image_column, source.label_column, labels, title)
+
+
+class _Keep:
+    """A filter that can be pickled, so that `datasets` can fingerprint it."""
+
+    def __init__(self, label_column, labels, domain_column, domains):
+        self.label_column, self.labels = label_column, labels
+        self.domain_column, self.domains = domain_column, domains
+
+    def __call__(self, row):
+        return row[self.label_column] in self.labels and (
+            self.domains is None or row[self.domain_column] in self.domains
+        )

@@ -1,0 +1,105 @@
+"""Small streams and models that many tests share. No test needs the network."""
+
+import os
+
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported
+os.environ.setdefault("OMP_NUM_THREADS", "2")
+
+import numpy as np
+import pytest
+from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, Value, disable_progress_bars
+from PIL import Image as PILImage
+
+
+BACKBONE = "hf-clpeft/vit-tiny-glyphs"
+disable_progress_bars()
+
+
+@pytest.fixture(autouse=True)
+def _own_folder(tmp_path, monkeypatch):
+    """Every test runs in a folder of its own, and none depends on the folder pytest was started in."""
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture
+def other_precision():
+    """Accelerate keeps one precision per process; lets a test use another."""
+    from accelerate.state import AcceleratorState
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.fixture(scope="session")
+def backbone():
+    from hf_clpeft import load_backbone
+
+    return load_backbone(BACKBONE)
+
+
+@pytest.fixture
+def fresh_backbone():
+    """For tests that put adapters on it."""
+    from hf_clpeft import load_backbone
+
+    return load_backbone(BACKBONE)
+
+
+def pattern_rows(num_classes=4, per_class=6, seed=0, domains=None):
+    """Classes that are noisy copies of one random 4 x 4 pattern each: easy, tiny, and as many as a test wants."""
+    patterns = np.random.default_rng(0).integers(0, 256, (num_classes, 4, 4, 3))
+    rng = np.random.default_rng(seed)
+    rows = {"image": [], "label": [], "domain": []}
+    for domain in domains or ["plain"]:
+        for label in range(num_classes):
+            for _ in range(per_class):
+                noisy = np.clip(patterns[label] + rng.normal(0, 12, (4, 4, 3)), 0, 255).astype(np.uint8)
+                noisy = 255 - noisy if domain == "negative" else noisy
+                rows["image"].append(PILImage.fromarray(noisy).resize((32, 32), PILImage.Resampling.NEAREST))
+                rows["label"].append(label)
+                rows["domain"].append(domain)
+    return rows
+
+
+def pattern_dataset(num_classes=4, per_class=6, domains=None):
+    features = Features(
+        {
+            "image": Image(),
+            "label": ClassLabel(names=[f"class {i}" for i in range(num_classes)]),
+            "domain": Value("string"),
+        }
+    )
+    sides = {"train": (per_class, 1), "test": (max(1, per_class // 2), 2)}
+    return DatasetDict(
+        {
+            side: Dataset.from_dict(pattern_rows(num_classes, count, seed, domains), features=features)
+            for side, (count, seed) in sides.items()
+        }
+    )
+
+
+@pytest.fixture(scope="session")
+def patterns():
+    return pattern_dataset()
+
+
+def make_trainer(method, folder="out", **options):
+    from hf_clpeft import ContinualModel, ContinualTrainer, ContinualTrainingArguments
+
+    defaults = {"num_train_epochs": 2, "train_batch_size": 8, "eval_batch_size": 16, "disable_tqdm": True}
+    args = ContinualTrainingArguments(output_dir=str(folder), **{**defaults, **options})
+    return ContinualTrainer(ContinualModel.from_backbone(BACKBONE, method), args)
+
+
+@pytest.fixture(scope="session", params=["s_lora", "s_prompts"])
+def learnt(request, tmp_path_factory):
+    """A trainer that has learnt the first three digit tasks, one for each PEFT technique. Not to be changed."""
+    from hf_clpeft import METHODS, load_benchmark
+
+    folder = tmp_path_factory.mktemp(request.param)
+    trainer = make_trainer(METHODS[request.param](k=10), folder, train_batch_size=32, learning_rate=5e-3)
+    trainer.stream = load_benchmark("digits", max_train_samples_per_task=96, max_test_samples_per_task=24)[:3]
+    trainer.learn_stream(trainer.stream)
+    return trainer

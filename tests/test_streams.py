@@ -1,0 +1,166 @@
+"""Tasks out of data sets, and what is said when there are none in them."""
+
+import numpy as np
+import pytest
+from conftest import pattern_dataset, pattern_rows
+from datasets import ClassLabel, Dataset, DatasetDict, Image
+
+from hf_clpeft import StreamError, Task, TaskStream, load_benchmark
+from hf_clpeft.streams import BENCHMARKS
+
+
+def labels_of(split):
+    return sorted({label for _, label, _ in split})
+
+
+def rows_of(split):
+    return [row for _, _, row in split]
+
+
+def test_class_incremental_tasks_share_out_all_classes_and_images(patterns):
+    stream = TaskStream.class_incremental(patterns, num_tasks=2)
+    assert [task.classes for task in stream] == [("class 0", "class 1"), ("class 2", "class 3")]
+    assert stream.scenario == "class"
+    assert sorted(rows_of(stream[0].train) + rows_of(stream[1].train)) == list(range(24))
+    assert labels_of(stream[1].test) == [0, 1]  # positions in the task's own classes
+
+
+def test_a_seed_fixes_the_order_of_classes_as_the_literature_shuffles_it(patterns):
+    stream = TaskStream.class_incremental(patterns, num_tasks=2, seed=1993)
+    expected = [f"class {i}" for i in np.random.RandomState(1993).permutation(4)]
+    assert stream.classes == expected
+    assert TaskStream.class_incremental(patterns, num_tasks=2, class_order=expected).classes == expected
+
+
+def test_domain_incremental_tasks_bring_the_same_classes_in_new_domains():
+    data = pattern_dataset(domains=["plain", "negative"])
+    stream = TaskStream.domain_incremental(data, domains=["plain", "negative"])
+    assert [task.domain for task in stream] == ["plain", "negative"]
+    assert stream[0].classes == stream[1].classes == tuple(stream.classes)
+    assert set(rows_of(stream[0].train)).isdisjoint(rows_of(stream[1].train))
+
+
+def test_test_domains_are_dealt_out_so_that_every_image_is_judged_once():
+    data = pattern_dataset(domains=["a", "b", "negative"])
+    stream = TaskStream.domain_incremental(data, domains=["a", "b"], test_domains=["negative"])
+    rows = [rows_of(task.test) for task in stream]
+    assert sorted(rows[0] + rows[1]) == [i for i, d in enumerate(data["test"]["domain"]) if d == "negative"]
+    assert labels_of(stream[0].test) == labels_of(stream[1].test) == [0, 1, 2, 3]
+
+
+def test_images_per_task_can_be_limited_and_are_drawn_by_seed(patterns):
+    first, again = (TaskStream.class_incremental(patterns, num_tasks=2, max_train_samples_per_task=5) for _ in "ab")
+    assert len(rows_of(first[0].train)) == 5
+    assert rows_of(first[0].train) == rows_of(again[0].train)
+
+
+def test_without_a_test_split_a_share_of_every_class_is_held_out(patterns):
+    stream = TaskStream.class_incremental(DatasetDict(train=patterns["train"]), num_tasks=2, test_size=0.5)
+    for task in stream:
+        assert set(rows_of(task.train)).isdisjoint(rows_of(task.test))
+        assert labels_of(task.test) == labels_of(task.train) == [0, 1]
+    assert sum(len(rows_of(task.test)) for task in stream) == 12
+
+
+def test_parquet_image_folder_and_streaming_give_the_same_tasks(patterns, tmp_path):
+    for side in ("train", "test"):
+        patterns[side].to_parquet(tmp_path / "parquet" / "data" / f"{side}-00000-of-00001.parquet")
+        for i, row in enumerate(patterns[side]):
+            folder = tmp_path / "folder" / side / f"class {row['label']}"
+            folder.mkdir(parents=True, exist_ok=True)
+            row["image"].save(folder / f"{i:03d}.png")
+    streams = [
+        TaskStream.class_incremental(patterns, num_tasks=2),
+        TaskStream.class_incremental(str(tmp_path / "parquet"), num_tasks=2),
+        TaskStream.class_incremental(str(tmp_path / "parquet"), num_tasks=2, streaming=True),
+        TaskStream.class_incremental(str(tmp_path / "folder"), num_tasks=2),
+    ]
+    for stream in streams:
+        assert stream.classes == streams[0].classes
+        for task, expected in zip(stream, streams[0], strict=True):
+            assert [label for _, label, _ in task.train] == [label for _, label, _ in expected.train]
+            assert rows_of(task.test) == rows_of(expected.test)
+
+
+def test_columns_are_found_by_type_and_usual_name_or_given(patterns):
+    renamed = patterns.rename_columns({"image": "img", "label": "fine_label"})
+    assert len(TaskStream.class_incremental(renamed, num_tasks=2)) == 2
+    odd = patterns.rename_columns({"label": "species"}).cast_column("domain", ClassLabel(names=["plain"]))
+    with pytest.raises(StreamError, match=r"split 'train'.*label_column to one of \['image', 'species', 'domain'\]"):
+        TaskStream.class_incremental(odd, num_tasks=2)
+    assert len(TaskStream.class_incremental(odd, num_tasks=2, label_column="species")) == 2
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"image_column": "picture"}, "no column 'picture'"),
+        ({"image_column": "domain"}, "not images. Cast it"),
+        ({"label_column": "kind"}, "no column 'kind'"),
+        ({"num_tasks": 3}, "4 classes cannot make num_tasks=3"),
+        ({"class_order": ["class 0", "cat"], "num_tasks": 1}, "no class 'cat'"),
+        ({"train_split": "training"}, "no split 'training'"),
+    ],
+)
+def test_bad_options_name_the_place_and_the_way_out(patterns, options, message):
+    with pytest.raises(StreamError, match=message):
+        TaskStream.class_incremental(patterns, **{"num_tasks": 2, **options})
+
+
+def test_one_class_only_is_refused():
+    rows = Dataset.from_dict({"image": pattern_rows(1)["image"], "label": ["cat"] * 6})
+    with pytest.raises(StreamError, match="1 classes cannot make"):
+        TaskStream.class_incremental(DatasetDict(train=rows, test=rows), num_tasks=1)
+
+
+def test_an_empty_task_is_refused():
+    data = pattern_dataset(domains=["plain", "negative"])
+    data["test"] = data["test"].filter(lambda row: row["domain"] == "plain")
+    with pytest.raises(StreamError, match="split 'test' has no domain 'negative'"):
+        TaskStream.domain_incremental(data)
+
+
+def test_a_missing_label_names_its_row(patterns):
+    labels = patterns["train"]["label"][:]
+    labels[7] = None
+    train = Dataset.from_dict({"image": pattern_rows()["image"], "label": labels})
+    with pytest.raises(StreamError, match="split 'train', row 7: 'label' is None"):
+        TaskStream.class_incremental(DatasetDict(train=train, test=patterns["test"]), num_tasks=2)
+
+
+def test_a_class_that_is_only_tested_on_names_the_row(patterns):
+    data = DatasetDict(train=patterns["train"].filter(lambda row: row["label"] != 3), test=patterns["test"])
+    with pytest.raises(StreamError, match=r"split 'test', row 9: class 'class 3' has no image in .*split 'train'"):
+        TaskStream.class_incremental(data, num_tasks=1)
+
+
+def test_core50_without_its_session_column_is_refused(patterns):
+    data = DatasetDict({"train+test": patterns["train"]})
+    with pytest.raises(StreamError, match="no column 'session'"):
+        load_benchmark("core50", dataset=data)
+
+
+def test_tasks_of_one_name_are_refused(patterns):
+    task = Task.from_dataset(patterns, name="twin")
+    with pytest.raises(StreamError, match="same name"):
+        TaskStream([task, task])
+
+
+def test_every_benchmark_says_where_its_protocol_comes_from():
+    assert set(BENCHMARKS) >= {"split_cifar100", "split_tiny_imagenet", "domainnet", "core50", "pacs", "digits"}
+    for benchmark in BENCHMARKS.values():
+        assert len(benchmark.protocol) > 40
+
+
+def test_digits_have_five_tasks_and_four_domains():
+    digits = load_benchmark("digits")
+    assert len(digits) == 5 and sum(len(rows_of(task.train)) for task in digits) == 1437
+    domains = load_benchmark("digits_domains")
+    assert [task.domain for task in domains] == ["scanned", "inverted", "rotated", "textured"]
+    assert sum(len(rows_of(task.test)) for task in domains) == 360
+
+
+def test_images_stay_encoded_until_they_are_cached(patterns):
+    encoded, _, _ = next(iter(TaskStream.class_incremental(patterns, num_tasks=2)[0].train))
+    assert set(encoded) == {"bytes", "path"}
+    assert isinstance(patterns["train"].features["image"], Image)
