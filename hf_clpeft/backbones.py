@@ -1,0 +1,227 @@
+"""Loads the frozen vision model that all experts share: its weights, its image processing, its projections."""
+
+import hashlib
+import inspect
+from importlib.resources import files
+
+import torch
+
+from .config import BackboneConfig
+from .streams.images import ImageTransform
+
+
+BUNDLED = {"hf-clpeft/vit-tiny-glyphs": "vit-tiny-glyphs"}
+"""Repo ids whose files come with the package, and their folder in `assets`."""
+
+QUERY_VALUE_NAMES = (("q_proj", "v_proj"), ("query", "value"), ("q_lin", "v_lin"), ("q", "v"), ("qkv", "qkv"))
+
+
+class BackboneError(ValueError):
+    """A backbone that cannot be used, or is not the one that was asked for."""
+
+
+class Backbone(torch.nn.Module):
+    """A frozen vision transformer. Build it with [`load_backbone`].
+
+    Args:
+        model (`transformers.PreTrainedModel`): The model; frozen here.
+        processor (`transformers.BaseImageProcessor`): Its image processor.
+        config ([`BackboneConfig`]): Where it came from.
+
+    Example:
+
+    ```py
+    >>> import torch
+    >>> from hf_clpeft.backbones import load_backbone
+
+    >>> backbone = load_backbone("hf-clpeft/vit-tiny-glyphs")
+    >>> features = backbone(torch.zeros(2, 3, 32, 32))
+    >>> tuple(features.shape) == (2, backbone.hidden_size)
+    True
+
+    ```
+    """
+
+    def __init__(self, model, processor, config: BackboneConfig):
+        super().__init__()
+        self.model = model.requires_grad_(False).eval()
+        self.processor = processor
+        self.config = config
+        self.transform = ImageTransform(processor)
+        # Taken down while the model is still bare: an adapter on a layer hides the layer's name.
+        self._linear_names = [n.split(".")[-1] for n, m in model.named_modules() if isinstance(m, torch.nn.Linear)]
+
+    @property
+    def hidden_size(self) -> int:
+        """Width of a feature."""
+        return self.model.config.hidden_size
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.model.device
+
+    def find_query_value(self) -> list[str]:
+        """Names of the query and value projections, for `LoraConfig.target_modules`.
+
+        Returns:
+            `list[str]`: For example `["q_proj", "v_proj"]`, or one name where the projections are fused.
+
+        Raises:
+            [`BackboneError`]: The model has no projections of a known name.
+        """
+        names = self._linear_names
+        for query, value in QUERY_VALUE_NAMES:
+            if query in names and names.count(query) == names.count(value):
+                return list(dict.fromkeys([query, value]))
+        raise BackboneError(
+            f"No query and value projections found in {type(self.model).__name__}; its linear layers are named "
+            f"{sorted(set(names))}. Name those to adapt with target_modules."
+        )
+
+    def train(self, mode: bool = True) -> "Backbone":
+        """Keeps the backbone in evaluation mode: it is frozen, dropout included."""
+        return super().train(False)
+
+    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """[CLS] features.
+
+        Args:
+            pixel_values (`torch.Tensor` of shape `(batch, 3, height, width)`): Normalised images.
+
+        Returns:
+            `torch.Tensor` of shape `(batch, hidden_size)`, in the backbone's dtype.
+        """
+        return cls_features(self.model, pixel_values)
+
+
+def cls_features(model: torch.nn.Module, pixel_values: torch.Tensor) -> torch.Tensor:
+    """[CLS] output of a vision transformer, with or without an adapter.
+
+    Args:
+        model (`torch.nn.Module`): A `transformers` vision model, or a PEFT model around one.
+        pixel_values (`torch.Tensor` of shape `(batch, 3, height, width)`): Normalised images.
+
+    Returns:
+        `torch.Tensor` of shape `(batch, hidden_size)`.
+    """
+    return model(pixel_values=pixel_values).last_hidden_state[:, 0]
+
+
+def load_backbone(
+    name_or_path: str,
+    revision: str | None = None,
+    image_size: int | None = None,
+    dtype: str | torch.dtype = "float32",
+    **hub_options,
+) -> Backbone:
+    """Loads and freezes a vision transformer of `transformers`.
+
+    Args:
+        name_or_path (`str`): Repo id or folder. `"hf-clpeft/vit-tiny-glyphs"` comes with the package.
+        revision (`str`, *optional*): Commit of the repo.
+        image_size (`int`, *optional*): Side of the square input in pixels. Other than the checkpoint's, its position
+            embeddings are interpolated here, once.
+        dtype (`str` or `torch.dtype`, *optional*, defaults to `"float32"`): `"float32"`, `"bfloat16"` or `"float16"`.
+        hub_options: `token`, `cache_dir`, `local_files_only`.
+
+    Returns:
+        [`Backbone`]
+
+    Raises:
+        [`BackboneError`]: The checkpoint lacks weights, or `image_size` does not fit its patches.
+
+    Example:
+
+    ```py
+    >>> from hf_clpeft.backbones import load_backbone
+
+    >>> backbone = load_backbone("hf-clpeft/vit-tiny-glyphs", image_size=48)
+    >>> backbone.config.image_size
+    48
+
+    ```
+    """
+    from transformers import AutoConfig, AutoImageProcessor, AutoModel
+    from transformers.models.auto import MODEL_MAPPING
+
+    source = str(files("hf_clpeft") / "assets" / BUNDLED[name_or_path]) if name_or_path in BUNDLED else name_or_path
+    where = {"revision": revision if source == name_or_path else None, **hub_options}
+    config = AutoConfig.from_pretrained(source, **where)
+    # The pooler is neither part of the [CLS] feature nor of many checkpoints.
+    accepted = inspect.signature(MODEL_MAPPING[type(config)].__init__).parameters
+    extra = {"add_pooling_layer": False} if "add_pooling_layer" in accepted else {}
+    model, loaded = AutoModel.from_pretrained(
+        source, config=config, dtype=torch.float32, output_loading_info=True, **where, **extra
+    )
+    if loaded["missing_keys"] or loaded["mismatched_keys"]:
+        missing = sorted(map(str, [*loaded["missing_keys"], *loaded["mismatched_keys"]]))
+        raise BackboneError(
+            f"The checkpoint {name_or_path!r} has no fitting weights for {len(missing)} tensors of "
+            f"{type(model).__name__}, for example {missing[0]}: they would stay random. Is it a vision transformer?"
+        )
+    weight_hash = hash_weights(model)
+    processor = AutoImageProcessor.from_pretrained(source, **where)
+    if image_size is not None:
+        _set_image_size(model, processor, image_size)
+    size = _input_size(processor)
+    dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+    commit = revision or getattr(config, "_commit_hash", None)
+    return Backbone(model.to(dtype), processor, BackboneConfig(name_or_path, size, weight_hash, commit))
+
+
+def hash_weights(model: torch.nn.Module) -> str:
+    """SHA-256 over a model's weights in float32, independent of the names that a version of transformers gives them.
+
+    Args:
+        model (`torch.nn.Module`): A model as loaded, before anything is interpolated or cast.
+
+    Returns:
+        `str` of 64 hexadecimal digits.
+
+    Example:
+
+    ```py
+    >>> import torch
+    >>> from hf_clpeft.backbones import hash_weights
+
+    >>> len(hash_weights(torch.nn.Linear(2, 2)))
+    64
+
+    ```
+    """
+    digests = []
+    for tensor in model.state_dict().values():
+        array = tensor.detach().float().cpu().contiguous().numpy()
+        digest = hashlib.sha256(str(array.shape).encode())
+        digest.update(array)
+        digests.append(digest.hexdigest())
+    return hashlib.sha256("".join(sorted(digests)).encode()).hexdigest()
+
+
+def _input_size(processor) -> int:
+    size = processor.crop_size if getattr(processor, "do_center_crop", False) else processor.size
+    return int(size.get("height") or size.get("shortest_edge"))
+
+
+def _set_image_size(model, processor, image_size: int) -> None:
+    """Interpolates position embeddings to `image_size` for good, and lets the processor resize to it."""
+    patch_size = model.config.patch_size
+    if image_size < patch_size or image_size % patch_size:
+        near = max(patch_size, round(image_size / patch_size) * patch_size)
+        raise BackboneError(f"image_size={image_size} is no multiple of the patch size {patch_size}; try {near}.")
+    embeddings = model.embeddings
+    if image_size != model.config.image_size:
+        patches = torch.zeros(1, (image_size // patch_size) ** 2 + 1, model.config.hidden_size)
+        with torch.no_grad():
+            positions = embeddings.interpolate_pos_encoding(patches, image_size, image_size)
+        embeddings.position_embeddings = torch.nn.Parameter(positions.contiguous())
+        for module in (embeddings, embeddings.patch_embeddings):
+            module.image_size = (image_size, image_size)
+        embeddings.patch_embeddings.num_patches = patches.shape[1] - 1
+        model.config.image_size = image_size
+    if getattr(processor, "do_center_crop", False):
+        processor.crop_size = {"height": image_size, "width": image_size}
+        processor.size = {"shortest_edge": image_size}
+    else:
+        processor.size = {"height": image_size, "width": image_size}
