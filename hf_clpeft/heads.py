@@ -1,0 +1,112 @@
+"""The linear classifier: shared by all tasks, or one per task."""
+
+from collections.abc import Sequence
+
+import torch
+
+
+class Heads(torch.nn.Module):
+    """Linear rows over features, kept in one layer for each task that trained them.
+
+    A *shared* head judges every image by all rows, one per class. A head *per task* judges an image by the rows of the
+    task whose expert it went to, so a class has a row in every task that has it. A layer is written once its task is
+    trained, and no later task changes it: old logits stay bit-identical. (Only if a later task trains a class of a
+    shared head again does the old row go.)
+
+    Args:
+        hidden_size (`int`): Width of a feature.
+        shared (`bool`): One head for all tasks.
+
+    Example:
+
+    ```py
+    >>> import torch
+    >>> from hf_clpeft.heads import Heads
+
+    >>> heads = Heads(hidden_size=2, shared=False)
+    >>> heads.write(torch.nn.Linear(2, 2), classes=[0, 1])
+    >>> heads.write(torch.nn.Linear(2, 2), classes=[2, 3])
+    >>> heads(torch.ones(1, 2), owners=torch.tensor([1])).isfinite().tolist()
+    [[False, False, True, True]]
+
+    ```
+    """
+
+    def __init__(self, hidden_size: int, shared: bool):
+        super().__init__()
+        self.hidden_size, self.shared = hidden_size, shared
+        self.layers = torch.nn.ModuleList()  # by task
+        self.classes: list[list[int]] = []  # numbers of the classes of each layer's rows
+
+    @property
+    def num_classes(self) -> int:
+        """One more than the highest class number."""
+        return 1 + max((number for classes in self.classes for number in classes), default=-1)
+
+    def start(self, classes: Sequence[int]) -> torch.nn.Linear:
+        """A layer for the next task to train: rows of a shared head go on where they were, all others start at zero.
+
+        Args:
+            classes (sequence of `int`): Numbers of the classes to train; the outputs of the layer in this order.
+
+        Returns:
+            `torch.nn.Linear`
+        """
+        layer = torch.nn.Linear(self.hidden_size, len(classes))
+        torch.nn.init.zeros_(layer.weight)
+        torch.nn.init.zeros_(layer.bias)
+        if self.shared:
+            known = {
+                number: (old.weight[row], old.bias[row])
+                for old, numbers in zip(self.layers, self.classes, strict=True)
+                for row, number in enumerate(numbers)
+            }
+            with torch.no_grad():
+                for row, number in enumerate(classes):
+                    if number in known:
+                        layer.weight[row], layer.bias[row] = known[number]
+        return layer
+
+    def write(self, layer: torch.nn.Linear, classes: Sequence[int]) -> None:
+        """Keeps the trained layer of the next task.
+
+        Args:
+            layer (`torch.nn.Linear`): What [`~Heads.start`] gave, trained.
+            classes (sequence of `int`): Numbers of its classes.
+        """
+        if self.shared:
+            for task, numbers in enumerate(self.classes):
+                kept = [row for row, number in enumerate(numbers) if number not in set(classes)]
+                if len(kept) < len(numbers):
+                    old = self.layers[task]
+                    self.layers[task] = _linear(old.weight[kept], old.bias[kept])
+                    self.classes[task] = [numbers[row] for row in kept]
+        self.layers.append(_linear(layer.weight, layer.bias))
+        self.classes.append(list(classes))
+
+    def forward(self, features: torch.Tensor, owners: torch.Tensor) -> torch.Tensor:
+        """Logits over all classes.
+
+        Args:
+            features (`torch.Tensor` of shape `(batch, hidden_size)`): [CLS] features under the expert of each image.
+            owners (integer `torch.Tensor` of shape `(batch,)`): Task whose expert that is.
+
+        Returns:
+            `torch.Tensor` of shape `(batch, num_classes)`, `float32`: −inf where a task has no such class.
+        """
+        features = features.float()
+        logits = features.new_full((len(features), self.num_classes), -torch.inf)
+        every = torch.arange(len(features), device=features.device)
+        for task in range(len(self.layers)) if self.shared else owners.unique().tolist():
+            rows = every if self.shared else every[owners == task]
+            columns = torch.tensor(self.classes[task], dtype=torch.int64, device=features.device)
+            logits[rows[:, None], columns] = self.layers[task](features[rows])
+        return logits
+
+
+def _linear(weight: torch.Tensor, bias: torch.Tensor) -> torch.nn.Linear:
+    layer = torch.nn.utils.skip_init(torch.nn.Linear, *reversed(weight.shape), device=weight.device)
+    layer.requires_grad_(False)
+    layer.weight.copy_(weight.detach())
+    layer.bias.copy_(bias.detach())
+    return layer

@@ -1,0 +1,6 @@
+"""Which expert an image goes to."""
+
+from .prototypes import PrototypeRouter, Routing
+
+
+__all__ = ["PrototypeRouter", "Routing"]

@@ -1,0 +1,51 @@
+"""Prototypes and the nearest of them."""
+
+import torch
+
+from hf_clpeft import PrototypeRouter
+
+
+def clusters(*centres, count=20):
+    generator = torch.Generator().manual_seed(0)
+    noise = 0.02 * torch.randn(len(centres), count, len(centres[0]), generator=generator)
+    return (torch.tensor(centres)[:, None] + noise).flatten(0, 1)
+
+
+def test_k_means_finds_the_clusters_of_normalised_features():
+    router = PrototypeRouter(3)
+    router.add(clusters([5.0, 0, 0], [0, 9.0, 0]), k=2)
+    found = router.prototypes[router.prototypes[:, 0].argsort(descending=True)]
+    torch.testing.assert_close(found, torch.eye(3)[:2], atol=0.02, rtol=0)
+
+
+def test_fewer_images_than_prototypes_give_fewer_prototypes():
+    router = PrototypeRouter(3)
+    router.add(torch.eye(3)[:2], k=5)
+    assert len(router.prototypes) == 2
+
+
+def test_prototypes_belong_to_the_task_that_brought_them():
+    router = PrototypeRouter(3)
+    router.add(clusters([1.0, 0, 0], [0, 1.0, 0]), k=2)
+    router.add(clusters([0, 0, 1.0]), k=1)
+    assert router.owners.tolist() == [0, 0, 1]
+    assert router(torch.tensor([[0.1, 2.0, 0.0], [0.0, 0.1, 0.3]])).owner.tolist() == [0, 1]
+
+
+def test_distances_are_to_the_nearest_prototype_of_each_task():
+    router = PrototypeRouter(2)
+    router.add_prototypes(torch.tensor([[1.0, 0.0], [0.0, 1.0]]))
+    router.add_prototypes(torch.tensor([[-1.0, 0.0]]))
+    torch.testing.assert_close(router.distances(torch.tensor([[0.0, 3.0]])), torch.tensor([[0.0, 2**0.5]]))
+
+
+def test_a_route_does_not_depend_on_the_rest_of_the_batch():
+    router = PrototypeRouter(8)
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(5):
+        router.add(torch.randn(40, 8, generator=generator), k=5)
+    query = torch.randn(64, 8, generator=generator)
+    together = router(query)
+    alone = [router(row[None]) for row in query]
+    assert together.owner.tolist() == [routing.owner.item() for routing in alone]
+    assert together.distance.tolist() == [routing.distance.item() for routing in alone]
