@@ -1,0 +1,109 @@
+"""Pictures of a run: the accuracy matrix and the routing confusion."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+
+def plot_report(
+    accuracy_matrix: Sequence[Sequence[float]],
+    routing_confusion: Sequence[Sequence[int]],
+    titles: Sequence[str],
+    path: str | Path,
+    name: str = "",
+) -> None:
+    """Draws the accuracy matrix, and beside it where the images of each task were sent.
+
+    Args:
+        accuracy_matrix (array of shape `(T, T)`): Accuracies in [0, 1]; NaN where not measured.
+        routing_confusion (array of shape `(T, T)` or empty): Images of each task (row) sent to each task (column).
+        titles (sequence of `str`): Short texts of the tasks.
+        path (`str` or `Path`): PNG file to write.
+        name (`str`, *optional*): Name of the method.
+
+    Example:
+
+    ```py
+    >>> from hf_clpeft.plots import plot_report
+
+    >>> plot_report([[0.9, float("nan")], [0.7, 0.8]], [[9, 1], [0, 10]], ["cats", "dogs"], "plot.png")
+
+    ```
+    """
+    from matplotlib.figure import Figure
+
+    confusion = np.asarray(routing_confusion, dtype=float)
+    panels = 2 if confusion.size else 1
+    side = min(4 + 0.35 * len(titles), 14)
+    figure = Figure(figsize=(panels * side + 0.5, side), layout="constrained", dpi=120)
+    axes = np.atleast_1d(figure.subplots(1, panels))
+    after = [f"after {title}" for title in titles]
+    draw_matrix(axes[0], np.asarray(accuracy_matrix), after, titles, "accuracy on each task", "Blues")
+    if panels == 2:
+        share = confusion / confusion.sum(axis=1, keepdims=True)
+        draw_matrix(axes[1], share, titles, titles, "share of images sent to each expert", "Oranges")
+    figure.suptitle(name)
+    figure.savefig(path)
+
+
+def plot_comparison(reports: Sequence, path: str | Path) -> None:
+    """Draws the accuracy matrices of several methods on one stream side by side.
+
+    Args:
+        reports (sequence of [`StreamReport`]): Runs on the same stream.
+        path (`str` or `Path`): PNG file to write.
+
+    Example:
+
+    ```py
+    >>> from hf_clpeft.plots import plot_comparison
+    >>> from hf_clpeft.training import StreamReport
+
+    >>> report = StreamReport("s_lora", "pets", {}, tasks=["a", "b"], titles=["cats", "dogs"])
+    >>> report.accuracy_matrix = [[0.9, float("nan")], [0.7, 0.8]]
+    >>> plot_comparison([report, report], "comparison.png")
+
+    ```
+    """
+    from matplotlib.figure import Figure
+
+    side = min(3.5 + 0.35 * len(reports[0].tasks), 12)
+    figure = Figure(figsize=(len(reports) * side, side), layout="constrained", dpi=120)
+    axes = np.atleast_1d(figure.subplots(1, len(reports), sharey=True))
+    after = [f"after {title}" for title in reports[0].titles]
+    for axis, report in zip(axes, reports, strict=True):
+        title = f"{report.method}: {100 * report.summary()['average_accuracy']:.1f} % at the end"
+        draw_matrix(axis, np.asarray(report.accuracy_matrix), after, report.titles, title, "Blues")
+    figure.suptitle(f"accuracy on each task of {reports[0].stream}")
+    figure.savefig(path)
+
+
+def draw_matrix(axis, values: np.ndarray, rows: Sequence[str], columns: Sequence[str], title: str, cmap: str) -> None:
+    """Draws values in [0, 1] as a labelled table of coloured cells.
+
+    Args:
+        axis (`matplotlib.axes.Axes`): Where to draw.
+        values (array of shape `(rows, columns)`): NaN stays empty.
+        rows (sequence of `str`): Labels of the rows.
+        columns (sequence of `str`): Labels of the columns.
+        title (`str`): Text above.
+        cmap (`str`): Name of a colour map.
+    """
+    axis.imshow(values, cmap=cmap, vmin=0, vmax=1)
+    # Class names come from data sets: a dollar sign in one must not be read as mathematics.
+    axis.set_xticks(range(len(columns)), [_plain(text) for text in columns], rotation=45, ha="right")
+    axis.set_yticks(range(len(rows)), [_plain(text) for text in rows])
+    axis.set_title(title, fontsize=11)
+    axis.spines[:].set_visible(False)
+    if values.size <= 400:
+        for (i, j), value in np.ndenumerate(values):
+            if not np.isnan(value):
+                axis.text(
+                    j, i, f"{100 * value:.0f}", ha="center", va="center", color="white" if value > 0.6 else "black"
+                )
+
+
+def _plain(text: str) -> str:
+    text = text if len(text) <= 24 else text[:23] + "…"
+    return text.replace("$", r"\$")
