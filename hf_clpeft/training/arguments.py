@@ -1,0 +1,76 @@
+"""How to train: everything that is neither the method nor the stream."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from ..config import ConfigError
+
+
+@dataclass
+class ContinualTrainingArguments:
+    """How to train each task. Field names are those of `transformers.TrainingArguments` where it has them.
+
+    Batch sizes are totals: N processes share a batch, so that a run does not depend on how many there are.
+
+    Raises:
+        [`ConfigError`]: A value is out of range.
+
+    Example:
+
+    ```py
+    >>> from hf_clpeft import ContinualTrainingArguments
+
+    >>> ContinualTrainingArguments(output_dir="out", num_train_epochs=5).optim
+    'adamw'
+
+    ```
+    """
+
+    output_dir: str = field(default="out", metadata={"help": "Folder for the model, its metrics and plots."})
+    num_train_epochs: int = field(default=5, metadata={"help": "Passes over the training images of each task."})
+    train_batch_size: int = field(
+        default=128, metadata={"help": "Images per optimizer step and accumulation step, over all processes."}
+    )
+    eval_batch_size: int = field(
+        default=128, metadata={"help": "Images per forward pass without training, over all processes."}
+    )
+    learning_rate: float = field(default=5e-3, metadata={"help": "Learning rate of the expert."})
+    head_learning_rate: float = field(default=5e-3, metadata={"help": "Learning rate of the head."})
+    optim: Literal["adamw", "sgd"] = field(default="adamw", metadata={"help": "AdamW, or SGD with momentum 0.9."})
+    weight_decay: float = field(default=0.0, metadata={"help": "Weight decay of the expert and the head."})
+    lr_scheduler_type: str = field(
+        default="cosine", metadata={"help": "Name of a transformers scheduler; restarts with every task."}
+    )
+    warmup_ratio: float = field(default=0.05, metadata={"help": "Share of a task's steps with rising learning rate."})
+    max_grad_norm: float = field(default=1.0, metadata={"help": "Clip gradients to this norm; 0 does not clip."})
+    gradient_accumulation_steps: int = field(default=1, metadata={"help": "Batches per optimizer step."})
+    mixed_precision: Literal["no", "bf16", "fp16"] | None = field(
+        default=None, metadata={"help": "Precision of forward passes; default: as `accelerate launch` says."}
+    )
+    augmentation: Literal["none", "flip", "crop_flip"] = field(
+        default="none", metadata={"help": "Random views of training images, made on the device."}
+    )
+    forward_transfer: bool = field(
+        default=False,
+        metadata={"help": "Also evaluate each task just before it is learnt, if its classes are known by then."},
+    )
+    seed: int = field(default=0, metadata={"help": "Seed of initialisation, order of images, and k-means."})
+    report_to: str = field(default="none", metadata={"help": "Tracker: tensorboard, wandb, trackio or none."})
+    run_name: str = field(default="hf_clpeft", metadata={"help": "Name of the tracker's project."})
+    logging_steps: int = field(default=10, metadata={"help": "Optimizer steps between two logged losses."})
+    dataloader_num_workers: int = field(
+        default=0, metadata={"help": "Processes that read resized images ahead; 0 reads them in the training process."}
+    )
+    disable_tqdm: bool = field(default=False, metadata={"help": "Show no progress bars."})
+
+    def __post_init__(self):
+        for name in ("num_train_epochs", "train_batch_size", "eval_batch_size", "gradient_accumulation_steps"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name}={getattr(self, name)} must be 1 or more.")
+        for name in ("learning_rate", "head_learning_rate", "weight_decay", "max_grad_norm"):
+            if not getattr(self, name) >= 0:
+                raise ConfigError(f"{name}={getattr(self, name)} must be 0 or more.")
+        if not 0 <= self.warmup_ratio <= 1:
+            raise ConfigError(f"warmup_ratio={self.warmup_ratio} must be between 0 and 1.")
+        if self.report_to not in ("tensorboard", "wandb", "trackio", "none"):
+            raise ConfigError(f"report_to={self.report_to!r} is not one of tensorboard, wandb, trackio, none.")

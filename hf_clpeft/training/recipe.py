@@ -1,0 +1,272 @@
+"""What every recipe shares: its command line, building stream, model and trainer from it, and the closing table."""
+
+import os
+import sys
+import urllib.error
+import urllib.request
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Literal
+
+from ..backbones import BUNDLED
+from ..config import ConfigError, MethodConfig
+from ..streams import BENCHMARKS, StreamError, TaskStream, load_benchmark
+from .arguments import ContinualTrainingArguments
+from .report import PLOT_NAME, StreamReport
+
+
+OFFLINE_OPTION = "--benchmark digits"
+PROBE_SECONDS = 5
+
+
+@dataclass
+class StreamArguments:
+    """Which tasks to learn: a named benchmark, or any data set split by class or by domain."""
+
+    benchmark: str | None = field(
+        default=None,
+        metadata={"help": f"One of {', '.join(BENCHMARKS)}. Default: split_cifar100, unless --dataset is given."},
+    )
+    dataset: str | None = field(
+        default=None,
+        metadata={"help": "Hub id or folder (Parquet or ImageFolder); with --benchmark, another copy of its data."},
+    )
+    dataset_name: str | None = field(default=None, metadata={"help": "Configuration of the data set."})
+    dataset_revision: str | None = field(default=None, metadata={"help": "Commit of the data set's repo."})
+    streaming: bool = field(default=False, metadata={"help": "Read rows as they are needed, without a full download."})
+    scenario: Literal["class", "domain"] = field(
+        default="class", metadata={"help": "With --dataset: tasks bring new classes, or the same in new domains."}
+    )
+    num_tasks: int | None = field(default=None, metadata={"help": "Number of tasks (by class only)."})
+    class_order_seed: int | None = field(default=None, metadata={"help": "Shuffle the order of classes."})
+    train_split: str | None = field(default=None, metadata={"help": "Name of the split to learn."})
+    test_split: str | None = field(default=None, metadata={"help": "Name of the split to test on; found if left out."})
+    image_column: str | None = field(default=None, metadata={"help": "Column of images; found if left out."})
+    label_column: str | None = field(default=None, metadata={"help": "Column of labels; found if left out."})
+    domain_column: str | None = field(default=None, metadata={"help": "Column of domains (by domain only)."})
+    max_train_samples_per_task: int | None = field(default=None, metadata={"help": "Use at most so many images."})
+    max_test_samples_per_task: int | None = field(default=None, metadata={"help": "Use at most so many images."})
+
+    def load(self) -> TaskStream:
+        """Builds the stream."""
+        options = {
+            "name": self.dataset_name,
+            "revision": self.dataset_revision,
+            "num_tasks": self.num_tasks,
+            "seed": self.class_order_seed,
+        }
+        for name in ("train_split", "test_split", "image_column", "label_column", "domain_column", "streaming"):
+            options[name] = getattr(self, name)
+        for name in ("max_train_samples_per_task", "max_test_samples_per_task"):
+            options[name] = getattr(self, name)
+        options = {name: value for name, value in options.items() if value not in (None, False)}
+        if self.benchmark is not None:
+            return load_benchmark(self.benchmark, dataset=self.dataset, **options)
+        if self.scenario == "class":
+            return TaskStream.class_incremental(self.dataset, **options)
+        return TaskStream.domain_incremental(self.dataset, **options)
+
+
+@dataclass
+class BackboneArguments:
+    """Which frozen model to learn on."""
+
+    backbone: str = field(
+        default="google/vit-base-patch16-224-in21k",
+        metadata={"help": f"Repo id or folder; {', '.join(BUNDLED)} comes with the package."},
+    )
+    backbone_revision: str | None = field(default=None, metadata={"help": "Commit of the backbone's repo."})
+    image_size: int | None = field(default=None, metadata={"help": "Side of the input in pixels, if not its own."})
+    dtype: Literal["float32", "bfloat16", "float16"] = field(
+        default="float32", metadata={"help": "Type of the frozen weights."}
+    )
+
+
+def run_recipe(method_arguments: type, make_method: Callable[..., MethodConfig], argv: list[str] | None = None):
+    """Reads the command line and learns a stream with one method. The body of every recipe.
+
+    Options come from, weakest first: the dataclasses, what suits the benchmark, the YAML file of `--config`, the
+    command line.
+
+    Args:
+        method_arguments (dataclass): Options of the method, each with a help text.
+        make_method (callable): Takes them as keywords, gives a [`MethodConfig`].
+        argv (`list[str]`, *optional*): Command line without the program's name; default `sys.argv[1:]`.
+
+    Returns:
+        [`StreamReport`]
+    """
+    groups = (StreamArguments, BackboneArguments, ContinualTrainingArguments, method_arguments)
+    try:
+        stream_args, backbone_args, training_args, method_args = parse(groups, argv)
+        report = learn(stream_args, backbone_args, training_args, make_method(**asdict(method_args)))
+    except (ConfigError, StreamError) as error:
+        raise SystemExit(f"error: {error}") from error
+    print_reports([report], Path(training_args.output_dir, PLOT_NAME))
+    return report
+
+
+def learn(
+    stream_args: StreamArguments,
+    backbone_args: BackboneArguments,
+    training_args: ContinualTrainingArguments,
+    method: MethodConfig,
+) -> StreamReport:
+    """Learns a stream from nothing.
+
+    Args:
+        stream_args ([`StreamArguments`]): Which tasks.
+        backbone_args ([`BackboneArguments`]): Which frozen model.
+        training_args ([`ContinualTrainingArguments`]): How to train.
+        method ([`MethodConfig`]): With what.
+
+    Returns:
+        [`StreamReport`]
+    """
+    require_hub(stream_args, backbone_args)
+    from accelerate import PartialState
+
+    from ..modeling import ContinualModel
+    from .trainer import ContinualTrainer, cpu_only
+
+    if training_args.disable_tqdm or not PartialState(cpu=cpu_only()).is_main_process:
+        import datasets
+        from transformers.utils import logging
+
+        datasets.disable_progress_bars()
+        logging.disable_progress_bar()
+    model = ContinualModel.from_backbone(
+        backbone_args.backbone,
+        method,
+        revision=backbone_args.backbone_revision,
+        image_size=backbone_args.image_size,
+        dtype=backbone_args.dtype,
+    )
+    return ContinualTrainer(model, training_args).learn_stream(stream_args.load())
+
+
+def parse(groups: tuple[type, ...], argv: list[str] | None = None, default_benchmark: str = "split_cifar100") -> tuple:
+    """Parses a command line into dataclasses.
+
+    Args:
+        groups (tuple of dataclasses): Every field an option; [`StreamArguments`] among them.
+        argv (`list[str]`, *optional*): Default `sys.argv[1:]`.
+        default_benchmark (`str`, *optional*): The stream where neither `--benchmark` nor `--dataset` is given.
+
+    Returns:
+        One instance of each dataclass.
+
+    Raises:
+        [`ConfigError`]: The YAML file has an option that does not exist, or the benchmark does not.
+
+    Example:
+
+    ```py
+    >>> from hf_clpeft.training.recipe import BackboneArguments, StreamArguments, parse
+
+    >>> stream, backbone = parse((StreamArguments, BackboneArguments), ["--benchmark", "digits"])
+    >>> backbone.backbone
+    'hf-clpeft/vit-tiny-glyphs'
+
+    ```
+    """
+    from transformers import HfArgumentParser
+
+    argv = sys.argv[1:] if argv is None else argv
+    parser = HfArgumentParser(groups)
+    parser.add_argument("--config", help="YAML file of options; the command line wins over it.")
+    options = {f.name for group in groups for f in fields(group)}
+    given, _ = parser.parse_known_args(argv)
+    from_file = _read_yaml(given.config, options) if given.config else {}
+    benchmark = given.benchmark or from_file.get("benchmark")
+    if benchmark is None and not (given.dataset or from_file.get("dataset")):
+        benchmark = default_benchmark
+    if benchmark is not None and benchmark not in BENCHMARKS:
+        raise ConfigError(f"There is no benchmark {benchmark!r}; choose one of {', '.join(BENCHMARKS)}.")
+    suited = BENCHMARKS[benchmark].defaults if benchmark is not None else {}
+    suited = {name: value for name, value in suited.items() if name in options}
+    parser.set_defaults(**suited, **{"benchmark": benchmark})
+    parser.set_defaults(**from_file)
+    *parsed, _ = parser.parse_args_into_dataclasses(argv, look_for_args_file=False)
+    return tuple(parsed)
+
+
+def _read_yaml(path: str, options: set[str]) -> dict:
+    import yaml
+
+    values = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
+    unknown = sorted(set(values) - options)
+    if unknown:
+        raise ConfigError(f"{path}: there is no option {unknown[0]!r}; see --help.")
+    return values
+
+
+def require_hub(stream_args: StreamArguments, backbone_args: BackboneArguments) -> None:
+    """Ends the program in one line, at once, if something must come from the Hub and the Hub cannot be reached.
+
+    With `HF_HUB_OFFLINE=1` nothing is asked and the libraries use what is in their cache.
+
+    Args:
+        stream_args ([`StreamArguments`]): May name a data set on the Hub.
+        backbone_args ([`BackboneArguments`]): May name a model on the Hub.
+
+    Raises:
+        `SystemExit`: With the command that works offline.
+    """
+    from huggingface_hub import constants
+
+    dataset = stream_args.dataset or BENCHMARKS[stream_args.benchmark].dataset
+    needed = [dataset] if isinstance(dataset, str) and not Path(dataset).exists() else []
+    if backbone_args.backbone not in BUNDLED and not Path(backbone_args.backbone).exists():
+        needed.append(backbone_args.backbone)
+    if not needed or constants.HF_HUB_OFFLINE:
+        return
+    try:
+        request = urllib.request.Request(constants.ENDPOINT, method="HEAD")
+        urllib.request.urlopen(request, timeout=PROBE_SECONDS).close()
+    except urllib.error.HTTPError:
+        return  # it answered
+    except OSError as error:
+        command = f"python {os.path.relpath(sys.argv[0])} {OFFLINE_OPTION}"
+        raise SystemExit(
+            f"error: {' and '.join(needed)} must come from {constants.ENDPOINT}, which cannot be reached "
+            f"({getattr(error, 'reason', error)}). This works offline: {command}"
+        ) from None
+
+
+def print_reports(reports: list[StreamReport], picture: str | Path) -> None:
+    """Prints one row per report and where the picture is, on the main process.
+
+    Args:
+        reports (`list[StreamReport]`): Runs to set side by side.
+        picture (`str` or `Path`): Path of the picture that goes with them; the models are beside it.
+    """
+    from accelerate import PartialState
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=f"{reports[0].stream}: {len(reports[0].tasks)} tasks, every image routed by itself")
+    for column in ("method", "average accuracy", "incremental", "forgetting", "routing", "oracle-routed"):
+        table.add_column(column, justify="left" if column == "method" else "right")
+    table.add_column("parameters per task: expert + head", justify="right")
+    table.add_column("seconds", justify="right")
+    for report in reports:
+        summary = report.summary()
+        names = (
+            "average_accuracy",
+            "average_incremental_accuracy",
+            "forgetting",
+            "routing_accuracy",
+            "oracle_accuracy",
+        )
+        table.add_row(
+            report.method,
+            *(f"{100 * summary[name]:.1f}" if name in summary else "–" for name in names),
+            f"{report.expert_parameters[-1]:,} + {report.head_parameters[-1]:,}",
+            f"{sum(sum(parts.values()) for parts in report.seconds):.0f}",
+        )
+    if PartialState().is_main_process:
+        console = Console(width=None if sys.stdout.isatty() else 132)
+        console.print(table)
+        print(f"results: {Path(picture).parent}    picture: {picture}")

@@ -1,0 +1,269 @@
+"""The loop over tasks: cache images, fit prototypes, train the expert, evaluate, save."""
+
+import logging
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DataLoaderConfiguration, broadcast, set_seed
+from tqdm.auto import tqdm
+
+from ..config import ConfigError
+from ..hub import make_card
+from ..modeling import ContinualModel, TaskLearner, library_versions
+from ..streams import Task, TaskImages, TaskStream, cache_images
+from ..streams.images import augment
+from .arguments import ContinualTrainingArguments
+from .evaluation import Evaluator
+from .features import extract
+from .report import StreamReport
+
+
+logger = logging.getLogger(__name__)
+
+
+class ContinualTrainer:
+    """Teaches a [`ContinualModel`] tasks one after another through Accelerate, on one process or many.
+
+    Args:
+        model ([`ContinualModel`]): New, or loaded with what it has learnt so far.
+        args ([`ContinualTrainingArguments`], *optional*): How to train.
+
+    Raises:
+        [`ConfigError`]: A batch cannot be shared evenly by the processes.
+
+    Example:
+
+    ```py
+    >>> from hf_clpeft import ContinualModel, ContinualTrainer, ContinualTrainingArguments, s_prompts
+    >>> from hf_clpeft.streams import load_benchmark
+
+    >>> model = ContinualModel.from_backbone("hf-clpeft/vit-tiny-glyphs", s_prompts(prompt_length=2))
+    >>> args = ContinualTrainingArguments(output_dir="out", num_train_epochs=1, disable_tqdm=True)
+    >>> trainer = ContinualTrainer(model, args)
+    >>> stream = load_benchmark("digits", max_train_samples_per_task=32, max_test_samples_per_task=8)
+    >>> report = trainer.learn(stream[0])  # as tasks turn up
+    >>> report = trainer.learn(stream[1])
+    >>> report.tasks
+    ['task-000', 'task-001']
+
+    ```
+    """
+
+    def __init__(self, model: ContinualModel, args: ContinualTrainingArguments | None = None):
+        self.args = args or ContinualTrainingArguments()
+        self.accelerator = Accelerator(
+            cpu=cpu_only(),
+            mixed_precision=self.args.mixed_precision,
+            gradient_accumulation_steps=self.args.gradient_accumulation_steps,
+            log_with=None if self.args.report_to == "none" else self.args.report_to,
+            project_dir=self.args.output_dir,
+            # A batch is a total that processes share: results do not depend on how many there are.
+            dataloader_config=DataLoaderConfiguration(
+                split_batches=True, use_seedable_sampler=True, data_seed=self.args.seed
+            ),
+        )
+        for name in ("train_batch_size", "eval_batch_size"):
+            if getattr(self.args, name) % self.accelerator.num_processes:
+                raise ConfigError(
+                    f"{name}={getattr(self.args, name)} is a total that {self.accelerator.num_processes} processes "
+                    "cannot share evenly; choose a multiple."
+                )
+        if self.args.report_to != "none":
+            self.accelerator.init_trackers(self.args.run_name, config=vars(self.args))
+        self.model = model.to(self.accelerator.device)
+        self.evaluator = Evaluator(self.model, self.accelerator, self.args)
+        self.report = StreamReport(model.config.method.name, "stream", self._environment())
+        self._tasks: list[tuple[Task, int]] = []  # learnt here, with their positions in the model
+        self._step = 0
+
+    def learn_stream(self, stream: TaskStream) -> StreamReport:
+        """Learns all tasks of a stream in order; evaluates and saves after each.
+
+        Args:
+            stream ([`TaskStream`]): The tasks.
+
+        Returns:
+            [`StreamReport`]
+        """
+        self.report.stream = stream.name
+        for task in stream:
+            self.learn(task)
+        if self.args.report_to != "none":
+            self.accelerator.end_training()
+        return self.report
+
+    def learn(self, task: Task) -> StreamReport:
+        """Learns one task, evaluates on all tasks learnt by this trainer so far, and saves the model.
+
+        Args:
+            task ([`Task`]): It may be one that nobody knew of when the model was made.
+
+        Returns:
+            [`StreamReport`]: Of all tasks learnt by this trainer.
+        """
+        args, method, seconds = self.args, self.model.config.method, {}
+        owner = len(self.model.config.tasks)
+        set_seed(args.seed + owner)
+        learner = self.model.start_task(task.name, task.classes, task.domain)
+        with _timed(seconds, "images"):
+            train, test = self._images(task.train), self._images(task.test)
+        prototypes = None
+        if method.expert_per_task:
+            with _timed(seconds, "prototypes"):
+                prototypes = self._fit_prototypes(train, task.name)
+        with _timed(seconds, "forward_transfer"):
+            before = self._evaluate_before(task, test, owner)
+        with _timed(seconds, "train"):
+            self._train(learner, train)
+        self.model.finish_task(learner, prototypes, len(train))
+        if not method.expert_per_task:
+            self.evaluator.expert_changed()
+        self._tasks.append((task, owner))
+        self._note_costs(learner, prototypes, train, seconds)
+        with _timed(seconds, "evaluate"):
+            self.evaluator.add(task.name, test)
+            self._evaluate(before)
+        self._save()
+        self.accelerator.free_memory()
+        return self.report
+
+    def _images(self, split) -> TaskImages:
+        """Resized images of a split; the main process writes the Arrow file, the others find it."""
+        with self.accelerator.main_process_first():
+            return cache_images(split, self.model.backbone.transform)
+
+    def _fit_prototypes(self, images: TaskImages, name: str) -> torch.Tensor:
+        """k-means on the query features of all training images, gathered from all processes, fitted on one."""
+        query = extract(
+            images,
+            torch.arange(len(images)),
+            lambda pixels, rows: self.model.query_features(pixels),
+            self.model,
+            self.accelerator,
+            self.args,
+            desc=f"Querying {name}",
+        )
+        k = self.model.config.method.k
+        if k > len(query):
+            logger.warning("%s has %d images, fewer than k=%d prototypes: using %d.", name, len(query), k, len(query))
+            k = len(query)
+        prototypes = torch.zeros(k, query.shape[1])
+        if self.accelerator.is_main_process:
+            prototypes = self.model.router.fit(query, k, seed=self.args.seed)
+        return broadcast(prototypes.to(self.accelerator.device))
+
+    def _train(self, learner: TaskLearner, images: TaskImages) -> None:
+        """Trains the expert and the head rows of one task."""
+        from transformers import get_scheduler
+
+        args, accelerator, transform = self.args, self.accelerator, self.model.backbone.transform
+        expert = [parameter for parameter in learner.peft_model.parameters() if parameter.requires_grad]
+        groups = [
+            {"params": expert, "lr": args.learning_rate},
+            {"params": list(learner.head.parameters()), "lr": args.head_learning_rate},
+        ]
+        if args.optim == "adamw":
+            optimizer = torch.optim.AdamW(groups, weight_decay=args.weight_decay)
+        else:
+            optimizer = torch.optim.SGD(groups, momentum=0.9, weight_decay=args.weight_decay)
+        loader = images.loader(args.train_batch_size, shuffle=True, num_workers=args.dataloader_num_workers)
+        module, optimizer, loader = accelerator.prepare(learner, optimizer, loader)
+        steps = args.num_train_epochs * -(-len(loader) // args.gradient_accumulation_steps)
+        scheduler = accelerator.prepare(
+            get_scheduler(args.lr_scheduler_type, optimizer, round(args.warmup_ratio * steps), steps)
+        )
+        bar = tqdm(
+            total=steps,
+            desc=f"Training {learner.config.name} ({learner.config.title})",
+            disable=args.disable_tqdm or not accelerator.is_main_process,
+            leave=False,
+        )
+        module.train()
+        for _ in range(args.num_train_epochs):
+            for batch in loader:
+                with accelerator.accumulate(module):
+                    pixel_values = augment(transform.normalize(batch["pixels"]), args.augmentation)
+                    loss, _ = module(pixel_values, batch["label"])
+                    accelerator.backward(loss)
+                    if accelerator.sync_gradients and args.max_grad_norm:
+                        accelerator.clip_grad_norm_([*expert, *learner.head.parameters()], args.max_grad_norm)
+                    optimizer.step()
+                    scheduler.step()
+                    optimizer.zero_grad()
+                if accelerator.sync_gradients:
+                    bar.update()
+                    self._step += 1
+                    if self._step % args.logging_steps == 0:
+                        bar.set_postfix(loss=f"{loss.item():.3f}")
+                        self.accelerator.log({"train/loss": loss.item()}, step=self._step)
+        bar.close()
+        learner.eval()
+
+    def _evaluate_before(self, task: Task, test: TaskImages, owner: int) -> float | None:
+        """`A[i-1, i]`, for forward transfer, where the model knows the task's classes already."""
+        if not self.args.forward_transfer or not set(task.classes) <= set(self.model.config.classes):
+            return None
+        self.evaluator.add(task.name, test)
+        return self.evaluator.evaluate(task.name, task.classes, owner=owner - 1).accuracy
+
+    def _evaluate(self, before: float | None) -> None:
+        """Fills the last row of the accuracy matrix."""
+        report, learnt = self.report, len(self._tasks)
+        if before is not None and learnt > 1:
+            report.accuracy_matrix[-2][-1] = before
+        results = [self.evaluator.evaluate(task.name, task.classes, owner) for task, owner in self._tasks]
+        report.accuracy_matrix[-1] = [result.accuracy for result in results]
+        if self.model.config.method.expert_per_task:
+            report.oracle_accuracy = [result.oracle_accuracy for result in results]
+            first = self._tasks[0][1]
+            report.routing_confusion = [result.routed[first:].tolist() for result in results]
+        report.test_forwards_per_image = self.evaluator.forwards_per_image()
+        self.accelerator.log({f"eval/{name}": value for name, value in report.summary().items()}, step=self._step)
+
+    def _note_costs(self, learner: TaskLearner, prototypes, train: TaskImages, seconds: dict[str, float]) -> None:
+        report, expert = self.report, self.model.bank.experts[-1]
+        head = sum(parameter.numel() for parameter in learner.head.parameters())
+        stored = sum(tensor.nbytes for tensor in expert.tensors.values()) + 4 * head
+        report.add_task(learner.config.name, learner.config.title)
+        report.expert_parameters.append(expert.num_parameters)
+        report.head_parameters.append(head)
+        report.stored_bytes.append(stored + (prototypes.nbytes if prototypes is not None else 0))
+        report.train_images_per_second.append(len(train) * self.args.num_train_epochs / seconds["train"])
+        report.untrained_accuracy.append(1 / len(learner.config.classes))
+        report.seconds.append(seconds)
+
+    def _save(self) -> None:
+        if self.accelerator.is_main_process:
+            folder = Path(self.args.output_dir)
+            self.model.save_pretrained(folder)
+            self.report.save(folder)
+            make_card(self.model.config, self.report.to_dict()).save(folder / "README.md")
+        self.accelerator.wait_for_everyone()
+
+    def _environment(self) -> dict:
+        device = self.accelerator.device
+        return {
+            "backbone": vars(self.model.config.backbone),
+            "seed": self.args.seed,
+            "versions": library_versions(),
+            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+            "num_processes": self.accelerator.num_processes,
+            "mixed_precision": self.accelerator.mixed_precision,
+        }
+
+
+def cpu_only() -> bool:
+    """Whether this machine has no accelerator. Accelerate must be told, or several processes on the CPU would not find
+    each other and each would learn everything alone."""
+    return torch.accelerator.current_accelerator() is None
+
+
+@contextmanager
+def _timed(seconds: dict[str, float], part: str) -> Iterator[None]:
+    start = time.perf_counter()
+    yield
+    seconds[part] = round(time.perf_counter() - start, 3)
