@@ -1,0 +1,23 @@
+"""S-LoRA: one LoRA adapter per task, chosen by the nearest k-means prototype (arXiv 2406.03216).
+
+accelerate launch recipes/s_lora.py                      # the paper's set-up: ViT-B/16, Split CIFAR-100
+accelerate launch recipes/s_lora.py --benchmark digits   # offline, on what comes with the package
+"""
+
+from dataclasses import dataclass, field
+
+from hf_clpeft import s_lora
+from hf_clpeft.training.recipe import run_recipe
+
+
+@dataclass
+class SLoraArguments:
+    r: int = field(default=1, metadata={"help": "Rank of the LoRA adapters."})
+    k: int = field(default=5, metadata={"help": "Prototypes per task."})
+    head: str = field(
+        default="auto", metadata={"help": "shared, per_task, or auto: shared if tasks bring new classes."}
+    )
+
+
+if __name__ == "__main__":
+    run_recipe(SLoraArguments, s_lora)

@@ -1,0 +1,23 @@
+"""S-Prompts: one prompt per task, chosen by the nearest k-means prototype (arXiv 2207.12819).
+
+accelerate launch recipes/s_prompts.py                      # ViT-B/16, Split CIFAR-100
+accelerate launch recipes/s_prompts.py --benchmark digits   # offline, on what comes with the package
+"""
+
+from dataclasses import dataclass, field
+
+from hf_clpeft import s_prompts
+from hf_clpeft.training.recipe import run_recipe
+
+
+@dataclass
+class SPromptsArguments:
+    prompt_length: int = field(default=10, metadata={"help": "Prompt tokens behind [CLS]."})
+    k: int = field(default=5, metadata={"help": "Prototypes per task."})
+    head: str = field(
+        default="auto", metadata={"help": "shared, per_task, or auto: shared if tasks bring new classes."}
+    )
+
+
+if __name__ == "__main__":
+    run_recipe(SPromptsArguments, s_prompts)

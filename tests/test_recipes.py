@@ -1,0 +1,81 @@
+"""Recipes as a user starts them: options, files of options, and what is said without a network."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from hf_clpeft import ConfigError, ContinualTrainingArguments
+from hf_clpeft.training.recipe import BackboneArguments, StreamArguments, parse
+
+
+REPO = Path(__file__).parents[1]
+GROUPS = (StreamArguments, BackboneArguments, ContinualTrainingArguments)
+QUICK = ["--num_train_epochs", "1", "--max_train_samples_per_task", "32", "--max_test_samples_per_task", "16"]
+
+
+def run(script, *options, **environment):
+    command = [sys.executable, str(REPO / "recipes" / script), *map(str, options)]
+    return subprocess.run(command, capture_output=True, text=True, env={**os.environ, **environment})
+
+
+@pytest.mark.parametrize("script", ["s_lora.py", "s_prompts.py"])
+def test_a_recipe_learns_a_benchmark_and_prints_a_table(script, tmp_path):
+    done = run(script, "--benchmark", "digits", "--output_dir", tmp_path / "out", "--disable_tqdm", *QUICK)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert re.search(r"│ s_\w+ +│ +\d+\.\d", done.stdout), done.stdout
+    metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    assert metrics["tasks"] == [f"task-00{i}" for i in range(5)]
+
+
+def test_the_demo_ends_with_a_table_and_a_picture(tmp_path):
+    done = run("demo.py", "--output_dir", tmp_path, "--num_tasks", "2", "--disable_tqdm", *QUICK)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert all(f"│ {name} " in done.stdout for name in ("s_lora", "s_prompts", "sequential_lora"))
+    assert (tmp_path / "demo.png").is_file() and str(tmp_path / "demo.png") in done.stdout
+
+
+def test_every_option_has_a_help_text():
+    done = run("s_lora.py", "--help")
+    assert done.returncode == 0
+    for option in ("--r R", "--k K", "--learning_rate", "--benchmark", "--image_size", "--config"):
+        assert option in done.stdout
+
+
+def test_the_command_line_wins_over_the_file_and_the_file_over_the_benchmark(tmp_path):
+    (tmp_path / "options.yaml").write_text("benchmark: digits\nlearning_rate: 0.5\nseed: 7\n")
+    stream, backbone, training = parse(GROUPS, ["--config", str(tmp_path / "options.yaml"), "--seed", "8"])
+    assert (training.learning_rate, training.seed) == (0.5, 8)
+    assert backbone.backbone == "hf-clpeft/vit-tiny-glyphs"  # what suits the benchmark
+    assert stream.benchmark == "digits"
+
+
+def test_the_default_is_the_papers_set_up():
+    stream, backbone, _ = parse(GROUPS, [])
+    assert stream.benchmark == "split_cifar100" and backbone.backbone == "google/vit-base-patch16-224-in21k"
+
+
+def test_a_data_set_alone_is_no_benchmark():
+    stream, _, _ = parse(GROUPS, ["--dataset", "my/pictures", "--scenario", "domain"])
+    assert stream.benchmark is None
+
+
+@pytest.mark.parametrize(
+    "text, message", [("lerning_rate: 1", "no option 'lerning_rate'"), ("benchmark: mnist", "'mnist'")]
+)
+def test_unknown_options_and_benchmarks_are_refused(tmp_path, text, message):
+    (tmp_path / "options.yaml").write_text(text)
+    with pytest.raises(ConfigError, match=message):
+        parse(GROUPS, ["--config", str(tmp_path / "options.yaml")])
+
+
+def test_without_a_network_the_default_ends_in_one_line_with_the_offline_command():
+    done = run("s_lora.py", HF_HUB_OFFLINE="0", HF_ENDPOINT="http://127.0.0.1:9")
+    assert done.returncode == 1
+    assert len(done.stderr.strip().splitlines()) == 1, done.stderr
+    assert "uoft-cs/cifar100 and google/vit-base-patch16-224-in21k must come from" in done.stderr
+    assert "s_lora.py --benchmark digits" in done.stderr
