@@ -10,7 +10,7 @@ __version__ = "0.1.0"
 
 _MODULES = {
     "config": ["ConfigError", "ContinualConfig", "MethodConfig"],
-    "streams": ["StreamError", "Task", "TaskStream", "load_benchmark"],
+    "streams": ["StreamError", "Task", "TaskStream", "load_benchmark", "load_task"],
     "backbones": ["Backbone", "BackboneError", "load_backbone"],
     "experts": ["Expert", "ExpertBank", "ExpertError", "PromptTunedVisionModel"],
     "routing": ["PrototypeRouter"],

@@ -1,16 +1,14 @@
 """The linear classifier: shared by all tasks, or one per task."""
 
-from collections.abc import Sequence
-
 import torch
 
 
 class Heads(torch.nn.Module):
-    """Linear rows over features, kept in one layer for each task that trained them.
+    """Linear rows over features, kept by the tasks that trained them.
 
     A *shared* head judges every image by all rows, one per class. A head *per task* judges an image by the rows of the
-    task whose expert it went to, so a class has a row in every task that has it. A layer is written once its task is
-    trained, and no later task changes it: old logits stay bit-identical. (Only if a later task trains a class of a
+    task whose expert it went to, so a class has a row in every task that has it. Rows are written once their task is
+    trained, and no later task changes them: old logits stay bit-identical. (Only if a later task trains a class of a
     shared head again does the old row go.)
 
     Args:
@@ -35,19 +33,20 @@ class Heads(torch.nn.Module):
     def __init__(self, hidden_size: int, shared: bool):
         super().__init__()
         self.hidden_size, self.shared = hidden_size, shared
-        self.layers = torch.nn.ModuleList()  # by task
-        self.classes: list[list[int]] = []  # numbers of the classes of each layer's rows
+        self.weights = torch.nn.ParameterList()  # by task
+        self.biases = torch.nn.ParameterList()
+        self.classes: list[list[int]] = []  # numbers of the classes of each task's rows
 
     @property
     def num_classes(self) -> int:
         """One more than the highest class number."""
         return 1 + max((number for classes in self.classes for number in classes), default=-1)
 
-    def start(self, classes: Sequence[int]) -> torch.nn.Linear:
+    def start(self, classes: list[int]) -> torch.nn.Linear:
         """A layer for the next task to train: rows of a shared head go on where they were, all others start at zero.
 
         Args:
-            classes (sequence of `int`): Numbers of the classes to train; the outputs of the layer in this order.
+            classes (`list[int]`): Numbers of the classes to train; the outputs of the layer in this order.
 
         Returns:
             `torch.nn.Linear`
@@ -56,32 +55,31 @@ class Heads(torch.nn.Module):
         torch.nn.init.zeros_(layer.weight)
         torch.nn.init.zeros_(layer.bias)
         if self.shared:
-            known = {
-                number: (old.weight[row], old.bias[row])
-                for old, numbers in zip(self.layers, self.classes, strict=True)
-                for row, number in enumerate(numbers)
-            }
             with torch.no_grad():
-                for row, number in enumerate(classes):
-                    if number in known:
-                        layer.weight[row], layer.bias[row] = known[number]
+                for task, numbers in enumerate(self.classes):
+                    for old_row, number in enumerate(numbers):
+                        if number in classes:
+                            row = classes.index(number)
+                            layer.weight[row] = self.weights[task][old_row]
+                            layer.bias[row] = self.biases[task][old_row]
         return layer
 
-    def write(self, layer: torch.nn.Linear, classes: Sequence[int]) -> None:
+    def write(self, layer: torch.nn.Linear, classes: list[int]) -> None:
         """Keeps the trained layer of the next task.
 
         Args:
             layer (`torch.nn.Linear`): What [`~Heads.start`] gave, trained.
-            classes (sequence of `int`): Numbers of its classes.
+            classes (`list[int]`): Numbers of its classes.
         """
         if self.shared:
             for task, numbers in enumerate(self.classes):
                 kept = [row for row, number in enumerate(numbers) if number not in set(classes)]
                 if len(kept) < len(numbers):
-                    old = self.layers[task]
-                    self.layers[task] = _linear(old.weight[kept], old.bias[kept])
+                    self.weights[task] = _fixed(self.weights[task][kept])
+                    self.biases[task] = _fixed(self.biases[task][kept])
                     self.classes[task] = [numbers[row] for row in kept]
-        self.layers.append(_linear(layer.weight, layer.bias))
+        self.weights.append(_fixed(layer.weight))
+        self.biases.append(_fixed(layer.bias))
         self.classes.append(list(classes))
 
     def forward(self, features: torch.Tensor, owners: torch.Tensor) -> torch.Tensor:
@@ -97,16 +95,14 @@ class Heads(torch.nn.Module):
         features = features.float()
         logits = features.new_full((len(features), self.num_classes), -torch.inf)
         every = torch.arange(len(features), device=features.device)
-        for task in range(len(self.layers)) if self.shared else owners.unique().tolist():
+        for task in range(len(self.classes)) if self.shared else owners.unique().tolist():
             rows = every if self.shared else every[owners == task]
             columns = torch.tensor(self.classes[task], dtype=torch.int64, device=features.device)
-            logits[rows[:, None], columns] = self.layers[task](features[rows])
+            logits[rows[:, None], columns] = torch.nn.functional.linear(
+                features[rows], self.weights[task], self.biases[task]
+            )
         return logits
 
 
-def _linear(weight: torch.Tensor, bias: torch.Tensor) -> torch.nn.Linear:
-    layer = torch.nn.utils.skip_init(torch.nn.Linear, *reversed(weight.shape), device=weight.device)
-    layer.requires_grad_(False)
-    layer.weight.copy_(weight.detach())
-    layer.bias.copy_(bias.detach())
-    return layer
+def _fixed(rows: torch.Tensor) -> torch.nn.Parameter:
+    return torch.nn.Parameter(rows.detach().clone(), requires_grad=False)

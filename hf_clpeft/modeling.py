@@ -12,7 +12,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from .backbones import Backbone, BackboneError, load_backbone
+from .backbones import Backbone, BackboneError, cls_features, load_backbone
 from .config import ConfigError, ContinualConfig, MethodConfig, TaskConfig
 from .experts import Expert, ExpertBank
 from .experts.expert import make_peft_config
@@ -92,7 +92,7 @@ class TaskLearner(torch.nn.Module):
         Returns:
             The loss, and the logits of shape `(batch, len(classes))`.
         """
-        features = self.peft_model(pixel_values=pixel_values).last_hidden_state[:, 0]
+        features = cls_features(self.peft_model, pixel_values)
         logits = self.head(features.to(self.head.weight.dtype))
         return torch.nn.functional.cross_entropy(logits.float(), self.targets[labels]), logits
 
@@ -275,9 +275,9 @@ class ContinualModel(torch.nn.Module):
             expert.save(folder / EXPERTS_FOLDER / expert.name)
         save_file({"prototypes": self.router.prototypes, "owners": self.router.owners}, folder / ROUTER_NAME)
         rows = {}
-        for task, layer, classes in zip(self.config.tasks, self.heads.layers, self.heads.classes, strict=True):
-            rows |= {f"{task.name}.weight": layer.weight, f"{task.name}.bias": layer.bias}
-            rows[f"{task.name}.classes"] = torch.tensor(classes, dtype=torch.int64)
+        for i, task in enumerate(self.config.tasks):
+            rows[f"{task.name}.weight"], rows[f"{task.name}.bias"] = self.heads.weights[i], self.heads.biases[i]
+            rows[f"{task.name}.classes"] = torch.tensor(self.heads.classes[i], dtype=torch.int64)
         save_file(rows, folder / HEADS_NAME)
         self.backbone.processor.save_pretrained(folder)
         self.config.versions = library_versions()
@@ -317,7 +317,8 @@ class ContinualModel(torch.nn.Module):
             raise BackboneError(
                 f"The weights of backbone {backbone.config.name_or_path!r} hash to "
                 f"{backbone.config.weight_hash[:12]}…, but {name_or_path} was trained on "
-                f"{config.backbone.name_or_path!r} with {config.backbone.weight_hash[:12]}…. Pass the right one with backbone=."
+                f"{config.backbone.name_or_path!r} with {config.backbone.weight_hash[:12]}…. "
+                "Pass the right one with backbone=."
             )
         model = cls(backbone, config)
         names = [task.name for task in config.tasks] if config.method.expert_per_task else [ONE_EXPERT]

@@ -43,6 +43,8 @@ def plot_report(
     if panels == 2:
         share = confusion / confusion.sum(axis=1, keepdims=True)
         draw_matrix(axes[1], share, titles, titles, "share of images sent to each expert", "Oranges")
+        axes[1].set_ylabel("images of")
+        axes[1].set_xlabel("expert of")
     figure.suptitle(name)
     figure.savefig(path)
 

@@ -8,14 +8,17 @@ from pathlib import Path
 
 from hf_clpeft import ContinualTrainingArguments, s_lora, s_prompts, sequential_lora
 from hf_clpeft.plots import plot_comparison
+from hf_clpeft.streams import BENCHMARKS
 from hf_clpeft.training.recipe import BackboneArguments, StreamArguments, learn, parse, print_reports
 
 
 def main():
     groups = (StreamArguments, BackboneArguments, ContinualTrainingArguments)
-    stream, backbone, training = parse(groups, default_benchmark="digits")
+    stream_args, backbone, training = parse(groups, default_benchmark="digits")
+    stream = stream_args.load()
     folder = Path(training.output_dir)
-    methods = (s_lora(k=20), s_prompts(k=20), sequential_lora())
+    k = BENCHMARKS["digits"].defaults["k"]
+    methods = (s_lora(k=k), s_prompts(k=k), sequential_lora())
     reports = [
         learn(stream, backbone, replace(training, output_dir=str(folder / method.name)), method) for method in methods
     ]

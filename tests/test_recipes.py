@@ -27,7 +27,7 @@ def run(script, *options, **environment):
 def test_a_recipe_learns_a_benchmark_and_prints_a_table(script, tmp_path):
     done = run(script, "--benchmark", "digits", "--output_dir", tmp_path / "out", "--disable_tqdm", *QUICK)
     assert done.returncode == 0, done.stderr[-2000:]
-    assert re.search(r"│ s_\w+ +│ +\d+\.\d", done.stdout), done.stdout
+    assert re.search(r"s_\w+ +\d+\.\d", done.stdout), done.stdout
     metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
     assert metrics["tasks"] == [f"task-00{i}" for i in range(5)]
 
@@ -35,7 +35,7 @@ def test_a_recipe_learns_a_benchmark_and_prints_a_table(script, tmp_path):
 def test_the_demo_ends_with_a_table_and_a_picture(tmp_path):
     done = run("demo.py", "--output_dir", tmp_path, "--num_tasks", "2", "--disable_tqdm", *QUICK)
     assert done.returncode == 0, done.stderr[-2000:]
-    assert all(f"│ {name} " in done.stdout for name in ("s_lora", "s_prompts", "sequential_lora"))
+    assert all(f" {name} " in done.stdout for name in ("s_lora", "s_prompts", "sequential_lora"))
     assert (tmp_path / "demo.png").is_file() and str(tmp_path / "demo.png") in done.stdout
 
 

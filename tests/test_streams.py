@@ -5,7 +5,7 @@ import pytest
 from conftest import pattern_dataset, pattern_rows
 from datasets import ClassLabel, Dataset, DatasetDict, Image
 
-from hf_clpeft import StreamError, Task, TaskStream, load_benchmark
+from hf_clpeft import StreamError, TaskStream, load_benchmark, load_task
 from hf_clpeft.streams import BENCHMARKS
 
 
@@ -141,7 +141,7 @@ def test_core50_without_its_session_column_is_refused(patterns):
 
 
 def test_tasks_of_one_name_are_refused(patterns):
-    task = Task.from_dataset(patterns, name="twin")
+    task = load_task(patterns, name="twin")
     with pytest.raises(StreamError, match="same name"):
         TaskStream([task, task])
 

@@ -3,7 +3,7 @@
 from .benchmarks import BENCHMARKS, Benchmark, load_benchmark
 from .images import ImageTransform, TaskImages, cache_images
 from .source import ImageSource, StreamError
-from .stream import TaskStream
+from .stream import TaskStream, load_task
 from .task import Split, Task
 
 
@@ -19,4 +19,5 @@ __all__ = [
     "TaskStream",
     "cache_images",
     "load_benchmark",
+    "load_task",
 ]

@@ -1,6 +1,7 @@
 """The ordered tasks that a model learns one after another."""
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 
 import numpy as np
 
@@ -151,6 +152,35 @@ class TaskStream(Sequence):
             ),
             name=sides.stream_name,
         )
+
+
+def load_task(dataset, name: str, domain: str | None = None, **options) -> Task:
+    """One task out of a whole data set: for streams whose next task nobody knew of when they began.
+
+    Args:
+        dataset (`str`, `Path` or `DatasetDict`): Hub id, local folder (Parquet or ImageFolder) or loaded data set.
+        name (`str`): Name of the task.
+        domain (`str`, *optional*): Its domain, if its classes are known from other domains.
+        options: As for [`TaskStream.domain_incremental`].
+
+    Returns:
+        [`Task`]
+
+    Example:
+
+    ```py
+    >>> from datasets import Dataset, DatasetDict
+    >>> from PIL import Image
+    >>> from hf_clpeft import load_task
+
+    >>> rows = Dataset.from_dict({"image": [Image.new("RGB", (8, 8))] * 4, "label": ["cat", "dog"] * 2})
+    >>> load_task(DatasetDict(train=rows, test=rows), name="pets").classes
+    ('cat', 'dog')
+
+    ```
+    """
+    (task,) = TaskStream.class_incremental(dataset, num_tasks=1, **options)
+    return replace(task, name=name, domain=domain)
 
 
 class _Sides:

@@ -75,34 +75,6 @@ class Task:
                 "a classifier needs at least two per task. Use fewer tasks, or check label_column."
             )
 
-    @classmethod
-    def from_dataset(cls, dataset, name: str, domain: str | None = None, **options) -> "Task":
-        """One task out of a whole data set: all its classes, its train and its test split.
-
-        Args:
-            dataset: As for [`TaskStream.class_incremental`].
-            name (`str`): Name of the task.
-            domain (`str`, *optional*): Its domain: the same classes as before, seen in a new way.
-            options: As for [`TaskStream.class_incremental`].
-
-        Example:
-
-        ```py
-        >>> from datasets import Dataset, DatasetDict
-        >>> from PIL import Image
-        >>> from hf_clpeft.streams import Task
-
-        >>> rows = Dataset.from_dict({"image": [Image.new("RGB", (8, 8))] * 4, "label": ["cat", "dog"] * 2})
-        >>> Task.from_dataset(DatasetDict(train=rows, test=rows), name="pets").classes
-        ('cat', 'dog')
-
-        ```
-        """
-        from .stream import TaskStream
-
-        (task,) = TaskStream.class_incremental(dataset, num_tasks=1, **options)
-        return cls(name, task.classes, task.train, task.test, domain)
-
 
 def split_of(
     source: ImageSource,

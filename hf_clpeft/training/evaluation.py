@@ -1,5 +1,6 @@
 """Evaluation after every task: routed and oracle-routed accuracy, and where images went."""
 
+import math
 from functools import partial
 from typing import NamedTuple
 
@@ -18,7 +19,7 @@ class TaskEvaluation(NamedTuple):
 
     Args:
         accuracy (`float`): Share of images with the right class, every image routed by its own features.
-        oracle_accuracy (`float`): The same if every image went to its own task's expert.
+        oracle_accuracy (`float`): The same if every image went to its own task's expert; NaN if it has none yet.
         routed (integer array of shape `(tasks,)`): How many images went to each task.
     """
 
@@ -63,13 +64,13 @@ class Evaluator:
             test.forget()
 
     @torch.no_grad()
-    def evaluate(self, name: str, classes: list[str], owner: int) -> TaskEvaluation:
+    def evaluate(self, name: str, classes: list[str], owner: int | None) -> TaskEvaluation:
         """Evaluates on one registered test split.
 
         Args:
             name (`str`): Name of the task.
             classes (`list[str]`): Its classes; labels are positions in it.
-            owner (`int`): Position of the task in the model, for oracle routing.
+            owner (`int`, *optional*): Position of the task in the model, for oracle routing; `None` before that.
 
         Returns:
             [`TaskEvaluation`]
@@ -92,8 +93,9 @@ class Evaluator:
             return float((logits.argmax(dim=1).cpu() == wanted).float().mean())
 
         routed = self.model.route(test.query.to(device)).owner.cpu()
-        oracle = torch.full_like(routed, owner if self.model.config.method.expert_per_task else 0)
-        num_owners = len(self.model.config.tasks)
-        return TaskEvaluation(
-            accuracy(routed), accuracy(oracle), np.bincount(routed.numpy(), minlength=num_owners)[:num_owners]
-        )
+        oracle_accuracy = math.nan
+        if owner is not None:
+            own = owner if self.model.config.method.expert_per_task else 0
+            oracle_accuracy = accuracy(torch.full_like(routed, own))
+        counts = np.bincount(routed.numpy(), minlength=len(self.model.config.tasks))
+        return TaskEvaluation(accuracy(routed), oracle_accuracy, counts)

@@ -100,7 +100,8 @@ def run_recipe(method_arguments: type, make_method: Callable[..., MethodConfig],
     groups = (StreamArguments, BackboneArguments, ContinualTrainingArguments, method_arguments)
     try:
         stream_args, backbone_args, training_args, method_args = parse(groups, argv)
-        report = learn(stream_args, backbone_args, training_args, make_method(**asdict(method_args)))
+        require_hub(stream_args, backbone_args)
+        report = learn(stream_args.load(), backbone_args, training_args, make_method(**asdict(method_args)))
     except (ConfigError, StreamError) as error:
         raise SystemExit(f"error: {error}") from error
     print_reports([report], Path(training_args.output_dir, PLOT_NAME))
@@ -108,7 +109,7 @@ def run_recipe(method_arguments: type, make_method: Callable[..., MethodConfig],
 
 
 def learn(
-    stream_args: StreamArguments,
+    stream: TaskStream,
     backbone_args: BackboneArguments,
     training_args: ContinualTrainingArguments,
     method: MethodConfig,
@@ -116,7 +117,7 @@ def learn(
     """Learns a stream from nothing.
 
     Args:
-        stream_args ([`StreamArguments`]): Which tasks.
+        stream ([`TaskStream`]): Which tasks.
         backbone_args ([`BackboneArguments`]): Which frozen model.
         training_args ([`ContinualTrainingArguments`]): How to train.
         method ([`MethodConfig`]): With what.
@@ -124,7 +125,6 @@ def learn(
     Returns:
         [`StreamReport`]
     """
-    require_hub(stream_args, backbone_args)
     from accelerate import PartialState
 
     from ..modeling import ContinualModel
@@ -143,7 +143,7 @@ def learn(
         image_size=backbone_args.image_size,
         dtype=backbone_args.dtype,
     )
-    return ContinualTrainer(model, training_args).learn_stream(stream_args.load())
+    return ContinualTrainer(model, training_args).learn_stream(stream)
 
 
 def parse(groups: tuple[type, ...], argv: list[str] | None = None, default_benchmark: str = "split_cifar100") -> tuple:
@@ -243,30 +243,31 @@ def print_reports(reports: list[StreamReport], picture: str | Path) -> None:
         picture (`str` or `Path`): Path of the picture that goes with them; the models are beside it.
     """
     from accelerate import PartialState
+    from rich.box import SIMPLE
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(title=f"{reports[0].stream}: {len(reports[0].tasks)} tasks, every image routed by itself")
-    for column in ("method", "average accuracy", "incremental", "forgetting", "routing", "oracle-routed"):
-        table.add_column(column, justify="left" if column == "method" else "right")
-    table.add_column("parameters per task: expert + head", justify="right")
-    table.add_column("seconds", justify="right")
+    if not PartialState().is_main_process:
+        return
+    title = f"{reports[0].stream}: accuracy after {len(reports[0].tasks)} tasks, every image routed by itself"
+    table = Table(title=title, box=SIMPLE, pad_edge=False)
+    table.add_column("method", no_wrap=True)
+    measures = {
+        "average_accuracy": "average",
+        "average_incremental_accuracy": "incre-\nmental",
+        "forgetting": "for-\ngetting",
+        "routing_accuracy": "routing",
+        "oracle_accuracy": "oracle-\nrouted",
+    }
+    for header in (*measures.values(), "expert\nparams", "sec"):
+        table.add_column(header, justify="right")
     for report in reports:
         summary = report.summary()
-        names = (
-            "average_accuracy",
-            "average_incremental_accuracy",
-            "forgetting",
-            "routing_accuracy",
-            "oracle_accuracy",
-        )
         table.add_row(
             report.method,
-            *(f"{100 * summary[name]:.1f}" if name in summary else "–" for name in names),
-            f"{report.expert_parameters[-1]:,} + {report.head_parameters[-1]:,}",
+            *(f"{100 * summary[name]:.1f}" if name in summary else "–" for name in measures),
+            f"{report.expert_parameters[-1]:,}",
             f"{sum(sum(parts.values()) for parts in report.seconds):.0f}",
         )
-    if PartialState().is_main_process:
-        console = Console(width=None if sys.stdout.isatty() else 132)
-        console.print(table)
-        print(f"results: {Path(picture).parent}    picture: {picture}")
+    Console().print(table)
+    print(f"results: {Path(picture).parent}    picture: {picture}")

@@ -108,15 +108,15 @@ class ContinualTrainer:
         args, method, seconds = self.args, self.model.config.method, {}
         owner = len(self.model.config.tasks)
         set_seed(args.seed + owner)
-        learner = self.model.start_task(task.name, task.classes, task.domain)
         with _timed(seconds, "images"):
             train, test = self._images(task.train), self._images(task.test)
+        with _timed(seconds, "forward_transfer"):
+            before = self._evaluate_before(task, test)
+        learner = self.model.start_task(task.name, task.classes, task.domain)
         prototypes = None
         if method.expert_per_task:
             with _timed(seconds, "prototypes"):
                 prototypes = self._fit_prototypes(train, task.name)
-        with _timed(seconds, "forward_transfer"):
-            before = self._evaluate_before(task, test, owner)
         with _timed(seconds, "train"):
             self._train(learner, train)
         self.model.finish_task(learner, prototypes, len(train))
@@ -203,12 +203,12 @@ class ContinualTrainer:
         bar.close()
         learner.eval()
 
-    def _evaluate_before(self, task: Task, test: TaskImages, owner: int) -> float | None:
+    def _evaluate_before(self, task: Task, test: TaskImages) -> float | None:
         """`A[i-1, i]`, for forward transfer, where the model knows the task's classes already."""
         if not self.args.forward_transfer or not set(task.classes) <= set(self.model.config.classes):
             return None
         self.evaluator.add(task.name, test)
-        return self.evaluator.evaluate(task.name, task.classes, owner=owner - 1).accuracy
+        return self.evaluator.evaluate(task.name, task.classes, owner=None).accuracy
 
     def _evaluate(self, before: float | None) -> None:
         """Fills the last row of the accuracy matrix."""
