@@ -71,6 +71,7 @@ class ExpertBank(torch.nn.Module):
             self._make_slot(config)
         else:
             self._put(known)
+        self._in_slot = None  # from here on the slot holds nothing that is at rest
         return self.slot
 
     def finish(self, name: str) -> Expert:

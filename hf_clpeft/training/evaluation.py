@@ -1,7 +1,6 @@
 """Evaluation after every task: routed and oracle-routed accuracy, and where images went."""
 
 import math
-from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -11,7 +10,7 @@ from accelerate import Accelerator
 from ..modeling import ContinualModel
 from ..streams import TaskImages
 from .arguments import ContinualTrainingArguments
-from .features import TestFeatures, extract
+from .features import TestFeatures, extract, extract_queries
 
 
 class TaskEvaluation(NamedTuple):
@@ -38,19 +37,13 @@ class Evaluator:
     """
 
     def __init__(self, model: ContinualModel, accelerator: Accelerator, args: ContinualTrainingArguments):
-        self.model = model
-        self._extract = partial(extract, model=model, accelerator=accelerator, args=args)
+        self.model, self.accelerator, self.args = model, accelerator, args
         self._tests: dict[str, TestFeatures] = {}
 
     def add(self, name: str, images: TaskImages) -> None:
         """Registers a test split, and computes its query features."""
         if name not in self._tests:
-            query = self._extract(
-                images,
-                torch.arange(len(images)),
-                lambda pixels, rows: self.model.query_features(pixels),
-                desc="Querying",
-            )
+            query = extract_queries(images, self.model, self.accelerator, self.args, desc=f"Querying {name}")
             self._tests[name] = TestFeatures(images, query)
 
     def forwards_per_image(self) -> float:
@@ -82,10 +75,13 @@ class Evaluator:
         def accuracy(selection: torch.Tensor) -> float:
             features = test.under(
                 selection,
-                lambda rows: self._extract(
+                lambda rows: extract(
                     test.images,
                     rows,
                     lambda pixels, index: self.model.bank(pixels, selection[index]),
+                    self.model,
+                    self.accelerator,
+                    self.args,
                     desc=f"Evaluating {name}",
                 ),
             )

@@ -58,6 +58,22 @@ def extract(
     return features
 
 
+def extract_queries(
+    images: TaskImages,
+    model: ContinualModel,
+    accelerator: Accelerator,
+    args: ContinualTrainingArguments,
+    desc: str,
+) -> torch.Tensor:
+    """Query features of all images: [`extract`] with what chooses experts.
+
+    Returns:
+        `torch.Tensor` of shape `(len(images), hidden_size)`, `float32`, on the CPU; the same on every process.
+    """
+    rows = torch.arange(len(images))
+    return extract(images, rows, lambda pixels, _: model.query_features(pixels), model, accelerator, args, desc)
+
+
 class TestFeatures:
     """Features of one task's test images: frozen backbone and frozen experts never change, so nothing is redone.
 

@@ -18,7 +18,7 @@ from ..streams import Task, TaskImages, TaskStream, cache_images
 from ..streams.images import augment
 from .arguments import ContinualTrainingArguments
 from .evaluation import Evaluator
-from .features import extract
+from .features import extract_queries
 from .report import StreamReport
 
 
@@ -107,11 +107,11 @@ class ContinualTrainer:
         """
         args, method, seconds = self.args, self.model.config.method, {}
         owner = len(self.model.config.tasks)
-        set_seed(args.seed + owner)
         with _timed(seconds, "images"):
             train, test = self._images(task.train), self._images(task.test)
         with _timed(seconds, "forward_transfer"):
             before = self._evaluate_before(task, test)
+        set_seed(args.seed + owner)
         learner = self.model.start_task(task.name, task.classes, task.domain)
         prototypes = None
         if method.expert_per_task:
@@ -138,15 +138,7 @@ class ContinualTrainer:
 
     def _fit_prototypes(self, images: TaskImages, name: str) -> torch.Tensor:
         """k-means on the query features of all training images, gathered from all processes, fitted on one."""
-        query = extract(
-            images,
-            torch.arange(len(images)),
-            lambda pixels, rows: self.model.query_features(pixels),
-            self.model,
-            self.accelerator,
-            self.args,
-            desc=f"Querying {name}",
-        )
+        query = extract_queries(images, self.model, self.accelerator, self.args, desc=f"Querying {name}")
         k = self.model.config.method.k
         if k > len(query):
             logger.warning("%s has %d images, fewer than k=%d prototypes: using %d.", name, len(query), k, len(query))
