@@ -22,8 +22,8 @@ class Heads(torch.nn.Module):
     >>> from hf_clpeft.heads import Heads
 
     >>> heads = Heads(hidden_size=2, shared=False)
-    >>> heads.write(torch.nn.Linear(2, 2), classes=[0, 1])
-    >>> heads.write(torch.nn.Linear(2, 2), classes=[2, 3])
+    >>> heads.write(torch.eye(2), torch.zeros(2), classes=[0, 1])
+    >>> heads.write(torch.eye(2), torch.zeros(2), classes=[2, 3])
     >>> heads(torch.ones(1, 2), owners=torch.tensor([1])).isfinite().tolist()
     [[False, False, True, True]]
 
@@ -64,13 +64,22 @@ class Heads(torch.nn.Module):
                             layer.bias[row] = self.biases[task][old_row]
         return layer
 
-    def write(self, layer: torch.nn.Linear, classes: list[int]) -> None:
-        """Keeps the trained layer of the next task.
+    def write(self, weight: torch.Tensor, bias: torch.Tensor, classes: list[int]) -> None:
+        """Keeps the trained rows of the next task.
 
         Args:
-            layer (`torch.nn.Linear`): What [`~Heads.start`] gave, trained.
-            classes (`list[int]`): Numbers of its classes.
+            weight (`torch.Tensor` of shape `(rows, hidden_size)`): Weight of the layer that [`~Heads.start`] gave.
+            bias (`torch.Tensor` of shape `(rows,)`): Its bias.
+            classes (`list[int]`): Number of the class of each row.
+
+        Raises:
+            `ValueError`: Shapes do not fit.
         """
+        if weight.shape != (len(classes), self.hidden_size) or bias.shape != (len(classes),):
+            raise ValueError(
+                f"weight {tuple(weight.shape)} and bias {tuple(bias.shape)} are no rows of width {self.hidden_size} "
+                f"for {len(classes)} classes."
+            )
         if self.shared:
             for task, numbers in enumerate(self.classes):
                 kept = [row for row, number in enumerate(numbers) if number not in set(classes)]
@@ -78,8 +87,8 @@ class Heads(torch.nn.Module):
                     self.weights[task] = _fixed(self.weights[task][kept])
                     self.biases[task] = _fixed(self.biases[task][kept])
                     self.classes[task] = [numbers[row] for row in kept]
-        self.weights.append(_fixed(layer.weight))
-        self.biases.append(_fixed(layer.bias))
+        self.weights.append(_fixed(weight))
+        self.biases.append(_fixed(bias))
         self.classes.append(list(classes))
 
     def forward(self, features: torch.Tensor, owners: torch.Tensor) -> torch.Tensor:

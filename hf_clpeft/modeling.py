@@ -257,7 +257,7 @@ class ContinualModel(torch.nn.Module):
         self.bank.finish(task.name if method.expert_per_task else ONE_EXPERT)
         if prototypes is not None:
             self.router.add_prototypes(prototypes)
-        self.heads.write(learner.head, learner.classes)
+        self.heads.write(learner.head.weight, learner.head.bias, learner.classes)
         self.config.classes = list(dict.fromkeys([*self.config.classes, *task.classes]))
         self.config.tasks.append(task)
 
@@ -341,12 +341,10 @@ class ContinualModel(torch.nn.Module):
     def _load_heads(self, tensors: dict[str, torch.Tensor]) -> None:
         for task in self.config.tasks:
             try:
-                classes = tensors[f"{task.name}.classes"].tolist()
-                layer = torch.nn.Linear(self.backbone.hidden_size, len(classes))
-                layer.load_state_dict({name: tensors[f"{task.name}.{name}"] for name in ("weight", "bias")})
-            except (RuntimeError, KeyError) as error:
+                rows = (tensors[f"{task.name}.{name}"] for name in ("weight", "bias"))
+                self.heads.write(*rows, tensors[f"{task.name}.classes"].tolist())
+            except (ValueError, KeyError) as error:
                 raise ConfigError(f"{HEADS_NAME}: the head of task {task.name!r} does not fit: {error}") from error
-            self.heads.write(layer, classes)
         if self.heads.num_classes != len(self.config.classes):
             raise ConfigError(
                 f"{HEADS_NAME} has rows for {self.heads.num_classes} classes, but the model knows "

@@ -10,6 +10,7 @@ def plot_report(
     accuracy_matrix: Sequence[Sequence[float]],
     routing_confusion: Sequence[Sequence[int]],
     titles: Sequence[str],
+    experts: Sequence[str],
     path: str | Path,
     name: str = "",
 ) -> None:
@@ -17,8 +18,9 @@ def plot_report(
 
     Args:
         accuracy_matrix (array of shape `(T, T)`): Accuracies in [0, 1]; NaN where not measured.
-        routing_confusion (array of shape `(T, T)` or empty): Images of each task (row) sent to each task (column).
+        routing_confusion (array of shape `(T, E)` or empty): Images of each task (row) sent to each expert.
         titles (sequence of `str`): Short texts of the tasks.
+        experts (sequence of `str`): Short texts of the experts' tasks.
         path (`str` or `Path`): PNG file to write.
         name (`str`, *optional*): Name of the method.
 
@@ -27,7 +29,8 @@ def plot_report(
     ```py
     >>> from hf_clpeft.plots import plot_report
 
-    >>> plot_report([[0.9, float("nan")], [0.7, 0.8]], [[9, 1], [0, 10]], ["cats", "dogs"], "plot.png")
+    >>> titles = ["cats", "dogs"]
+    >>> plot_report([[0.9, float("nan")], [0.7, 0.8]], [[9, 1], [0, 10]], titles, titles, "plot.png")
 
     ```
     """
@@ -42,7 +45,7 @@ def plot_report(
     draw_matrix(axes[0], np.asarray(accuracy_matrix), after, titles, "accuracy on each task", "Blues")
     if panels == 2:
         share = confusion / confusion.sum(axis=1, keepdims=True)
-        draw_matrix(axes[1], share, titles, titles, "share of images sent to each expert", "Oranges")
+        draw_matrix(axes[1], share, titles, experts, "share of images sent to each expert", "Oranges")
         axes[1].set_ylabel("images of")
         axes[1].set_xlabel("expert of")
     figure.suptitle(name)

@@ -16,16 +16,16 @@ FEATURES = torch.randn(6, 4, generator=torch.Generator().manual_seed(0))
 
 def test_a_shared_head_judges_every_image_over_all_classes():
     heads, first, second = Heads(4, shared=True), layer(2, 1), layer(2, 2)
-    heads.write(first, [0, 1])
-    heads.write(second, [2, 3])
+    heads.write(first.weight, first.bias, [0, 1])
+    heads.write(second.weight, second.bias, [2, 3])
     logits = heads(FEATURES, torch.tensor([0, 1, 0, 1, 0, 1]))
     torch.testing.assert_close(logits, torch.cat([first(FEATURES), second(FEATURES)], dim=1))
 
 
 def test_a_head_per_task_judges_only_over_its_own_classes():
     heads, first, second = Heads(4, shared=False), layer(2, 1), layer(3, 2)
-    heads.write(first, [0, 1])
-    heads.write(second, [2, 0, 3])
+    heads.write(first.weight, first.bias, [0, 1])
+    heads.write(second.weight, second.bias, [2, 0, 3])
     logits = heads(FEATURES, torch.tensor([0, 0, 0, 1, 1, 1]))
     torch.testing.assert_close(logits[:3, :2], first(FEATURES[:3]))
     torch.testing.assert_close(logits[3:, [2, 0, 3]], second(FEATURES[3:]))
@@ -35,17 +35,18 @@ def test_a_head_per_task_judges_only_over_its_own_classes():
 @pytest.mark.parametrize("shared", [True, False])
 def test_writing_new_rows_leaves_old_ones_bit_identical(shared):
     heads, first = Heads(4, shared), layer(2, 1)
-    heads.write(first, [0, 1])
+    heads.write(first.weight, first.bias, [0, 1])
     before = heads(FEATURES, torch.zeros(6, dtype=int))
-    heads.write(layer(2, 2), [2, 3])
+    new = layer(2, 2)
+    heads.write(new.weight, new.bias, [2, 3])
     assert torch.equal(heads(FEATURES, torch.zeros(6, dtype=int))[:, :2], before)
 
 
 def test_known_classes_go_on_where_they_were_and_new_ones_start_at_zero():
     heads, first = Heads(4, shared=True), layer(2, 1)
-    heads.write(first, [0, 1])
+    heads.write(first.weight, first.bias, [0, 1])
     start = heads.start([1, 2])
     assert torch.equal(start.weight[0], first.weight[1]) and not start.weight[1].any()
-    heads.write(start, [1, 2])
+    heads.write(start.weight, start.bias, [1, 2])
     assert heads.num_classes == 3
     torch.testing.assert_close(heads(FEATURES, torch.zeros(6, dtype=int))[:, :2], first(FEATURES))

@@ -62,6 +62,10 @@ def test_routing_accuracy_weighs_images_not_tasks():
     assert metrics.routing_accuracy([[9, 1], [0, 90]]) == pytest.approx(0.99)
 
 
+def test_routing_accuracy_of_a_model_that_went_on_learning_counts_images_lost_to_old_experts():
+    assert metrics.routing_accuracy([[3, 7, 0], [0, 5, 5]]) == pytest.approx((7 + 5) / 20)
+
+
 @pytest.mark.parametrize("matrix", [[[0.5, 0.5]], [], [0.5]])
 def test_other_shapes_are_refused(matrix):
     with pytest.raises(ValueError, match="square"):

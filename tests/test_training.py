@@ -68,7 +68,7 @@ def test_the_same_seed_gives_the_same_model(tmp_path):
 
 def test_one_adapter_in_sequence_forgets_what_s_lora_keeps(tmp_path):
     stream = load_benchmark("digits", max_train_samples_per_task=96, max_test_samples_per_task=24)[:3]
-    options = {"train_batch_size": 32, "num_train_epochs": 4, "learning_rate": 5e-3, "head_learning_rate": 1e-2}
+    options = {"train_batch_size": 32, "num_train_epochs": 4, "learning_rate": 1e-2}
     summary = make_trainer(sequential_lora(), tmp_path, **options).learn_stream(stream).summary()
     assert summary["forgetting"] > 0.5 and "routing_accuracy" not in summary
     model = ContinualModel.from_pretrained(tmp_path)

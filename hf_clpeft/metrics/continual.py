@@ -142,7 +142,8 @@ def routing_accuracy(confusion: ArrayLike) -> float:
     """Share of images that were sent to their own task's expert.
 
     Args:
-        confusion (array of shape `(T, T)`): `confusion[j, e]`: test images of task j sent to the expert of task e.
+        confusion (array of shape `(T, E)`): `confusion[j, e]`: test images of task j sent to the expert of task e.
+            With more experts than tasks, as in a model that went on learning, the tasks are those of the last experts.
 
     Returns:
         `float`: In [0, 1].
@@ -158,7 +159,8 @@ def routing_accuracy(confusion: ArrayLike) -> float:
     ```
     """
     confusion = np.asarray(confusion, dtype=np.float64)
-    return float(confusion.diagonal().sum() / confusion.sum())
+    own = confusion.diagonal(offset=confusion.shape[1] - confusion.shape[0])
+    return float(own.sum() / confusion.sum())
 
 
 def summarize(matrix: ArrayLike, untrained: ArrayLike | None = None) -> dict[str, float]:

@@ -42,8 +42,10 @@ DIGITS_DEFAULTS = {
     "k": 20,
     "num_train_epochs": 10,
     "train_batch_size": 32,
-    "learning_rate": 5e-3,
-    "head_learning_rate": 1e-2,
+    # Chosen on a fifth of the training images, held out. A head that learns faster than the expert ends up with large
+    # rows, and a shared head then mistakes images of later tasks for classes of earlier ones.
+    "learning_rate": 1e-2,
+    "head_learning_rate": 2e-3,
 }
 
 BENCHMARKS: dict[str, Benchmark] = {

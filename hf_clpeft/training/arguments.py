@@ -35,7 +35,7 @@ class ContinualTrainingArguments:
         default=128, metadata={"help": "Images per forward pass without training, over all processes."}
     )
     learning_rate: float = field(default=5e-3, metadata={"help": "Learning rate of the expert."})
-    head_learning_rate: float = field(default=5e-3, metadata={"help": "Learning rate of the head."})
+    head_learning_rate: float = field(default=2e-3, metadata={"help": "Learning rate of the head."})
     optim: Literal["adamw", "sgd"] = field(default="adamw", metadata={"help": "AdamW, or SGD with momentum 0.9."})
     weight_decay: float = field(default=0.0, metadata={"help": "Weight decay of the expert and the head."})
     lr_scheduler_type: str = field(

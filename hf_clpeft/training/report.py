@@ -29,7 +29,8 @@ class StreamReport:
         titles (`list[str]`): Their domains or classes, for people.
         accuracy_matrix (`list[list[float]]`): `A[i][j]`: accuracy on task j after task i; NaN where not measured.
         oracle_accuracy (`list[float]`): Accuracy on each task if every image went to its own expert, after the last.
-        routing_confusion (`list[list[int]]`): Images of task j (row) sent to task e (column), after the last task.
+        experts (`list[str]`): Titles of all tasks of the model, those it had learnt before among them.
+        routing_confusion (`list[list[int]]`): Images of task j (row) sent to each of `experts`, after the last task.
         expert_parameters (`list[int]`): Trained parameters of each task's expert.
         head_parameters (`list[int]`): Trained parameters of each task's head rows.
         stored_bytes (`list[int]`): Bytes that each task added to the model: expert, head rows, prototypes.
@@ -60,6 +61,7 @@ class StreamReport:
     titles: list[str] = field(default_factory=list)
     accuracy_matrix: list[list[float]] = field(default_factory=list)
     oracle_accuracy: list[float] = field(default_factory=list)
+    experts: list[str] = field(default_factory=list)
     routing_confusion: list[list[int]] = field(default_factory=list)
     expert_parameters: list[int] = field(default_factory=list)
     head_parameters: list[int] = field(default_factory=list)
@@ -100,4 +102,5 @@ class StreamReport:
             writer.writerow(["after", *self.tasks])
             for name, row in zip(self.tasks, self.accuracy_matrix, strict=True):
                 writer.writerow([name, *("" if math.isnan(value) else f"{value:.6f}" for value in row)])
-        plot_report(self.accuracy_matrix, self.routing_confusion, self.titles, Path(folder, PLOT_NAME), self.method)
+        path = Path(folder, PLOT_NAME)
+        plot_report(self.accuracy_matrix, self.routing_confusion, self.titles, self.experts, path, self.method)

@@ -211,8 +211,8 @@ class ContinualTrainer:
         report.accuracy_matrix[-1] = [result.accuracy for result in results]
         if self.model.config.method.expert_per_task:
             report.oracle_accuracy = [result.oracle_accuracy for result in results]
-            first = self._tasks[0][1]
-            report.routing_confusion = [result.routed[first:].tolist() for result in results]
+            report.routing_confusion = [result.routed.tolist() for result in results]
+            report.experts = [task.title for task in self.model.config.tasks]
         report.test_forwards_per_image = self.evaluator.forwards_per_image()
         self.accelerator.log({f"eval/{name}": value for name, value in report.summary().items()}, step=self._step)
 
