@@ -8,7 +8,7 @@ other properties of the picture in the feature. All heads are thrown away afterw
 
 scikit-learn's handwritten digits are never trained on, they only measure the frozen features at the end.
 
-Needs torch 2.9 or newer for its Muon optimizer. Repeat with (11 minutes on 2 CPU cores, the rendering and three evaluations included):
+Needs torch 2.9 or newer for its Muon optimizer. Repeat with (11 minutes on 2 CPU cores, rendering included):
 
     python recipes/pretrain_glyphs.py --output_dir hf_clpeft/assets/vit-tiny-glyphs
 """
