@@ -158,6 +158,7 @@ def test_more_prototypes_than_images_are_reduced_with_a_warning(tmp_path, caplog
         ({"learning_rate": math.nan}, "learning_rate=nan"),
         ({"warmup_ratio": 2.0}, "warmup_ratio=2.0"),
         ({"report_to": "abacus"}, "report_to='abacus'"),
+        ({"report_to": "wandb"}, "pip install wandb"),
     ],
 )
 def test_arguments_out_of_range_are_refused(options, message):

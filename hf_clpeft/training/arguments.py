@@ -1,6 +1,7 @@
 """How to train: everything that is neither the method nor the stream."""
 
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from typing import Literal
 
 from ..config import ConfigError
@@ -74,3 +75,5 @@ class ContinualTrainingArguments:
             raise ConfigError(f"warmup_ratio={self.warmup_ratio} must be between 0 and 1.")
         if self.report_to not in ("tensorboard", "wandb", "trackio", "none"):
             raise ConfigError(f"report_to={self.report_to!r} is not one of tensorboard, wandb, trackio, none.")
+        if self.report_to != "none" and find_spec(self.report_to) is None:
+            raise ConfigError(f"report_to={self.report_to!r} is not installed; run `pip install {self.report_to}`.")
