@@ -257,7 +257,7 @@ def print_reports(reports: list[StreamReport], picture: str | Path) -> None:
         "average_incremental_accuracy": "incre-\nmental",
         "forgetting": "for-\ngetting",
         "routing_accuracy": "routing",
-        "oracle_accuracy": "oracle-\nrouted",
+        "oracle_accuracy": "oracle",
     }
     for header in (*measures.values(), "expert\nparams", "sec"):
         table.add_column(header, justify="right")
