@@ -13,10 +13,19 @@ _MODULES = {
     "streams": ["StreamError", "Task", "TaskStream", "load_benchmark", "load_task"],
     "backbones": ["Backbone", "BackboneError", "load_backbone"],
     "experts": ["Expert", "ExpertBank", "ExpertError", "PromptTunedVisionModel"],
-    "routing": ["PrototypeRouter"],
+    "routing": ["KeyRouter", "PrototypeRouter"],
     "heads": ["Heads"],
     "modeling": ["ContinualModel", "Prediction"],
-    "methods": ["METHODS", "s_lora", "s_prompts", "sequential_lora"],
+    "methods": [
+        "METHODS",
+        "l2l",
+        "l2p",
+        "s_lora",
+        "s_lora_pp",
+        "s_prompts",
+        "s_prompts_pp",
+        "sequential_lora",
+    ],
     "training": ["ContinualTrainer", "ContinualTrainingArguments", "StreamReport"],
 }
 _MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}

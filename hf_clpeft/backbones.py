@@ -1,5 +1,6 @@
 """Loads the frozen vision model that all experts share: its weights, its image processing, its projections."""
 
+import copy
 import hashlib
 import inspect
 from importlib.resources import files
@@ -83,16 +84,52 @@ class Backbone(torch.nn.Module):
         """Keeps the backbone in evaluation mode: it is frozen, dropout included."""
         return super().train(False)
 
-    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+    @property
+    def num_layers(self) -> int:
+        """How many transformer layers it has."""
+        return self.model.config.num_hidden_layers
+
+    def tokens(self, pixel_values: torch.Tensor, num_layers: int | None = None) -> torch.Tensor:
+        """Outputs of all tokens, behind the final layer norm.
+
+        Args:
+            pixel_values (`torch.Tensor` of shape `(batch, 3, height, width)`): Normalised images.
+            num_layers (`int`, *optional*): Run only so many of the layers.
+
+        Returns:
+            `torch.Tensor` of shape `(batch, tokens, hidden_size)`, [CLS] first, in the backbone's dtype.
+        """
+        model = self.model if num_layers is None else self._shorter(num_layers)
+        return model(pixel_values=pixel_values).last_hidden_state
+
+    def forward(self, pixel_values: torch.Tensor, num_layers: int | None = None) -> torch.Tensor:
         """[CLS] features.
 
         Args:
             pixel_values (`torch.Tensor` of shape `(batch, 3, height, width)`): Normalised images.
+            num_layers (`int`, *optional*): Run only so many of the layers.
 
         Returns:
             `torch.Tensor` of shape `(batch, hidden_size)`, in the backbone's dtype.
         """
-        return cls_features(self.model, pixel_values)
+        return self.tokens(pixel_values, num_layers)[:, 0]
+
+    def _shorter(self, num_layers: int) -> torch.nn.Module:
+        """The same modules with fewer layers: copies of the containers on the way to the list of layers, no more."""
+        lists = (name for name, module in self.model.named_modules() if isinstance(module, torch.nn.ModuleList))
+        path = next(name for name in lists if len(self.model.get_submodule(name)) == self.num_layers).split(".")
+        model = container = _shallow_copy(self.model)
+        for name in path[:-1]:
+            container._modules[name] = _shallow_copy(container._modules[name])
+            container = container._modules[name]
+        container._modules[path[-1]] = container._modules[path[-1]][:num_layers]
+        return model
+
+
+def _shallow_copy(module: torch.nn.Module) -> torch.nn.Module:
+    duplicate = copy.copy(module)
+    duplicate._modules = dict(module._modules)
+    return duplicate
 
 
 def cls_features(model: torch.nn.Module, pixel_values: torch.Tensor) -> torch.Tensor:

@@ -43,17 +43,27 @@ class MethodConfig:
         name (`str`): Name of the method, for example `"s_lora"`.
         peft (`dict`): Arguments of the PEFT configuration of every expert, with `peft_type`. Left-out
             `target_modules` become the query and value projections that are found in the backbone.
-        k (`int`, *optional*, defaults to 5): Prototypes (k-means centres) per task; section 2 of DESIGN, 5 in the
-            paper (arXiv 2406.03216).
+        experts (`str`, *optional*, defaults to `"per_task"`): `"per_task"` (S-X): every task trains its own.
+            `"pool"` (L2X): all tasks train a pool, of which every image selects a few. `"single"`: one expert is
+            trained on every task in turn: the forgetting floor.
+        k (`int` or `"auto"`, *optional*, defaults to 5): Prototypes (k-means centres) per task; section 2 of DESIGN, 5
+            in the paper (arXiv 2406.03216). `"auto"` chooses on features held out of each task's training images.
         head (`str`, *optional*, defaults to `"auto"`): `"shared"` (one row per class), `"per_task"` (one row per task
             and class) or `"auto"`: shared when tasks bring new classes, per task when they bring new domains.
-        expert_per_task (`bool`, *optional*, defaults to `True`): `False` trains one expert on every task in turn: the
-            forgetting floor.
+        query_with_first_expert (`bool`, *optional*, defaults to `False`): Take query features with the first task's
+            expert active (the ++ variants) instead of the frozen backbone.
+        route_layer (`int`, *optional*): Take query features behind this layer, so that routing needs only a part of a
+            forward pass; behind the last if left out.
+        pool_size (`int`, *optional*, defaults to 10): Experts in a pool, M.
+        top_n (`int`, *optional*, defaults to 5): Experts that an image selects from a pool, N.
+        pull (`float`, *optional*, defaults to 0.5): Weight λ of the loss that pulls selected keys towards queries.
+        readout (`str`, *optional*, defaults to `"cls"`): What the head classifies: `"cls"`, or `"prompts"` for the
+            mean of the prompt tokens' outputs.
         mask_logits (`bool`, *optional*, defaults to `True`): Leave classes that are absent from the current task out
             of the loss.
 
     Raises:
-        [`ConfigError`]: A value is out of range.
+        [`ConfigError`]: A value is out of range, or two do not go together.
 
     Example:
 
@@ -68,18 +78,51 @@ class MethodConfig:
 
     name: str
     peft: dict
-    k: int = 5
+    experts: str = "per_task"
+    k: int | str = 5
     head: str = "auto"
-    expert_per_task: bool = True
+    query_with_first_expert: bool = False
+    route_layer: int | None = None
+    pool_size: int = 10
+    top_n: int = 5
+    pull: float = 0.5
+    readout: str = "cls"
     mask_logits: bool = True
 
     def __post_init__(self):
-        if self.head not in ("auto", "shared", "per_task"):
-            raise ConfigError(f"head={self.head!r} is not one of 'auto', 'shared', 'per_task'.")
-        if not isinstance(self.k, int) or self.k < 1:
-            raise ConfigError(f"k={self.k!r} must be a whole number of prototypes per task, 1 or more.")
+        for name, allowed in _CHOICES.items():
+            if getattr(self, name) not in allowed:
+                raise ConfigError(f"{name}={getattr(self, name)!r} is not one of {', '.join(allowed)}.")
+        if isinstance(self.k, str) and self.k.isdigit():  # as it comes from a command line
+            self.k = int(self.k)
+        if self.k != "auto" and (not isinstance(self.k, int) or self.k < 1):
+            raise ConfigError(f"k={self.k!r} must be a whole number of prototypes per task, 1 or more, or 'auto'.")
+        if self.route_layer is not None and self.route_layer < 1:
+            raise ConfigError(f"route_layer={self.route_layer} must be the number of a layer, 1 or more.")
         if "peft_type" not in self.peft:
             raise ConfigError("peft needs a 'peft_type', for example {'peft_type': 'LORA', 'r': 1}.")
+        if self.query_with_first_expert and self.experts != "per_task":
+            raise ConfigError("query_with_first_expert needs experts='per_task': only there is a first expert fixed.")
+        if self.experts == "pool":
+            self._check_pool()
+
+    def _check_pool(self) -> None:
+        if not 1 <= self.top_n <= self.pool_size:
+            raise ConfigError(f"top_n={self.top_n} must be between 1 and pool_size={self.pool_size}.")
+        if not self.pull >= 0:
+            raise ConfigError(f"pull={self.pull} must be 0 or more.")
+        if self.head == "per_task":
+            raise ConfigError("A pool needs head='shared': its experts belong to no task.")
+        self.head = "shared"
+        if self.peft.get("lora_dropout"):
+            raise ConfigError("A pool trains without lora_dropout; leave it out.")
+
+
+_CHOICES = {
+    "experts": ("per_task", "pool", "single"),
+    "head": ("auto", "shared", "per_task"),
+    "readout": ("cls", "prompts"),
+}
 
 
 @dataclass

@@ -12,12 +12,13 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from .backbones import Backbone, BackboneError, cls_features, load_backbone
+from .backbones import Backbone, BackboneError, load_backbone
 from .config import ConfigError, ContinualConfig, MethodConfig, TaskConfig
 from .experts import Expert, ExpertBank
 from .experts.expert import make_peft_config
 from .heads import Heads
-from .routing import PrototypeRouter, Routing
+from .learners import ExpertLearner, PoolLearner, TaskLearner, rows_to_train
+from .routing import KeyRouter, PrototypeRouter, Routing
 
 
 ROUTER_NAME = "router.safetensors"
@@ -34,8 +35,9 @@ class Prediction:
     Args:
         label (`str`): Name of the likeliest class.
         score (`float`): Its softmax score, in [0, 1].
-        expert (`str`): Name of the task whose expert judged the image.
-        distance (`float`): Euclidean distance of its normalised query feature to the nearest prototype, in [0, 2].
+        expert (`str`): Name of the expert that judged the image; the nearest, where several did.
+        distance (`float`): How far the image's query features are from it, in [0, 2]; see [`PrototypeRouter`] and
+            [`KeyRouter`].
 
     Example:
 
@@ -59,46 +61,15 @@ class ContinualOutput(NamedTuple):
 
     Args:
         logits (`torch.Tensor` of shape `(batch, classes)`): −inf where an expert knows no such class.
-        routing ([`Routing`]): Task and distance of each image.
+        routing ([`Routing`]): Experts and distance of each image.
     """
 
     logits: torch.Tensor
     routing: Routing
 
 
-class TaskLearner(torch.nn.Module):
-    """What is trained in one task: an expert in the bank's slot, and the head rows of the task's classes.
-
-    Args:
-        config ([`TaskConfig`]): The task.
-        peft_model (`peft.PeftModel`): The backbone with the expert.
-        head (`torch.nn.Linear`): The rows to train.
-        classes (`list[int]`): Number of the class of each row.
-        targets (`torch.Tensor` of shape `(len(config.classes),)`): Row of each class of the task.
-    """
-
-    def __init__(self, config: TaskConfig, peft_model, head: torch.nn.Linear, classes: list[int], targets):
-        super().__init__()
-        self.config, self.peft_model, self.head, self.classes = config, peft_model, head, classes
-        self.register_buffer("targets", targets)
-
-    def forward(self, pixel_values: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Cross entropy over the rows that are trained, which masks the classes that are not.
-
-        Args:
-            pixel_values (`torch.Tensor` of shape `(batch, 3, height, width)`): Normalised images.
-            labels (integer `torch.Tensor` of shape `(batch,)`): Positions in the task's classes.
-
-        Returns:
-            The loss, and the logits of shape `(batch, len(classes))`.
-        """
-        features = cls_features(self.peft_model, pixel_values)
-        logits = self.head(features.to(self.head.weight.dtype))
-        return torch.nn.functional.cross_entropy(logits.float(), self.targets[labels]), logits
-
-
 class ContinualModel(torch.nn.Module):
-    """A frozen vision transformer that keeps learning: one expert, prototypes and head rows per task.
+    """A frozen vision transformer that keeps learning: query, route, bank, head.
 
     Args:
         backbone ([`Backbone`]): The frozen model.
@@ -126,11 +97,17 @@ class ContinualModel(torch.nn.Module):
 
     def __init__(self, backbone: Backbone, config: ContinualConfig):
         super().__init__()
+        method = config.method
+        if (method.route_layer or 1) > backbone.num_layers:
+            raise ConfigError(f"route_layer={method.route_layer}, but the backbone has {backbone.num_layers} layers.")
         self.config = config
         self.backbone = backbone
         self.bank = ExpertBank(backbone)
-        self.router = PrototypeRouter(backbone.hidden_size)
-        self.heads = Heads(backbone.hidden_size, shared=config.method.head == "shared")
+        if method.experts == "pool":
+            self.router = KeyRouter(backbone.hidden_size, method.pool_size, method.top_n)
+        else:
+            self.router = PrototypeRouter(backbone.hidden_size)
+        self.heads = Heads(backbone.hidden_size, shared=method.head == "shared")
 
     @classmethod
     def from_backbone(cls, name_or_path: str, method: MethodConfig, **options) -> "ContinualModel":
@@ -156,14 +133,28 @@ class ContinualModel(torch.nn.Module):
     # From pixels to a label
 
     def query_features(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """The features that choose experts: [CLS] of the frozen backbone, `(batch, hidden_size)`."""
-        return self.bank.frozen(pixel_values)
+        """The features that choose experts: [CLS] of the frozen backbone, or of that with the first task's expert.
+
+        Args:
+            pixel_values (`torch.Tensor` of shape `(batch, 3, height, width)`): Normalised images.
+
+        Returns:
+            `torch.Tensor` of shape `(batch, hidden_size)`.
+        """
+        layers = self.config.method.route_layer
+        if not self.config.method.query_with_first_expert:
+            return self.bank.frozen(pixel_values, layers)
+        if not len(self.bank):  # the first task's expert is still in the slot, where it has been trained
+            return self.backbone(pixel_values, layers)
+        first = torch.zeros(len(pixel_values), dtype=torch.int64, device=pixel_values.device)
+        return self.bank(pixel_values, first, num_layers=layers)
 
     def route(self, query: torch.Tensor) -> Routing:
-        """Task of each image, from its own query features alone."""
-        if self.config.method.expert_per_task:
-            return self.router(query)
-        return Routing(torch.zeros(len(query), dtype=torch.int64, device=query.device), query.new_zeros(len(query)))
+        """Experts of each image, from its own query features alone."""
+        if self.config.method.experts == "single":
+            nowhere = torch.zeros(len(query), dtype=torch.int64, device=query.device)
+            return Routing(nowhere, query.new_zeros(len(query)))
+        return self.router(query)
 
     def forward(self, pixel_values: torch.Tensor) -> ContinualOutput:
         """Query, route, bank, head.
@@ -175,8 +166,8 @@ class ContinualModel(torch.nn.Module):
             [`ContinualOutput`]
         """
         routing = self.route(self.query_features(pixel_values))
-        features = self.bank(pixel_values, routing.owner)
-        return ContinualOutput(self.heads(features, routing.owner), routing)
+        features = self.bank(pixel_values, routing.selection, self.config.method.readout)
+        return ContinualOutput(self.heads(features, routing.selection), routing)
 
     @torch.no_grad()
     def predict(
@@ -205,10 +196,11 @@ class ContinualModel(torch.nn.Module):
             pixel_values = self.backbone.transform.normalize(torch.from_numpy(pixels).to(self.device))
             logits, routing = self(pixel_values)
             scores, classes = logits.softmax(dim=1).max(dim=1)
-            rows = zip(classes.tolist(), scores.tolist(), *(column.tolist() for column in routing), strict=True)
+            nearest = routing.selection.reshape(len(logits), -1)[:, 0]
+            columns = (classes, scores, nearest, routing.distance)
             predictions += [
-                Prediction(self.config.classes[number], score, self.config.tasks[owner].name, distance)
-                for number, score, owner, distance in rows
+                Prediction(self.config.classes[number], score, self.bank.names[expert], distance)
+                for number, score, expert, distance in zip(*(column.tolist() for column in columns), strict=True)
             ]
         return predictions
 
@@ -230,36 +222,59 @@ class ContinualModel(torch.nn.Module):
         """
         if name in (task.name for task in self.config.tasks):
             raise ConfigError(f"The model has learnt a task {name!r} already; give the new one another name.")
-        method = self.config.method
+        method, task = self.config.method, TaskConfig(name, list(classes), domain)
         if method.head == "auto":
             self.heads.shared = domain is None
-        all_classes = list(dict.fromkeys([*self.config.classes, *classes]))
-        trained = [all_classes.index(label) for label in (classes if method.mask_logits else all_classes)]
-        targets = torch.tensor([trained.index(all_classes.index(label)) for label in classes])
-        peft_model = self.bank.start(
-            name if method.expert_per_task else ONE_EXPERT, make_peft_config(method.peft, self.backbone)
-        )
-        head = self.heads.start(trained)
-        return TaskLearner(TaskConfig(name, list(classes), domain), peft_model, head, trained, targets).to(self.device)
+        known = list(dict.fromkeys([*self.config.classes, *classes]))
+        trained, targets = rows_to_train(classes, known, method.mask_logits)
+        rows = (task, self.heads.start(trained), trained, targets)
+        peft_config = make_peft_config(method.peft, self.backbone)
+        if method.experts == "pool":
+            if not len(self.bank):
+                self._make_pool(peft_config)
+            learner = PoolLearner(self.bank, self.router, method.readout, method.pull, *rows)
+        else:
+            learner = ExpertLearner(self.bank.start(self._expert_name(name), peft_config), *rows)
+        return learner.to(self.device)
 
     def finish_task(self, learner: TaskLearner, prototypes: torch.Tensor | None, num_train_images: int) -> None:
         """Adds a trained task: from here on the model knows it.
 
         Args:
             learner ([`TaskLearner`]): What [`~ContinualModel.start_task`] gave, trained.
-            prototypes (`torch.Tensor` of shape `(k, hidden_size)`, *optional*): Its prototypes; none for methods with
-                one expert.
+            prototypes (`torch.Tensor` of shape `(k, hidden_size)`, *optional*): Its prototypes, where each task has an
+                expert of its own.
             num_train_images (`int`): Images it was trained on.
         """
         method, task = self.config.method, learner.config
         task.num_train_images = num_train_images
         method.head = "shared" if self.heads.shared else "per_task"
-        self.bank.finish(task.name if method.expert_per_task else ONE_EXPERT)
+        if method.experts == "pool":
+            learner.finish()
+        else:
+            self.bank.finish(self._expert_name(task.name))
         if prototypes is not None:
             self.router.add_prototypes(prototypes)
         self.heads.write(learner.head.weight, learner.head.bias, learner.classes)
         self.config.classes = list(dict.fromkeys([*self.config.classes, *task.classes]))
         self.config.tasks.append(task)
+
+    def _expert_name(self, task: str) -> str:
+        return task if self.config.method.experts == "per_task" else ONE_EXPERT
+
+    def _make_pool(self, peft_config) -> None:
+        self.router.reset_parameters()
+        for name in self._expert_names():
+            self.bank.start(name, peft_config)
+            self.bank.finish(name)
+            self.bank.reserve(self.config.method.pool_size)
+
+    def _expert_names(self) -> list[str]:
+        """Names of all experts that the model has once it has learnt its tasks."""
+        method = self.config.method
+        if method.experts == "pool":
+            return [f"pool-{i:03d}" for i in range(method.pool_size)]
+        return list(dict.fromkeys(self._expert_name(task.name) for task in self.config.tasks))
 
     # The folder
 
@@ -273,7 +288,7 @@ class ContinualModel(torch.nn.Module):
         folder.mkdir(parents=True, exist_ok=True)
         for expert in self.bank:
             expert.save(folder / EXPERTS_FOLDER / expert.name)
-        save_file({"prototypes": self.router.prototypes, "owners": self.router.owners}, folder / ROUTER_NAME)
+        save_file({key: tensor.contiguous() for key, tensor in self.router.state_dict().items()}, folder / ROUTER_NAME)
         rows = {}
         for i, task in enumerate(self.config.tasks):
             rows[f"{task.name}.weight"], rows[f"{task.name}.bias"] = self.heads.weights[i], self.heads.biases[i]
@@ -321,15 +336,20 @@ class ContinualModel(torch.nn.Module):
                 "Pass the right one with backbone=."
             )
         model = cls(backbone, config)
-        names = [task.name for task in config.tasks] if config.method.expert_per_task else [ONE_EXPERT]
-        for name in names if config.tasks else []:
-            model.bank.add(Expert.load(name, folder / EXPERTS_FOLDER / name))
+        names = model._expert_names() if config.tasks else []
+        model.bank.extend(Expert.load(name, folder / EXPERTS_FOLDER / name) for name in names)
         model._load_router(_load_tensors(folder / ROUTER_NAME))
         model._load_heads(_load_tensors(folder / HEADS_NAME))
         return model
 
     def _load_router(self, tensors: dict[str, torch.Tensor]) -> None:
-        expected = set(range(len(self.config.tasks))) if self.config.method.expert_per_task else set()
+        if self.config.method.experts == "pool":
+            shapes, expected = {key: tuple(t.shape) for key, t in tensors.items()}, {"keys": self.router.keys.shape}
+            if shapes != expected:
+                raise ConfigError(f"{ROUTER_NAME} has {shapes}, but the model needs {expected}.")
+            self.router.keys.data = tensors["keys"]
+            return
+        expected = set(range(len(self.config.tasks))) if self.config.method.experts == "per_task" else set()
         owners, width = set(tensors["owners"].tolist()), tensors["prototypes"].shape[-1]
         if owners != expected or width != self.backbone.hidden_size:
             raise ConfigError(

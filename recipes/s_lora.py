@@ -7,16 +7,12 @@ accelerate launch recipes/s_lora.py --benchmark digits   # offline, on what come
 from dataclasses import dataclass, field
 
 from hf_clpeft import s_lora
-from hf_clpeft.training.recipe import run_recipe
+from hf_clpeft.training.recipe import PrototypeArguments, run_recipe
 
 
 @dataclass
-class SLoraArguments:
+class SLoraArguments(PrototypeArguments):
     r: int = field(default=1, metadata={"help": "Rank of the LoRA adapters."})
-    k: int = field(default=5, metadata={"help": "Prototypes per task."})
-    head: str = field(
-        default="auto", metadata={"help": "shared, per_task, or auto: shared if tasks bring new classes."}
-    )
 
 
 if __name__ == "__main__":

@@ -7,16 +7,12 @@ accelerate launch recipes/s_prompts.py --benchmark digits   # offline, on what c
 from dataclasses import dataclass, field
 
 from hf_clpeft import s_prompts
-from hf_clpeft.training.recipe import run_recipe
+from hf_clpeft.training.recipe import PrototypeArguments, run_recipe
 
 
 @dataclass
-class SPromptsArguments:
+class SPromptsArguments(PrototypeArguments):
     prompt_length: int = field(default=10, metadata={"help": "Prompt tokens behind [CLS]."})
-    k: int = field(default=5, metadata={"help": "Prototypes per task."})
-    head: str = field(
-        default="auto", metadata={"help": "shared, per_task, or auto: shared if tasks bring new classes."}
-    )
 
 
 if __name__ == "__main__":

@@ -42,7 +42,7 @@ def test_a_saved_model_predicts_the_same(learnt, saved):
     loaded = ContinualModel.from_pretrained(saved)
     with torch.no_grad():
         expected, found = learnt.model(pixels(loaded)), loaded(pixels(loaded))
-    assert torch.equal(found.routing.owner, expected.routing.owner)
+    assert torch.equal(found.routing.selection, expected.routing.selection)
     torch.testing.assert_close(found.logits, expected.logits)
     assert loaded.config.classes == learnt.model.config.classes == ["0", "1", "2", "3", "4", "5"]
 
@@ -85,13 +85,13 @@ def test_a_new_task_leaves_old_logits_routes_and_tensors_bit_identical(saved, le
     assert report.tasks == ["task-003"] and len(report.routing_confusion[0]) == 4
     with torch.no_grad():
         after = model(pixels(model))
-    stay = after.routing.owner == before.routing.owner
+    stay = after.routing.selection == before.routing.selection
     assert stay.any() and torch.equal(model.router.prototypes[: len(prototypes)], prototypes)
     # In batches of the same images, so that nothing but the model could make a difference.
     with torch.no_grad():
-        again = ContinualModel.from_pretrained(saved).bank(pixels(model), before.routing.owner)
-        assert torch.equal(model.bank(pixels(model), before.routing.owner), again)
-        assert torch.equal(model.heads(again, before.routing.owner)[:, :6], before.logits)
+        again = ContinualModel.from_pretrained(saved).bank(pixels(model), before.routing.selection)
+        assert torch.equal(model.bank(pixels(model), before.routing.selection), again)
+        assert torch.equal(model.heads(again, before.routing.selection)[:, :6], before.logits)
     for old, expert in zip(tensors, model.bank, strict=False):
         assert all(torch.equal(old[key], expert.tensors[key]) for key in old)
 

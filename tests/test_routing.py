@@ -2,7 +2,8 @@
 
 import torch
 
-from hf_clpeft import PrototypeRouter
+from hf_clpeft import KeyRouter, PrototypeRouter
+from hf_clpeft.routing.prototypes import choose_k
 
 
 def clusters(*centres, count=20):
@@ -29,7 +30,7 @@ def test_prototypes_belong_to_the_task_that_brought_them():
     router.add(clusters([1.0, 0, 0], [0, 1.0, 0]), k=2)
     router.add(clusters([0, 0, 1.0]), k=1)
     assert router.owners.tolist() == [0, 0, 1]
-    assert router(torch.tensor([[0.1, 2.0, 0.0], [0.0, 0.1, 0.3]])).owner.tolist() == [0, 1]
+    assert router(torch.tensor([[0.1, 2.0, 0.0], [0.0, 0.1, 0.3]])).selection.tolist() == [0, 1]
 
 
 def test_distances_are_to_the_nearest_prototype_of_each_task():
@@ -47,5 +48,36 @@ def test_a_route_does_not_depend_on_the_rest_of_the_batch():
     query = torch.randn(64, 8, generator=generator)
     together = router(query)
     alone = [router(row[None]) for row in query]
-    assert together.owner.tolist() == [routing.owner.item() for routing in alone]
+    assert together.selection.tolist() == [routing.selection.item() for routing in alone]
     assert together.distance.tolist() == [routing.distance.item() for routing in alone]
+
+
+def test_auto_takes_as_many_prototypes_as_there_are_clusters():
+    centres = torch.eye(64)[:5].tolist()  # in few dimensions splitting the noise would help
+    assert choose_k(clusters(*centres, count=40)) == 5
+    assert choose_k(torch.eye(2)) == 1
+
+
+def test_keys_select_the_nearest_by_cosine_whatever_the_rest_of_the_batch():
+    router = KeyRouter(hidden_size=8, pool_size=10, top_n=3)
+    query = 9 * torch.randn(64, 8, generator=torch.Generator().manual_seed(0))
+    together = router(query)
+    cosines = torch.nn.functional.cosine_similarity(query[:, None], router.keys[None], dim=-1)
+    nearest = cosines.topk(3)
+    assert torch.equal(together.selection, nearest.indices)
+    torch.testing.assert_close(together.distance, 1 - nearest.values.mean(dim=1))
+    assert all(
+        torch.equal(router(row[None]).selection[0], chosen)
+        for row, chosen in zip(query, together.selection, strict=True)
+    )
+
+
+def test_pulling_brings_selected_keys_nearer_and_leaves_the_others():
+    router = KeyRouter(hidden_size=4, pool_size=4, top_n=1)
+    router.keys.data = torch.eye(4)
+    router.keys.requires_grad_(True)
+    query = torch.tensor([[1.0, 0.5, 0.0, 0.0]])
+    before = router(query).distance
+    before.sum().backward()
+    router.keys.data -= router.keys.grad
+    assert router(query).distance < before and torch.equal(router.keys.data[1:], torch.eye(4)[1:])

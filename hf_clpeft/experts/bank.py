@@ -1,23 +1,37 @@
 """All experts of a model, and how a batch runs through them when every image has its own."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from contextlib import nullcontext
+from typing import Literal
 
 import torch
 from peft import PeftConfig, PeftModel
 
-from ..backbones import Backbone, cls_features
-from .expert import ADAPTER, Expert, make_peft_model
+from ..backbones import Backbone
+from .expert import ADAPTER, Expert, ExpertError, make_peft_model
+from .lora import LoraTable
+from .prompts import PromptTable
+
+
+Form = Literal["auto", "stacked", "gathered", "grouped"]
 
 
 class ExpertBank(torch.nn.Module):
-    """All experts of a model on one backbone.
+    """All experts of a model on one backbone, run in one batch in which every image has its own selection.
 
-    The bank keeps experts at rest and has one slot in the backbone: a PEFT model into which the tensors of one expert
-    at a time are copied. A batch of mixed experts runs *grouped*: one forward per expert present. That is exact for
-    every PEFT technique, and adding an expert costs the same however many there are.
+    There are three exact ways, and the bank takes the one that suits:
+
+    - *gathered*: every image's own LoRA modules or prompts, fetched from a table in one go. Costs what a plain forward
+      costs, however many experts there are.
+    - *stacked*: all LoRA modules at once, those that are not selected masked. For small pools; see [`LoraTable`].
+    - *grouped*: one PEFT forward per expert present in the batch. For every other PEFT technique.
+
+    A new expert is trained in the *slot*, which is a plain PEFT model, and then moves into the bank. Experts of a pool
+    are trained in the bank's table: the forward is differentiable in `table.rows`.
 
     Args:
         backbone ([`Backbone`]): The frozen model.
+        form (`str`, *optional*, defaults to `"auto"`): `"stacked"`, `"gathered"` or `"grouped"` to insist on one.
 
     Example:
 
@@ -38,27 +52,51 @@ class ExpertBank(torch.nn.Module):
     ```
     """
 
-    def __init__(self, backbone: Backbone):
+    def __init__(self, backbone: Backbone, form: Form = "auto"):
         super().__init__()
         self.backbone = backbone
-        self.experts: list[Expert] = []
+        self.form: Form = form
+        self.names: list[str] = []
+        self.table: LoraTable | PromptTable | None = None  # where experts are, if they have a fused form
         self.slot: PeftModel | None = None
+        self._configs: list[PeftConfig] = []
+        self._at_rest: list[Expert] = []  # where experts are, if not
         self._in_slot: Expert | None = None
 
     def __len__(self) -> int:
-        return len(self.experts)
+        return len(self.names)
+
+    def __getitem__(self, index: int) -> Expert:
+        if self.table is None:
+            return self._at_rest[index]
+        tensors = self.table.unpack(self.table.read(range(len(self))[index]))
+        tensors = {key: tensor.to("cpu", copy=True) for key, tensor in tensors.items()}
+        return Expert(self.names[index], self._configs[index], tensors)
 
     def __iter__(self) -> Iterator[Expert]:
-        return iter(self.experts)
+        return (self[index] for index in range(len(self)))
 
-    def add(self, expert: Expert) -> None:
-        """Adds a trained expert, after trying that it fits the backbone.
+    # Adding and training experts
+
+    def extend(self, experts: Iterable[Expert]) -> None:
+        """Adds trained experts, after trying that each fits the backbone.
 
         Raises:
-            [`ExpertError`]: It does not fit.
+            [`ExpertError`]: One does not fit, or differs from the others in more than its rank or length.
         """
-        self._put(expert)
-        self.experts.append(expert)
+        experts = list(experts)
+        for count, expert in enumerate(experts):
+            if self.table is None:
+                self._put(expert)
+            self._keep(expert)
+            if count == 0:
+                self.reserve(len(self) - 1 + len(experts))
+        self._clear_slot()
+
+    def reserve(self, num_experts: int) -> None:
+        """Makes room for so many experts of the size of the first, so that the table need not grow on the way."""
+        if self.table is not None:
+            self.table.reserve(num_experts, num_experts * self.table.members.shape[1])
 
     def start(self, name: str, config: PeftConfig) -> PeftModel:
         """Puts an expert into the slot for training: the one of that name if there is one, else a fresh one.
@@ -66,55 +104,122 @@ class ExpertBank(torch.nn.Module):
         Returns:
             `peft.PeftModel`: Its trainable parameters are the expert's.
         """
-        known = next((expert for expert in self.experts if expert.name == name), None)
-        if known is None:
-            self._make_slot(config)
+        if name in self.names:
+            self._put(self[self.names.index(name)])
         else:
-            self._put(known)
+            self._make_slot(config)
         self._in_slot = None  # from here on the slot holds nothing that is at rest
         return self.slot
 
     def finish(self, name: str) -> Expert:
-        """Copies the trained expert out of the slot into the bank, replacing one of the same name."""
+        """Moves the trained expert from the slot into the bank, replacing one of the same name."""
         expert = self._in_slot = Expert.from_peft_model(name, self.slot)
-        names = [known.name for known in self.experts]
-        if name in names:
-            self.experts[names.index(name)] = expert
+        if name not in self.names:
+            self._keep(expert)
+        elif self.table is None:
+            self._at_rest[self.names.index(name)] = expert
         else:
-            self.experts.append(expert)
+            self.table.write(self.names.index(name), *self._pack(expert))
+        self._clear_slot()
         return expert
 
-    def frozen(self, pixel_values: torch.Tensor) -> torch.Tensor:
+    # Forward passes
+
+    def frozen(self, pixel_values: torch.Tensor, num_layers: int | None = None) -> torch.Tensor:
         """[CLS] features of the backbone without any expert.
 
         Args:
             pixel_values (`torch.Tensor` of shape `(batch, 3, height, width)`): Normalised images.
+            num_layers (`int`, *optional*): Run only so many of the backbone's layers.
 
         Returns:
             `torch.Tensor` of shape `(batch, hidden_size)`.
         """
-        if self.slot is None:
-            return self.backbone(pixel_values)
-        with self.slot.disable_adapter():
-            return self.backbone(pixel_values)
+        with self._slot_disabled():
+            return self.backbone(pixel_values, num_layers)
 
-    def forward(self, pixel_values: torch.Tensor, selection: torch.Tensor) -> torch.Tensor:
-        """[CLS] features with every image under its own expert.
+    def forward(
+        self, pixel_values: torch.Tensor, selection: torch.Tensor, readout: str = "cls", num_layers: int | None = None
+    ) -> torch.Tensor:
+        """Features with every image under its own experts.
 
         Args:
             pixel_values (`torch.Tensor` of shape `(batch, 3, height, width)`): Normalised images.
-            selection (integer `torch.Tensor` of shape `(batch,)`): Expert of each image.
+            selection (integer `torch.Tensor` of shape `(batch,)` or `(batch, N)`): Experts of each image. Several LoRA
+                experts are summed, several prompts stand one after another.
+            readout (`str`, *optional*, defaults to `"cls"`): `"cls"`, or `"prompts"` for the mean of the prompt
+                tokens' outputs, as in L2P.
+            num_layers (`int`, *optional*): Run only so many of the backbone's layers.
 
         Returns:
             `torch.Tensor` of shape `(batch, hidden_size)`.
         """
+        form = self._form_for(selection)
+        if form == "grouped":
+            return self._run_grouped(pixel_values, selection, num_layers)
+        options = {"stacked": True} if form == "stacked" else {}
+        with self._slot_disabled(), self.table.selected(selection, self._compute_dtype(), **options):
+            tokens = self.backbone.tokens(pixel_values, num_layers)
+        if readout == "cls":
+            return tokens[:, 0]
+        length = self.table.members.shape[1] * (selection.shape[1] if selection.dim() == 2 else 1)
+        return tokens[:, 1 : 1 + length].mean(dim=1)
+
+    def _form_for(self, selection: torch.Tensor) -> Form:
+        several = selection.dim() == 2
+        if self.table is None or (isinstance(self.table, PromptTable) and not self.table.uniform):
+            form = "grouped"
+        elif isinstance(self.table, PromptTable):
+            form = "grouped" if self.form == "grouped" else "gathered"
+        elif self.form != "auto":
+            form = self.form
+        else:
+            # One expert per image is always gathered: a bank that grows must not change old outputs in the last bit.
+            components = selection.shape[-1] * self.table.members.shape[1] if several else 0
+            form = "stacked" if len(self.table.rows) <= 1 + 4 * components else "gathered"
+        if form == "grouped" and several:
+            raise ExpertError("Several experts for one image need LoRA, or prompts of one length.")
+        return form
+
+    def _run_grouped(self, pixel_values: torch.Tensor, selection: torch.Tensor, num_layers) -> torch.Tensor:
         features = pixel_values.new_empty(len(pixel_values), self.backbone.hidden_size)
         for index in selection.unique().tolist():
-            if self._in_slot is not self.experts[index]:
-                self._put(self.experts[index])
+            if self._in_slot is None or self._in_slot.name != self.names[index]:
+                self._put(self[index])
             chosen = selection == index
-            features[chosen] = cls_features(self.slot, pixel_values[chosen]).to(features.dtype)
+            features[chosen] = self.backbone(pixel_values[chosen], num_layers).to(features.dtype)
         return features
+
+    def _compute_dtype(self) -> torch.dtype:
+        kind = self.backbone.device.type
+        return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else self.backbone.model.dtype
+
+    # The slot
+
+    def _keep(self, expert: Expert) -> None:
+        """Takes an expert into the bank. The first one, which is in the slot, decides what the bank is made of."""
+        if not self.names:
+            self.table = self._make_table()
+        if self.table is None:
+            self._at_rest.append(expert)
+        else:
+            self.table.append(*self._pack(expert))
+        self.names.append(expert.name)
+        self._configs.append(expert.config)
+
+    def _make_table(self) -> LoraTable | PromptTable | None:
+        if self.slot.peft_config[ADAPTER].is_prompt_learning:
+            return PromptTable(self.backbone)
+        return LoraTable.made_for(self.backbone, self.slot)
+
+    def _pack(self, expert: Expert) -> tuple[torch.Tensor, float]:
+        try:
+            return self.table.pack(expert.config, expert.tensors)
+        except ValueError as error:
+            raise ExpertError(f"Expert {expert.name!r} does not fit a bank with {self.names[:1]}: {error}") from error
+
+    def _slot_disabled(self):
+        return nullcontext() if self.slot is None else self.slot.disable_adapter()
 
     def _put(self, expert: Expert) -> None:
         if self.slot is None or not _alike(self.slot.peft_config[ADAPTER], expert.config):
@@ -123,10 +228,18 @@ class ExpertBank(torch.nn.Module):
         self._in_slot = expert
 
     def _make_slot(self, config: PeftConfig) -> None:
+        self._empty_slot()
+        self.slot = make_peft_model(self.backbone, config).to(self.backbone.device)
+
+    def _clear_slot(self) -> None:
+        """A backbone without PEFT's wrappers is faster; only grouped experts run in the slot."""
+        if self.table is not None:
+            self._empty_slot()
+
+    def _empty_slot(self) -> None:
         if self.slot is not None:
             self.slot.unload()
-        self.slot = make_peft_model(self.backbone, config).to(self.backbone.device)
-        self._in_slot = None
+        self.slot = self._in_slot = None
 
 
 # Fields that say where an adapter comes from rather than what it looks like.

@@ -1,13 +1,32 @@
-"""Prompt tuning on vision transformers, which PEFT itself does not build.
+"""Prompt tuning on vision transformers, which PEFT itself does not build: one prompt, or one for every image.
 
 PEFT looks for word embeddings to prepend prompts to, and a vision transformer has none. Here the prompt tokens are
 inserted behind [CLS] in the output of the backbone's embedding layer; configuration, embedding and files stay PEFT's.
 """
 
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
 from peft import PeftModel, PromptEmbedding, PromptTuningConfig
+
+from ..backbones import Backbone
+from .table import ExpertTable
+
+
+def insert_prompt(tokens: torch.Tensor, prompt: torch.Tensor) -> torch.Tensor:
+    """Puts a prompt behind [CLS].
+
+    Args:
+        tokens (`torch.Tensor` of shape `(batch, tokens, hidden_size)`): Output of the embedding layer.
+        prompt (`torch.Tensor` of shape `(length, hidden_size)` or `(batch, length, hidden_size)`): One for all, or
+            each its own.
+
+    Returns:
+        `torch.Tensor` of shape `(batch, tokens + length, hidden_size)`.
+    """
+    prompt = prompt.to(tokens.dtype).expand(len(tokens), -1, -1)
+    return torch.cat([tokens[:, :1], prompt, tokens[:, 1:]], dim=1)
 
 
 class PromptTunedVisionModel(PeftModel):
@@ -61,9 +80,7 @@ class PromptTunedVisionModel(PeftModel):
     def _insert_prompt(self, module, inputs, tokens: torch.Tensor) -> torch.Tensor | None:
         if self._adapters_disabled:
             return None
-        prompt = self.prompt_encoder[self.active_adapter].embedding.weight
-        prompt = prompt.to(tokens.dtype).expand(len(tokens), -1, -1)
-        return torch.cat([tokens[:, :1], prompt, tokens[:, 1:]], dim=1)
+        return insert_prompt(tokens, self.prompt_encoder[self.active_adapter].embedding.weight)
 
     @contextmanager
     def disable_adapter(self):
@@ -78,3 +95,59 @@ class PromptTunedVisionModel(PeftModel):
         """Takes the prompt off again and returns the backbone as it was."""
         self._hook.remove()
         return self.base_model
+
+
+class PromptTable(ExpertTable):
+    """Prompts cut into tokens; the prompts selected for an image stand one after another behind its [CLS].
+
+    Args:
+        backbone ([`Backbone`]): The frozen model. A hook on its embedding layer stays idle outside
+            [`~PromptTable.selected`].
+
+    Source: section 3 of DESIGN; L2P, arXiv 2112.08654.
+    """
+
+    def __init__(self, backbone: Backbone):
+        super().__init__(backbone.hidden_size, backbone.device)
+        self._prompt: torch.Tensor | None = None
+        backbone.model.embeddings.register_forward_hook(self._insert)
+
+    def pack(self, config: PromptTuningConfig, tensors: dict[str, torch.Tensor]) -> tuple[torch.Tensor, float]:
+        """Cuts a prompt into tokens.
+
+        Args:
+            config (`peft.PromptTuningConfig`): PEFT's configuration.
+            tensors (`dict[str, torch.Tensor]`): Content of PEFT's file.
+
+        Returns:
+            `torch.Tensor` of shape `(length, hidden_size)`, and the factor 1: prompts are used as they are.
+
+        Raises:
+            `ValueError`: It is no prompt of this backbone.
+        """
+        shapes = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
+        expected = {"prompt_embeddings": (config.num_virtual_tokens, self.rows.shape[1])}
+        if shapes != expected:
+            raise ValueError(f"its tensors are {shapes} and should be {expected}.")
+        return tensors["prompt_embeddings"], 1.0
+
+    def unpack(self, components: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Inverse of [`~PromptTable.pack`]."""
+        return {"prompt_embeddings": components}
+
+    @contextmanager
+    def selected(self, selection: torch.Tensor, dtype: torch.dtype) -> Iterator[None]:
+        """Lets the backbone run with every image behind its own prompts inside this context.
+
+        Args:
+            selection (integer `torch.Tensor` of shape `(batch,)` or `(batch, N)`): Prompts of each image.
+            dtype (`torch.dtype`): What the backbone computes in.
+        """
+        self._prompt = self.rows[self.components(selection)].to(dtype)
+        try:
+            yield
+        finally:
+            self._prompt = None
+
+    def _insert(self, module, inputs, tokens: torch.Tensor) -> torch.Tensor | None:
+        return None if self._prompt is None else insert_prompt(tokens, self._prompt)

@@ -1,6 +1,7 @@
 """Which expert an image goes to."""
 
+from .keys import KeyRouter
 from .prototypes import PrototypeRouter, Routing
 
 
-__all__ = ["PrototypeRouter", "Routing"]
+__all__ = ["KeyRouter", "PrototypeRouter", "Routing"]

@@ -5,15 +5,19 @@ from typing import NamedTuple
 import torch
 
 
+CANDIDATES = (1, 2, 5, 10, 20, 50, 100, 200)
+
+
 class Routing(NamedTuple):
     """Where images go.
 
     Args:
-        owner (integer `torch.Tensor` of shape `(batch,)`): Position of the chosen task.
-        distance (`torch.Tensor` of shape `(batch,)`): Euclidean distance to its nearest prototype.
+        selection (integer `torch.Tensor` of shape `(batch,)` or `(batch, N)`): Positions of the chosen experts,
+            nearest first.
+        distance (`torch.Tensor` of shape `(batch,)`): How far they are from the image's query features.
     """
 
-    owner: torch.Tensor
+    selection: torch.Tensor
     distance: torch.Tensor
 
 
@@ -37,7 +41,7 @@ class PrototypeRouter(torch.nn.Module):
     >>> router = PrototypeRouter(hidden_size=2)
     >>> router.add(torch.tensor([[1.0, 0.0], [0.0, 1.0]]), k=2)
     >>> router.add(torch.tensor([[-1.0, 0.0]]), k=1)
-    >>> router(torch.tensor([[0.1, 3.0], [-5.0, 0.0]])).owner.tolist()
+    >>> router(torch.tensor([[0.1, 3.0], [-5.0, 0.0]])).selection.tolist()
     [0, 1]
 
     ```
@@ -53,32 +57,15 @@ class PrototypeRouter(torch.nn.Module):
         """How many tasks have prototypes."""
         return int(self.owners.max()) + 1 if len(self.owners) else 0
 
-    def fit(self, features: torch.Tensor, k: int, seed: int = 0) -> torch.Tensor:
-        """k-means centres of L2-normalised features.
-
-        Args:
-            features (`torch.Tensor` of shape `(images, hidden_size)`): Query features of a task.
-            k (`int`): How many centres; fewer when there are fewer images.
-            seed (`int`, *optional*, defaults to 0): Seed of k-means.
-
-        Returns:
-            `torch.Tensor` of shape `(k, hidden_size)`, `float32`, on the CPU.
-        """
-        from sklearn.cluster import KMeans
-
-        features = torch.nn.functional.normalize(features.float(), dim=-1).cpu().numpy()
-        means = KMeans(n_clusters=min(k, len(features)), n_init=3, random_state=seed).fit(features)
-        return torch.from_numpy(means.cluster_centers_).float()
-
-    def add(self, features: torch.Tensor, k: int, seed: int = 0) -> None:
+    def add(self, features: torch.Tensor, k: int | str, seed: int = 0) -> None:
         """Adds prototypes, owned by the next task.
 
         Args:
             features (`torch.Tensor` of shape `(images, hidden_size)`): Query features of the task's training images.
-            k (`int`): How many prototypes.
+            k (`int` or `"auto"`): How many prototypes.
             seed (`int`, *optional*, defaults to 0): Seed of k-means.
         """
-        self.add_prototypes(self.fit(features, k, seed))
+        self.add_prototypes(fit_prototypes(features, k, seed))
 
     def add_prototypes(self, prototypes: torch.Tensor) -> None:
         """Adds prototypes as they are, owned by the next task.
@@ -113,7 +100,75 @@ class PrototypeRouter(torch.nn.Module):
             query (`torch.Tensor` of shape `(batch, hidden_size)`): Query features, normalised here.
 
         Returns:
-            [`Routing`]
+            [`Routing`]: `selection` of shape `(batch,)`; `distance` is Euclidean, to the nearest prototype, in [0, 2].
         """
         distance, owner = self.distances(query).min(dim=1)
         return Routing(owner, distance)
+
+
+def fit_prototypes(features: torch.Tensor, k: int | str, seed: int = 0) -> torch.Tensor:
+    """k-means centres of L2-normalised features.
+
+    Args:
+        features (`torch.Tensor` of shape `(images, hidden_size)`): Query features of a task.
+        k (`int` or `"auto"`): How many centres; fewer when there are fewer images. `"auto"`: see [`choose_k`].
+        seed (`int`, *optional*, defaults to 0): Seed of k-means.
+
+    Returns:
+        `torch.Tensor` of shape `(k, hidden_size)`, `float32`, on the CPU.
+
+    Example:
+
+    ```py
+    >>> import torch
+    >>> from hf_clpeft.routing.prototypes import fit_prototypes
+
+    >>> fit_prototypes(torch.tensor([[3.0, 0.0], [4.0, 0.0]]), k=1)
+    tensor([[1., 0.]])
+
+    ```
+    """
+    k = choose_k(features, seed) if k == "auto" else k
+    normalized = torch.nn.functional.normalize(features.float(), dim=-1).cpu()
+    return torch.from_numpy(_k_means(normalized, min(k, len(normalized)), seed).cluster_centers_).float()
+
+
+def choose_k(features: torch.Tensor, seed: int = 0) -> int:
+    """How many centres a task needs, judged by a fifth of its features, held out.
+
+    The distance of a held-out image to the nearest centre of its own task is what routing will compare with other
+    tasks'. More centres bring it down until they follow single images; this takes the fewest within 1 % of the best.
+
+    Args:
+        features (`torch.Tensor` of shape `(images, hidden_size)`): Query features of a task.
+        seed (`int`, *optional*, defaults to 0): Seed of the split and of k-means.
+
+    Returns:
+        `int`: One of `CANDIDATES`.
+
+    Example:
+
+    ```py
+    >>> import torch
+    >>> from hf_clpeft.routing.prototypes import choose_k
+
+    >>> noise = 0.01 * torch.randn(100, 2, generator=torch.Generator().manual_seed(0))
+    >>> choose_k(torch.eye(2).repeat(50, 1) + noise) > 1
+    True
+
+    ```
+    """
+    normalized = torch.nn.functional.normalize(features.float(), dim=-1).cpu()
+    order = torch.randperm(len(normalized), generator=torch.Generator().manual_seed(seed))
+    held_out, fitted = normalized[order].tensor_split([len(order) // 5])
+    candidates = [k for k in CANDIDATES if k <= len(fitted) // 2]
+    if not len(held_out) or not candidates:
+        return 1
+    distances = [float(_k_means(fitted, k, seed).transform(held_out.numpy()).min(axis=1).mean()) for k in candidates]
+    return next(k for k, distance in zip(candidates, distances, strict=True) if distance <= 1.01 * min(distances))
+
+
+def _k_means(features: torch.Tensor, k: int, seed: int):
+    from sklearn.cluster import KMeans
+
+    return KMeans(n_clusters=k, n_init=3, random_state=seed).fit(features.numpy())

@@ -51,6 +51,13 @@ class ContinualTrainingArguments:
     augmentation: Literal["none", "flip", "crop_flip"] = field(
         default="none", metadata={"help": "Random views of training images, made on the device."}
     )
+    cache_query_features: bool = field(
+        default=True,
+        metadata={
+            "help": "Compute query features of training images once per task, of the images as they are, rather than "
+            "in every step from augmented ones; where the loss needs them (L2P, L2L)."
+        },
+    )
     forward_transfer: bool = field(
         default=False,
         metadata={"help": "Also evaluate each task just before it is learnt, if its classes are known by then."},

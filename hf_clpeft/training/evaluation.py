@@ -18,8 +18,9 @@ class TaskEvaluation(NamedTuple):
 
     Args:
         accuracy (`float`): Share of images with the right class, every image routed by its own features.
-        oracle_accuracy (`float`): The same if every image went to its own task's expert; NaN if it has none yet.
-        routed (integer array of shape `(tasks,)`): How many images went to each task.
+        oracle_accuracy (`float`): The same if every image went to its own task's expert; NaN if it has none.
+        routed (integer array of shape `(experts,)`): How many images went to each expert; in a pool, each to
+            several.
     """
 
     accuracy: float
@@ -68,7 +69,7 @@ class Evaluator:
         Returns:
             [`TaskEvaluation`]
         """
-        test, device = self._tests[name], self.model.device
+        test, device, method = self._tests[name], self.model.device, self.model.config.method
         column = {label: number for number, label in enumerate(self.model.config.classes)}
         wanted = torch.tensor([column[label] for label in classes])[test.labels]
 
@@ -78,7 +79,7 @@ class Evaluator:
                 lambda rows: extract(
                     test.images,
                     rows,
-                    lambda pixels, index: self.model.bank(pixels, selection[index]),
+                    lambda pixels, index: self.model.bank(pixels, selection[index].to(device), method.readout),
                     self.model,
                     self.accelerator,
                     self.args,
@@ -88,10 +89,9 @@ class Evaluator:
             logits = self.model.heads(features.to(device), selection.to(device))
             return float((logits.argmax(dim=1).cpu() == wanted).float().mean())
 
-        routed = self.model.route(test.query.to(device)).owner.cpu()
+        routed = self.model.route(test.query.to(device)).selection.cpu()
         oracle_accuracy = math.nan
-        if owner is not None:
-            own = owner if self.model.config.method.expert_per_task else 0
-            oracle_accuracy = accuracy(torch.full_like(routed, own))
-        counts = np.bincount(routed.numpy(), minlength=len(self.model.config.tasks))
+        if owner is not None and method.experts == "per_task":
+            oracle_accuracy = accuracy(torch.full_like(routed, owner))
+        counts = np.bincount(routed.flatten().numpy(), minlength=len(self.model.bank))
         return TaskEvaluation(accuracy(routed), oracle_accuracy, counts)

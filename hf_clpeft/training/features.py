@@ -92,15 +92,19 @@ class TestFeatures:
         self.forwards = len(images)
 
     def under(self, selection: torch.Tensor, compute: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
-        """Features of every image under its selected expert.
+        """Features of every image under its selected experts.
 
         Args:
-            selection (integer `torch.Tensor` of shape `(images,)`): Expert of each image.
+            selection (integer `torch.Tensor` of shape `(images,)` or `(images, N)`): Experts of each image; several
+                come from a pool, which every task changes, so that nothing can be kept.
             compute (callable): Takes the rows that are missing, sorted by expert, and gives their features.
 
         Returns:
             `torch.Tensor` of shape `(images, hidden_size)`.
         """
+        if selection.dim() == 2:
+            self.forwards += len(selection)
+            return compute(torch.arange(len(selection)))
         missing_experts = int(selection.max()) + 1 - self._where.shape[1]
         if missing_experts > 0:
             self._where = torch.nn.functional.pad(self._where, (0, missing_experts), value=-1)

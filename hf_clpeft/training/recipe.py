@@ -83,6 +83,31 @@ class BackboneArguments:
     )
 
 
+@dataclass
+class PrototypeArguments:
+    """How S-X methods route and classify."""
+
+    k: str = field(default="5", metadata={"help": "Prototypes per task, or auto: chosen on held-out features."})
+    head: str = field(
+        default="auto", metadata={"help": "shared, per_task, or auto: shared if tasks bring new classes."}
+    )
+    route_layer: int | None = field(
+        default=None, metadata={"help": "Take query features behind this layer; default: behind the last."}
+    )
+
+
+@dataclass
+class PoolArguments:
+    """How L2X methods route and train their pool."""
+
+    pool_size: int = field(default=10, metadata={"help": "Experts in the pool."})
+    top_n: int = field(default=5, metadata={"help": "Experts that an image selects."})
+    pull: float = field(default=0.5, metadata={"help": "Weight of the loss that pulls selected keys towards queries."})
+    route_layer: int | None = field(
+        default=None, metadata={"help": "Take query features behind this layer; default: behind the last."}
+    )
+
+
 def run_recipe(method_arguments: type, make_method: Callable[..., MethodConfig], argv: list[str] | None = None):
     """Reads the command line and learns a stream with one method. The body of every recipe.
 

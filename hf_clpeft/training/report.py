@@ -29,8 +29,10 @@ class StreamReport:
         titles (`list[str]`): Their domains or classes, for people.
         accuracy_matrix (`list[list[float]]`): `A[i][j]`: accuracy on task j after task i; NaN where not measured.
         oracle_accuracy (`list[float]`): Accuracy on each task if every image went to its own expert, after the last.
-        experts (`list[str]`): Titles of all tasks of the model, those it had learnt before among them.
+        experts (`list[str]`): Titles of all tasks of the model, those it had learnt before among them; or the experts
+            of its pool.
         routing_confusion (`list[list[int]]`): Images of task j (row) sent to each of `experts`, after the last task.
+            From a pool every image selects several: the selection histogram of each task.
         expert_parameters (`list[int]`): Trained parameters of each task's expert.
         head_parameters (`list[int]`): Trained parameters of each task's head rows.
         stored_bytes (`list[int]`): Bytes that each task added to the model: expert, head rows, prototypes.
@@ -83,7 +85,7 @@ class StreamReport:
         """The formulas of [`hf_clpeft.metrics`], with routing and oracle-routed accuracy where experts are routed."""
         evaluated_before = not math.isnan(np.diagonal(self.accuracy_matrix, offset=1).sum()) and len(self.tasks) > 1
         summary = metrics.summarize(self.accuracy_matrix, self.untrained_accuracy if evaluated_before else None)
-        if self.routing_confusion:
+        if self.oracle_accuracy:
             summary["routing_accuracy"] = metrics.routing_accuracy(self.routing_confusion)
             summary["oracle_accuracy"] = float(np.mean(self.oracle_accuracy))
         return summary

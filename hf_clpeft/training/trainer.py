@@ -8,12 +8,14 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DataLoaderConfiguration, broadcast, set_seed
+from accelerate.utils import DataLoaderConfiguration, broadcast_object_list, set_seed
 from tqdm.auto import tqdm
 
 from ..config import ConfigError
 from ..hub import make_card
-from ..modeling import ContinualModel, TaskLearner, library_versions
+from ..learners import TaskLearner
+from ..modeling import ContinualModel, library_versions
+from ..routing.prototypes import fit_prototypes
 from ..streams import Task, TaskImages, TaskStream, cache_images
 from ..streams.images import augment
 from .arguments import ContinualTrainingArguments
@@ -106,6 +108,7 @@ class ContinualTrainer:
             [`StreamReport`]: Of all tasks learnt by this trainer.
         """
         args, method, seconds = self.args, self.model.config.method, {}
+        queries = prototypes = None
         owner = len(self.model.config.tasks)
         with _timed(seconds, "images"):
             train, test = self._images(task.train), self._images(task.test)
@@ -113,14 +116,16 @@ class ContinualTrainer:
             before = self._evaluate_before(task, test)
         set_seed(args.seed + owner)
         learner = self.model.start_task(task.name, task.classes, task.domain)
-        prototypes = None
-        if method.expert_per_task:
+        if method.experts == "pool" and args.cache_query_features:
+            with _timed(seconds, "queries"):
+                queries = extract_queries(train, self.model, self.accelerator, args, desc=f"Querying {task.name}")
+        with _timed(seconds, "train"):
+            self._train(learner, train, queries)
+        if method.experts == "per_task":
             with _timed(seconds, "prototypes"):
                 prototypes = self._fit_prototypes(train, task.name)
-        with _timed(seconds, "train"):
-            self._train(learner, train)
         self.model.finish_task(learner, prototypes, len(train))
-        if not method.expert_per_task:
+        if method.experts == "single":
             self.evaluator.expert_changed()
         self._tasks.append((task, owner))
         self._note_costs(learner, prototypes, train, seconds)
@@ -140,20 +145,19 @@ class ContinualTrainer:
         """k-means on the query features of all training images, gathered from all processes, fitted on one."""
         query = extract_queries(images, self.model, self.accelerator, self.args, desc=f"Querying {name}")
         k = self.model.config.method.k
-        if k > len(query):
+        if k != "auto" and k > len(query):
             logger.warning("%s has %d images, fewer than k=%d prototypes: using %d.", name, len(query), k, len(query))
-            k = len(query)
-        prototypes = torch.zeros(k, query.shape[1])
+        prototypes = [None]
         if self.accelerator.is_main_process:
-            prototypes = self.model.router.fit(query, k, seed=self.args.seed)
-        return broadcast(prototypes.to(self.accelerator.device))
+            prototypes = [fit_prototypes(query, k, seed=self.args.seed)]
+        return broadcast_object_list(prototypes)[0].to(self.accelerator.device)
 
-    def _train(self, learner: TaskLearner, images: TaskImages) -> None:
-        """Trains the expert and the head rows of one task."""
+    def _train(self, learner: TaskLearner, images: TaskImages, queries: torch.Tensor | None) -> None:
+        """Trains the experts and the head rows of one task; query features are computed in every step if not given."""
         from transformers import get_scheduler
 
         args, accelerator, transform = self.args, self.accelerator, self.model.backbone.transform
-        expert = [parameter for parameter in learner.peft_model.parameters() if parameter.requires_grad]
+        expert = learner.expert_parameters()
         groups = [
             {"params": expert, "lr": args.learning_rate},
             {"params": list(learner.head.parameters()), "lr": args.head_learning_rate},
@@ -179,7 +183,7 @@ class ContinualTrainer:
             for batch in loader:
                 with accelerator.accumulate(module):
                     pixel_values = augment(transform.normalize(batch["pixels"]), args.augmentation)
-                    loss, _ = module(pixel_values, batch["label"])
+                    loss, _ = module(pixel_values, batch["label"], self._query(pixel_values, batch, queries))
                     accelerator.backward(loss)
                     if accelerator.sync_gradients and args.max_grad_norm:
                         accelerator.clip_grad_norm_([*expert, *learner.head.parameters()], args.max_grad_norm)
@@ -195,6 +199,15 @@ class ContinualTrainer:
         bar.close()
         learner.eval()
 
+    def _query(self, pixel_values: torch.Tensor, batch: dict, queries: torch.Tensor | None) -> torch.Tensor | None:
+        """Query features of a training batch, for methods whose loss needs them."""
+        if self.model.config.method.experts != "pool":
+            return None
+        if queries is not None:
+            return queries[batch["index"].cpu()].to(pixel_values.device)
+        with torch.no_grad(), self.accelerator.autocast():
+            return self.model.query_features(pixel_values)
+
     def _evaluate_before(self, task: Task, test: TaskImages) -> float | None:
         """`A[i-1, i]`, for forward transfer, where the model knows the task's classes already."""
         if not self.args.forward_transfer or not set(task.classes) <= set(self.model.config.classes):
@@ -209,21 +222,29 @@ class ContinualTrainer:
             report.accuracy_matrix[-2][-1] = before
         results = [self.evaluator.evaluate(task.name, task.classes, owner) for task, owner in self._tasks]
         report.accuracy_matrix[-1] = [result.accuracy for result in results]
-        if self.model.config.method.expert_per_task:
-            report.oracle_accuracy = [result.oracle_accuracy for result in results]
+        method = self.model.config.method
+        if method.experts != "single":
             report.routing_confusion = [result.routed.tolist() for result in results]
+            report.experts = self.model.bank.names
+        if method.experts == "per_task":
+            report.oracle_accuracy = [result.oracle_accuracy for result in results]
             report.experts = [task.title for task in self.model.config.tasks]
         report.test_forwards_per_image = self.evaluator.forwards_per_image()
         self.accelerator.log({f"eval/{name}": value for name, value in report.summary().items()}, step=self._step)
 
     def _note_costs(self, learner: TaskLearner, prototypes, train: TaskImages, seconds: dict[str, float]) -> None:
-        report, expert = self.report, self.model.bank.experts[-1]
+        report, model = self.report, self.model
+        if model.config.method.experts == "pool":
+            expert = sum(expert.num_parameters for expert in model.bank) + model.router.keys.numel()
+        else:
+            expert = model.bank[-1].num_parameters
         head = sum(parameter.numel() for parameter in learner.head.parameters())
-        stored = sum(tensor.nbytes for tensor in expert.tensors.values()) + 4 * head
+        # A pool or a single expert was there before, unless this is the first task.
+        added = expert if model.config.method.experts == "per_task" or len(model.config.tasks) == 1 else 0
         report.add_task(learner.config.name, learner.config.title)
-        report.expert_parameters.append(expert.num_parameters)
+        report.expert_parameters.append(expert)
         report.head_parameters.append(head)
-        report.stored_bytes.append(stored + (prototypes.nbytes if prototypes is not None else 0))
+        report.stored_bytes.append(4 * (added + head + (prototypes.numel() if prototypes is not None else 0)))
         report.train_images_per_second.append(len(train) * self.args.num_train_epochs / seconds["train"])
         report.untrained_accuracy.append(1 / len(learner.config.classes))
         report.seconds.append(seconds)

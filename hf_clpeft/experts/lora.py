@@ -1,0 +1,216 @@
+"""LoRA for a batch in which every image has its own experts, at the cost of a plain forward."""
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from peft import LoraConfig, PeftConfig, PeftModel, PeftType
+from peft.tuners.lora import LoraLayer
+
+from ..backbones import Backbone
+from .expert import ADAPTER
+from .table import ExpertTable
+
+
+@dataclass(frozen=True)
+class _Site:
+    """A linear layer that experts update.
+
+    Args:
+        key (`str`): What PEFT's files call it.
+        input (`int`): Number of its input; layers that read the same tensor have the same.
+        position (`int`): Its place among those.
+        down (`slice`): Columns of the table's first part, which hold its A.
+        up (`slice`): Columns of the table's second part, which hold its B.
+    """
+
+    key: str
+    input: int
+    position: int
+    down: slice
+    up: slice
+
+
+class LoraTable(ExpertTable):
+    """LoRA experts cut into rank-one updates of all layers that they adapt, and added to those layers' outputs.
+
+    For a linear map W, A and B of the experts selected for an image, and their scales s:
+
+        y = x Wᵀ + Σ_e s_e (x A_eᵀ) B_eᵀ
+
+    There are two exact ways to compute it, neither with a loop over experts. *Gathered* fetches every image's own A
+    and B, once for all layers, and multiplies in batches: its cost does not depend on how many experts there are.
+    *Stacked* multiplies by all experts and masks those that are not selected: plain matrix products, which suit a
+    small pool. Layers that read the same tensor, as query and value do, share one pass over it.
+
+    Args:
+        backbone ([`Backbone`]): The frozen model. Hooks on its linear layers stay idle outside
+            [`~LoraTable.selected`].
+        layers (`dict[str, torch.nn.Linear]`): The layers that experts adapt by the names that PEFT's files use.
+        inputs (`list[list[str]]`): The same names in the order of execution; those that read one tensor together.
+
+    Source: section 3 of DESIGN; LoRA, arXiv 2106.09685.
+    """
+
+    def __init__(self, backbone: Backbone, layers: dict[str, torch.nn.Linear], inputs: list[list[str]]):
+        downs = sum(layer.in_features for layer in layers.values())
+        super().__init__(downs + sum(layer.out_features for layer in layers.values()), backbone.device)
+        self.sites: list[_Site] = []
+        down = up = 0
+        for number, keys in enumerate(inputs):
+            for position, key in enumerate(keys):
+                layer = layers[key]
+                ends = down + layer.in_features, up + layer.out_features
+                site = _Site(key, number, position, slice(down, ends[0]), slice(up, ends[1]))
+                layer.register_forward_hook(partial(self._update, site))
+                self.sites.append(site)
+                down, up = ends
+        self._num_down = downs
+        self._inputs = [(len(keys), layers[keys[0]].in_features) for keys in inputs]
+        self._starts = [next(site.down.start for site in self.sites if site.input == i) for i in range(len(inputs))]
+        self._weights = self._down = self._up = self._projected = None
+
+    @classmethod
+    def made_for(cls, backbone: Backbone, peft_model: PeftModel) -> "LoraTable | None":
+        """A table for experts like the one in a PEFT model; `None` if they are more than plain LoRA on linear layers.
+
+        Args:
+            backbone ([`Backbone`]): The frozen model.
+            peft_model (`peft.PeftModel`): The same model with an adapter on it.
+        """
+        layers = {
+            f"base_model.model.{name}": module.base_layer
+            for name, module in peft_model.base_model.model.named_modules()
+            if isinstance(module, LoraLayer)
+        }
+        config = peft_model.peft_config[ADAPTER]
+        trained = sum(parameter.requires_grad for parameter in peft_model.parameters())
+        linear = all(type(layer) is torch.nn.Linear for layer in layers.values())
+        if not (_is_plain(config) and linear and trained == 2 * len(layers)):
+            return None
+        inputs = _shared_inputs(backbone, layers)
+        return inputs and cls(backbone, layers, inputs)
+
+    def pack(self, config: LoraConfig, tensors: dict[str, torch.Tensor]) -> tuple[torch.Tensor, float]:
+        """Cuts an expert into components.
+
+        Args:
+            config (`peft.LoraConfig`): PEFT's configuration.
+            tensors (`dict[str, torch.Tensor]`): Content of PEFT's file.
+
+        Returns:
+            `torch.Tensor` of shape `(r, width)`, and the factor of the update.
+
+        Raises:
+            `ValueError`: It is more than plain LoRA, or adapts other layers than those of this table.
+        """
+        if not _is_plain(config):
+            raise ValueError("it is more than plain LoRA of one rank.")
+        expected = {}
+        for site in self.sites:
+            expected[f"{site.key}.lora_A.weight"] = (config.r, site.down.stop - site.down.start)
+            expected[f"{site.key}.lora_B.weight"] = (site.up.stop - site.up.start, config.r)
+        found = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
+        wrong = sorted(key for key, _ in found.items() ^ expected.items())
+        if wrong:
+            raise ValueError(f"{wrong[0]} has shape {found.get(wrong[0])} and should have {expected.get(wrong[0])}.")
+        downs = [tensors[f"{site.key}.lora_A.weight"] for site in self.sites]
+        ups = [tensors[f"{site.key}.lora_B.weight"].mT for site in self.sites]
+        scale = config.lora_alpha / (math.sqrt(config.r) if config.use_rslora else config.r)
+        return torch.cat([*downs, *ups], dim=1), scale
+
+    def unpack(self, components: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Inverse of [`~LoraTable.pack`]."""
+        tensors, (downs, ups) = {}, self._parts(components)
+        for site in self.sites:
+            tensors[f"{site.key}.lora_A.weight"] = downs[:, site.down].contiguous()
+            tensors[f"{site.key}.lora_B.weight"] = ups[:, site.up].mT.contiguous()
+        return tensors
+
+    @contextmanager
+    def selected(self, selection: torch.Tensor, dtype: torch.dtype, stacked: bool = False) -> Iterator[None]:
+        """Lets the backbone run with every image under its own experts inside this context.
+
+        Args:
+            selection (integer `torch.Tensor` of shape `(batch,)` or `(batch, N)`): Experts of each image.
+            dtype (`torch.dtype`): What the backbone's linear layers compute in.
+            stacked (`bool`, *optional*, defaults to `False`): Multiply by all experts and mask.
+        """
+        components = self.components(selection)
+        scales = self.scales[components]
+        # In one go for all layers: on a fast device many small operations cost more than the arithmetic.
+        if stacked:
+            self._down, self._up = (part.to(dtype) for part in self._parts(self.rows))
+            weights = scales.new_zeros(len(components), len(self.rows)).scatter_add(1, components, scales)
+            self._weights = weights[:, None, None].to(dtype)
+        else:
+            down, up = self._parts(self.rows[components])
+            self._down, self._up = down.to(dtype), (up * scales[..., None]).to(dtype)
+        try:
+            yield
+        finally:
+            self._weights = self._down = self._up = self._projected = None
+
+    def _parts(self, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The columns that hold A, and those that hold B."""
+        return rows[..., : self._num_down], rows[..., self._num_down :]
+
+    def _update(self, site: _Site, layer, args: tuple, output: torch.Tensor) -> torch.Tensor | None:
+        """Hook of a linear layer: adds what the selected experts say to its output."""
+        if self._down is None:
+            return None
+        if site.position == 0:
+            self._projected = self._project(site.input, args[0].to(output.dtype))
+        up = self._up[..., site.up]
+        rank = up.shape[-2]
+        down = self._projected[..., site.position * rank : (site.position + 1) * rank]
+        if self._weights is None:
+            return output.baddbmm_(down, up)
+        return output.view(-1, output.shape[-1]).addmm_(down.reshape(-1, rank), up).view_as(output)
+
+    def _project(self, number: int, x: torch.Tensor) -> torch.Tensor:
+        """x Aᵀ for all layers that read x, of shape `(batch, tokens, layers * rank)`."""
+        (count, width), start = self._inputs[number], self._starts[number]
+        # The layers' A below one another: a view for one layer or rank 1, else a small copy.
+        down = self._down[..., start : start + count * width].unflatten(-1, (count, width))
+        down = down.transpose(-3, -2).flatten(-3, -2)
+        if self._weights is None:
+            return torch.bmm(x, down.mT)
+        projected = torch.nn.functional.linear(x, down).unflatten(-1, (count, -1))
+        return (projected * self._weights).flatten(-2)
+
+
+def _is_plain(config: PeftConfig) -> bool:
+    """Whether every layer has the same rank and factor, and the update is nothing but B A."""
+    return config.peft_type == PeftType.LORA and not (config.use_dora or config.rank_pattern or config.alpha_pattern)
+
+
+def _shared_inputs(backbone: Backbone, layers: dict[str, torch.nn.Linear]) -> list[list[str]] | None:
+    """Names in the order of execution, grouped by the tensor they read; `None` if one is not `(batch, tokens, width)`.
+
+    Found by running the backbone once, because no two architectures name the same things.
+    """
+    seen: list[tuple[str, torch.Tensor]] = []
+    hooks = [
+        layer.register_forward_pre_hook(lambda module, args, key=key: seen.append((key, args[0])))
+        for key, layer in layers.items()
+    ]
+    size = backbone.config.image_size
+    try:
+        with torch.no_grad():
+            backbone(torch.zeros(2, 3, size, size, device=backbone.device))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    if len(seen) != len(layers) or any(x.dim() != 3 or len(x) != 2 for _, x in seen):
+        return None
+    inputs: list[list[str]] = []
+    for i, (key, x) in enumerate(seen):
+        if i and x is seen[i - 1][1]:
+            inputs[-1].append(key)
+        else:
+            inputs.append([key])
+    return inputs

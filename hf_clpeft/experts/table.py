@@ -1,0 +1,107 @@
+"""Many experts as rows of one table, so that one indexing operation fetches those of a whole batch."""
+
+import torch
+
+
+class ExpertTable(torch.nn.Module):
+    """Experts cut into components: rank-one updates of LoRA, or tokens of a prompt.
+
+    An expert is the sum (LoRA) or the concatenation (prompts) of its components, and so is any selection of experts:
+    a batch needs no more than the row numbers of every image's components. Row 0 is all zeros and pads experts that
+    have fewer components than others. The table doubles when it is full, so adding an expert costs the same whether
+    there are 1 or 1,000, and a compiled forward stays valid until it doubles.
+
+    Args:
+        width (`int`): Numbers per component.
+        device (`torch.device`): Where the table is.
+
+    Example:
+
+    ```py
+    >>> import torch
+    >>> from hf_clpeft.experts.table import ExpertTable
+
+    >>> table = ExpertTable(width=2, device=torch.device("cpu"))
+    >>> table.append(torch.ones(1, 2))
+    >>> table.append(torch.full((3, 2), 7.0))
+    >>> table.components(torch.tensor([1, 0])).tolist()  # the first expert is padded with row 0
+    [[2, 3, 4], [1, 0, 0]]
+
+    ```
+    """
+
+    def __init__(self, width: int, device: torch.device):
+        super().__init__()
+        self.rows = torch.nn.Parameter(torch.zeros(1, width, device=device), requires_grad=False)
+        self.register_buffer("scales", torch.zeros(1, device=device))
+        self.register_buffer("members", torch.zeros(0, 1, dtype=torch.int64, device=device))
+        self.uniform = True  # whether all experts have as many components
+        self._count, self._used = 0, 1
+
+    def __len__(self) -> int:
+        return self._count
+
+    def reserve(self, num_experts: int, num_components: int) -> None:
+        """Makes room for so many experts and components in all, if there is less."""
+        self.members = _taller(self.members, num_experts)
+        self.scales = _taller(self.scales, 1 + num_components)
+        if len(self.rows) < 1 + num_components:
+            rows = _taller(self.rows.detach(), 1 + num_components)
+            self.rows = torch.nn.Parameter(rows, requires_grad=self.rows.requires_grad)
+
+    def append(self, components: torch.Tensor, scale: float = 1.0) -> None:
+        """Adds an expert.
+
+        Args:
+            components (`torch.Tensor` of shape `(components, width)`): Its components.
+            scale (`float`, *optional*, defaults to 1.0): Factor of each when they are used.
+        """
+        end = self._used + len(components)
+        if end > len(self.rows) or self._count == len(self.members):
+            self.reserve(max(self._count + 1, 2 * self._count), max(end, 2 * (self._used - 1) + 1) - 1)
+        self.uniform &= self._count == 0 or len(components) == self.members.shape[1]
+        if len(components) > self.members.shape[1]:
+            missing = len(components) - self.members.shape[1]
+            self.members = torch.nn.functional.pad(self.members, (0, missing))
+        self.members[self._count, : len(components)] = torch.arange(self._used, end)
+        self._count, self._used = self._count + 1, end
+        self.write(self._count - 1, components, scale)
+
+    def write(self, index: int, components: torch.Tensor, scale: float = 1.0) -> None:
+        """Replaces an expert by one of as many components.
+
+        Raises:
+            `ValueError`: There are more or fewer.
+        """
+        numbers = self.rows_of(index)
+        if len(numbers) != len(components):
+            raise ValueError(f"Expert {index} has {len(numbers)} components, not {len(components)}.")
+        with torch.no_grad():
+            self.rows[numbers] = components.to(self.rows)
+            self.scales[numbers] = scale
+
+    def read(self, index: int) -> torch.Tensor:
+        """A copy of one expert's components, of shape `(components, width)`."""
+        return self.rows.detach()[self.rows_of(index)]
+
+    def components(self, selection: torch.Tensor) -> torch.Tensor:
+        """Row numbers of the components of selected experts.
+
+        Args:
+            selection (integer `torch.Tensor` of shape `(batch,)` or `(batch, N)`): Experts of each image.
+
+        Returns:
+            integer `torch.Tensor` of shape `(batch, components)`: Padded with 0.
+        """
+        return self.members[selection].flatten(1)
+
+    def rows_of(self, index: int) -> torch.Tensor:
+        """Row numbers of one expert's components."""
+        numbers = self.members[index]
+        return numbers[numbers > 0]
+
+
+def _taller(tensor: torch.Tensor, height: int) -> torch.Tensor:
+    """The tensor with rows of zeros below, if it has fewer than `height`."""
+    missing = height - len(tensor)
+    return tensor if missing <= 0 else torch.cat([tensor, tensor.new_zeros(missing, *tensor.shape[1:])])

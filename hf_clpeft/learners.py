@@ -1,0 +1,126 @@
+"""What is trained in one task: an expert of its own, or a pool and its keys; and the head rows of its classes."""
+
+from collections.abc import Sequence
+
+import torch
+
+from .backbones import cls_features
+from .config import TaskConfig
+from .experts import ExpertBank
+from .routing import KeyRouter
+
+
+class TaskLearner(torch.nn.Module):
+    """The part of a model that is trained in one task.
+
+    Args:
+        config ([`TaskConfig`]): The task.
+        head (`torch.nn.Linear`): The rows to train.
+        classes (`list[int]`): Number of the class of each row.
+        targets (`torch.Tensor` of shape `(len(config.classes),)`): Row of each class of the task.
+    """
+
+    def __init__(self, config: TaskConfig, head: torch.nn.Linear, classes: list[int], targets: torch.Tensor):
+        super().__init__()
+        self.config, self.head, self.classes = config, head, classes
+        self.register_buffer("targets", targets)
+
+    def expert_parameters(self) -> list[torch.nn.Parameter]:
+        """Everything that is trained besides the head."""
+        head = set(self.head.parameters())
+        return [parameter for parameter in self.parameters() if parameter.requires_grad and parameter not in head]
+
+    def forward(
+        self, pixel_values: torch.Tensor, labels: torch.Tensor, query: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Loss over the rows that are trained, which masks the classes that are not.
+
+        Args:
+            pixel_values (`torch.Tensor` of shape `(batch, 3, height, width)`): Normalised images.
+            labels (integer `torch.Tensor` of shape `(batch,)`): Positions in the task's classes.
+            query (`torch.Tensor` of shape `(batch, hidden_size)`, *optional*): Query features, if experts come from a
+                pool.
+
+        Returns:
+            The loss, and the logits of shape `(batch, len(classes))`.
+        """
+        features, penalty = self._features(pixel_values, query)
+        logits = self.head(features.to(self.head.weight.dtype))
+        return torch.nn.functional.cross_entropy(logits.float(), self.targets[labels]) + penalty, logits
+
+    def _features(self, pixel_values: torch.Tensor, query) -> tuple[torch.Tensor, torch.Tensor | float]:
+        raise NotImplementedError
+
+
+class ExpertLearner(TaskLearner):
+    """Trains one expert in the bank's slot.
+
+    Args:
+        peft_model (`peft.PeftModel`): The backbone with the expert.
+        args: As for [`TaskLearner`].
+    """
+
+    def __init__(self, peft_model, *args):
+        super().__init__(*args)
+        self.peft_model = peft_model
+
+    def _features(self, pixel_values: torch.Tensor, query) -> tuple[torch.Tensor, float]:
+        return cls_features(self.peft_model, pixel_values), 0.0
+
+
+class PoolLearner(TaskLearner):
+    """Trains all experts of a pool and their keys, each image those that it selects.
+
+    The loss gains λ · Σ (1 − cos(query, key)) over an image's selected keys; section 2 of DESIGN.
+
+    Args:
+        bank ([`ExpertBank`]): The pool.
+        router ([`KeyRouter`]): Its keys.
+        readout (`str`): What the head classifies: `"cls"` or `"prompts"`.
+        pull (`float`): λ.
+        args: As for [`TaskLearner`].
+    """
+
+    def __init__(self, bank: ExpertBank, router: KeyRouter, readout: str, pull: float, *args):
+        super().__init__(*args)
+        self.bank, self.router, self.readout, self.pull = bank, router, readout, pull
+        bank.table.rows.requires_grad_(True)
+        router.keys.requires_grad_(True)
+
+    def finish(self) -> None:
+        """Fixes the pool and its keys again."""
+        for parameter in (self.bank.table.rows, self.router.keys):
+            parameter.requires_grad_(False)
+            parameter.grad = None
+
+    def _features(self, pixel_values: torch.Tensor, query: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        selection, distance = self.router(query)
+        features = self.bank(pixel_values, selection, self.readout)
+        return features, self.pull * selection.shape[1] * distance.mean()
+
+
+def rows_to_train(classes: Sequence[str], known: Sequence[str], mask: bool) -> tuple[list[int], torch.Tensor]:
+    """Which rows of the head a task trains.
+
+    Args:
+        classes (sequence of `str`): Classes of the task.
+        known (sequence of `str`): All classes so far, those of the task included.
+        mask (`bool`): Leave out those that the task does not have.
+
+    Returns:
+        `list[int]` with the number of the class of each row, and a tensor with the row of each class of the task.
+
+    Example:
+
+    ```py
+    >>> from hf_clpeft.learners import rows_to_train
+
+    >>> rows_to_train(["dog", "cat"], ["bird", "cat", "dog"], mask=True)
+    ([2, 1], tensor([0, 1]))
+
+    ```
+    """
+    number_of = {label: number for number, label in enumerate(known)}
+    rows = [number_of[label] for label in (classes if mask else known)]
+    row_of = {number: row for row, number in enumerate(rows)}
+    return rows, torch.tensor([row_of[number_of[label]] for label in classes])

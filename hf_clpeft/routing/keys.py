@@ -1,0 +1,57 @@
+"""The nearest keys by cosine: the router of L2P and L2L."""
+
+import torch
+
+from .prototypes import Routing
+
+
+class KeyRouter(torch.nn.Module):
+    """Sends an image to the experts of a pool whose keys are nearest to its query features.
+
+    Args:
+        hidden_size (`int`): Width of a feature.
+        pool_size (`int`): Experts in the pool, each with a key.
+        top_n (`int`): How many experts an image selects.
+
+    Source: L2P, arXiv 2112.08654; keys start uniform in (-1, 1), as in awslabs/Renate.
+
+    Example:
+
+    ```py
+    >>> import torch
+    >>> from hf_clpeft.routing import KeyRouter
+
+    >>> router = KeyRouter(hidden_size=2, pool_size=3, top_n=2)
+    >>> router.keys.data = torch.tensor([[1.0, 0.0], [0.0, 1.0], [-1.0, 0.0]])
+    >>> router(torch.tensor([[0.1, 3.0], [-5.0, 1.0]])).selection.tolist()
+    [[1, 0], [2, 1]]
+
+    ```
+    """
+
+    def __init__(self, hidden_size: int, pool_size: int, top_n: int):
+        super().__init__()
+        self.keys = torch.nn.Parameter(torch.empty(pool_size, hidden_size), requires_grad=False)
+        self.top_n = top_n
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draws the keys anew."""
+        torch.nn.init.uniform_(self.keys, -1, 1)
+
+    def forward(self, query: torch.Tensor) -> Routing:
+        """Routes a batch.
+
+        Args:
+            query (`torch.Tensor` of shape `(batch, hidden_size)`): Query features.
+
+        Returns:
+            [`Routing`]: `selection` of shape `(batch, top_n)`, nearest first; `distance` is the mean of 1 − cosine
+            over the selected keys, in [0, 2], and differentiable: training pulls it down.
+        """
+        query = torch.nn.functional.normalize(query.to(self.keys), dim=-1)
+        keys = torch.nn.functional.normalize(self.keys, dim=-1)
+        # A sum per image rather than one matrix product, whose rounding would depend on the rest of the batch.
+        cosines = (query[:, None] * keys).sum(dim=-1)
+        nearest, selection = cosines.topk(self.top_n, dim=-1)
+        return Routing(selection, (1 - nearest).mean(dim=-1))
