@@ -114,10 +114,13 @@ class MethodConfig:
         if self.head == "per_task":
             raise ConfigError("A pool needs head='shared': its experts belong to no task.")
         self.head = "shared"
-        if self.peft.get("lora_dropout"):
-            raise ConfigError("A pool trains without lora_dropout; leave it out.")
+        unsupported = [name for name in ("lora_dropout", *_BEYOND_PLAIN_LORA) if self.peft.get(name)]
+        if self.peft["peft_type"] not in ("LORA", "PROMPT_TUNING") or unsupported:
+            what = ", ".join(unsupported) or self.peft["peft_type"]
+            raise ConfigError(f"A pool is made of plain LoRA modules or prompts; {what} cannot be in one.")
 
 
+_BEYOND_PLAIN_LORA = ("use_dora", "rank_pattern", "alpha_pattern", "lora_bias", "modules_to_save")
 _CHOICES = {
     "experts": ("per_task", "pool", "single"),
     "head": ("auto", "shared", "per_task"),

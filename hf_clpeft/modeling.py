@@ -142,10 +142,8 @@ class ContinualModel(torch.nn.Module):
             `torch.Tensor` of shape `(batch, hidden_size)`.
         """
         layers = self.config.method.route_layer
-        if not self.config.method.query_with_first_expert:
+        if not (self.config.method.query_with_first_expert and len(self.bank)):
             return self.bank.frozen(pixel_values, layers)
-        if not len(self.bank):  # the first task's expert is still in the slot, where it has been trained
-            return self.backbone(pixel_values, layers)
         first = torch.zeros(len(pixel_values), dtype=torch.int64, device=pixel_values.device)
         return self.bank(pixel_values, first, num_layers=layers)
 
@@ -207,7 +205,7 @@ class ContinualModel(torch.nn.Module):
     # Learning a task
 
     def start_task(self, name: str, classes: Sequence[str], domain: str | None = None) -> TaskLearner:
-        """Prepares what is trained in a new task. The model stays as it was until [`~ContinualModel.finish_task`].
+        """Prepares what is trained in a new task. The model knows it once [`~ContinualModel.finish_task`] is called.
 
         Args:
             name (`str`): Name of the task.
@@ -237,13 +235,11 @@ class ContinualModel(torch.nn.Module):
             learner = ExpertLearner(self.bank.start(self._expert_name(name), peft_config), *rows)
         return learner.to(self.device)
 
-    def finish_task(self, learner: TaskLearner, prototypes: torch.Tensor | None, num_train_images: int) -> None:
-        """Adds a trained task: from here on the model knows it.
+    def finish_task(self, learner: TaskLearner, num_train_images: int) -> None:
+        """Adds a trained task. Where each task has its own expert, images find it once the router has its prototypes.
 
         Args:
             learner ([`TaskLearner`]): What [`~ContinualModel.start_task`] gave, trained.
-            prototypes (`torch.Tensor` of shape `(k, hidden_size)`, *optional*): Its prototypes, where each task has an
-                expert of its own.
             num_train_images (`int`): Images it was trained on.
         """
         method, task = self.config.method, learner.config
@@ -253,8 +249,6 @@ class ContinualModel(torch.nn.Module):
             learner.finish()
         else:
             self.bank.finish(self._expert_name(task.name))
-        if prototypes is not None:
-            self.router.add_prototypes(prototypes)
         self.heads.write(learner.head.weight, learner.head.bias, learner.classes)
         self.config.classes = list(dict.fromkeys([*self.config.classes, *task.classes]))
         self.config.tasks.append(task)

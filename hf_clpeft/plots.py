@@ -84,6 +84,43 @@ def plot_comparison(reports: Sequence, path: str | Path) -> None:
     figure.savefig(path)
 
 
+def plot_throughput(rows: Sequence[dict], path: str | Path) -> None:
+    """Draws images per second over the number of experts, one panel per setting.
+
+    Args:
+        rows (sequence of `dict`): Rows of `recipes/throughput.py`.
+        path (`str` or `Path`): PNG file to write.
+
+    Example:
+
+    ```py
+    >>> from hf_clpeft.plots import plot_throughput
+
+    >>> setting = {"mode": "predict", "technique": "lora", "size": 1, "batch_size": 8, "dtype": "float32"}
+    >>> row = {**setting, "compile": "off", "system": "backbone", "num_experts": 10, "images_per_second": 99.0}
+    >>> plot_throughput([row, {**row, "num_experts": 100}], "throughput.png")
+
+    ```
+    """
+    from matplotlib.figure import Figure
+
+    names = ("mode", "technique", "size", "batch_size", "dtype", "compile")
+    panels = list(dict.fromkeys(tuple(row[name] for name in names) for row in rows))
+    figure = Figure(figsize=(5.5 * len(panels), 4.5), layout="constrained", dpi=120)
+    for axis, panel in zip(np.atleast_1d(figure.subplots(1, len(panels))), panels, strict=True):
+        inside = [row for row in rows if tuple(row[name] for name in names) == panel]
+        for system in dict.fromkeys(row["system"] for row in inside):
+            points = [(row["num_experts"], row["images_per_second"]) for row in inside if row["system"] == system]
+            axis.plot(*zip(*points, strict=True), marker="o", label=system)
+        mode, technique, size, batch_size, dtype, compiled = panel
+        unit = "rank" if technique == "lora" else "tokens"
+        title = f"{mode}, {technique} ({unit} {size}), batch {batch_size}\n{dtype}, compile {compiled}"
+        axis.set(xscale="log", xlabel="experts", ylabel="images per second", ylim=(0, None), title=title)
+        axis.legend(fontsize=8)
+        axis.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path)
+
+
 def draw_matrix(axis, values: np.ndarray, rows: Sequence[str], columns: Sequence[str], title: str, cmap: str) -> None:
     """Draws values in [0, 1] as a labelled table of coloured cells.
 

@@ -14,14 +14,12 @@ from hf_clpeft.training.recipe import BackboneArguments, StreamArguments, learn,
 
 def main():
     groups = (StreamArguments, BackboneArguments, ContinualTrainingArguments)
-    stream_args, backbone, training = parse(groups, default_benchmark="digits")
-    stream = stream_args.load()
-    folder = Path(training.output_dir)
-    k = BENCHMARKS["digits"].defaults["k"]
-    methods = (s_lora(k=k), s_prompts(k=k), sequential_lora())
-    reports = [
-        learn(stream, backbone, replace(training, output_dir=str(folder / method.name)), method) for method in methods
-    ]
+    k, reports = BENCHMARKS["digits"].defaults["k"], []
+    for method in (s_lora(k=k), s_prompts(k=k), sequential_lora()):
+        stream_args, backbone, training = parse(groups, default_benchmark="digits", method=method.name)
+        folder = Path(training.output_dir)
+        training = replace(training, output_dir=str(folder / method.name))
+        reports.append(learn(stream_args.load(), backbone, training, method))
     plot_comparison(reports, folder / "demo.png")
     print_reports(reports, folder / "demo.png")
 

@@ -99,7 +99,8 @@ def learnt(request, tmp_path_factory):
     from hf_clpeft import METHODS, load_benchmark
 
     folder = tmp_path_factory.mktemp(request.param)
-    trainer = make_trainer(METHODS[request.param](k=10), folder, train_batch_size=32)
+    options = {"k": 10} if request.param.startswith("s_") else {}
+    trainer = make_trainer(METHODS[request.param](**options), folder, train_batch_size=32)
     trainer.stream = load_benchmark("digits", max_train_samples_per_task=96, max_test_samples_per_task=24)[:3]
     trainer.learn_stream(trainer.stream)
     return trainer

@@ -289,3 +289,10 @@ def test_several_experts_for_one_image_need_a_fused_form():
     bank = bank_of(random_experts(small_backbone(), [TECHNIQUES["ia3"]] * 2))
     with pytest.raises(ExpertError, match="need LoRA, or prompts of one length"):
         bank(images(1), torch.tensor([[0, 1]]))
+
+
+def test_grouped_experts_do_not_run_over_one_in_training():
+    bank = bank_of(random_experts(small_backbone(), [TECHNIQUES["ia3"]] * 2))
+    bank.start("new", make_peft_config(TECHNIQUES["ia3"], bank.backbone))
+    with pytest.raises(ExpertError, match="finish it first"):
+        bank(images(1), torch.tensor([0]))

@@ -24,13 +24,17 @@ def pixels(model, count=24, seed=0):
     return torch.randn(count, 3, 32, 32, generator=generator)
 
 
+METHODS = ["s_lora", "s_lora_pp", "s_prompts", "s_prompts_pp", "l2l", "l2p"]
+
+
+@pytest.mark.parametrize("learnt", METHODS, indirect=True)
 def test_neither_batch_size_nor_order_across_tasks_changes_a_prediction(learnt):
     images = [decode(encoded) for task in learnt.stream for encoded, _, _ in task.test]
     together = learnt.model.predict(images, batch_size=64)
     order = random.Random(0).sample(range(len(images)), len(images))
     shuffled = learnt.model.predict([images[i] for i in order], batch_size=64)
     alone = learnt.model.predict(images, batch_size=1)
-    assert len({prediction.expert for prediction in together}) == 3
+    assert len({prediction.expert for prediction in together}) > 1
     for position, i in enumerate(order):
         for other in (shuffled[position], alone[i]):
             assert (other.label, other.expert) == (together[i].label, together[i].expert)
@@ -38,6 +42,7 @@ def test_neither_batch_size_nor_order_across_tasks_changes_a_prediction(learnt):
             assert other.distance == pytest.approx(together[i].distance, abs=1e-5)
 
 
+@pytest.mark.parametrize("learnt", METHODS, indirect=True)
 def test_a_saved_model_predicts_the_same(learnt, saved):
     loaded = ContinualModel.from_pretrained(saved)
     with torch.no_grad():

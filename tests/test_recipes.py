@@ -1,5 +1,6 @@
 """Recipes as a user starts them: options, files of options, and what is said without a network."""
 
+import csv
 import json
 import os
 import re
@@ -23,11 +24,11 @@ def run(script, *options, **environment):
     return subprocess.run(command, capture_output=True, text=True, env={**os.environ, **environment})
 
 
-@pytest.mark.parametrize("script", ["s_lora.py", "s_prompts.py"])
+@pytest.mark.parametrize("script", ["s_lora_pp.py", "s_prompts.py", "l2l.py"])
 def test_a_recipe_learns_a_benchmark_and_prints_a_table(script, tmp_path):
     done = run(script, "--benchmark", "digits", "--output_dir", tmp_path / "out", "--disable_tqdm", *QUICK)
     assert done.returncode == 0, done.stderr[-2000:]
-    assert re.search(r"s_\w+ +\d+\.\d", done.stdout), done.stdout
+    assert re.search(rf"{script[:-3]} +\d+\.\d", done.stdout), done.stdout
     metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
     assert metrics["tasks"] == [f"task-00{i}" for i in range(5)]
 
@@ -37,6 +38,19 @@ def test_the_demo_ends_with_a_table_and_a_picture(tmp_path):
     assert done.returncode == 0, done.stderr[-2000:]
     assert all(f" {name} " in done.stdout for name in ("s_lora", "s_prompts", "sequential_lora"))
     assert (tmp_path / "demo.png").is_file() and str(tmp_path / "demo.png") in done.stdout
+
+
+def test_throughput_of_every_system_is_measured(tmp_path):
+    options = ["--num_experts", "1", "3", "--batch_sizes", "2", "--repeats", "1", "--warmup", "1", "--threads", "1"]
+    done = run("throughput.py", "--output_dir", tmp_path, *options)
+    assert done.returncode == 0, done.stderr[-2000:]
+    with (tmp_path / "throughput.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    systems = {row["system"] for row in rows if row["mode"] == "predict" and row["technique"] == "lora"}
+    assert systems == {"backbone", "PEFT, adapter_names=", "PEFT, one adapter at a time"} | {
+        f"bank, {form}" for form in ("stacked", "gathered", "grouped")
+    }
+    assert all(float(row["images_per_second"]) > 0 for row in rows) and (tmp_path / "throughput.png").is_file()
 
 
 def test_every_option_has_a_help_text():

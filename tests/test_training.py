@@ -13,7 +13,23 @@ import pytest
 import torch
 from conftest import make_trainer, pattern_dataset
 
-from hf_clpeft import ConfigError, ContinualModel, TaskStream, load_benchmark, s_lora, s_prompts, sequential_lora
+from hf_clpeft import (
+    ConfigError,
+    ContinualModel,
+    MethodConfig,
+    TaskStream,
+    l2l,
+    l2p,
+    load_benchmark,
+    s_lora,
+    s_lora_pp,
+    s_prompts,
+    s_prompts_pp,
+    sequential_lora,
+)
+from hf_clpeft.routing.prototypes import fit_prototypes
+from hf_clpeft.streams import cache_images
+from hf_clpeft.streams.images import decode
 
 
 REPO = Path(__file__).parents[1]
@@ -42,7 +58,7 @@ def test_what_is_on_disk_says_what_was_measured(learnt):
 
 
 def test_costs_are_counted_from_what_was_trained(learnt):
-    expert = learnt.model.bank.experts[0]
+    expert = learnt.model.bank[0]
     assert learnt.report.expert_parameters == [expert.num_parameters] * 3
     assert learnt.report.head_parameters == [2 * (learnt.model.backbone.hidden_size + 1)] * 3
     files = sum(t.nbytes for t in expert.tensors.values()) + 4 * learnt.report.head_parameters[0] + 10 * 128 * 4
@@ -132,6 +148,115 @@ def test_accumulated_batches_sgd_and_bf16_train_too(tmp_path, other_precision):
     options = {"optim": "sgd", "gradient_accumulation_steps": 3, "mixed_precision": "bf16", "train_batch_size": 4}
     report = make_trainer(s_lora(k=2), tmp_path, **options).learn_stream(stream)
     assert report.environment["mixed_precision"] == "bf16"
+
+
+@pytest.mark.parametrize("method", [s_lora_pp(k=2), s_prompts_pp(k=2)], ids=lambda method: method.name)
+def test_plus_plus_takes_all_query_features_with_the_first_expert(method, tmp_path):
+    stream = TaskStream.class_incremental(pattern_dataset(), num_tasks=2)
+    trainer = make_trainer(method, tmp_path)
+    trainer.learn_stream(stream)
+    model = trainer.model
+    for position, task in enumerate(stream):
+        images = cache_images(task.train, model.backbone.transform)
+        pixel_values = model.backbone.transform.normalize(
+            torch.stack([images[i]["pixels"] for i in range(len(images))])
+        )
+        with torch.no_grad():
+            query = model.query_features(pixel_values)
+            first = model.bank(pixel_values, torch.zeros(len(images), dtype=torch.int64))
+        assert torch.equal(query, first) and not torch.allclose(query, model.bank.frozen(pixel_values), atol=1e-3)
+        expected = fit_prototypes(query, k=2, seed=0)
+        torch.testing.assert_close(
+            model.router.prototypes[model.router.owners == position], expected, atol=1e-4, rtol=0
+        )
+
+
+@pytest.mark.parametrize("method", [l2l(pool_size=4, top_n=2), l2p(pool_size=4, top_n=2)], ids=lambda m: m.name)
+def test_a_pool_learns_and_says_who_was_selected(method, tmp_path):
+    stream = TaskStream.class_incremental(pattern_dataset(), num_tasks=2)
+    trainer = make_trainer(method, tmp_path)
+    fresh = trainer.model.router.keys.clone()
+    report = trainer.learn_stream(stream)
+    assert report.experts == ["pool-000", "pool-001", "pool-002", "pool-003"]
+    assert [sum(row) for row in report.routing_confusion] == [2 * len(list(task.test)) for task in stream]
+    assert "routing_accuracy" not in report.summary() and report.summary()["average_accuracy"] > 0.25
+    assert not torch.equal(trainer.model.router.keys, fresh)
+    assert not any(parameter.requires_grad for parameter in trainer.model.parameters())
+
+
+def test_cached_query_features_change_nothing_but_the_time(tmp_path):
+    stream = TaskStream.class_incremental(pattern_dataset(), num_tasks=2)
+    pools = []
+    for cache in (True, False):
+        trainer = make_trainer(l2l(), tmp_path / str(cache), cache_query_features=cache)
+        trainer.learn_stream(stream)
+        pools.append(trainer.model.bank.table.rows)
+    torch.testing.assert_close(*pools, atol=1e-4, rtol=0)
+
+
+def test_masked_rows_of_a_shared_head_stay_bit_identical_while_a_pool_learns_on(tmp_path):
+    stream = TaskStream.class_incremental(pattern_dataset(), num_tasks=2)
+    trainer = make_trainer(l2l(), tmp_path)
+    trainer.learn(stream[0])
+    before = trainer.model.heads.weights[0].clone()
+    trainer.learn(stream[1])
+    assert torch.equal(trainer.model.heads.weights[0], before)
+
+
+def test_routing_behind_a_layer_runs_only_the_layers_up_to_it(tmp_path):
+    stream = TaskStream.class_incremental(pattern_dataset(), num_tasks=2)
+    trainer = make_trainer(s_lora(k=2, route_layer=2), tmp_path)
+    report = trainer.learn_stream(stream)
+    layers_run = []
+    for layer in trainer.model.backbone.model.layers:
+        layer.register_forward_hook(lambda module, *_: layers_run.append(module))
+    trainer.model.predict([decode(encoded) for encoded, _, _ in stream[0].test])
+    assert len(layers_run) == 2 + 6
+    assert report.test_forwards_per_image < 2 and report.summary()["routing_accuracy"] > 0.5
+    assert ContinualModel.from_pretrained(tmp_path).config.method.route_layer == 2
+
+
+def test_a_layer_that_the_backbone_does_not_have_is_refused():
+    with pytest.raises(ConfigError, match="route_layer=7, but the backbone has 6 layers"):
+        make_trainer(s_lora(route_layer=7))
+
+
+def test_auto_chooses_prototypes_for_each_task(tmp_path):
+    trainer = make_trainer(s_lora(k="auto"), tmp_path)
+    trainer.learn_stream(TaskStream.class_incremental(pattern_dataset(per_class=20), num_tasks=2))
+    assert len(trainer.model.router.prototypes) >= 4
+    assert ContinualModel.from_pretrained(tmp_path).config.method.k == "auto"
+
+
+def test_a_technique_without_a_fused_form_is_learnt_too(tmp_path):
+    method = MethodConfig("s_ia3", {"peft_type": "IA3", "feedforward_modules": []}, k=2)
+    trainer = make_trainer(method, tmp_path, learning_rate=1e-1)
+    report = trainer.learn_stream(TaskStream.class_incremental(pattern_dataset(), num_tasks=2))
+    loaded = ContinualModel.from_pretrained(tmp_path)
+    pixel_values = torch.randn(6, 3, 32, 32)
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(pixel_values).logits, trainer.model(pixel_values).logits)
+    assert report.summary()["oracle_accuracy"] > 0.5
+
+
+@pytest.mark.parametrize(
+    "make, message",
+    [
+        (lambda: s_lora(k="many"), "k='many'"),
+        (lambda: s_lora(route_layer=0), "route_layer=0"),
+        (lambda: l2l(pool_size=3, top_n=4), "top_n=4 must be between 1 and pool_size=3"),
+        (lambda: l2l(pull=-1.0), "pull=-1.0"),
+        (lambda: l2l(lora_dropout=0.1), "lora_dropout cannot be in one"),
+        (lambda: l2l(use_dora=True), "use_dora cannot be in one"),
+        (lambda: MethodConfig("l2x", {"peft_type": "IA3"}, experts="pool"), "IA3 cannot be in one"),
+        (lambda: MethodConfig("l2x", {"peft_type": "LORA"}, experts="pool", head="per_task"), "needs head='shared'"),
+        (lambda: MethodConfig("x", {"peft_type": "LORA"}, experts="pool", query_with_first_expert=True), "per_task"),
+        (lambda: MethodConfig("x", {"peft_type": "LORA"}, experts="some"), "experts='some' is not one of"),
+    ],
+)
+def test_methods_that_cannot_work_are_refused(make, message):
+    with pytest.raises(ConfigError, match=message):
+        make()
 
 
 def test_a_tracker_gets_losses_and_metrics(tmp_path):

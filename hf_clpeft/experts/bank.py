@@ -2,7 +2,6 @@
 
 from collections.abc import Iterable, Iterator
 from contextlib import nullcontext
-from typing import Literal
 
 import torch
 from peft import PeftConfig, PeftModel
@@ -11,9 +10,6 @@ from ..backbones import Backbone
 from .expert import ADAPTER, Expert, ExpertError, make_peft_model
 from .lora import LoraTable
 from .prompts import PromptTable
-
-
-Form = Literal["auto", "stacked", "gathered", "grouped"]
 
 
 class ExpertBank(torch.nn.Module):
@@ -52,10 +48,10 @@ class ExpertBank(torch.nn.Module):
     ```
     """
 
-    def __init__(self, backbone: Backbone, form: Form = "auto"):
+    def __init__(self, backbone: Backbone, form: str = "auto"):
         super().__init__()
         self.backbone = backbone
-        self.form: Form = form
+        self.form = form
         self.names: list[str] = []
         self.table: LoraTable | PromptTable | None = None  # where experts are, if they have a fused form
         self.slot: PeftModel | None = None
@@ -154,34 +150,21 @@ class ExpertBank(torch.nn.Module):
         Returns:
             `torch.Tensor` of shape `(batch, hidden_size)`.
         """
-        form = self._form_for(selection)
+        form = "grouped" if self.table is None else self.table.form_for(selection, self.form)
         if form == "grouped":
             return self._run_grouped(pixel_values, selection, num_layers)
-        options = {"stacked": True} if form == "stacked" else {}
-        with self._slot_disabled(), self.table.selected(selection, self._compute_dtype(), **options):
+        with self._slot_disabled(), self.table.selected(selection, form, self._compute_dtype()):
             tokens = self.backbone.tokens(pixel_values, num_layers)
         if readout == "cls":
             return tokens[:, 0]
         length = self.table.members.shape[1] * (selection.shape[1] if selection.dim() == 2 else 1)
         return tokens[:, 1 : 1 + length].mean(dim=1)
 
-    def _form_for(self, selection: torch.Tensor) -> Form:
-        several = selection.dim() == 2
-        if self.table is None or (isinstance(self.table, PromptTable) and not self.table.uniform):
-            form = "grouped"
-        elif isinstance(self.table, PromptTable):
-            form = "grouped" if self.form == "grouped" else "gathered"
-        elif self.form != "auto":
-            form = self.form
-        else:
-            # One expert per image is always gathered: a bank that grows must not change old outputs in the last bit.
-            components = selection.shape[-1] * self.table.members.shape[1] if several else 0
-            form = "stacked" if len(self.table.rows) <= 1 + 4 * components else "gathered"
-        if form == "grouped" and several:
-            raise ExpertError("Several experts for one image need LoRA, or prompts of one length.")
-        return form
-
     def _run_grouped(self, pixel_values: torch.Tensor, selection: torch.Tensor, num_layers) -> torch.Tensor:
+        if selection.dim() == 2:
+            raise ExpertError("Several experts for one image need LoRA, or prompts of one length.")
+        if self.slot is not None and self._in_slot is None:
+            raise ExpertError("An expert is being trained in the slot that others would run in; finish it first.")
         features = pixel_values.new_empty(len(pixel_values), self.backbone.hidden_size)
         for index in selection.unique().tolist():
             if self._in_slot is None or self._in_slot.name != self.names[index]:

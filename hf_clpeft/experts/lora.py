@@ -15,6 +15,9 @@ from .expert import ADAPTER
 from .table import ExpertTable
 
 
+STACKED_UP_TO = 2  # how many times the selected components a pool may hold and still run stacked
+
+
 @dataclass(frozen=True)
 class _Site:
     """A linear layer that experts update.
@@ -130,19 +133,29 @@ class LoraTable(ExpertTable):
             tensors[f"{site.key}.lora_B.weight"] = ups[:, site.up].mT.contiguous()
         return tensors
 
+    def form_for(self, selection: torch.Tensor, wish: str) -> str:
+        """The form that suits a selection: the one that is wished for, if any."""
+        if wish != "auto":
+            return wish
+        # One expert per image is always gathered: a bank that grows must not change old outputs in the last bit.
+        if selection.dim() == 1:
+            return "gathered"
+        selected = selection.shape[1] * self.members.shape[1]
+        return "stacked" if len(self.rows) - 1 <= STACKED_UP_TO * selected else "gathered"
+
     @contextmanager
-    def selected(self, selection: torch.Tensor, dtype: torch.dtype, stacked: bool = False) -> Iterator[None]:
+    def selected(self, selection: torch.Tensor, form: str, dtype: torch.dtype) -> Iterator[None]:
         """Lets the backbone run with every image under its own experts inside this context.
 
         Args:
             selection (integer `torch.Tensor` of shape `(batch,)` or `(batch, N)`): Experts of each image.
+            form (`str`): `"gathered"` or `"stacked"`.
             dtype (`torch.dtype`): What the backbone's linear layers compute in.
-            stacked (`bool`, *optional*, defaults to `False`): Multiply by all experts and mask.
         """
         components = self.components(selection)
         scales = self.scales[components]
         # In one go for all layers: on a fast device many small operations cost more than the arithmetic.
-        if stacked:
+        if form == "stacked":
             self._down, self._up = (part.to(dtype) for part in self._parts(self.rows))
             weights = scales.new_zeros(len(components), len(self.rows)).scatter_add(1, components, scales)
             self._weights = weights[:, None, None].to(dtype)

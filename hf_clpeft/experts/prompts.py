@@ -135,12 +135,17 @@ class PromptTable(ExpertTable):
         """Inverse of [`~PromptTable.pack`]."""
         return {"prompt_embeddings": components}
 
+    def form_for(self, selection: torch.Tensor, wish: str) -> str:
+        """Gathered, as inserting is all there is to do; grouped if lengths differ, since sequences would."""
+        return "gathered" if self.uniform and wish != "grouped" else "grouped"
+
     @contextmanager
-    def selected(self, selection: torch.Tensor, dtype: torch.dtype) -> Iterator[None]:
+    def selected(self, selection: torch.Tensor, form: str, dtype: torch.dtype) -> Iterator[None]:
         """Lets the backbone run with every image behind its own prompts inside this context.
 
         Args:
             selection (integer `torch.Tensor` of shape `(batch,)` or `(batch, N)`): Prompts of each image.
+            form (`str`): `"gathered"`, the only one.
             dtype (`torch.dtype`): What the backbone computes in.
         """
         self._prompt = self.rows[self.components(selection)].to(dtype)

@@ -13,8 +13,7 @@ CARD = """---
 
 # {method} on {stream}
 
-A frozen vision transformer that learnt {num_tasks} tasks one after another with one PEFT expert per task, made with
-`hf_clpeft`. Every image chooses its own expert.
+A frozen vision transformer that learnt {num_tasks} tasks one after another with {experts}, made with `hf_clpeft`.
 
 ```py
 from hf_clpeft import ContinualModel
@@ -36,6 +35,13 @@ model.predict(["picture.png"])
 
 ![accuracy matrix and routing](accuracy_and_routing.png)
 """
+
+
+EXPERTS = {
+    "per_task": "one PEFT expert per task, of which every image chooses its own",
+    "pool": "a pool of {pool_size} PEFT experts, of which every image selects {top_n}",
+    "single": "one PEFT expert that all of them trained in turn",
+}
 
 
 def make_card(config: ContinualConfig, report: dict) -> ModelCard:
@@ -81,6 +87,7 @@ def make_card(config: ContinualConfig, report: dict) -> ModelCard:
         method=config.method.name,
         stream=_plain(report["stream"]),
         num_tasks=len(config.tasks),
+        experts=EXPERTS[config.method.experts].format(**vars(config.method)),
         backbone=Path(config.backbone.name_or_path).name if data.base_model is None else data.base_model,
         image_size=config.backbone.image_size,
         weight_hash=config.backbone.weight_hash[:12],

@@ -45,7 +45,8 @@ class Evaluator:
         """Registers a test split, and computes its query features."""
         if name not in self._tests:
             query = extract_queries(images, self.model, self.accelerator, self.args, desc=f"Querying {name}")
-            self._tests[name] = TestFeatures(images, query)
+            layers = self.model.backbone.num_layers
+            self._tests[name] = TestFeatures(images, query, (self.model.config.method.route_layer or layers) / layers)
 
     def forwards_per_image(self) -> float:
         """Forward passes so far per registered test image, query included."""

@@ -80,16 +80,17 @@ class TestFeatures:
     Args:
         images ([`TaskImages`]): The task's test images.
         query (`torch.Tensor` of shape `(images, hidden_size)`): Their query features.
+        query_cost (`float`): Forward passes that one of these took; less than 1 behind an earlier layer.
     """
 
     __test__ = False  # not a test case, whatever pytest makes of the name
 
-    def __init__(self, images: TaskImages, query: torch.Tensor):
+    def __init__(self, images: TaskImages, query: torch.Tensor, query_cost: float):
         self.images, self.query = images, query
         self.labels = torch.from_numpy(images.labels)
         self.features = query.new_empty(0, query.shape[1])
         self._where = torch.full((len(images), 0), -1)  # row and expert to position in features
-        self.forwards = len(images)
+        self.forwards = query_cost * len(images)
 
     def under(self, selection: torch.Tensor, compute: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
         """Features of every image under its selected experts.

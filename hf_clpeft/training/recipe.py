@@ -124,7 +124,7 @@ def run_recipe(method_arguments: type, make_method: Callable[..., MethodConfig],
     """
     groups = (StreamArguments, BackboneArguments, ContinualTrainingArguments, method_arguments)
     try:
-        stream_args, backbone_args, training_args, method_args = parse(groups, argv)
+        stream_args, backbone_args, training_args, method_args = parse(groups, argv, method=make_method.__name__)
         require_hub(stream_args, backbone_args)
         report = learn(stream_args.load(), backbone_args, training_args, make_method(**asdict(method_args)))
     except (ConfigError, StreamError) as error:
@@ -171,13 +171,19 @@ def learn(
     return ContinualTrainer(model, training_args).learn_stream(stream)
 
 
-def parse(groups: tuple[type, ...], argv: list[str] | None = None, default_benchmark: str = "split_cifar100") -> tuple:
+def parse(
+    groups: tuple[type, ...],
+    argv: list[str] | None = None,
+    default_benchmark: str = "split_cifar100",
+    method: str | None = None,
+) -> tuple:
     """Parses a command line into dataclasses.
 
     Args:
         groups (tuple of dataclasses): Every field an option; [`StreamArguments`] among them.
         argv (`list[str]`, *optional*): Default `sys.argv[1:]`.
         default_benchmark (`str`, *optional*): The stream where neither `--benchmark` nor `--dataset` is given.
+        method (`str`, *optional*): Name of the method, for what suits it on the benchmark.
 
     Returns:
         One instance of each dataclass.
@@ -209,7 +215,7 @@ def parse(groups: tuple[type, ...], argv: list[str] | None = None, default_bench
         benchmark = default_benchmark
     if benchmark is not None and benchmark not in BENCHMARKS:
         raise ConfigError(f"There is no benchmark {benchmark!r}; choose one of {', '.join(BENCHMARKS)}.")
-    suited = BENCHMARKS[benchmark].defaults if benchmark is not None else {}
+    suited = BENCHMARKS[benchmark].options_for(method) if benchmark is not None else {}
     suited = {name: value for name, value in suited.items() if name in options}
     parser.set_defaults(**suited, **{"benchmark": benchmark})
     parser.set_defaults(**from_file)

@@ -108,8 +108,7 @@ class ContinualTrainer:
             [`StreamReport`]: Of all tasks learnt by this trainer.
         """
         args, method, seconds = self.args, self.model.config.method, {}
-        queries = prototypes = None
-        owner = len(self.model.config.tasks)
+        queries, owner = None, len(self.model.config.tasks)
         with _timed(seconds, "images"):
             train, test = self._images(task.train), self._images(task.test)
         with _timed(seconds, "forward_transfer"):
@@ -121,14 +120,14 @@ class ContinualTrainer:
                 queries = extract_queries(train, self.model, self.accelerator, args, desc=f"Querying {task.name}")
         with _timed(seconds, "train"):
             self._train(learner, train, queries)
+        self.model.finish_task(learner, len(train))
         if method.experts == "per_task":
             with _timed(seconds, "prototypes"):
-                prototypes = self._fit_prototypes(train, task.name)
-        self.model.finish_task(learner, prototypes, len(train))
-        if method.experts == "single":
+                self.model.router.add_prototypes(self._fit_prototypes(train, task.name))
+        elif method.experts == "single":
             self.evaluator.expert_changed()
         self._tasks.append((task, owner))
-        self._note_costs(learner, prototypes, train, seconds)
+        self._note_costs(learner, train, seconds)
         with _timed(seconds, "evaluate"):
             self.evaluator.add(task.name, test)
             self._evaluate(before)
@@ -232,19 +231,23 @@ class ContinualTrainer:
         report.test_forwards_per_image = self.evaluator.forwards_per_image()
         self.accelerator.log({f"eval/{name}": value for name, value in report.summary().items()}, step=self._step)
 
-    def _note_costs(self, learner: TaskLearner, prototypes, train: TaskImages, seconds: dict[str, float]) -> None:
+    def _note_costs(self, learner: TaskLearner, train: TaskImages, seconds: dict[str, float]) -> None:
         report, model = self.report, self.model
         if model.config.method.experts == "pool":
             expert = sum(expert.num_parameters for expert in model.bank) + model.router.keys.numel()
         else:
             expert = model.bank[-1].num_parameters
         head = sum(parameter.numel() for parameter in learner.head.parameters())
-        # A pool or a single expert was there before, unless this is the first task.
-        added = expert if model.config.method.experts == "per_task" or len(model.config.tasks) == 1 else 0
+        if model.config.method.experts == "per_task":
+            added = (
+                expert + int((model.router.owners == model.router.num_owners - 1).sum()) * model.backbone.hidden_size
+            )
+        else:  # what there is was there before, unless this is the first task
+            added = expert if len(model.config.tasks) == 1 else 0
         report.add_task(learner.config.name, learner.config.title)
         report.expert_parameters.append(expert)
         report.head_parameters.append(head)
-        report.stored_bytes.append(4 * (added + head + (prototypes.numel() if prototypes is not None else 0)))
+        report.stored_bytes.append(4 * (added + head))
         report.train_images_per_second.append(len(train) * self.args.num_train_epochs / seconds["train"])
         report.untrained_accuracy.append(1 / len(learner.config.classes))
         report.seconds.append(seconds)
