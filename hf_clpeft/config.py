@@ -46,8 +46,8 @@ class MethodConfig:
         experts (`str`, *optional*, defaults to `"per_task"`): `"per_task"` (S-X): every task trains its own.
             `"pool"` (L2X): all tasks train a pool, of which every image selects a few. `"single"`: one expert is
             trained on every task in turn: the forgetting floor.
-        k (`int` or `"auto"`, *optional*, defaults to 5): Prototypes (k-means centres) per task; section 2 of DESIGN, 5
-            in the paper (arXiv 2406.03216). `"auto"` chooses on features held out of each task's training images.
+        k (`int` or `"auto"`, *optional*, defaults to 5): Prototypes (k-means centres) per task; 5 in the paper
+            (arXiv 2406.03216). `"auto"` chooses on features held out of each task's training images.
         head (`str`, *optional*, defaults to `"auto"`): `"shared"` (one row per class), `"per_task"` (one row per task
             and class) or `"auto"`: shared when tasks bring new classes, per task when they bring new domains.
         query_with_first_expert (`bool`, *optional*, defaults to `False`): Take query features with the first task's

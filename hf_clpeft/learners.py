@@ -71,7 +71,7 @@ class ExpertLearner(TaskLearner):
 class PoolLearner(TaskLearner):
     """Trains all experts of a pool and their keys, each image those that it selects.
 
-    The loss gains λ · Σ (1 − cos(query, key)) over an image's selected keys; section 2 of DESIGN.
+    The loss gains λ · Σ (1 − cos(query, key)) over an image's selected keys (arXiv 2112.08654, equation 5).
 
     Args:
         bank ([`ExpertBank`]): The pool.

@@ -47,7 +47,7 @@ def plot_report(
         share = confusion / confusion.sum(axis=1, keepdims=True)
         draw_matrix(axes[1], share, titles, experts, "share of images sent to each expert", "Oranges")
         axes[1].set_ylabel("images of")
-        axes[1].set_xlabel("expert of")
+        axes[1].set_xlabel("expert")
     figure.suptitle(name)
     figure.savefig(path)
 
@@ -85,7 +85,7 @@ def plot_comparison(reports: Sequence, path: str | Path) -> None:
 
 
 def plot_throughput(rows: Sequence[dict], path: str | Path) -> None:
-    """Draws images per second over the number of experts, one panel per setting.
+    """Draws what a batch costs over the number of experts, relative to the first system, one panel per setting.
 
     Args:
         rows (sequence of `dict`): Rows of `recipes/throughput.py`.
@@ -97,7 +97,7 @@ def plot_throughput(rows: Sequence[dict], path: str | Path) -> None:
     >>> from hf_clpeft.plots import plot_throughput
 
     >>> setting = {"mode": "predict", "technique": "lora", "size": 1, "batch_size": 8, "dtype": "float32"}
-    >>> row = {**setting, "compile": "off", "system": "backbone", "num_experts": 10, "images_per_second": 99.0}
+    >>> row = {**setting, "compile": "off", "system": "backbone", "num_experts": 10, "x_base": 1.0}
     >>> plot_throughput([row, {**row, "num_experts": 100}], "throughput.png")
 
     ```
@@ -110,12 +110,14 @@ def plot_throughput(rows: Sequence[dict], path: str | Path) -> None:
     for axis, panel in zip(np.atleast_1d(figure.subplots(1, len(panels))), panels, strict=True):
         inside = [row for row in rows if tuple(row[name] for name in names) == panel]
         for system in dict.fromkeys(row["system"] for row in inside):
-            points = [(row["num_experts"], row["images_per_second"]) for row in inside if row["system"] == system]
+            points = [(row["num_experts"], row["x_base"]) for row in inside if row["system"] == system]
             axis.plot(*zip(*points, strict=True), marker="o", label=system)
         mode, technique, size, batch_size, dtype, compiled = panel
         unit = "rank" if technique == "lora" else "tokens"
         title = f"{mode}, {technique} ({unit} {size}), batch {batch_size}\n{dtype}, compile {compiled}"
-        axis.set(xscale="log", xlabel="experts", ylabel="images per second", ylim=(0, None), title=title)
+        cost = f"time relative to: {inside[0]['system']}"
+        axis.set(xscale="log", yscale="log", xlabel="experts", ylabel=cost, title=title)
+        axis.yaxis.set_major_formatter("{x:g}x")
         axis.legend(fontsize=8)
         axis.spines[["top", "right"]].set_visible(False)
     figure.savefig(path)

@@ -123,7 +123,8 @@ def predictors(backbone: Backbone, setting: Setting, args: ThroughputArguments) 
     dtype, device = getattr(torch, setting.dtype), backbone.device
     size, batch = backbone.config.image_size, setting.batch_size
     images = torch.randn(batch, 3, size, size, device=device, dtype=dtype)
-    selection = torch.randperm(batch, device=device) % setting.num_experts
+    # Every image its own expert, as far as there are enough.
+    selection = torch.randperm(max(batch, setting.num_experts), device=device)[:batch] % setting.num_experts
     experts = random_experts(backbone, setting, setting.num_experts)
     compiled = setting.compile == "on"
 
@@ -269,6 +270,12 @@ def rows_of(setting: Setting, backbone: Backbone, args: ThroughputArguments, env
     ]
 
 
+def name_of(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name()
+    return f"{device.type}, {torch.backends.cpu.get_cpu_capability()}"
+
+
 def main():
     (args,) = HfArgumentParser(ThroughputArguments).parse_args_into_dataclasses()
     if args.threads:
@@ -280,7 +287,7 @@ def main():
         "model": args.model,
         "weights": backbone.config.weight_hash[:12],
         "seed": 0,
-        "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
+        "device": name_of(device),
         "threads": torch.get_num_threads(),
         "repeats": args.repeats,
         **library_versions(),

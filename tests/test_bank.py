@@ -296,3 +296,12 @@ def test_grouped_experts_do_not_run_over_one_in_training():
     bank.start("new", make_peft_config(TECHNIQUES["ia3"], bank.backbone))
     with pytest.raises(ExpertError, match="finish it first"):
         bank(images(1), torch.tensor([0]))
+
+
+def test_a_copy_of_a_bank_runs_by_itself():
+    bank = bank_of(random_experts(small_backbone(), [{"peft_type": "LORA", "r": 2}] * 2))
+    selection = torch.tensor([0, 1])
+    with torch.no_grad():
+        before, twin = bank(images(2), selection), copy.deepcopy(bank)
+        bank.table.rows.zero_()
+        assert torch.equal(twin(images(2), selection), before)

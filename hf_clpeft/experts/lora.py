@@ -55,7 +55,7 @@ class LoraTable(ExpertTable):
         layers (`dict[str, torch.nn.Linear]`): The layers that experts adapt by the names that PEFT's files use.
         inputs (`list[list[str]]`): The same names in the order of execution; those that read one tensor together.
 
-    Source: section 3 of DESIGN; LoRA, arXiv 2106.09685.
+    Source: LoRA, arXiv 2106.09685.
     """
 
     def __init__(self, backbone: Backbone, layers: dict[str, torch.nn.Linear], inputs: list[list[str]]):

@@ -104,7 +104,7 @@ class PromptTable(ExpertTable):
         backbone ([`Backbone`]): The frozen model. A hook on its embedding layer stays idle outside
             [`~PromptTable.selected`].
 
-    Source: section 3 of DESIGN; L2P, arXiv 2112.08654.
+    Source: L2P, arXiv 2112.08654.
     """
 
     def __init__(self, backbone: Backbone):
