@@ -101,6 +101,8 @@ class MethodConfig:
             raise ConfigError(f"route_layer={self.route_layer} must be the number of a layer, 1 or more.")
         if "peft_type" not in self.peft:
             raise ConfigError("peft needs a 'peft_type', for example {'peft_type': 'LORA', 'r': 1}.")
+        if self.readout == "prompts" and (self.experts, self.peft["peft_type"]) != ("pool", "PROMPT_TUNING"):
+            raise ConfigError("readout='prompts' needs a pool of prompts, experts='pool' and PROMPT_TUNING.")
         if self.query_with_first_expert and self.experts != "per_task":
             raise ConfigError("query_with_first_expert needs experts='per_task': only there is a first expert fixed.")
         if self.experts == "pool":

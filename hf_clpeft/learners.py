@@ -1,5 +1,6 @@
 """What is trained in one task: an expert of its own, or a pool and its keys; and the head rows of its classes."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 
 import torch
@@ -10,7 +11,7 @@ from .experts import ExpertBank
 from .routing import KeyRouter
 
 
-class TaskLearner(torch.nn.Module):
+class TaskLearner(torch.nn.Module, ABC):
     """The part of a model that is trained in one task.
 
     Args:
@@ -48,8 +49,9 @@ class TaskLearner(torch.nn.Module):
         logits = self.head(features.to(self.head.weight.dtype))
         return torch.nn.functional.cross_entropy(logits.float(), self.targets[labels]) + penalty, logits
 
+    @abstractmethod
     def _features(self, pixel_values: torch.Tensor, query) -> tuple[torch.Tensor, torch.Tensor | float]:
-        raise NotImplementedError
+        """What the head classifies, of shape `(batch, hidden_size)`, and what is added to the loss."""
 
 
 class ExpertLearner(TaskLearner):

@@ -1,6 +1,7 @@
 """The bank gives every image of a batch what PEFT gives it alone: outputs and gradients, in every form."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -281,7 +282,7 @@ def test_an_expert_of_another_make_is_refused(other):
     backbone = small_backbone()
     bank = bank_of(random_experts(backbone, [{"peft_type": "LORA", "r": 1}]))
     with pytest.raises(ExpertError, match="does not fit a bank with"):
-        bank.extend(random_experts(backbone, [other]))
+        bank.extend([replace(random_experts(backbone, [other])[0], name="other")])
     assert len(bank) == 1 and len(bank.table) == 1
 
 
@@ -305,3 +306,11 @@ def test_a_copy_of_a_bank_runs_by_itself():
         before, twin = bank(images(2), selection), copy.deepcopy(bank)
         bank.table.rows.zero_()
         assert torch.equal(twin(images(2), selection), before)
+
+
+def test_an_unknown_form_and_a_name_that_is_taken_are_refused():
+    experts = random_experts(small_backbone(), [{"peft_type": "LORA", "r": 1}])
+    with pytest.raises(ExpertError, match="form='stackd' is not one of"):
+        bank_of(experts, "stackd")
+    with pytest.raises(ExpertError, match="'expert-0' already"):
+        bank_of(experts * 2)

@@ -251,6 +251,8 @@ def test_a_technique_without_a_fused_form_is_learnt_too(tmp_path):
         (lambda: MethodConfig("l2x", {"peft_type": "IA3"}, experts="pool"), "IA3 cannot be in one"),
         (lambda: MethodConfig("l2x", {"peft_type": "LORA"}, experts="pool", head="per_task"), "needs head='shared'"),
         (lambda: MethodConfig("x", {"peft_type": "LORA"}, experts="pool", query_with_first_expert=True), "per_task"),
+        (lambda: MethodConfig("x", {"peft_type": "LORA"}, experts="pool", readout="prompts"), "a pool of prompts"),
+        (lambda: MethodConfig("x", {"peft_type": "PROMPT_TUNING"}, readout="prompts"), "a pool of prompts"),
         (lambda: MethodConfig("x", {"peft_type": "LORA"}, experts="some"), "experts='some' is not one of"),
     ],
 )

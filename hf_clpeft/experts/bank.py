@@ -12,6 +12,9 @@ from .lora import LoraTable
 from .prompts import PromptTable
 
 
+FORMS = ("auto", "gathered", "stacked", "grouped")
+
+
 class ExpertBank(torch.nn.Module):
     """All experts of a model on one backbone, run in one batch in which every image has its own selection.
 
@@ -28,6 +31,9 @@ class ExpertBank(torch.nn.Module):
     Args:
         backbone ([`Backbone`]): The frozen model.
         form (`str`, *optional*, defaults to `"auto"`): `"stacked"`, `"gathered"` or `"grouped"` to insist on one.
+
+    Raises:
+        [`ExpertError`]: There is no such form.
 
     Example:
 
@@ -50,6 +56,8 @@ class ExpertBank(torch.nn.Module):
 
     def __init__(self, backbone: Backbone, form: str = "auto"):
         super().__init__()
+        if form not in FORMS:
+            raise ExpertError(f"form={form!r} is not one of {', '.join(FORMS)}.")
         self.backbone = backbone
         self.form = form
         self.names: list[str] = []
@@ -181,6 +189,8 @@ class ExpertBank(torch.nn.Module):
 
     def _keep(self, expert: Expert) -> None:
         """Takes an expert into the bank. The first one, which is in the slot, decides what the bank is made of."""
+        if expert.name in self.names:
+            raise ExpertError(f"The bank has an expert {expert.name!r} already; give this one another name.")
         if not self.names:
             self.table = self._make_table()
         if self.table is None:
