@@ -14,7 +14,7 @@ def plot_report(
     path: str | Path,
     name: str = "",
 ) -> None:
-    """Draws the accuracy matrix, and beside it where the images of each task were sent.
+    """Draws the accuracy matrix, and beside it which experts the images of each task selected.
 
     Args:
         accuracy_matrix (array of shape `(T, T)`): Accuracies in [0, 1]; NaN where not measured.
@@ -45,7 +45,7 @@ def plot_report(
     draw_matrix(axes[0], np.asarray(accuracy_matrix), after, titles, "accuracy on each task", "Blues")
     if panels == 2:
         share = confusion / confusion.sum(axis=1, keepdims=True)
-        draw_matrix(axes[1], share, titles, experts, "share of images sent to each expert", "Oranges")
+        draw_matrix(axes[1], share, titles, experts, "share of selections, by expert", "Oranges")
         axes[1].set_ylabel("images of")
         axes[1].set_xlabel("expert")
     figure.suptitle(name)
@@ -103,6 +103,7 @@ def plot_throughput(rows: Sequence[dict], path: str | Path) -> None:
     ```
     """
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator
 
     names = ("mode", "technique", "size", "batch_size", "dtype", "compile")
     panels = list(dict.fromkeys(tuple(row[name] for name in names) for row in rows))
@@ -118,6 +119,8 @@ def plot_throughput(rows: Sequence[dict], path: str | Path) -> None:
         cost = f"time relative to: {inside[0]['system']}"
         axis.set(xscale="log", yscale="log", xlabel="experts", ylabel=cost, title=title)
         axis.yaxis.set_major_formatter("{x:g}x")
+        axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.yaxis.set_minor_formatter("")
         axis.legend(fontsize=8)
         axis.spines[["top", "right"]].set_visible(False)
     figure.savefig(path)
