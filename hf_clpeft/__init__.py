@@ -15,7 +15,10 @@ _MODULES = {
     "experts": ["Expert", "ExpertBank", "ExpertError", "PromptTunedVisionModel"],
     "routing": ["KeyRouter", "PrototypeRouter"],
     "heads": ["Heads"],
+    "report": ["StreamReport"],
+    "hub.errors": ["HubError"],
     "modeling": ["ContinualModel", "Prediction"],
+    "combine": ["combine"],
     "methods": [
         "METHODS",
         "l2l",
@@ -26,7 +29,7 @@ _MODULES = {
         "s_prompts_pp",
         "sequential_lora",
     ],
-    "training": ["ContinualTrainer", "ContinualTrainingArguments", "StreamReport"],
+    "training": ["ContinualTrainer", "ContinualTrainingArguments"],
 }
 _MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 CONFIG_NAME = "config.json"
 FORMAT_VERSION = 1
+LARGEST_JSON = 4 * 2**20  # bytes; a model of 5,000 tasks needs less
 
 
 class ConfigError(ValueError):
@@ -33,6 +34,24 @@ def check_task_name(name: str) -> str:
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]{0,95}", name):
         raise ConfigError(f"Task name {name!r} must be 1 to 96 letters, digits, '_' or '-', and start with no sign.")
     return name
+
+
+def check_path(path: str) -> str:
+    """Returns `path` if it stays inside the folder that it is relative to, else raises [`ConfigError`].
+
+    Example:
+
+    ```py
+    >>> from hf_clpeft.config import check_path
+
+    >>> check_path("experts/task-000/adapter_config.json")
+    'experts/task-000/adapter_config.json'
+
+    ```
+    """
+    if not re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9._-]*(/[A-Za-z0-9_-][A-Za-z0-9._-]*)*", path):
+        raise ConfigError(f"Path {path!r} must be relative and stay inside the model's folder.")
+    return path
 
 
 @dataclass
@@ -166,6 +185,7 @@ class TaskConfig:
         classes (`list[str]`): Names of its classes.
         domain (`str`, *optional*): Its domain, if the stream is domain-incremental.
         num_train_images (`int`, *optional*, defaults to 0): Images it was trained on.
+        source (`str`, *optional*): The model that it was taken from, if models were combined.
 
     Example:
 
@@ -184,9 +204,12 @@ class TaskConfig:
     classes: list[str]
     domain: str | None = None
     num_train_images: int = 0
+    source: str | None = None
 
     def __post_init__(self):
         check_task_name(self.name)
+        if not self.classes or len(set(self.classes)) < len(self.classes):
+            raise ConfigError(f"Task {self.name!r} needs classes, each once; got {self.classes}.")
 
     @property
     def title(self) -> str:
@@ -205,6 +228,9 @@ class ContinualConfig:
         backbone ([`BackboneConfig`]): What it learns on.
         tasks (`list[TaskConfig]`): What it has learnt.
         classes (`list[str]`): All class names in the order in which they appeared. Logits follow this order.
+        removed (`list[str]`): Names of tasks that were unlearnt on purpose.
+        license (`str`): Licence of the experts, as the Hub spells it.
+        files (`dict[str, str]`): Every other file that the model is loaded from, with its SHA-256.
         versions (`dict[str, str]`): Versions of the libraries that wrote the file.
         format_version (`int`): Version of the layout on disk.
 
@@ -226,8 +252,34 @@ class ContinualConfig:
     backbone: BackboneConfig
     tasks: list[TaskConfig] = field(default_factory=list)
     classes: list[str] = field(default_factory=list)
+    removed: list[str] = field(default_factory=list)
+    license: str = "apache-2.0"
+    files: dict[str, str] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
     format_version: int = FORMAT_VERSION
+
+    def __post_init__(self):
+        names = [task.name for task in self.tasks]
+        if len(set(names)) < len(names):
+            raise ConfigError(f"Two tasks have the same name: {names}.")
+        if self.classes != list(dict.fromkeys(label for task in self.tasks for label in task.classes)):
+            raise ConfigError("classes are not those of the tasks in order of appearance.")
+        for path in self.files:
+            check_path(path)
+
+    # What `transformers.pipeline` asks of a model's configuration
+
+    problem_type = "single_label_classification"
+
+    @property
+    def num_labels(self) -> int:
+        """How many classes the model knows."""
+        return len(self.classes)
+
+    @property
+    def id2label(self) -> dict[int, str]:
+        """Name of the class behind each logit."""
+        return dict(enumerate(self.classes))
 
     def to_dict(self) -> dict:
         """Plain `dict`, ready for JSON."""
@@ -247,7 +299,7 @@ class ContinualConfig:
             values["backbone"] = BackboneConfig(**values["backbone"])
             values["tasks"] = [TaskConfig(**task) for task in values["tasks"]]
             return cls(**values)
-        except (KeyError, TypeError) as error:
+        except (KeyError, TypeError, AttributeError) as error:
             raise ConfigError(f"The configuration lacks a field or has one that is unknown: {error}.") from error
 
     def save(self, folder: str | Path) -> None:
@@ -262,6 +314,36 @@ class ContinualConfig:
         if not path.is_file():
             raise FileNotFoundError(f"{folder} holds no {CONFIG_NAME}, so it is no hf_clpeft model.")
         try:
-            return cls.from_dict(json.loads(path.read_text(encoding="utf-8")))
-        except (ConfigError, json.JSONDecodeError) as error:
+            return cls.from_dict(read_json(path))
+        except ConfigError as error:
             raise ConfigError(f"{path} cannot be used: {error}") from error
+
+
+def read_json(path: str | Path) -> dict:
+    """Reads a small JSON file.
+
+    Raises:
+        [`ConfigError`]: It is damaged, no mapping, or so big that it cannot be ours.
+
+    Example:
+
+    ```py
+    >>> from pathlib import Path
+    >>> from hf_clpeft.config import read_json
+
+    >>> _ = Path("config.json").write_text('{"k": 5}')
+    >>> read_json("config.json")
+    {'k': 5}
+
+    ```
+    """
+    path = Path(path)
+    if path.stat().st_size > LARGEST_JSON:
+        raise ConfigError(f"{path.name} has {path.stat().st_size:,} bytes; at most {LARGEST_JSON:,} are read.")
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"{path.name} is no JSON: {error}.") from error
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path.name} holds no mapping.")
+    return values

@@ -91,6 +91,18 @@ class Heads(torch.nn.Module):
         self.biases.append(_fixed(bias))
         self.classes.append(list(classes))
 
+    def remove(self, task: int, number: dict[int, int]) -> None:
+        """Takes a task's rows away.
+
+        Args:
+            task (`int`): Its position.
+            number (`dict[int, int]`): New number of each class that stays.
+        """
+        kept = [i for i in range(len(self.classes)) if i != task]
+        self.weights = torch.nn.ParameterList([self.weights[i] for i in kept])
+        self.biases = torch.nn.ParameterList([self.biases[i] for i in kept])
+        self.classes = [[number[old] for old in self.classes[i]] for i in kept]
+
     def forward(self, features: torch.Tensor, owners: torch.Tensor) -> torch.Tensor:
         """Logits over all classes.
 

@@ -1,31 +1,30 @@
-"""The continual model: from pixels to a label through query, route, bank and head; and the folder it is saved as."""
+"""The continual model: from pixels to a label through query, route, bank and head."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import NamedTuple
 
 import PIL.Image
 import PIL.ImageOps
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES
+from transformers.utils import ModelOutput
 
 from .backbones import Backbone, BackboneError, load_backbone
 from .config import ConfigError, ContinualConfig, MethodConfig, TaskConfig
-from .experts import Expert, ExpertBank
+from .experts import ExpertBank
 from .experts.expert import make_peft_config
+from .folder import settle
 from .heads import Heads
+from .hub.download import fetch_model
+from .hub.push import PushTarget, push_folder
 from .learners import ExpertLearner, PoolLearner, TaskLearner, rows_to_train
+from .report import StreamReport
 from .routing import KeyRouter, PrototypeRouter, Routing
+from .storage import load_into, save_model
 
 
-ROUTER_NAME = "router.safetensors"
-HEADS_NAME = "heads.safetensors"
-EXPERTS_FOLDER = "experts"
 ONE_EXPERT = "all-tasks"  # name of the expert of methods that have just one
-VERSIONED = ("hf-clpeft", "torch", "transformers", "peft", "accelerate", "datasets")
 
 
 @dataclass(frozen=True)
@@ -56,16 +55,19 @@ class Prediction:
     distance: float
 
 
-class ContinualOutput(NamedTuple):
-    """What a forward pass gives.
+@dataclass
+class ContinualOutput(ModelOutput):
+    """What a forward pass gives, in the form that `transformers.pipeline` reads.
 
     Args:
         logits (`torch.Tensor` of shape `(batch, classes)`): −inf where an expert knows no such class.
-        routing ([`Routing`]): Experts and distance of each image.
+        selection (integer `torch.Tensor` of shape `(batch,)` or `(batch, N)`): Experts of each image, nearest first.
+        distance (`torch.Tensor` of shape `(batch,)`): How far they are from the image's query features.
     """
 
-    logits: torch.Tensor
-    routing: Routing
+    logits: torch.Tensor | None = None
+    selection: torch.Tensor | None = None
+    distance: torch.Tensor | None = None
 
 
 class ContinualModel(torch.nn.Module):
@@ -74,6 +76,11 @@ class ContinualModel(torch.nn.Module):
     Args:
         backbone ([`Backbone`]): The frozen model.
         config ([`ContinualConfig`]): Method, backbone and learnt tasks.
+
+    Attributes:
+        report ([`StreamReport`], *optional*): What was measured while it learnt; travels with the model.
+
+    `transformers.pipeline("image-classification", model=model, image_processor=model.backbone.processor)` works too.
 
     Example:
 
@@ -108,6 +115,8 @@ class ContinualModel(torch.nn.Module):
         else:
             self.router = PrototypeRouter(backbone.hidden_size)
         self.heads = Heads(backbone.hidden_size, shared=method.head == "shared")
+        self.report: StreamReport | None = None
+        self.unchanged_experts: dict[str, dict[str, str]] = {}  # their files since they were last saved or loaded
 
     @classmethod
     def from_backbone(cls, name_or_path: str, method: MethodConfig, **options) -> "ContinualModel":
@@ -129,6 +138,11 @@ class ContinualModel(torch.nn.Module):
     def device(self) -> torch.device:
         """Where the model is."""
         return self.backbone.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Type of the pixel values that it takes; the backbone's weights may be of another."""
+        return torch.float32
 
     # From pixels to a label
 
@@ -165,7 +179,7 @@ class ContinualModel(torch.nn.Module):
         """
         routing = self.route(self.query_features(pixel_values))
         features = self.bank(pixel_values, routing.selection, self.config.method.readout)
-        return ContinualOutput(self.heads(features, routing.selection), routing)
+        return ContinualOutput(self.heads(features, routing.selection), routing.selection, routing.distance)
 
     @torch.no_grad()
     def predict(
@@ -192,10 +206,10 @@ class ContinualModel(torch.nn.Module):
         for start in range(0, len(images), batch_size):
             pixels = self.backbone.transform.resize([_open(image) for image in images[start : start + batch_size]])
             pixel_values = self.backbone.transform.normalize(torch.from_numpy(pixels).to(self.device))
-            logits, routing = self(pixel_values)
-            scores, classes = logits.softmax(dim=1).max(dim=1)
-            nearest = routing.selection.reshape(len(logits), -1)[:, 0]
-            columns = (classes, scores, nearest, routing.distance)
+            output = self(pixel_values)
+            scores, classes = output.logits.softmax(dim=1).max(dim=1)
+            nearest = output.selection.reshape(len(scores), -1)[:, 0]
+            columns = (classes, scores, nearest, output.distance)
             predictions += [
                 Prediction(self.config.classes[number], score, self.bank.names[expert], distance)
                 for number, score, expert, distance in zip(*(column.tolist() for column in columns), strict=True)
@@ -220,6 +234,8 @@ class ContinualModel(torch.nn.Module):
         """
         if name in (task.name for task in self.config.tasks):
             raise ConfigError(f"The model has learnt a task {name!r} already; give the new one another name.")
+        if name in self.config.removed:
+            raise ConfigError(f"The model has unlearnt a task {name!r}; give the new one another name.")
         method, task = self.config.method, TaskConfig(name, list(classes), domain)
         if method.head == "auto":
             self.heads.shared = domain is None
@@ -247,8 +263,10 @@ class ContinualModel(torch.nn.Module):
         method.head = "shared" if self.heads.shared else "per_task"
         if method.experts == "pool":
             learner.finish()
+            self.unchanged_experts.clear()
         else:
             self.bank.finish(self._expert_name(task.name))
+            self.unchanged_experts.pop(self._expert_name(task.name), None)
         self.heads.write(learner.head.weight, learner.head.bias, learner.classes)
         self.config.classes = list(dict.fromkeys([*self.config.classes, *task.classes]))
         self.config.tasks.append(task)
@@ -258,70 +276,131 @@ class ContinualModel(torch.nn.Module):
 
     def _make_pool(self, peft_config) -> None:
         self.router.reset_parameters()
-        for name in self._expert_names():
+        for name in self.expert_names():
             self.bank.start(name, peft_config)
             self.bank.finish(name)
             self.bank.reserve(self.config.method.pool_size)
 
-    def _expert_names(self) -> list[str]:
+    def expert_names(self) -> list[str]:
         """Names of all experts that the model has once it has learnt its tasks."""
         method = self.config.method
         if method.experts == "pool":
             return [f"pool-{i:03d}" for i in range(method.pool_size)]
         return list(dict.fromkeys(self._expert_name(task.name) for task in self.config.tasks))
 
-    # The folder
+    # Forgetting on purpose
+
+    def remove(self, task: str) -> None:
+        """Unlearns a task exactly: its expert, prototypes and head rows go, and nothing else changes by a bit.
+
+        Args:
+            task (`str`): Its name.
+
+        Raises:
+            [`ConfigError`]: There is no such task, or others were learnt from what it left behind, so that taking it
+                away would not be exact.
+        """
+        names, method = [known.name for known in self.config.tasks], self.config.method
+        if task not in names:
+            raise ConfigError(
+                f"There is no task {task!r} to remove; the model has learnt {', '.join(names) or 'none'}."
+            )
+        position = names.index(task)
+        others = [known for known in self.config.tasks if known.name != task]
+        elsewhere = {label for known in others for label in known.classes}
+        shared = sorted(elsewhere & set(self.config.tasks[position].classes))
+        if method.experts != "per_task":
+            raise ConfigError(f"All tasks trained the same experts in {method.name}; none can be removed exactly.")
+        if method.query_with_first_expert and position == 0 and others:
+            raise ConfigError(f"The expert of {task!r} takes everyone's query features; it cannot be removed alone.")
+        if self.heads.shared and (shared or not method.mask_logits):
+            what = f"classes {shared}" if method.mask_logits else "all rows of the head"
+            raise ConfigError(f"Other tasks trained {what} too, in one head: {task!r} cannot be removed exactly.")
+        self.bank.remove(task)
+        self.router.remove(position)
+        self.config.tasks, before = others, self.config.classes
+        self.config.classes = list(dict.fromkeys(label for known in others for label in known.classes))
+        number = {before.index(label): new for new, label in enumerate(self.config.classes)}
+        self.heads.remove(position, number)
+        self.config.removed.append(task)
+        self.unchanged_experts.pop(task, None)
+        if self.report is not None:
+            self.report.remove_task(task)
+
+    # The folder and the Hub
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Writes the model, not the backbone, into a folder; `config.json` comes last and makes it whole.
+        """Writes the model, its card and its report, not the backbone, into a folder: as a whole or not at all.
 
         Args:
             folder (`str` or `Path`): Made if needed.
+
+        Raises:
+            `OSError`: It cannot be written, for example because the disk is full; what was there is untouched.
         """
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        for expert in self.bank:
-            expert.save(folder / EXPERTS_FOLDER / expert.name)
-        save_file({key: tensor.contiguous() for key, tensor in self.router.state_dict().items()}, folder / ROUTER_NAME)
-        rows = {}
-        for i, task in enumerate(self.config.tasks):
-            rows[f"{task.name}.weight"], rows[f"{task.name}.bias"] = self.heads.weights[i], self.heads.biases[i]
-            rows[f"{task.name}.classes"] = torch.tensor(self.heads.classes[i], dtype=torch.int64)
-        save_file(rows, folder / HEADS_NAME)
-        self.backbone.processor.save_pretrained(folder)
-        self.config.versions = library_versions()
-        self.config.save(folder)
+        save_model(self, folder)
+
+    def push_to_hub(self, repo_id: str, squash_history: bool = False, **options) -> str:
+        """Puts the model on the Hub as one commit. Its latest task's name becomes a tag, if it is new.
+
+        Args:
+            repo_id (`str`): Repo id; made if needed.
+            squash_history (`bool`, *optional*, defaults to `False`): Then make this the only commit of the branch and
+                delete the tags that still hold a removed task.
+            options: `token`, `private`, `revision` (a branch), `create_pr`, `commit_message`; see [`PushTarget`] and
+                [`push_folder`].
+
+        Returns:
+            `str`: Address of the commit or pull request.
+
+        Raises:
+            [`HubError`]: The Hub cannot be reached or refuses, or holds another model.
+        """
+        from tempfile import TemporaryDirectory
+
+        message = options.pop("commit_message", None)
+        with TemporaryDirectory() as folder:
+            save_model(self, folder)
+            return push_folder(folder, PushTarget(repo_id, **options), message, squash_history=squash_history)
 
     @classmethod
     def from_pretrained(
-        cls, name_or_path: str | Path, backbone: str | Backbone | None = None, revision: str | None = None, **options
+        cls,
+        name_or_path: str | Path,
+        backbone: str | Backbone | None = None,
+        revision: str | None = None,
+        dtype: str | torch.dtype = "float32",
+        **hub_options,
     ) -> "ContinualModel":
-        """Loads a model that [`~ContinualModel.save_pretrained`] wrote, whole or not at all.
+        """Loads a model from a folder or the Hub, whole or not at all. Only safetensors and JSON are read.
 
         Args:
             name_or_path (`str` or `Path`): Folder, or repo id on the Hub.
             backbone (`str` or [`Backbone`], *optional*): Where the backbone is now, when not where it was.
             revision (`str`, *optional*): Branch, tag or commit of the repo, for example `"task-003"`.
-            options: `dtype`, and `token`, `cache_dir`, `local_files_only` for the Hub.
+            dtype (`str` or `torch.dtype`, *optional*, defaults to `"float32"`): Type of the backbone's weights.
+            hub_options: `token`, `cache_dir`, `local_files_only`.
 
         Returns:
             [`ContinualModel`]
 
         Raises:
-            [`ConfigError`], [`ExpertError`]: A file is missing, damaged or does not fit.
+            [`ConfigError`], [`ExpertError`]: A file is missing, damaged, unknown or does not fit.
             [`BackboneError`]: The backbone's weights are not those that the model was trained on.
+            [`HubError`]: There is no such repo or revision, or no way to it.
         """
-        dtype = options.pop("dtype", "float32")
         folder = Path(name_or_path)
-        if not folder.is_dir():
-            from huggingface_hub import snapshot_download
-
-            patterns = ["*.json", "*.safetensors"]
-            folder = Path(snapshot_download(str(name_or_path), revision=revision, allow_patterns=patterns, **options))
+        local = folder.is_dir()
+        if local:
+            settle(folder)
+        else:
+            folder = fetch_model(str(name_or_path), revision, **hub_options)
         config = ContinualConfig.load(folder)
         if not isinstance(backbone, Backbone):
+            if not local and backbone is None:
+                _check_repo_id(config.backbone.name_or_path, name_or_path)
             where = {"revision": config.backbone.revision, "image_size": config.backbone.image_size, "dtype": dtype}
-            backbone = load_backbone(backbone or config.backbone.name_or_path, **where, **options)
+            backbone = load_backbone(backbone or config.backbone.name_or_path, **where, **hub_options)
         if backbone.config.weight_hash != config.backbone.weight_hash:
             raise BackboneError(
                 f"The weights of backbone {backbone.config.name_or_path!r} hash to "
@@ -329,72 +408,32 @@ class ContinualModel(torch.nn.Module):
                 f"{config.backbone.name_or_path!r} with {config.backbone.weight_hash[:12]}…. "
                 "Pass the right one with backbone=."
             )
+        if backbone.config.image_size != config.backbone.image_size:
+            raise BackboneError(
+                f"{name_or_path} was trained on images of {config.backbone.image_size} px, but the backbone takes "
+                f"{backbone.config.image_size} px."
+            )
         model = cls(backbone, config)
-        names = model._expert_names() if config.tasks else []
-        model.bank.extend(Expert.load(name, folder / EXPERTS_FOLDER / name) for name in names)
-        model._load_router(_load_tensors(folder / ROUTER_NAME))
-        model._load_heads(_load_tensors(folder / HEADS_NAME))
+        load_into(model, folder)
         return model
 
-    def _load_router(self, tensors: dict[str, torch.Tensor]) -> None:
-        if self.config.method.experts == "pool":
-            shapes, expected = {key: tuple(t.shape) for key, t in tensors.items()}, {"keys": self.router.keys.shape}
-            if shapes != expected:
-                raise ConfigError(f"{ROUTER_NAME} has {shapes}, but the model needs {expected}.")
-            self.router.keys.data = tensors["keys"]
-            return
-        expected = set(range(len(self.config.tasks))) if self.config.method.experts == "per_task" else set()
-        owners, width = set(tensors["owners"].tolist()), tensors["prototypes"].shape[-1]
-        if owners != expected or width != self.backbone.hidden_size:
-            raise ConfigError(
-                f"{ROUTER_NAME} has prototypes of width {width} for tasks {sorted(owners)}, but "
-                f"the model has tasks {sorted(expected)} and width {self.backbone.hidden_size}."
-            )
-        self.router.prototypes, self.router.owners = tensors["prototypes"], tensors["owners"]
 
-    def _load_heads(self, tensors: dict[str, torch.Tensor]) -> None:
-        for task in self.config.tasks:
-            try:
-                rows = (tensors[f"{task.name}.{name}"] for name in ("weight", "bias"))
-                self.heads.write(*rows, tensors[f"{task.name}.classes"].tolist())
-            except (ValueError, KeyError) as error:
-                raise ConfigError(f"{HEADS_NAME}: the head of task {task.name!r} does not fit: {error}") from error
-        if self.heads.num_classes != len(self.config.classes):
-            raise ConfigError(
-                f"{HEADS_NAME} has rows for {self.heads.num_classes} classes, but the model knows "
-                f"{len(self.config.classes)}."
-            )
+# Else `transformers.pipeline` would say, wrongly, that it does not support this model.
+MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES["hf_clpeft"] = ContinualModel.__name__
 
 
-def library_versions() -> dict[str, str]:
-    """Versions of the libraries that results depend on.
+def _check_repo_id(name: str, where: str | Path) -> None:
+    """A model from a stranger may name a backbone on the Hub, but no folder of this machine."""
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
 
-    Example:
-
-    ```py
-    >>> from hf_clpeft.modeling import library_versions
-
-    >>> "torch" in library_versions()
-    True
-
-    ```
-    """
-    versions = {}
-    for name in VERSIONED:
-        try:
-            versions[name] = version(name)
-        except PackageNotFoundError:  # run from a source tree that is not installed
-            versions[name] = "unknown"
-    return versions
-
-
-def _load_tensors(path: Path) -> dict[str, torch.Tensor]:
-    if not path.is_file():
-        raise ConfigError(f"{path.parent} lacks the file {path.name}, so the model is not whole.")
     try:
-        return load_file(path)
-    except SafetensorError as error:
-        raise ConfigError(f"{path} is damaged: {error}") from error
+        validate_repo_id(name)
+    except HFValidationError:
+        raise ConfigError(
+            f"{where} names its backbone by a path, {name!r}, which is on its author's disk. Pass backbone= with the "
+            "repo id or folder where you have it."
+        ) from None
 
 
 def _open(image: PIL.Image.Image | str | Path) -> PIL.Image.Image:

@@ -44,7 +44,7 @@ def plot_report(
     after = [f"after {title}" for title in titles]
     draw_matrix(axes[0], np.asarray(accuracy_matrix), after, titles, "accuracy on each task", "Blues")
     if panels == 2:
-        share = confusion / confusion.sum(axis=1, keepdims=True)
+        share = confusion / np.where(confusion.sum(axis=1), confusion.sum(axis=1), np.nan)[:, None]
         draw_matrix(axes[1], share, titles, experts, "share of selections, by expert", "Oranges")
         axes[1].set_ylabel("images of")
         axes[1].set_xlabel("expert")
@@ -63,7 +63,7 @@ def plot_comparison(reports: Sequence, path: str | Path) -> None:
 
     ```py
     >>> from hf_clpeft.plots import plot_comparison
-    >>> from hf_clpeft.training import StreamReport
+    >>> from hf_clpeft import StreamReport
 
     >>> report = StreamReport("s_lora", "pets", {}, tasks=["a", "b"], titles=["cats", "dogs"])
     >>> report.accuracy_matrix = [[0.9, float("nan")], [0.7, 0.8]]

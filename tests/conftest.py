@@ -1,9 +1,30 @@
-"""Small streams and models that many tests share. No test needs the network."""
+"""Small streams and models that many tests share. No test needs the network: the Hub is a server of our own."""
 
+import atexit
+import hashlib
+import json
 import os
+import shutil
+import tempfile
+from contextlib import ExitStack
+from pathlib import Path
+
+import hub_server
 
 
-os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported
+# All of this is read when huggingface_hub and datasets are imported.
+_until_exit = ExitStack()
+atexit.register(_until_exit.close)
+HUB = _until_exit.enter_context(hub_server.serve())
+os.environ.update(
+    HF_ENDPOINT=HUB.url,
+    HF_HUB_DISABLE_XET="1",  # the server speaks LFS
+    HF_HUB_OFFLINE="0",
+    HF_UPDATE_DOWNLOAD_COUNTS="0",
+    HF_HOME=_until_exit.enter_context(tempfile.TemporaryDirectory()),  # nobody's cache, nobody's token
+)
+for name in ("HF_TOKEN", "HF_HUB_CACHE", "HF_DATASETS_CACHE"):
+    os.environ.pop(name, None)
 os.environ.setdefault("OMP_NUM_THREADS", "2")
 
 import numpy as np
@@ -20,6 +41,14 @@ disable_progress_bars()
 def _own_folder(tmp_path, monkeypatch):
     """Every test runs in a folder of its own, and none depends on the folder pytest was started in."""
     monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture
+def hub():
+    """An empty Hub at `HF_ENDPOINT`."""
+    HUB.reset()
+    yield HUB
+    HUB.reset()
 
 
 @pytest.fixture
@@ -91,6 +120,24 @@ def make_trainer(method, folder="out", **options):
     defaults = {"num_train_epochs": 2, "train_batch_size": 8, "eval_batch_size": 16, "disable_tqdm": True}
     args = ContinualTrainingArguments(output_dir=str(folder), **{**defaults, **options})
     return ContinualTrainer(ContinualModel.from_backbone(BACKBONE, method), args)
+
+
+@pytest.fixture
+def saved(learnt, tmp_path):
+    """A copy of the learnt model's folder, to be broken."""
+    return shutil.copytree(learnt.args.output_dir, tmp_path / "model")
+
+
+def vouch(folder):
+    """Lets `config.json` vouch for the files as they are now, as whoever forges a model would."""
+    path = Path(folder, "config.json")
+    config = json.loads(path.read_text())
+    config["files"] = {
+        name: hashlib.sha256(Path(folder, name).read_bytes()).hexdigest()
+        for name in config["files"]
+        if Path(folder, name).is_file()
+    }
+    path.write_text(json.dumps(config))
 
 
 @pytest.fixture(scope="session", params=["s_lora", "s_prompts"])

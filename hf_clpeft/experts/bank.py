@@ -127,6 +127,15 @@ class ExpertBank(torch.nn.Module):
         self._clear_slot()
         return expert
 
+    def remove(self, name: str) -> None:
+        """Takes an expert out; those behind it move up."""
+        index = self.names.index(name)
+        if self.table is None:
+            del self._at_rest[index]
+        else:
+            self.table.remove(index)
+        del self.names[index], self._configs[index]
+
     # Forward passes
 
     def frozen(self, pixel_values: torch.Tensor, num_layers: int | None = None) -> torch.Tensor:

@@ -9,9 +9,10 @@ import torch
 from peft import PeftConfig, PeftModel, get_peft_config, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 
 from ..backbones import Backbone
+from ..config import read_json
 from .prompts import PromptTunedVisionModel
 
 
@@ -86,9 +87,13 @@ class Expert:
     def save(self, folder: str | Path) -> None:
         """Writes `adapter_config.json` and `adapter_model.safetensors`, as PEFT does."""
         Path(folder).mkdir(parents=True, exist_ok=True)
-        save_file(self.tensors, Path(folder, SAFETENSORS_WEIGHTS_NAME), metadata={"format": "pt"})
+        # Written by Python, whose errors say that a disk is full.
+        Path(folder, SAFETENSORS_WEIGHTS_NAME).write_bytes(save(self.tensors, metadata={"format": "pt"}))
         config = copy.copy(self.config)
         config.inference_mode = True  # as PEFT marks what it saves
+        for field, value in vars(config).items():
+            if isinstance(value, set):  # whose order would change from one process to the next
+                setattr(config, field, sorted(value))
         config.save_pretrained(str(folder))
 
     @classmethod
@@ -105,12 +110,16 @@ class Expert:
             tensors = load_file(Path(folder, SAFETENSORS_WEIGHTS_NAME))
         except SafetensorError as error:
             raise ExpertError(f"{Path(folder, SAFETENSORS_WEIGHTS_NAME)} is damaged: {error}") from error
-        broken = [key for key, tensor in tensors.items() if not torch.isfinite(tensor).all()]
+        broken = [key for key, t in tensors.items() if not (t.is_floating_point() and torch.isfinite(t).all())]
         if broken:
             raise ExpertError(
-                f"{Path(folder, SAFETENSORS_WEIGHTS_NAME)} has values that are not finite in {broken[0]}."
+                f"{Path(folder, SAFETENSORS_WEIGHTS_NAME)} has values that are no finite numbers in {broken[0]}."
             )
-        config = PeftConfig.from_pretrained(str(folder))
+        try:
+            read_json(Path(folder, CONFIG_NAME))
+            config = PeftConfig.from_pretrained(str(folder))
+        except (KeyError, TypeError, ValueError) as error:
+            raise ExpertError(f"{Path(folder, CONFIG_NAME)} cannot be used: {error}") from error
         config.inference_mode = False
         return cls(name, config, tensors)
 

@@ -80,6 +80,15 @@ class ExpertTable(torch.nn.Module):
             self.rows[numbers] = components.to(self.rows)
             self.scales[numbers] = scale
 
+    def remove(self, index: int) -> None:
+        """Wipes an expert; those behind it move up."""
+        numbers = self.rows_of(index)
+        with torch.no_grad():
+            self.rows[numbers] = 0
+            self.scales[numbers] = 0
+        self.members = torch.cat([self.members[:index], self.members[index + 1 :]])
+        self._count -= 1
+
     def read(self, index: int) -> torch.Tensor:
         """A copy of one expert's components, of shape `(components, width)`."""
         return self.rows.detach()[self.rows_of(index)]

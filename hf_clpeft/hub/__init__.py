@@ -1,6 +1,1 @@
-"""How a model meets people: its card."""
-
-from .card import make_card
-
-
-__all__ = ["make_card"]
+"""How a model meets people: its card, and its way to the Hub and back."""

@@ -1,55 +1,35 @@
-"""The model card that is saved with every model."""
+"""The model card: what a stranger reads first, filled from what the model knows about itself."""
 
-from pathlib import Path
+import math
+import re
+from importlib.resources import files
 
-from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from ..config import ContinualConfig
+from ..report import StreamReport
 
 
-CARD = """---
-{metadata}
----
-
-# {method} on {stream}
-
-A frozen vision transformer that learnt {num_tasks} tasks one after another with {experts}, made with `hf_clpeft`.
-
-```py
-from hf_clpeft import ContinualModel
-
-model = ContinualModel.from_pretrained("path/to/this/folder")
-model.predict(["picture.png"])
-```
-
-| | |
-|---|---|
-| backbone | `{backbone}`, {image_size} px, weights `{weight_hash}…` |
-| PEFT | `{peft}` |
-| head | {head} |
-{metrics}
-
-| task | classes or domain | images | accuracy after the last task |
-|---|---|---|---|
-{tasks}
-
-![accuracy matrix and routing](accuracy_and_routing.png)
-"""
-
-
+CARD_NAME = "README.md"
+TEMPLATE = "model_card.md"
+LIBRARY = "hf-clpeft"
 EXPERTS = {
     "per_task": "one PEFT expert per task, of which every image chooses its own",
     "pool": "a pool of {pool_size} PEFT experts, of which every image selects {top_n}",
     "single": "one PEFT expert that all of them trained in turn",
 }
+REPO_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
-def make_card(config: ContinualConfig, report: dict) -> ModelCard:
-    """The card of a model.
+def make_card(
+    config: ContinualConfig, report: StreamReport | None = None, repo_id: str = "path/to/this/folder"
+) -> ModelCard:
+    """The card of a model, from the template in `model_cards/`.
 
     Args:
-        config ([`ContinualConfig`]): What it learnt with and on.
-        report (`dict`): Content of its `metrics.json`.
+        config ([`ContinualConfig`]): What it learnt, with what and on what.
+        report ([`StreamReport`], *optional*): What was measured.
+        repo_id (`str`, *optional*): Where it is to be loaded from.
 
     Returns:
         `huggingface_hub.ModelCard`
@@ -58,49 +38,109 @@ def make_card(config: ContinualConfig, report: dict) -> ModelCard:
 
     ```py
     >>> from hf_clpeft.config import BackboneConfig, ContinualConfig
-    >>> from hf_clpeft.hub import make_card
+    >>> from hf_clpeft.hub.card import make_card
     >>> from hf_clpeft.methods import s_lora
 
     >>> config = ContinualConfig(s_lora(), BackboneConfig("google/vit-base-patch16-224-in21k", 224, "0f3c"))
-    >>> card = make_card(config, {"stream": "pets", "summary": {}, "accuracy_matrix": [], "tasks": []})
-    >>> card.data.library_name
-    'hf-clpeft'
+    >>> card = make_card(config, repo_id="me/pets")
+    >>> card.data.library_name, card.data.base_model
+    ('hf-clpeft', 'google/vit-base-patch16-224-in21k')
 
     ```
     """
+    method, summary = config.method, report.summary() if report is not None else {}
+    stream = report.stream if report is not None else "unknown"
+    # A folder on somebody's disk is nothing that a reader could follow.
+    backbone_id = config.backbone.name_or_path if REPO_ID.fullmatch(config.backbone.name_or_path) else None
+    on_the_hub = REPO_ID.fullmatch(repo_id) is not None
+    name = repo_id.split("/")[-1] if on_the_hub else f"{method.name} on {stream}"
+    revision = f", revision `{config.backbone.revision[:12]}`" if config.backbone.revision else ""
     data = ModelCardData(
-        library_name="hf-clpeft",
-        # A folder on somebody's disk is nothing that a reader could follow.
-        base_model=config.backbone.name_or_path if not Path(config.backbone.name_or_path).is_dir() else None,
+        library_name=LIBRARY,
+        license=config.license,
+        base_model=backbone_id,
+        datasets=[report.dataset] if report is not None and report.dataset else None,
         pipeline_tag="image-classification",
-        tags=["continual-learning", "peft", config.method.name],
+        tags=["continual-learning", "peft", method.peft["peft_type"].lower(), method.name],
+        model_name=name,
+        eval_results=_eval_results(report, summary),
     )
-    last_row = report["accuracy_matrix"][-1] if report["accuracy_matrix"] else []
-    accuracy_of = dict(zip(report["tasks"], last_row, strict=True))
-    rows = [
-        f"| {task.name} | {_plain(task.title)} | {task.num_train_images:,} | {_percent(accuracy_of.get(task.name))} |"
-        for task in config.tasks
-    ]
-    metrics = [f"| {name.replace('_', ' ')} | {_percent(value)} |" for name, value in report["summary"].items()]
-    text = CARD.format(
-        metadata=data.to_yaml(),
-        method=config.method.name,
-        stream=_plain(report["stream"]),
-        num_tasks=len(config.tasks),
-        experts=EXPERTS[config.method.experts].format(**vars(config.method)),
-        backbone=Path(config.backbone.name_or_path).name if data.base_model is None else data.base_model,
+    columns, rows = _table(config, report)
+    measured = len(report.measured()) if report is not None else 0
+    card = ModelCard.from_template(
+        data,
+        template_path=str(files("hf_clpeft") / "assets" / TEMPLATE),
+        title=_plain(name),
+        repo_id=repo_id,
+        on_the_hub=on_the_hub,
+        plain_peft=bool(backbone_id and on_the_hub and config.tasks and method.peft["peft_type"] != "PROMPT_TUNING"),
+        backbone_id=backbone_id,
+        expert_names=[task.name for task in config.tasks] if method.experts == "per_task" else ["pool-000"],
+        method=method.name,
+        experts=EXPERTS[method.experts].format(**vars(method)),
+        backbone=f"[{backbone_id}](https://huggingface.co/{backbone_id}){revision}" if backbone_id else "a local one",
         image_size=config.backbone.image_size,
         weight_hash=config.backbone.weight_hash[:12],
-        peft=", ".join(f"{name}={value}" for name, value in config.method.peft.items()),
-        head=config.method.head,
-        metrics="\n".join(metrics),
-        tasks="\n".join(rows),
+        peft=", ".join(f"{key} = {value}" for key, value in method.peft.items()),
+        head=method.head.replace("_", " "),
+        stream=_plain(stream),
+        scenario=_scenario(config),
+        removed=", ".join(config.removed),
+        tasks=rows,
+        columns=columns,
+        metrics=[(key.replace("_", " "), _percent(value)) for key, value in summary.items()],
+        coverage="" if measured == len(rows) else f", on the {measured} of {len(rows)} tasks whose data were at hand",
+        routed=method.experts == "per_task",
+        routing=_percent(summary["routing_accuracy"]) if "routing_accuracy" in summary else None,
+        license=config.license,
     )
-    return ModelCard(text)
+    card.content += "\n"
+    return card
 
 
-def _percent(value: float | None) -> str:
-    return "–" if value is None else f"{100 * value:.1f} %"
+def _eval_results(report: StreamReport | None, summary: dict[str, float]) -> list[EvalResult] | None:
+    if not summary:
+        return None
+    return [
+        EvalResult(
+            task_type="image-classification",
+            task_name="Continual image classification",
+            dataset_type=report.dataset or report.stream,
+            dataset_name=report.stream,
+            metric_type="accuracy" if name == "average_accuracy" else name,
+            metric_name=name.replace("_", " "),
+            metric_value=round(value, 6),
+        )
+        for name, value in summary.items()
+    ]
+
+
+def _table(config: ContinualConfig, report: StreamReport | None) -> tuple[list[str], list[dict]]:
+    """One row per task: how well it went when it was learnt, and how well it goes now."""
+    columns = ["accuracy when learnt", "accuracy now"] if report is not None else []
+    rows = []
+    for i, task in enumerate(config.tasks):
+        values = [report.accuracy_matrix[i][i], report.accuracy_matrix[-1][i]] if report is not None else []
+        rows.append(
+            {
+                "name": task.name,
+                "title": _plain(task.title),
+                "images": f"{task.num_train_images:,}",
+                "source": task.source and _plain(task.source),
+                "accuracies": [_percent(value) for value in values],
+            }
+        )
+    return columns, rows
+
+
+def _scenario(config: ContinualConfig) -> str:
+    if not config.tasks:
+        return ""
+    return "class-incremental" if config.tasks[-1].domain is None else "domain-incremental"
+
+
+def _percent(value: float) -> str:
+    return "–" if math.isnan(value) else f"{100 * value:.1f} %"
 
 
 def _plain(text: str) -> str:

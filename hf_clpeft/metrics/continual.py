@@ -142,8 +142,7 @@ def routing_accuracy(confusion: ArrayLike) -> float:
     """Share of images that were sent to their own task's expert.
 
     Args:
-        confusion (array of shape `(T, E)`): `confusion[j, e]`: test images of task j sent to the expert of task e.
-            With more experts than tasks, as in a model that went on learning, the tasks are those of the last experts.
+        confusion (array of shape `(T, T)`): `confusion[j, e]`: test images of task j sent to the expert of task e.
 
     Returns:
         `float`: In [0, 1].
@@ -159,8 +158,7 @@ def routing_accuracy(confusion: ArrayLike) -> float:
     ```
     """
     confusion = np.asarray(confusion, dtype=np.float64)
-    own = confusion.diagonal(offset=confusion.shape[1] - confusion.shape[0])
-    return float(own.sum() / confusion.sum())
+    return float(confusion.trace() / confusion.sum())
 
 
 def summarize(matrix: ArrayLike, untrained: ArrayLike | None = None) -> dict[str, float]:

@@ -78,6 +78,16 @@ class PrototypeRouter(torch.nn.Module):
         self.prototypes = torch.cat([self.prototypes, prototypes])
         self.owners = torch.cat([self.owners, owners])
 
+    def remove(self, owner: int) -> None:
+        """Takes the prototypes of a task away; the tasks behind it move up.
+
+        Args:
+            owner (`int`): Position of the task.
+        """
+        kept = self.owners != owner
+        self.prototypes, owners = self.prototypes[kept], self.owners[kept]
+        self.owners = owners - (owners > owner).to(owners.dtype)
+
     def distances(self, query: torch.Tensor) -> torch.Tensor:
         """Distance of each image to the nearest prototype of every task.
 

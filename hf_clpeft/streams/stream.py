@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 
@@ -15,6 +16,7 @@ class TaskStream(Sequence):
     Args:
         tasks (iterable of [`Task`]): The tasks, in the order in which they are learnt.
         name (`str`, *optional*, defaults to `"stream"`): Name for tables and cards.
+        dataset (`str`, *optional*): Id of the data set on the Hub, for cards.
 
     Raises:
         [`StreamError`]: No task, or two tasks of one name.
@@ -34,9 +36,10 @@ class TaskStream(Sequence):
     ```
     """
 
-    def __init__(self, tasks: Iterable[Task], name: str = "stream"):
+    def __init__(self, tasks: Iterable[Task], name: str = "stream", dataset: str | None = None):
         self.tasks = list(tasks)
         self.name = name
+        self.dataset = dataset
         names = [task.name for task in self.tasks]
         if not names:
             raise StreamError("A stream needs at least one task.")
@@ -47,7 +50,9 @@ class TaskStream(Sequence):
         return len(self.tasks)
 
     def __getitem__(self, index):
-        return TaskStream(self.tasks[index], self.name) if isinstance(index, slice) else self.tasks[index]
+        if isinstance(index, slice):
+            return TaskStream(self.tasks[index], self.name, self.dataset)
+        return self.tasks[index]
 
     @property
     def classes(self) -> list[str]:
@@ -94,9 +99,8 @@ class TaskStream(Sequence):
                 f"or more; choose 1 to {len(classes) // 2}." + (" Check label_column." if len(classes) < 2 else "")
             )
         groups = np.array_split(np.arange(len(classes)), num_tasks)
-        return cls(
-            (sides.task(i, [classes[c] for c in group]) for i, group in enumerate(groups)), name=sides.stream_name
-        )
+        tasks = (sides.task(i, [classes[c] for c in group]) for i, group in enumerate(groups))
+        return cls(tasks, sides.stream_name, sides.hub_id)
 
     @classmethod
     def domain_incremental(
@@ -150,7 +154,8 @@ class TaskStream(Sequence):
                 sides.task(i, classes, domain, test_domains, test_rows)
                 for i, (domain, test_rows) in enumerate(zip(domains, shares, strict=True))
             ),
-            name=sides.stream_name,
+            sides.stream_name,
+            sides.hub_id,
         )
 
 
@@ -186,11 +191,12 @@ def load_task(dataset, name: str, domain: str | None = None, **options) -> Task:
 class _Sides:
     """The train and the test side of a data set, and how many of their images a task may have."""
 
-    def __init__(self, train: ImageSource, test: ImageSource, train_rows, test_rows, max_train, max_test, name):
+    def __init__(self, train: ImageSource, test: ImageSource, train_rows, test_rows, max_train, max_test, dataset):
         self.train, self.test = train, test
         self.train_rows, self.test_rows = train_rows, test_rows
         self.max_train, self.max_test = max_train, max_test
-        self.stream_name = name
+        self.stream_name = dataset.rstrip("/").split("/")[-1] if isinstance(dataset, str) else "stream"
+        self.hub_id = dataset if isinstance(dataset, str) and not Path(dataset).exists() else None
 
     @classmethod
     def open(
@@ -216,12 +222,11 @@ class _Sides:
             raise StreamError(f"Data set {dataset!r} has no test split; name one with test_split to stream it.")
         train = load_source(dataset, train_split, streaming=streaming, **where, **columns)
         limits = (max_train_samples_per_task, max_test_samples_per_task)
-        stream_name = dataset.rstrip("/").split("/")[-1] if isinstance(dataset, str) else "stream"
         if test_split is None:
             train_rows, test_rows = _hold_out(train.values(train.label_column), test_size, split_seed)
-            return cls(train, train, train_rows, test_rows, *limits, stream_name)
+            return cls(train, train, train_rows, test_rows, *limits, dataset)
         test = load_source(dataset, test_split, streaming=streaming, **where, **columns)
-        sides = cls(train, test, None, None, *limits, stream_name)
+        sides = cls(train, test, None, None, *limits, dataset)
         if train_split != test_split:
             sides.check_test_classes()
         return sides

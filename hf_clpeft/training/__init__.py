@@ -1,8 +1,7 @@
 """The loop over tasks on Accelerate: arguments, trainer, evaluation, and what a run leaves behind."""
 
 from .arguments import ContinualTrainingArguments
-from .report import StreamReport
 from .trainer import ContinualTrainer
 
 
-__all__ = ["ContinualTrainer", "ContinualTrainingArguments", "StreamReport"]
+__all__ = ["ContinualTrainer", "ContinualTrainingArguments"]

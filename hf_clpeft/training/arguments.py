@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Literal
 
 from ..config import ConfigError
@@ -62,6 +63,29 @@ class ContinualTrainingArguments:
         default=False,
         metadata={"help": "Also evaluate each task just before it is learnt, if its classes are known by then."},
     )
+    resume_from_checkpoint: str | None = field(
+        default=None,
+        metadata={
+            "help": "Go on after the last task that a model has learnt: the model's folder or repo id, or auto for "
+            "the one in output_dir, else the one in the repo that is pushed to, else none."
+        },
+    )
+    push_to_hub: bool = field(
+        default=False, metadata={"help": "Push the model after every task: one commit, and one tag named after it."}
+    )
+    hub_model_id: str | None = field(
+        default=None, metadata={"help": "Repo to push to; default: one named after output_dir."}
+    )
+    hub_token: str | None = field(
+        default=None, metadata={"help": "Token to push with; default: as logged in. It is stored nowhere."}
+    )
+    hub_private_repo: bool | None = field(
+        default=None, metadata={"help": "Whether a new repo is private; default: as its owner has set."}
+    )
+    hub_revision: str | None = field(default=None, metadata={"help": "Branch to push to; default: main."})
+    license: str | None = field(
+        default=None, metadata={"help": "Licence of the experts as the Hub spells it; default: apache-2.0."}
+    )
     seed: int = field(default=0, metadata={"help": "Seed of initialisation, order of images, and k-means."})
     report_to: str = field(default="none", metadata={"help": "Tracker: tensorboard, wandb, trackio or none."})
     run_name: str = field(default="hf_clpeft", metadata={"help": "Name of the tracker's project."})
@@ -84,3 +108,12 @@ class ContinualTrainingArguments:
             raise ConfigError(f"report_to={self.report_to!r} is not one of tensorboard, wandb, trackio, none.")
         if self.report_to != "none" and find_spec(self.report_to) is None:
             raise ConfigError(f"report_to={self.report_to!r} is not installed; run `pip install {self.report_to}`.")
+
+    @property
+    def push_repo(self) -> str | None:
+        """Repo to push to, if any."""
+        return (self.hub_model_id or Path(self.output_dir).absolute().name) if self.push_to_hub else None
+
+    def to_log(self) -> dict:
+        """What may be shown to everybody: all but the token, empty values left out."""
+        return {name: value for name, value in vars(self).items() if name != "hub_token" and value is not None}

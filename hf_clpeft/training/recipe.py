@@ -9,11 +9,17 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Literal
 
-from ..backbones import BUNDLED
-from ..config import ConfigError, MethodConfig
+from ..backbones import BUNDLED, BackboneError
+from ..config import CONFIG_NAME, ConfigError, MethodConfig
+from ..experts import ExpertError
+from ..folder import settle
+from ..hub.download import has_model
+from ..hub.errors import HubError
+from ..modeling import ContinualModel
+from ..report import PLOT_NAME, StreamReport
 from ..streams import BENCHMARKS, StreamError, TaskStream, load_benchmark
 from .arguments import ContinualTrainingArguments
-from .report import PLOT_NAME, StreamReport
+from .trainer import ContinualTrainer, cpu_only
 
 
 OFFLINE_OPTION = "--benchmark digits"
@@ -127,7 +133,7 @@ def run_recipe(method_arguments: type, make_method: Callable[..., MethodConfig],
         stream_args, backbone_args, training_args, method_args = parse(groups, argv, method=make_method.__name__)
         require_hub(stream_args, backbone_args)
         report = learn(stream_args.load(), backbone_args, training_args, make_method(**asdict(method_args)))
-    except (ConfigError, StreamError) as error:
+    except (BackboneError, ConfigError, ExpertError, HubError, OSError, StreamError) as error:
         raise SystemExit(f"error: {error}") from error
     print_reports([report], Path(training_args.output_dir, PLOT_NAME))
     return report
@@ -139,7 +145,7 @@ def learn(
     training_args: ContinualTrainingArguments,
     method: MethodConfig,
 ) -> StreamReport:
-    """Learns a stream from nothing.
+    """Learns a stream, from nothing or where `resume_from_checkpoint` says.
 
     Args:
         stream ([`TaskStream`]): Which tasks.
@@ -149,26 +155,61 @@ def learn(
 
     Returns:
         [`StreamReport`]
+
+    Raises:
+        [`ConfigError`]: The model to go on with was made with other options.
     """
     from accelerate import PartialState
 
-    from ..modeling import ContinualModel
-    from .trainer import ContinualTrainer, cpu_only
-
-    if training_args.disable_tqdm or not PartialState(cpu=cpu_only()).is_main_process:
+    state = PartialState(cpu=cpu_only())
+    if training_args.disable_tqdm or not state.is_main_process:
         import datasets
         from transformers.utils import logging
 
         datasets.disable_progress_bars()
         logging.disable_progress_bar()
-    model = ContinualModel.from_backbone(
-        backbone_args.backbone,
-        method,
-        revision=backbone_args.backbone_revision,
-        image_size=backbone_args.image_size,
-        dtype=backbone_args.dtype,
-    )
+    with state.main_process_first():
+        source = _find_checkpoint(training_args)
+        if source is not None:
+            model = _resume(source, backbone_args, method, training_args.hub_token)
+        else:
+            model = ContinualModel.from_backbone(
+                backbone_args.backbone,
+                method,
+                revision=backbone_args.backbone_revision,
+                image_size=backbone_args.image_size,
+                dtype=backbone_args.dtype,
+            )
     return ContinualTrainer(model, training_args).learn_stream(stream)
+
+
+def _find_checkpoint(args: ContinualTrainingArguments) -> str | None:
+    """Folder or repo of the model to go on with."""
+    if args.resume_from_checkpoint != "auto":
+        return args.resume_from_checkpoint
+    settle(args.output_dir)
+    if Path(args.output_dir, CONFIG_NAME).is_file():
+        return args.output_dir
+    if args.push_repo is not None and has_model(args.push_repo, args.hub_token):
+        return args.push_repo
+    return None
+
+
+def _resume(source: str, backbone_args: BackboneArguments, method: MethodConfig, token: str | None) -> ContinualModel:
+    model = ContinualModel.from_pretrained(
+        source, backbone=backbone_args.backbone, dtype=backbone_args.dtype, token=token
+    )
+    for name, wanted in vars(method).items():
+        found = getattr(model.config.method, name)
+        if found != wanted and (name, wanted) != ("head", "auto"):  # what auto means is known once there is a task
+            raise ConfigError(
+                f"{source} was made with {name}={found!r}, not {wanted!r}. Go on with the same options, or begin anew "
+                "without --resume_from_checkpoint."
+            )
+    size = model.config.backbone.image_size
+    if backbone_args.image_size not in (None, size):
+        raise ConfigError(f"{source} was made with image_size={size}, not {backbone_args.image_size}.")
+    return model
 
 
 def parse(

@@ -1,27 +1,31 @@
-"""The loop over tasks: cache images, fit prototypes, train the expert, evaluate, save."""
+"""The loop over tasks: cache images, train the expert, fit prototypes, evaluate, save, push."""
 
 import logging
+import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DataLoaderConfiguration, broadcast_object_list, set_seed
 from tqdm.auto import tqdm
 
 from ..config import ConfigError
-from ..hub import make_card
+from ..hub.errors import HubError
+from ..hub.outbox import Outbox
+from ..hub.push import PushTarget
 from ..learners import TaskLearner
-from ..modeling import ContinualModel, library_versions
+from ..modeling import ContinualModel
+from ..report import StreamReport
 from ..routing.prototypes import fit_prototypes
 from ..streams import Task, TaskImages, TaskStream, cache_images
 from ..streams.images import augment
+from ..versions import library_versions
 from .arguments import ContinualTrainingArguments
 from .evaluation import Evaluator
 from .features import extract_queries
-from .report import StreamReport
 
 
 logger = logging.getLogger(__name__)
@@ -31,11 +35,12 @@ class ContinualTrainer:
     """Teaches a [`ContinualModel`] tasks one after another through Accelerate, on one process or many.
 
     Args:
-        model ([`ContinualModel`]): New, or loaded with what it has learnt so far.
+        model ([`ContinualModel`]): New, or loaded with what it has learnt so far. Its report goes on, too.
         args ([`ContinualTrainingArguments`], *optional*): How to train.
 
     Raises:
         [`ConfigError`]: A batch cannot be shared evenly by the processes.
+        [`HubError`]: The model is to be pushed, and the Hub cannot be reached, refuses, or holds another model.
 
     Example:
 
@@ -75,37 +80,52 @@ class ContinualTrainer:
                     "cannot share evenly; choose a multiple."
                 )
         if self.args.report_to != "none":
-            self.accelerator.init_trackers(self.args.run_name, config=vars(self.args))
+            self.accelerator.init_trackers(self.args.run_name, config=self.args.to_log())
         self.model = model.to(self.accelerator.device)
         self.evaluator = Evaluator(self.model, self.accelerator, self.args)
-        self.report = StreamReport(model.config.method.name, "stream", self._environment())
-        self._tasks: list[tuple[Task, int]] = []  # learnt here, with their positions in the model
+        if model.report is None:
+            model.report = StreamReport(model.config.method.name, "stream", {})
+            for task in model.config.tasks:
+                model.report.add_task(task.name, task.title)
+        self.report = model.report
+        self.report.environment = self._environment()
+        if self.args.license is not None:
+            model.config.license = self.args.license
+        self._tests: dict[int, Task] = {}  # tasks that can be tested, by position in the model
         self._step = 0
+        self._outbox = self._open_outbox() if self.args.push_to_hub and self.accelerator.is_main_process else None
 
     def learn_stream(self, stream: TaskStream) -> StreamReport:
-        """Learns all tasks of a stream in order; evaluates and saves after each.
+        """Learns the tasks of a stream in order; evaluates, saves and pushes after each. Goes on where the model is.
 
         Args:
-            stream ([`TaskStream`]): The tasks.
+            stream ([`TaskStream`]): The tasks. Those that the model has learnt already are tested again, not learnt.
 
         Returns:
-            [`StreamReport`]
+            [`StreamReport`]: Of all tasks of the model.
+
+        Raises:
+            [`ConfigError`]: The model has learnt a task of this name with other classes.
         """
-        self.report.stream = stream.name
+        self.report.stream, self.report.dataset = stream.name, stream.dataset
+        learnt = {known.name: position for position, known in enumerate(self.model.config.tasks)}
         for task in stream:
-            self.learn(task)
+            if task.name in learnt:
+                self._take_up(task, learnt[task.name])
+            else:
+                self.learn(task)
         if self.args.report_to != "none":
             self.accelerator.end_training()
         return self.report
 
     def learn(self, task: Task) -> StreamReport:
-        """Learns one task, evaluates on all tasks learnt by this trainer so far, and saves the model.
+        """Learns one task, evaluates on all tasks whose test images this trainer has seen, saves and pushes the model.
 
         Args:
             task ([`Task`]): It may be one that nobody knew of when the model was made.
 
         Returns:
-            [`StreamReport`]: Of all tasks learnt by this trainer.
+            [`StreamReport`]: Of all tasks of the model.
         """
         args, method, seconds = self.args, self.model.config.method, {}
         queries, owner = None, len(self.model.config.tasks)
@@ -126,7 +146,7 @@ class ContinualTrainer:
                 self.model.router.add_prototypes(self._fit_prototypes(train, task.name))
         elif method.experts == "single":
             self.evaluator.expert_changed()
-        self._tasks.append((task, owner))
+        self._tests[owner] = task
         self._note_costs(learner, train, seconds)
         with _timed(seconds, "evaluate"):
             self.evaluator.add(task.name, test)
@@ -134,6 +154,17 @@ class ContinualTrainer:
         self._save()
         self.accelerator.free_memory()
         return self.report
+
+    def _take_up(self, task: Task, position: int) -> None:
+        """Makes a task that was learnt before part of the evaluations to come."""
+        known = self.model.config.tasks[position]
+        if (list(task.classes), task.domain) != (known.classes, known.domain):
+            raise ConfigError(
+                f"The model has learnt {known.name} with the classes {known.classes} (domain {known.domain}); in this "
+                f"stream it has {list(task.classes)} (domain {task.domain}). Go on with the same stream."
+            )
+        self._tests[position] = task
+        self.evaluator.add(task.name, self._images(task.test))
 
     def _images(self, split) -> TaskImages:
         """Resized images of a split; the main process writes the Arrow file, the others find it."""
@@ -216,18 +247,25 @@ class ContinualTrainer:
 
     def _evaluate(self, before: float | None) -> None:
         """Fills the last row of the accuracy matrix."""
-        report, learnt = self.report, len(self._tasks)
-        if before is not None and learnt > 1:
+        report, model, count = self.report, self.model, len(self.model.config.tasks)
+        if before is not None and count > 1:
             report.accuracy_matrix[-2][-1] = before
-        results = [self.evaluator.evaluate(task.name, task.classes, owner) for task, owner in self._tasks]
-        report.accuracy_matrix[-1] = [result.accuracy for result in results]
-        method = self.model.config.method
-        if method.experts != "single":
-            report.routing_confusion = [result.routed.tolist() for result in results]
-            report.experts = self.model.bank.names
-        if method.experts == "per_task":
-            report.oracle_accuracy = [result.oracle_accuracy for result in results]
-            report.experts = [task.title for task in self.model.config.tasks]
+        results = {
+            position: self.evaluator.evaluate(task.name, task.classes, position)
+            for position, task in sorted(self._tests.items())
+        }
+        for position, result in results.items():
+            report.accuracy_matrix[-1][position] = result.accuracy
+        if model.config.method.experts != "single":
+            report.experts = model.bank.names if model.config.method.experts == "pool" else list(report.titles)
+            confusion = np.zeros((count, len(report.experts)), dtype=int)
+            for position, result in results.items():
+                confusion[position] = result.routed
+            report.routing_confusion = confusion.tolist()
+        if model.config.method.experts == "per_task":
+            report.oracle_accuracy = [
+                results[position].oracle_accuracy if position in results else math.nan for position in range(count)
+            ]
         report.test_forwards_per_image = self.evaluator.forwards_per_image()
         self.accelerator.log({f"eval/{name}": value for name, value in report.summary().items()}, step=self._step)
 
@@ -244,21 +282,47 @@ class ContinualTrainer:
             )
         else:  # what there is was there before, unless this is the first task
             added = expert if len(model.config.tasks) == 1 else 0
-        report.add_task(learner.config.name, learner.config.title)
-        report.expert_parameters.append(expert)
-        report.head_parameters.append(head)
-        report.stored_bytes.append(4 * (added + head))
-        report.train_images_per_second.append(len(train) * self.args.num_train_epochs / seconds["train"])
-        report.untrained_accuracy.append(1 / len(learner.config.classes))
-        report.seconds.append(seconds)
+        report.add_task(
+            learner.config.name,
+            learner.config.title,
+            expert_parameters=expert,
+            head_parameters=head,
+            stored_bytes=4 * (added + head),
+            train_images_per_second=len(train) * self.args.num_train_epochs / seconds["train"],
+            untrained_accuracy=1 / len(learner.config.classes),
+            seconds=seconds,
+        )
 
     def _save(self) -> None:
         if self.accelerator.is_main_process:
-            folder = Path(self.args.output_dir)
-            self.model.save_pretrained(folder)
-            self.report.save(folder)
-            make_card(self.model.config, self.report.to_dict()).save(folder / "README.md")
+            self.model.save_pretrained(self.args.output_dir)
+            self._push()
         self.accelerator.wait_for_everyone()
+
+    def _open_outbox(self) -> Outbox:
+        """Checks before any work is done that the model can be pushed, and pushes what a killed run could not."""
+        args, config = self.args, self.model.config
+        target = PushTarget(args.push_repo, args.hub_token, args.hub_private_repo, args.hub_revision)
+        target, there = target.prepare(config)
+        outbox = Outbox(args.output_dir, target)
+        outbox.take_up(config, there)
+        outbox.flush()
+        return outbox
+
+    def _push(self) -> None:
+        if self._outbox is None:
+            return
+        self._outbox.put()
+        try:
+            self._outbox.flush()
+        except HubError as error:
+            logger.warning(
+                "%s Learning goes on. %d tasks wait in %s; they go with the next task, or with: hf-clpeft push %s",
+                error,
+                len(self._outbox.pending()),
+                self._outbox.folder,
+                self.args.output_dir,
+            )
 
     def _environment(self) -> dict:
         device = self.accelerator.device

@@ -1,0 +1,32 @@
+"""`hf-clpeft combine`: experts of several models in one."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .common import AsJson, BackbonePath, Token, quiet, show
+
+
+def combine(
+    sources: Annotated[list[str], typer.Argument(help="Repo ids, repo@revision, or folders; two or more.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write the combined model into.")],
+    as_json: AsJson = False,
+    backbone: BackbonePath = None,
+    token: Token = None,
+):
+    """Combine the experts of several models into one model; nothing is trained."""
+    from ..combine import combine as combine_models
+
+    quiet()
+    model = combine_models(sources, backbone=backbone, token=token)
+    model.save_pretrained(output)
+    show(
+        {
+            "folder": str(output),
+            "tasks": [task.name for task in model.config.tasks],
+            "classes": len(model.config.classes),
+            "next": f"hf-clpeft push {output} REPO",
+        },
+        as_json,
+    )

@@ -1,0 +1,62 @@
+"""What several commands share: their options, and how a result is shown."""
+
+import json
+from typing import Annotated
+
+import typer
+
+
+Repo = Annotated[str, typer.Argument(help="Repo id, repo@revision, or folder of a model.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")]
+Token = Annotated[str | None, typer.Option(help="Token of the Hub; default: as logged in.")]
+BackbonePath = Annotated[str | None, typer.Option("--backbone", help="Where the backbone is, if not where it was.")]
+
+
+def show(values, as_json: bool, title: str = "") -> None:
+    """Prints a mapping as lines, or rows (a list of mappings) as a table; or either as JSON.
+
+    Args:
+        values (`dict` or `list[dict]`): What to print.
+        as_json (`bool`): Print JSON.
+        title (`str`, *optional*): Heading of a table.
+    """
+    if as_json:
+        print(json.dumps(values, indent=2, ensure_ascii=False))
+    elif isinstance(values, dict):
+        width = max(map(len, values), default=0)
+        for name, value in values.items():
+            print(f"{name:<{width}}  {value}")
+    else:
+        from rich.box import SIMPLE
+        from rich.console import Console
+        from rich.table import Table
+        from rich.text import Text
+
+        table = Table(title=title or None, title_justify="left", box=SIMPLE, pad_edge=False)
+        for name in values[0] if values else ():
+            table.add_column(name, overflow="fold")
+        for row in values:
+            # Text, not markup: class names come from strangers.
+            table.add_row(
+                *(Text(f"{value:.3f}" if isinstance(value, float) else str(value)) for value in row.values())
+            )
+        Console().print(table)
+
+
+def quiet() -> None:
+    """Lets no progress bar of another library in between: these commands are over in seconds."""
+    from huggingface_hub.utils import disable_progress_bars
+    from transformers.utils import logging
+
+    disable_progress_bars()
+    logging.disable_progress_bar()
+
+
+def load_model(repo: str, backbone: str | None, token: str | None):
+    """Loads the [`ContinualModel`] that a command was given."""
+    from ..hub.download import split_revision
+    from ..modeling import ContinualModel
+
+    quiet()
+    name, revision = split_revision(repo)
+    return ContinualModel.from_pretrained(name, backbone=backbone, revision=revision, token=token)

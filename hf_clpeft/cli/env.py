@@ -1,0 +1,29 @@
+"""`hf-clpeft env`: what a bug report needs."""
+
+import os
+import platform
+
+from .common import AsJson, show
+
+
+def env(as_json: AsJson = False):
+    """Print versions, device and Hub settings, to copy into a bug report."""
+    import torch
+    from huggingface_hub import constants
+
+    from ..versions import library_versions
+
+    accelerator = torch.accelerator.current_accelerator()
+    show(
+        {
+            **library_versions(),
+            "python": platform.python_version(),
+            "platform": platform.platform(),
+            "processors": os.cpu_count(),
+            "accelerator": "none" if accelerator is None else torch.get_device_module().get_device_name(),
+            "HF_ENDPOINT": constants.ENDPOINT,
+            "HF_HUB_OFFLINE": constants.HF_HUB_OFFLINE,
+            "HF_HOME": constants.HF_HOME,
+        },
+        as_json,
+    )

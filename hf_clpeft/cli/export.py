@@ -1,0 +1,26 @@
+"""`hf-clpeft export`: one expert for use without this library."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .common import AsJson, BackbonePath, Repo, Token, load_model, show
+
+
+def export(
+    repo: Repo,
+    task: Annotated[str, typer.Argument(help="Name of a task; `hf-clpeft info` lists them.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write into.")],
+    merge: Annotated[bool, typer.Option("--merge", help="Merge it into the backbone: a plain classifier.")] = False,
+    as_json: AsJson = False,
+    backbone: BackbonePath = None,
+    token: Token = None,
+):
+    """Export one expert as a plain PEFT adapter, or merged into the backbone as a plain transformers classifier."""
+    from ..export import export_adapter, export_merged
+
+    model = load_model(repo, backbone, token)
+    (export_merged if merge else export_adapter)(model, task, output)
+    what = "transformers image classifier" if merge else "PEFT adapter"
+    show({"folder": str(output), "task": task, "what": what}, as_json)

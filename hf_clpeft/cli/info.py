@@ -1,0 +1,51 @@
+"""`hf-clpeft info`: what a model has learnt and how well, without its weights."""
+
+from pathlib import Path
+
+from .common import AsJson, Repo, Token, show
+
+
+def info(repo: Repo, as_json: AsJson = False, token: Token = None):
+    """Show what a model has learnt, with what, and how well."""
+    from ..config import ContinualConfig, read_json
+    from ..folder import settle
+    from ..hub.download import fetch_config, split_revision
+    from ..report import METRICS_NAME, StreamReport
+
+    folder = Path(repo)
+    if folder.is_dir():
+        settle(folder)
+    else:
+        folder = fetch_config(*split_revision(repo), token=token)
+    config, report = ContinualConfig.load(folder), None
+    if (folder / METRICS_NAME).is_file():
+        report = StreamReport.from_dict(read_json(folder / METRICS_NAME), config.tasks)
+    tasks = []
+    for i, task in enumerate(config.tasks):
+        row = {"task": task.name, "classes or domain": task.title, "images": task.num_train_images}
+        if report is not None:
+            row["when learnt"], row["now"] = _percent(report.accuracy_matrix[i][i], report.accuracy_matrix[-1][i])
+        tasks.append(row)
+    summary = {
+        "method": config.method.name,
+        "backbone": config.backbone.name_or_path,
+        "backbone revision": config.backbone.revision,
+        "weight hash": config.backbone.weight_hash,
+        "image size": config.backbone.image_size,
+        "PEFT": config.method.peft,
+        "head": config.method.head,
+        "classes": len(config.classes),
+        "unlearnt": config.removed,
+        "license": config.license,
+    }
+    measured = report.summary() if report is not None else {}
+    if as_json:
+        show({**summary, "classes": config.classes, "tasks": tasks, "metrics": measured}, as_json=True)
+        return
+    numbers = zip(measured, _percent(*measured.values()), strict=True)
+    show({**summary, **{name.replace("_", " "): value for name, value in numbers}}, as_json=False)
+    show(tasks, as_json=False, title=f"{len(tasks)} tasks")
+
+
+def _percent(*values: float) -> list[str]:
+    return ["–" if value != value else f"{100 * value:.1f} %" for value in values]

@@ -1,0 +1,43 @@
+"""`hf-clpeft push`: a saved model, or what a run could not push, to the Hub."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .common import AsJson, Token, quiet, show
+
+
+def push(
+    folder: Annotated[Path, typer.Argument(help="Folder of a model.", exists=True, file_okay=False)],
+    repo: Annotated[str | None, typer.Argument(help="Repo id; default: where the run was to be pushed.")] = None,
+    private: Annotated[bool | None, typer.Option(help="Make a new repo private.")] = None,
+    revision: Annotated[str | None, typer.Option(help="Branch; default: main.")] = None,
+    create_pr: Annotated[bool, typer.Option("--create-pr", help="Open a pull request.")] = False,
+    message: Annotated[str | None, typer.Option("--message", "-m", help="First line of the commit.")] = None,
+    squash_history: Annotated[
+        bool, typer.Option("--squash-history", help="Make this the only commit; drop what holds a removed task.")
+    ] = False,
+    token: Token = None,
+    as_json: AsJson = False,
+):
+    """Push a model's folder as one commit; or, task by task, what a run could not push when it learnt it."""
+    from dataclasses import replace
+
+    from ..folder import settle
+    from ..hub.outbox import Outbox
+    from ..hub.push import PushTarget, push_folder
+
+    quiet()
+    settle(folder)
+    target, waited, address = None, 0, None
+    if repo is not None:
+        target = PushTarget(repo, token, private, revision, create_pr)
+    if target is None or Outbox.exists(folder):
+        outbox = Outbox(folder)
+        target = target or replace(outbox.target, token=token)
+        waited = len(outbox.pending())
+        address = outbox.flush(target)
+    if address is None or squash_history:
+        address = push_folder(folder, target, message, squash_history=squash_history)
+    show({"repo": target.repo_id, "tasks that had waited": waited, "address": address}, as_json)

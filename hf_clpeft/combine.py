@@ -1,0 +1,141 @@
+"""Experts of several models in one model and one router."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from .backbones import load_backbone
+from .config import ConfigError, ContinualConfig, TaskConfig
+from .experts import Expert
+from .hub.download import split_revision
+from .modeling import ContinualModel
+
+
+# What must not differ, and where it stands in a configuration.
+ALIKE = {
+    "backbone weights": lambda config: config.backbone.weight_hash,
+    "backbone revision": lambda config: config.backbone.revision,
+    "image size": lambda config: config.backbone.image_size,
+    "technique": lambda config: config.method.peft["peft_type"],
+    "route_layer": lambda config: config.method.route_layer,
+}
+
+
+def combine(sources: Sequence[str | Path | ContinualModel], backbone: str | None = None, **options) -> ContinualModel:
+    """Puts the experts of several models into one; every image finds its own among all of them.
+
+    Nothing is trained: experts, prototypes and head rows stay as they are. Classes are merged by name. Where two
+    models with a shared head know the same class, the combined head judges every image by the rows of its own expert's
+    task alone; otherwise heads stay as they were. Task names stay where no two are the same; else they get the name of
+    their source in front.
+
+    Args:
+        sources (sequence of `str`, `Path` or [`ContinualModel`]): Repo ids (`me/model@task-003` for a revision),
+            folders or models; two or more, each with one expert per task.
+        backbone (`str`, *optional*): Where the backbone is now, when not where it was.
+        options: `dtype`, `token`, `cache_dir`, `local_files_only`; see [`ContinualModel.from_pretrained`].
+
+    Returns:
+        [`ContinualModel`]: Its tasks say which model they came from.
+
+    Raises:
+        [`ConfigError`]: The models differ in backbone, image size or technique, or have no expert per task.
+
+    Example:
+
+    ```py
+    >>> from hf_clpeft import ContinualModel, ContinualTrainer, ContinualTrainingArguments, combine, s_lora
+    >>> from hf_clpeft.streams import load_benchmark
+
+    >>> stream = load_benchmark("digits", max_train_samples_per_task=32, max_test_samples_per_task=8)
+    >>> for task in stream[:2]:
+    ...     model = ContinualModel.from_backbone("hf-clpeft/vit-tiny-glyphs", s_lora())
+    ...     args = ContinualTrainingArguments(output_dir=task.name, num_train_epochs=1, disable_tqdm=True)
+    ...     _ = ContinualTrainer(model, args).learn(task)
+    >>> combine(["task-000", "task-001"]).config.classes
+    ['0', '1', '2', '3']
+
+    ```
+    """
+    if len(sources) < 2:
+        raise ConfigError(f"Combining needs two models or more; got {len(sources)}.")
+    labels = [_label(source) for source in sources]
+    models = [_open(source, backbone, options) for source in sources]
+    for label, model in zip(labels, models, strict=True):
+        _check_alike(models[0].config, model.config, labels[0], label)
+    tasks = _rename([[*model.config.tasks] for model in models], labels)
+    classes = list(dict.fromkeys(name for group in tasks for task in group for name in task.classes))
+    first = models[0].config
+    licenses = {model.config.license for model in models}
+    config = ContinualConfig(
+        replace(first.method, head="shared" if _share_head(models) else "per_task"),
+        first.backbone,
+        tasks=[task for group in tasks for task in group],
+        classes=classes,
+        license=first.license if len(licenses) == 1 else "other",
+    )
+    where = {"revision": first.backbone.revision, "image_size": first.backbone.image_size}
+    combined = ContinualModel(load_backbone(backbone or first.backbone.name_or_path, **where, **options), config)
+    combined.bank.extend(
+        Expert(task.name, expert.config, expert.tensors)
+        for model, group in zip(models, tasks, strict=True)
+        for task, expert in zip(group, model.bank, strict=True)
+    )
+    for model in models:
+        for position in range(len(model.config.tasks)):
+            combined.router.add_prototypes(model.router.prototypes[model.router.owners == position])
+            numbers = [classes.index(model.config.classes[old]) for old in model.heads.classes[position]]
+            combined.heads.write(model.heads.weights[position], model.heads.biases[position], numbers)
+    return combined
+
+
+def _open(source: str | Path | ContinualModel, backbone: str | None, options: dict) -> ContinualModel:
+    if isinstance(source, ContinualModel):
+        return source
+    name, revision = split_revision(str(source))
+    return ContinualModel.from_pretrained(name, backbone=backbone, revision=revision, **options)
+
+
+def _label(source: str | Path | ContinualModel) -> str:
+    """What to call a source: its repo id with revision, or the last part of a folder's path."""
+    if isinstance(source, ContinualModel):
+        return source.config.method.name
+    return Path(source).resolve().name if Path(source).is_dir() else str(source)
+
+
+def _check_alike(first: ContinualConfig, other: ContinualConfig, name: str, other_name: str) -> None:
+    if other.method.experts != "per_task":
+        raise ConfigError(f"{other_name} is of the method {other.method.name}, whose experts belong to no task.")
+    if other.method.query_with_first_expert:
+        raise ConfigError(
+            f"{other_name} ({other.method.name}) takes query features with its own first expert, which others do not."
+        )
+    if not other.tasks:
+        raise ConfigError(f"{other_name} has learnt no task.")
+    for what, value in ALIKE.items():
+        if value(first) != value(other):
+            raise ConfigError(
+                f"{name} and {other_name} cannot be combined: their {what} differs, {value(first)!r} and "
+                f"{value(other)!r}."
+            )
+
+
+def _share_head(models: list[ContinualModel]) -> bool:
+    """Rows of a shared head are compared with each other, so there must be one per class."""
+    classes = [label for model in models for label in model.config.classes]
+    return all(model.heads.shared for model in models) and len(set(classes)) == len(classes)
+
+
+def _rename(groups: list[list[TaskConfig]], labels: list[str]) -> list[list[TaskConfig]]:
+    names = [task.name for group in groups for task in group]
+    unique = len(set(names)) == len(names)
+    renamed = []
+    for group, label in zip(groups, labels, strict=True):
+        prefix = "".join(sign if sign.isalnum() else "-" for sign in split_revision(label)[0]).strip("-")
+        renamed.append(
+            [
+                replace(task, name=task.name if unique else f"{prefix}-{task.name}", source=task.source or label)
+                for task in group
+            ]
+        )
+    return renamed

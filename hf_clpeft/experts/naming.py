@@ -1,0 +1,158 @@
+"""Adapters that were trained before transformers renamed the layers of their backbone."""
+
+import copy
+from pathlib import Path
+
+from peft import PeftConfig
+from peft.tuners.tuners_utils import check_target_module_exists
+from peft.utils.other import get_pattern_key
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightRenaming, rename_source_key
+
+from ..backbones import Backbone
+from .expert import Expert, ExpertError, make_peft_model
+
+
+PREFIX = "base_model.model."  # PEFT's, in front of a layer's name in every file
+
+
+def rename_old_keys(expert: Expert, backbone: Backbone) -> Expert:
+    """Gives an expert the names that its backbone's layers have in this version of transformers.
+
+    The names come from what transformers itself applies to old checkpoints. Only names change: what has no home on the
+    backbone keeps its name, and whoever uses the expert refuses it.
+
+    Args:
+        expert ([`Expert`]): An expert as loaded. One trained on the backbone with a classifier around it is fine.
+        backbone ([`Backbone`]): The frozen model, without an adapter on it.
+
+    Returns:
+        [`Expert`]: The same one if no name is old.
+
+    Raises:
+        [`ExpertError`]: Two tensors would get the same name.
+
+    Example:
+
+    ```py
+    >>> from dataclasses import replace
+    >>> from hf_clpeft.backbones import load_backbone
+    >>> from hf_clpeft.experts.expert import Expert, make_peft_config, make_peft_model
+    >>> from hf_clpeft.experts.naming import rename_old_keys
+
+    >>> backbone = load_backbone("hf-clpeft/vit-tiny-glyphs")
+    >>> peft_model = make_peft_model(backbone, make_peft_config({"peft_type": "LORA", "r": 1}, backbone))
+    >>> expert = Expert.from_peft_model("task-000", peft_model)
+    >>> _ = peft_model.unload()
+    >>> rename_old_keys(expert, backbone) is expert
+    True
+    >>> layer = "base_model.model.vit.encoder.layer.0.attention.attention.query"  # before transformers 5.9
+    >>> old = replace(expert, tensors={f"{layer}.lora_A.weight": next(iter(expert.tensors.values()))})
+    >>> list(rename_old_keys(old, backbone).tensors)
+    ['base_model.model.layers.0.attention.q_proj.lora_A.weight']
+
+    ```
+    """
+    mapping = get_model_conversion_mapping(backbone.model, add_legacy=False)
+    renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
+    wrapper = backbone.model.base_model_prefix
+    unwrapped = [_unwrap(key, wrapper, backbone) for key in expert.tensors]
+    keys = [_rename(key, renamings) for key in unwrapped]
+    if keys == list(expert.tensors):
+        return expert
+    if len(set(keys)) < len(keys):
+        twice = next(key for key in keys if keys.count(key) > 1)
+        raise ExpertError(f"Expert {expert.name!r} has two tensors for {twice}.")
+
+    # A module's name when the expert was trained: PEFT's patterns were written for that.
+    old_names = {name: name for name, _ in backbone.model.named_modules() if name}
+    if keys != unwrapped:
+        backwards = [renaming.reverse_transform() for renaming in reversed(renamings)]
+        old_names = {name: rename_source_key(name, backwards, [])[0] for name in old_names}
+    if unwrapped != list(expert.tensors):
+        old_names = {name: f"{wrapper}.{old_name}" for name, old_name in old_names.items()}
+    config = _rename_targets(expert.config, old_names)
+    return Expert(expert.name, config, dict(zip(keys, expert.tensors.values(), strict=True)))
+
+
+def migrate_adapter(source_folder: str | Path, output_folder: str | Path, backbone: Backbone) -> list[tuple[str, str]]:
+    """Writes a PEFT adapter of an earlier transformers as one of this version, after trying that all of it is used.
+
+    Args:
+        source_folder (`str` or `Path`): Holds `adapter_config.json` and `adapter_model.safetensors`.
+        output_folder (`str` or `Path`): Another folder; made if needed.
+        backbone ([`Backbone`]): The model that the adapter was trained on, without an adapter on it.
+
+    Returns:
+        `list[tuple[str, str]]`: Old and new name of every tensor that was renamed.
+
+    Raises:
+        [`ExpertError`]: The adapter does not fit the backbone, or both folders are the same. Nothing is written.
+
+    Example:
+
+    ```py
+    >>> from hf_clpeft.backbones import load_backbone
+    >>> from hf_clpeft.experts.expert import Expert, make_peft_config, make_peft_model
+    >>> from hf_clpeft.experts.naming import migrate_adapter
+
+    >>> backbone = load_backbone("hf-clpeft/vit-tiny-glyphs")
+    >>> peft_model = make_peft_model(backbone, make_peft_config({"peft_type": "LORA", "r": 1}, backbone))
+    >>> Expert.from_peft_model("task-000", peft_model).save("adapter")
+    >>> _ = peft_model.unload()
+    >>> migrate_adapter("adapter", "migrated", backbone)  # nothing in it is old
+    []
+
+    ```
+    """
+    if Path(source_folder).resolve() == Path(output_folder).resolve():
+        # Tensors may still be read from the file that would be overwritten.
+        raise ExpertError(f"{source_folder} cannot be migrated in place; name another output folder.")
+    old = Expert.load(Path(source_folder).name, source_folder)
+    new = rename_old_keys(old, backbone)
+    try:
+        peft_model = make_peft_model(backbone, new.config)
+    except ValueError as error:
+        raise ExpertError(f"Expert {old.name!r} does not fit the backbone: {error}") from error
+    try:
+        new.copy_to(peft_model)
+    finally:
+        peft_model.unload()
+    new.save(output_folder)
+    return [(key, new_key) for key, new_key in zip(old.tensors, new.tensors, strict=True) if key != new_key]
+
+
+def _unwrap(key: str, wrapper: str, backbone: Backbone) -> str:
+    """A tensor's name without the attribute that holds the backbone in, say, an image classifier."""
+    is_wrapped = key.startswith(f"{PREFIX}{wrapper}.") and not hasattr(backbone.model, wrapper)
+    return PREFIX + key.removeprefix(f"{PREFIX}{wrapper}.") if is_wrapped else key
+
+
+def _rename(key: str, renamings: list[WeightRenaming]) -> str:
+    # The mapping may anchor its patterns at the start of a name, so it must not see PEFT's prefix.
+    if not key.startswith(PREFIX):
+        return key
+    return PREFIX + rename_source_key(key.removeprefix(PREFIX), renamings, [])[0]
+
+
+def _rename_targets(config: PeftConfig, old_names: dict[str, str]) -> PeftConfig:
+    """A configuration that targets the same modules by their new names.
+
+    Its patterns are applied to the old names rather than rewritten: `dense`, say, has become three different names.
+    """
+    targets = [name for name, old_name in old_names.items() if check_target_module_exists(config, old_name)]
+    if not targets:
+        return config  # someone has renamed the targets already
+    config = copy.copy(config)
+    short = {name.rpartition(".")[-1] for name in targets}
+    named_so = [name for name in old_names if name.rpartition(".")[-1] in short]
+    config.target_modules = short if named_so == targets else set(targets)
+    for field in ("exclude_modules", "layers_to_transform", "layers_pattern"):
+        if hasattr(config, field):
+            setattr(config, field, None)  # what they said is in the targets now
+    for field in ("rank_pattern", "alpha_pattern"):
+        pattern = getattr(config, field, None)
+        if pattern:
+            keys = {name: get_pattern_key(pattern, old_names[name]) for name in targets}
+            setattr(config, field, {name: pattern[key] for name, key in keys.items() if key in pattern})
+    return config

@@ -1,0 +1,167 @@
+"""Writes one expert for use without this library: as a PEFT adapter, or merged into a plain image classifier."""
+
+import copy
+from pathlib import Path
+
+import torch
+
+from .backbones import Backbone
+from .config import ConfigError
+from .experts import Expert, ExpertError
+from .experts.expert import make_peft_model
+from .modeling import ContinualModel
+
+
+TOLERANCE = 1e-4  # of the largest logit, or of 1
+
+
+def export_adapter(model: ContinualModel, task: str, folder: str | Path) -> None:
+    """Writes the expert of a task as a plain PEFT adapter, without its head.
+
+    Args:
+        model ([`ContinualModel`]): A model that has learnt the task.
+        task (`str`): Name of the task.
+        folder (`str` or `Path`): Made if needed.
+
+    Raises:
+        [`ConfigError`]: The model has learnt no such task.
+        [`ExpertError`]: Experts of the model belong to no task.
+
+    Example:
+
+    ```py
+    >>> from peft import PeftConfig
+    >>> from hf_clpeft import ContinualModel, s_lora
+    >>> from hf_clpeft.export import export_adapter
+
+    >>> model = ContinualModel.from_backbone("hf-clpeft/vit-tiny-glyphs", s_lora(r=1))
+    >>> model.finish_task(model.start_task("task-000", ["cat", "dog"]), num_train_images=0)
+    >>> export_adapter(model, "task-000", "adapter")
+    >>> PeftConfig.from_pretrained("adapter").r
+    1
+
+    ```
+    """
+    _find_expert(model, _find_task(model, task)).save(folder)
+
+
+def export_merged(model: ContinualModel, task: str, folder: str | Path) -> None:
+    """Writes the expert of a task, merged into the backbone, as a plain image classifier over that task's classes.
+
+    `transformers` alone loads it: `pipeline("image-classification", folder)`. Logits are compared with the model's
+    before anything is written.
+
+    Args:
+        model ([`ContinualModel`]): A model in `float32` that has learnt the task; it is left as it is.
+        task (`str`): Name of the task.
+        folder (`str` or `Path`): Made if needed.
+
+    Raises:
+        [`ConfigError`]: The model has learnt no such task.
+        [`ExpertError`]: Experts of the model belong to no task or are prompts, its backbone is not in `float32`, or
+            transformers' classifier for that backbone cannot give the same logits.
+
+    Example:
+
+    ```py
+    >>> from transformers import AutoModelForImageClassification
+    >>> from hf_clpeft import ContinualModel, s_lora
+    >>> from hf_clpeft.export import export_merged
+
+    >>> model = ContinualModel.from_backbone("hf-clpeft/vit-tiny-glyphs", s_lora(r=1))
+    >>> model.finish_task(model.start_task("task-000", ["cat", "dog"]), num_train_images=0)
+    >>> export_merged(model, "task-000", "cat-or-dog")
+    >>> AutoModelForImageClassification.from_pretrained("cat-or-dog").config.id2label
+    {0: 'cat', 1: 'dog'}
+
+    ```
+    """
+    number = _find_task(model, task)
+    expert = _find_expert(model, number)
+    if expert.config.is_prompt_learning:
+        raise ExpertError(
+            f"Expert {expert.name!r} is a prompt, which has no weights to merge into. Write it with export_adapter."
+        )
+    dtype = model.backbone.model.dtype
+    if dtype != torch.float32:
+        raise ExpertError(f"A merged model is written in float32, and this one is in {dtype}; load it in float32.")
+    with torch.random.fork_rng(devices=[]):  # what is drawn for weights that are then overwritten changes no training
+        classifier = _make_classifier(model, model.config.tasks[number].classes)
+        _merge(model, expert, classifier)
+    _write_rows(model, number, classifier.classifier)
+    _check_logits(model, number, classifier)
+    classifier.save_pretrained(folder)
+    model.backbone.processor.save_pretrained(folder)
+
+
+def _find_task(model: ContinualModel, task: str) -> int:
+    if model.config.method.experts == "pool":
+        raise ExpertError(f"{model.config.method.name} has a pool of experts, and none of them belongs to a task.")
+    names = [learnt.name for learnt in model.config.tasks]
+    if task not in names:
+        raise ConfigError(f"The model has learnt no task {task!r}; it knows {', '.join(names) or 'none yet'}.")
+    return names.index(task)
+
+
+def _find_expert(model: ContinualModel, number: int) -> Expert:
+    return model.bank[_expert_index(model, number)]
+
+
+def _expert_index(model: ContinualModel, number: int) -> int:
+    return number if model.config.method.experts == "per_task" else 0
+
+
+def _make_classifier(model: ContinualModel, classes: list[str]) -> torch.nn.Module:
+    """A classifier around a copy of the frozen backbone, on the CPU; its rows are random."""
+    from transformers import AutoModelForImageClassification
+
+    config = copy.deepcopy(model.backbone.model.config)
+    config.id2label = dict(enumerate(classes))
+    config.label2id = {label: i for i, label in config.id2label.items()}
+    slot = model.bank.slot  # an adapter that runs there hides the names of the backbone's weights
+    bare = model.backbone.model if slot is None else copy.deepcopy(slot).unload()
+    try:
+        classifier = AutoModelForImageClassification.from_config(config).eval()
+        classifier.base_model.load_state_dict(bare.state_dict())
+    except (RuntimeError, ValueError) as error:
+        raise ExpertError(f"transformers has no image classifier around a {type(bare).__name__}: {error}") from error
+    return classifier
+
+
+def _merge(model: ContinualModel, expert: Expert, classifier: torch.nn.Module) -> None:
+    backbone = Backbone(classifier.base_model, model.backbone.processor, model.backbone.config)
+    peft_model = make_peft_model(backbone, expert.config)
+    expert.copy_to(peft_model)
+    peft_model.merge_and_unload()
+
+
+@torch.no_grad()
+def _write_rows(model: ContinualModel, number: int, layer: torch.nn.Linear) -> None:
+    """Copies a task's rows of the head. What the layer reads behind [CLS], as DINOv2's does, gets zeros."""
+    heads, classes = model.heads, model.config.tasks[number].classes
+    layer.weight.zero_()
+    # In a shared head a class may have been trained again, and its row gone to a later task.
+    for owner in range(len(heads.classes)) if heads.shared else [number]:
+        for column, weight, bias in zip(heads.classes[owner], heads.weights[owner], heads.biases[owner], strict=True):
+            label = model.config.classes[column]
+            if label in classes:
+                layer.weight[classes.index(label), : heads.hidden_size] = weight
+                layer.bias[classes.index(label)] = bias
+
+
+@torch.no_grad()
+def _check_logits(model: ContinualModel, number: int, classifier: torch.nn.Module) -> None:
+    size = model.backbone.config.image_size
+    pixel_values = torch.randn(4, 3, size, size, generator=torch.Generator().manual_seed(0)).to(model.device)
+    selection = torch.full((4,), _expert_index(model, number), device=model.device)
+    columns = [model.config.classes.index(label) for label in model.config.tasks[number].classes]
+    logits = model.heads(model.bank(pixel_values, selection), torch.full_like(selection, number))[:, columns]
+    classifier.to(model.device)
+    merged_logits = classifier(pixel_values=pixel_values).logits
+    difference = (merged_logits - logits).abs().max().item()
+    if not difference <= TOLERANCE * max(1.0, merged_logits.abs().max().item()):
+        raise ExpertError(
+            f"Logits of {type(classifier).__name__} with the expert of {model.config.tasks[number].name!r} merged "
+            f"differ by {difference:.2g} from the model's: it does not classify [CLS] as the model does. Write the "
+            "expert with export_adapter instead."
+        )

@@ -1,0 +1,131 @@
+"""From the Hub: the files that a model is loaded from, and no others."""
+
+from pathlib import Path
+
+from ..config import CONFIG_NAME, LARGEST_JSON, ConfigError, ContinualConfig
+from ..report import METRICS_NAME
+from ..storage import check_names
+from .errors import HubError, explained
+
+
+def split_revision(name: str) -> tuple[str, str | None]:
+    """Cuts `me/model@task-003` in two. A folder of that name stays whole.
+
+    Example:
+
+    ```py
+    >>> from hf_clpeft.hub.download import split_revision
+
+    >>> split_revision("me/model@task-003")
+    ('me/model', 'task-003')
+
+    ```
+    """
+    if Path(name).exists() or "@" not in name:
+        return name, None
+    repo_id, revision = name.rsplit("@", 1)
+    return repo_id, revision
+
+
+def has_model(repo_id: str, token: str | None = None) -> bool:
+    """Whether there is a repo with a model in it.
+
+    Args:
+        repo_id (`str`): Repo id; the namespace of the token's owner if it has none.
+        token (`str`, *optional*): Token of the Hub; default: as logged in.
+
+    Raises:
+        [`HubError`]: The Hub cannot be reached or refuses.
+    """
+    from huggingface_hub import HfApi
+
+    api = HfApi(token=token, library_name="hf-clpeft")
+    with explained("look for", repo_id):
+        repo_id = repo_id if "/" in repo_id else f"{api.whoami()['name']}/{repo_id}"
+        return api.file_exists(repo_id, CONFIG_NAME)
+
+
+def fetch_config(
+    repo_id: str,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    cache_dir: str | Path | None = None,
+    local_files_only: bool = False,
+) -> Path:
+    """Downloads what says what a model is: `config.json` and `metrics.json`.
+
+    The revision is resolved once, so that everything comes from one commit. What is in the cache already is not asked
+    for again; without a network the cache is all there is.
+
+    Args:
+        repo_id (`str`): Repo id on the Hub.
+        revision (`str`, *optional*): Branch, tag or commit.
+        token (`str` or `bool`, *optional*): Token of the Hub; default: as logged in.
+        cache_dir (`str` or `Path`, *optional*): Cache to use.
+        local_files_only (`bool`, *optional*, defaults to `False`): Ask nobody, use the cache.
+
+    Returns:
+        `Path`: The folder in the cache.
+
+    Raises:
+        [`HubError`]: There is no such repo or revision, or no way to it.
+        [`ConfigError`]: It is no model of ours, not whole, or holds files that nobody should read.
+    """
+    from huggingface_hub import HfApi, hf_hub_download, try_to_load_from_cache
+
+    api = HfApi(token=token, library_name="hf-clpeft")
+    with explained("load", repo_id, revision):
+        commit = api.resolve_revision(
+            repo_id, revision=revision, cache_dir=cache_dir, local_files_only=local_files_only
+        )
+        cached = try_to_load_from_cache(repo_id, CONFIG_NAME, cache_dir=cache_dir, revision=commit.resolved)
+        if isinstance(cached, str):
+            return Path(cached).parent
+        if local_files_only:
+            raise HubError(f"Cannot load {repo_id}: {CONFIG_NAME} is not in the cache, and local_files_only=True.")
+        sizes = {
+            entry.path: entry.size
+            for entry in api.list_repo_tree(repo_id, recursive=True, revision=commit.resolved)
+            if hasattr(entry, "size")
+        }
+        if CONFIG_NAME not in sizes:
+            raise ConfigError(f"{repo_id} holds no {CONFIG_NAME}, so it is no hf_clpeft model.")
+        for name, size in sizes.items():
+            if name.endswith(".json") and size > LARGEST_JSON:
+                raise ConfigError(f"{repo_id} holds {name} with {size:,} bytes; at most {LARGEST_JSON:,} are read.")
+        where = {"cache_dir": cache_dir, "revision": commit.resolved, "token": token}
+        if METRICS_NAME in sizes:
+            hf_hub_download(repo_id, METRICS_NAME, **where)
+        folder = Path(hf_hub_download(repo_id, CONFIG_NAME, **where)).parent
+    try:
+        config = ContinualConfig.load(folder)
+        check_names(list(sizes), config, repo_id)
+        for name in config.files:
+            if name not in sizes:
+                raise ConfigError(f"{repo_id} lacks the file {name}, so the model is not whole.")
+    except ConfigError:
+        (folder / CONFIG_NAME).unlink()  # whoever comes next shall not take it from the cache unchecked
+        raise
+    return folder
+
+
+def fetch_model(repo_id: str, revision: str | None = None, **hub_options) -> Path:
+    """Downloads the files that a model is loaded from.
+
+    Args:
+        repo_id (`str`): Repo id on the Hub.
+        revision (`str`, *optional*): Branch, tag or commit.
+        hub_options: `token`, `cache_dir`, `local_files_only`; as for [`fetch_config`], whose errors it raises.
+
+    Returns:
+        `Path`: The folder in the cache.
+    """
+    from huggingface_hub import snapshot_download
+
+    folder = fetch_config(repo_id, revision, **hub_options)
+    missing = [name for name in ContinualConfig.load(folder).files if not (folder / name).is_file()]
+    if missing:
+        with explained("load", repo_id, revision):
+            # The folder is named after the commit.
+            snapshot_download(repo_id, revision=folder.name, allow_patterns=missing, **hub_options)
+    return folder

@@ -1,0 +1,255 @@
+"""To the Hub: a model's folder as one commit, and its latest task's name as a tag."""
+
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, TypeVar
+
+from ..config import CONFIG_NAME, ConfigError, ContinualConfig, read_json
+from ..report import METRICS_NAME, REPORT_FILES, StreamReport
+from .card import CARD_NAME, make_card
+from .errors import HubError, explained
+
+
+if TYPE_CHECKING:
+    from huggingface_hub import HfApi
+
+logger = logging.getLogger(__name__)
+
+WAITS = (1, 4)  # seconds before the second and the third attempt
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class PushTarget:
+    """Where on the Hub a model goes.
+
+    Args:
+        repo_id (`str`): Repo id; the namespace of the token's owner if it has none. Made if needed.
+        token (`str`, *optional*): Token of the Hub; default: as logged in. Never stored.
+        private (`bool`, *optional*): Whether a new repo is private; default: as its owner has set.
+        revision (`str`, *optional*): Branch; made if needed. Default: the main one.
+        create_pr (`bool`, *optional*, defaults to `False`): Open a pull request instead of moving the branch.
+
+    Example:
+
+    ```py
+    >>> from hf_clpeft.hub.push import PushTarget
+
+    >>> PushTarget("me/digits", token="secret")
+    PushTarget(repo_id='me/digits', private=None, revision=None, create_pr=False)
+
+    ```
+    """
+
+    repo_id: str
+    token: str | None = field(default=None, repr=False)
+    private: bool | None = None
+    revision: str | None = None
+    create_pr: bool = False
+
+    def prepare(self, config: ContinualConfig) -> tuple["PushTarget", list[str]]:
+        """Makes the repo and the branch if needed, and checks that the model may go there.
+
+        Args:
+            config ([`ContinualConfig`]): The model's configuration.
+
+        Returns:
+            [`PushTarget`]: With the full repo id; and the names of the tasks that the repo has.
+
+        Raises:
+            [`HubError`]: The Hub cannot be reached or refuses, or holds another model.
+        """
+        api = self.api()
+
+        def attempt() -> tuple["PushTarget", list[str]]:
+            ready = self._ready(api)
+            there = _read_head(api, ready).config
+            _check_lineage(config, there, ready.repo_id)
+            return ready, _names(there) if there is not None else []
+
+        return _retrying(attempt, "push to", self.repo_id)
+
+    def api(self) -> "HfApi":
+        """The Hub's client."""
+        from huggingface_hub import HfApi
+
+        return HfApi(token=self.token, library_name="hf-clpeft")
+
+    def _ready(self, api: "HfApi") -> "PushTarget":
+        repo_id = api.create_repo(self.repo_id, private=self.private, exist_ok=True).repo_id
+        api.auth_check(repo_id, write=not self.create_pr)
+        if self.revision is not None and not self.create_pr:
+            api.create_branch(repo_id, branch=self.revision, exist_ok=True)
+        return replace(self, repo_id=repo_id)
+
+
+def push_folder(
+    folder: str | Path, target: PushTarget, message: str | None = None, squash_history: bool = False
+) -> str:
+    """Makes the repo hold what a model's folder holds, in one commit; what the repo has already is not sent again.
+
+    If somebody else has changed the repo in the meantime, the push is tried again on top of that, as long as what is
+    there is an earlier state of the same model. The name of the latest task becomes a tag, unless there is one.
+
+    Args:
+        folder (`str` or `Path`): What [`~ContinualModel.save_pretrained`] wrote.
+        target ([`PushTarget`]): Where it goes.
+        message (`str`, *optional*): First line of the commit; default: what has been learnt or removed.
+        squash_history (`bool`, *optional*, defaults to `False`): Then make this the only commit of the branch, and
+            delete what still holds a removed task: tags, and large files that no commit needs any more.
+
+    Returns:
+        `str`: Address of the commit or pull request.
+
+    Raises:
+        [`HubError`]: The Hub cannot be reached or refuses, or holds another model. Nothing half is left there.
+    """
+    folder = Path(folder)
+    config = ContinualConfig.load(folder)
+    if squash_history and target.create_pr:
+        raise ConfigError("A pull request leaves the branch as it is, so squash_history needs create_pr=False.")
+    if Path(config.backbone.name_or_path).is_dir():
+        logger.warning(
+            "The backbone is the folder %s, which others do not have: they will need from_pretrained(..., backbone=).",
+            config.backbone.name_or_path,
+        )
+    api = target.api()
+
+    def attempt() -> str:
+        ready = target._ready(api)
+        head = _read_head(api, ready)
+        _check_lineage(config, head.config, ready.repo_id)
+        text = message or _what_changed(config, head.config)
+        commit = api.create_commit(
+            ready.repo_id,
+            _changes(folder, config, head, ready.repo_id),
+            commit_message=text,
+            revision=ready.revision,
+            parent_commit=head.commit,
+            create_pr=ready.create_pr,
+        )
+        if ready.create_pr:
+            return commit.pr_url
+        if config.tasks:
+            api.create_tag(ready.repo_id, tag=config.tasks[-1].name, revision=commit.oid, exist_ok=True)
+        if squash_history:
+            _squash(api, ready, config, text)
+        return commit.commit_url
+
+    return _retrying(attempt, "push to", target.repo_id)
+
+
+@dataclass(frozen=True)
+class _Head:
+    """What a branch holds: its commit, its files, and the configuration of the model, if there is one."""
+
+    commit: str
+    files: set[str]
+    config: ContinualConfig | None
+
+
+def _read_head(api: "HfApi", target: PushTarget, revision: str | None = None) -> _Head:
+    revision = revision or (None if target.create_pr else target.revision)
+    info = api.repo_info(target.repo_id, revision=revision)
+    files = {sibling.rfilename for sibling in info.siblings or []}
+    if CONFIG_NAME not in files:
+        return _Head(info.sha, files, None)
+    with TemporaryDirectory() as folder:
+        api.hf_hub_download(target.repo_id, CONFIG_NAME, revision=info.sha, local_dir=folder)
+        try:
+            return _Head(info.sha, files, ContinualConfig.load(folder))
+        except ConfigError as error:
+            raise HubError(
+                f"{target.repo_id} holds something that is no hf_clpeft model ({error}). Push to another repo."
+            ) from error
+
+
+def _check_lineage(config: ContinualConfig, there: ContinualConfig | None, repo_id: str) -> None:
+    """Refuses to put a model over one that it did not come from: nothing that was learnt is pushed away by mistake."""
+    if there is None:
+        return
+    ours, theirs = config.backbone, there.backbone
+    if (ours.weight_hash, ours.image_size) != (theirs.weight_hash, theirs.image_size):
+        what = f"one on the backbone {theirs.name_or_path} ({theirs.weight_hash[:12]}…, {theirs.image_size} px)"
+    elif (config.method.name, config.method.peft) != (there.method.name, there.method.peft):
+        what = f"one of the method {there.method.name} with {there.method.peft}"
+    elif forgotten := [task.name for task in there.tasks if task.name not in _names(config) + config.removed]:
+        what = f"one that has learnt {', '.join(forgotten[:3])}, which this one has not"
+    elif config.method.experts == "per_task" and (
+        other := [
+            path
+            for path, digest in config.files.items()
+            if path.startswith("experts/") and there.files.get(path, digest) != digest
+        ]
+    ):
+        what = f"one with another {other[0]}"
+    else:
+        return
+    raise HubError(
+        f"{repo_id} holds another model: {what}. Go on with that one (from_pretrained({repo_id!r}), or "
+        f"--resume_from_checkpoint {repo_id}), or push to another repo or branch."
+    )
+
+
+def _names(config: ContinualConfig) -> list[str]:
+    return [task.name for task in config.tasks]
+
+
+def _what_changed(config: ContinualConfig, there: ContinualConfig | None) -> str:
+    before = _names(there) if there is not None else []
+    learnt = [task for task in config.tasks if task.name not in before]
+    removed = [name for name in before if name not in _names(config)]
+    if len(learnt) == 1 and not removed:
+        return f"Learn {learnt[0].name}: {learnt[0].title}"
+    parts = ["Learn " + ", ".join(task.name for task in learnt)] * bool(learnt)
+    parts += ["Remove " + ", ".join(removed)] * bool(removed)
+    return "; ".join(parts) or "Update the model"
+
+
+def _changes(folder: Path, config: ContinualConfig, head: _Head, repo_id: str) -> list:
+    from huggingface_hub import CommitOperationAdd, CommitOperationDelete
+
+    known = head.config.files if head.config is not None else {}
+    reports = [name for name in REPORT_FILES if (folder / name).is_file()]
+    sent = [path for path, digest in config.files.items() if known.get(path) != digest or path not in head.files]
+    report = None
+    if METRICS_NAME in reports:
+        report = StreamReport.from_dict(read_json(folder / METRICS_NAME), config.tasks)
+    card = str(make_card(config, report, repo_id)).encode()
+    gone = (known.keys() - config.files.keys()) | (set(REPORT_FILES) - set(reports))
+    return [
+        *(CommitOperationAdd(path, folder / path) for path in [*sent, *reports, CONFIG_NAME]),
+        CommitOperationAdd(CARD_NAME, card),
+        *(CommitOperationDelete(path) for path in sorted(gone & head.files)),
+    ]
+
+
+def _squash(api: "HfApi", target: PushTarget, config: ContinualConfig, message: str) -> None:
+    """One commit in place of the history, and nothing that still leads to a removed task."""
+    api.super_squash_history(target.repo_id, branch=target.revision or "main", commit_message=message)
+    for tag in api.list_repo_refs(target.repo_id).tags:
+        there = _read_head(api, target, tag.target_commit).config
+        if there is not None and set(_names(there)) & set(config.removed):
+            api.delete_tag(target.repo_id, tag=tag.name)
+    folders = tuple(f"experts/{name}/" for name in config.removed)
+    orphans = [file for file in api.list_lfs_files(target.repo_id) if folders and file.filename.startswith(folders)]
+    if orphans:
+        api.permanently_delete_lfs_files(target.repo_id, orphans, rewrite_history=False)
+
+
+def _retrying(attempt: Callable[[], T], doing: str, repo_id: str) -> T:
+    """Calls again, a little later, what failed for a reason that may pass."""
+    for wait in (*WAITS, None):
+        try:
+            with explained(doing, repo_id):
+                return attempt()
+        except HubError as error:
+            if wait is None or not error.transient:
+                raise
+            logger.info("%s Next attempt in %d s.", error, wait)
+            time.sleep(wait)
+    raise AssertionError("unreachable")

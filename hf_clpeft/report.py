@@ -1,0 +1,184 @@
+"""What a run has measured so far, and the files that say so."""
+
+import csv
+import json
+import math
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from . import metrics
+from .config import ConfigError, TaskConfig
+from .plots import plot_report
+
+
+METRICS_NAME = "metrics.json"
+MATRIX_NAME = "accuracy_matrix.csv"
+PLOT_NAME = "accuracy_and_routing.png"
+REPORT_FILES = (METRICS_NAME, MATRIX_NAME, PLOT_NAME)
+
+
+# Lists that grow with every task by what it cost.
+COSTS = (
+    "expert_parameters",
+    "head_parameters",
+    "stored_bytes",
+    "train_images_per_second",
+    "seconds",
+    "untrained_accuracy",
+)
+
+
+@dataclass
+class StreamReport:
+    """Everything measured while a model learnt its tasks; grows by one row with every task.
+
+    A model that goes on learning, perhaps elsewhere and without the data of before, goes on with its report: what
+    cannot be measured any more is NaN.
+
+    Args:
+        method (`str`): Name of the method.
+        stream (`str`): Name of the stream.
+        environment (`dict`): Backbone, seed, versions and device: what it takes to repeat the numbers.
+        dataset (`str`, *optional*): The stream's data set on the Hub.
+        tasks (`list[str]`): Names of the tasks learnt.
+        titles (`list[str]`): Their domains or classes, for people.
+        accuracy_matrix (`list[list[float]]`): `A[i][j]`: accuracy on task j after task i; NaN where not measured.
+        oracle_accuracy (`list[float]`): Accuracy on each task if every image went to its own expert, after the last;
+            empty where tasks have no experts of their own.
+        experts (`list[str]`): Titles of the tasks, or the experts of the pool.
+        routing_confusion (`list[list[int]]`): Images of task j (row) sent to each of `experts`, after the last task.
+            From a pool every image selects several: the selection histogram of each task. Zeros where not measured.
+        expert_parameters (`list[int]`): Trained parameters of each task's expert.
+        head_parameters (`list[int]`): Trained parameters of each task's head rows.
+        stored_bytes (`list[int]`): Bytes that each task added to the model: expert, head rows, prototypes.
+        train_images_per_second (`list[float]`): Training throughput of each task.
+        seconds (`list[dict[str, float]]`): Wall-clock time of each task by part.
+        untrained_accuracy (`list[float]`): Expected accuracy of an untrained classifier on each task, 1 / classes.
+        test_forwards_per_image (`float`): Forward passes per test image so far, for all evaluations together.
+
+    Example:
+
+    ```py
+    >>> from hf_clpeft import StreamReport
+
+    >>> report = StreamReport("s_lora", "pets", environment={})
+    >>> report.add_task("task-000", "cats")
+    >>> report.add_task("task-001", "dogs")
+    >>> report.accuracy_matrix = [[0.9, float("nan")], [0.7, 0.8]]
+    >>> report.summary()["average_accuracy"]
+    0.75
+
+    ```
+    """
+
+    method: str
+    stream: str
+    environment: dict
+    dataset: str | None = None
+    tasks: list[str] = field(default_factory=list)
+    titles: list[str] = field(default_factory=list)
+    accuracy_matrix: list[list[float]] = field(default_factory=list)
+    oracle_accuracy: list[float] = field(default_factory=list)
+    experts: list[str] = field(default_factory=list)
+    routing_confusion: list[list[int]] = field(default_factory=list)
+    expert_parameters: list[int] = field(default_factory=list)
+    head_parameters: list[int] = field(default_factory=list)
+    stored_bytes: list[int] = field(default_factory=list)
+    train_images_per_second: list[float] = field(default_factory=list)
+    seconds: list[dict[str, float]] = field(default_factory=list)
+    untrained_accuracy: list[float] = field(default_factory=list)
+    test_forwards_per_image: float = 0.0
+
+    def add_task(self, name: str, title: str, **costs) -> None:
+        """Opens a row and a column of the accuracy matrix.
+
+        Args:
+            name (`str`): Name of the task.
+            title (`str`): Its domain or classes.
+            costs: One value for each of the lists that grow with every task; NaN if left out.
+        """
+        self.tasks.append(name)
+        self.titles.append(title)
+        for row in self.accuracy_matrix:
+            row.append(math.nan)
+        self.accuracy_matrix.append([math.nan] * len(self.tasks))
+        for name in COSTS:
+            getattr(self, name).append(costs.get(name, {} if name == "seconds" else math.nan))
+
+    def remove_task(self, name: str) -> None:
+        """Takes a task's row and column away, and what was measured of the model as it was with that task."""
+        j = self.tasks.index(name)
+        for values in (self.tasks, self.titles, *(getattr(self, cost) for cost in COSTS), self.accuracy_matrix):
+            del values[j]
+        for row in self.accuracy_matrix:
+            del row[j]
+        self.accuracy_matrix[-1:] = [[math.nan] * len(self.tasks)] * bool(self.tasks)
+        self.experts, self.routing_confusion, self.oracle_accuracy = list(self.titles), [], []
+
+    def measured(self) -> list[int]:
+        """Positions of the tasks that were tested after the last one was learnt; all, if their data were at hand."""
+        return [] if not self.tasks else np.flatnonzero(~np.isnan(self.accuracy_matrix[-1])).tolist()
+
+    def summary(self) -> dict[str, float]:
+        """The formulas of [`hf_clpeft.metrics`] over the measured tasks, with routing and oracle-routed accuracy."""
+        measured = self.measured()
+        if not measured:
+            return {}
+        matrix = np.array(self.accuracy_matrix)[np.ix_(measured, measured)]
+        evaluated_before = not math.isnan(np.diagonal(matrix, offset=1).sum()) and len(measured) > 1
+        untrained = [self.untrained_accuracy[j] for j in measured]
+        summary = metrics.summarize(matrix, untrained if evaluated_before else None)
+        if self.oracle_accuracy:
+            summary["routing_accuracy"] = metrics.routing_accuracy(self.routing_confusion)
+            summary["oracle_accuracy"] = float(np.mean([self.oracle_accuracy[j] for j in measured]))
+        return summary
+
+    def to_dict(self) -> dict:
+        """Plain `dict` with the summary, ready for JSON: NaN becomes `None`."""
+        values = {"summary": self.summary(), **asdict(self)}
+        return json.loads(json.dumps(values), parse_constant=lambda constant: None)
+
+    @classmethod
+    def from_dict(cls, values: dict, tasks: list[TaskConfig]) -> "StreamReport":
+        """Inverse of [`~StreamReport.to_dict`].
+
+        Args:
+            values (`dict`): Content of a `metrics.json`.
+            tasks (`list[TaskConfig]`): The tasks of the model that it should be about.
+
+        Raises:
+            [`ConfigError`]: It is about other tasks, or has fields that are unknown or of another length.
+        """
+        try:
+            values = {name: _with_nan(value) for name, value in values.items() if name != "summary"}
+            report = cls(**values)
+            if report.tasks != [task.name for task in tasks]:
+                raise ConfigError(f"it is about the tasks {report.tasks}, but the model has learnt others.")
+            lengths = {len(getattr(report, name)) for name in (*COSTS, "accuracy_matrix", "titles")}
+            if lengths != {len(tasks)} or {len(row) for row in report.accuracy_matrix} != {len(tasks)}:
+                raise ConfigError(f"its lists are not all {len(tasks)} tasks long.")
+            report.summary()
+        except (TypeError, ValueError, AttributeError) as error:
+            raise ConfigError(f"{METRICS_NAME} cannot be used: {error}") from error
+        return report
+
+    def save(self, folder: str | Path) -> None:
+        """Writes `metrics.json`, `accuracy_matrix.csv` and `accuracy_and_routing.png`."""
+        text = json.dumps(self.to_dict(), indent=2, ensure_ascii=False, allow_nan=False)
+        Path(folder, METRICS_NAME).write_text(text + "\n", encoding="utf-8")
+        with open(Path(folder, MATRIX_NAME), "w", newline="", encoding="utf-8") as file:
+            writer = csv.writer(file)
+            writer.writerow(["after", *self.tasks])
+            for name, row in zip(self.tasks, self.accuracy_matrix, strict=True):
+                writer.writerow([name, *("" if math.isnan(value) else f"{value:.6f}" for value in row)])
+        path = Path(folder, PLOT_NAME)
+        plot_report(self.accuracy_matrix, self.routing_confusion, self.titles, self.experts, path, self.method)
+
+
+def _with_nan(value):
+    """`None` as it stands in JSON back to NaN."""
+    if isinstance(value, list):
+        return [math.nan if item is None else _with_nan(item) for item in value]
+    return value

@@ -1,0 +1,207 @@
+"""A model as a folder: what is written, and what is checked before a byte of it is believed."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from peft.utils import CONFIG_NAME as ADAPTER_CONFIG_NAME
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
+
+from .config import CONFIG_NAME, ConfigError, ContinualConfig, read_json
+from .experts import Expert
+from .experts.naming import rename_old_keys
+from .folder import changing, hash_file, remove_with
+from .hub.card import CARD_NAME, make_card
+from .report import METRICS_NAME, REPORT_FILES, StreamReport
+from .versions import library_versions
+
+
+if TYPE_CHECKING:
+    from .modeling import ContinualModel
+
+ROUTER_NAME = "router.safetensors"
+HEADS_NAME = "heads.safetensors"
+PROCESSOR_NAME = "preprocessor_config.json"
+EXPERTS_FOLDER = "experts"
+PICKLES = {".bin", ".ckpt", ".dill", ".joblib", ".npy", ".npz", ".pickle", ".pkl", ".pt", ".pth"}
+
+
+def save_model(model: "ContinualModel", folder: str | Path) -> None:
+    """Writes a model into a folder, as a whole or not at all. Experts that the folder has already stay as they are.
+
+    Args:
+        model ([`ContinualModel`]): What to save.
+        folder (`str` or `Path`): Made if needed.
+
+    Raises:
+        `OSError`: It cannot be written; what was there before is untouched.
+    """
+    folder, config = Path(folder), model.config
+    with changing(folder) as staging:
+        there = _files_of(folder)
+        config.files = {}
+        for index, name in enumerate(model.bank.names):
+            files = model.unchanged_experts.get(name)
+            if files is None or not files.items() <= there.items():
+                model.bank[index].save(staging / EXPERTS_FOLDER / name)
+                files = {path: hash_file(staging / path) for path in expert_files(name)}
+                model.unchanged_experts[name] = files
+            config.files |= files
+        _write(staging / ROUTER_NAME, model.router.state_dict())
+        _write(staging / HEADS_NAME, _head_rows(model))
+        model.backbone.processor.save_pretrained(staging)
+        config.files |= {name: hash_file(staging / name) for name in (ROUTER_NAME, HEADS_NAME, PROCESSOR_NAME)}
+        config.versions = library_versions()
+        config.save(staging)
+        if model.report is not None:
+            model.report.save(staging)
+        make_card(config, model.report).save(staging / CARD_NAME)
+        stale = [f"{EXPERTS_FOLDER}/{path.name}" for path in folder.glob(f"{EXPERTS_FOLDER}/*")]
+        stale = [path for path in stale if path.split("/")[1] not in model.bank.names]
+        remove_with(staging, stale + (list(REPORT_FILES) if model.report is None else []))
+
+
+def load_into(model: "ContinualModel", folder: str | Path) -> None:
+    """Fills a model with the experts, router, head and report of a folder, after checking every file.
+
+    Args:
+        model ([`ContinualModel`]): Made from the configuration in that folder.
+        folder (`str` or `Path`): What [`save_model`] wrote.
+
+    Raises:
+        [`ConfigError`], [`ExpertError`]: A file is missing, damaged, unknown or does not fit; the message says which.
+    """
+    folder, names = Path(folder), model.expert_names()
+    check_files(folder, model.config, names)
+    experts = (Expert.load(name, folder / EXPERTS_FOLDER / name) for name in names)
+    model.bank.extend(rename_old_keys(expert, model.backbone) for expert in experts)
+    model.unchanged_experts = {name: {path: model.config.files[path] for path in expert_files(name)} for name in names}
+    _load_router(model, _read(folder / ROUTER_NAME))
+    _load_heads(model, _read(folder / HEADS_NAME))
+    if (folder / METRICS_NAME).is_file():
+        model.report = StreamReport.from_dict(read_json(folder / METRICS_NAME), model.config.tasks)
+
+
+def expert_files(name: str) -> list[str]:
+    """Paths of an expert's files in a model's folder."""
+    return [f"{EXPERTS_FOLDER}/{name}/{file}" for file in (ADAPTER_CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME)]
+
+
+def check_files(folder: Path, config: ContinualConfig, experts: list[str]) -> None:
+    """Raises [`ConfigError`] unless the folder holds the files that its configuration vouches for, and no strangers.
+
+    Args:
+        folder (`Path`): A model's folder.
+        config ([`ContinualConfig`]): Its configuration.
+        experts (`list[str]`): Names of the experts that a model of this configuration has.
+    """
+    expected = {ROUTER_NAME, HEADS_NAME, PROCESSOR_NAME, *(path for name in experts for path in expert_files(name))}
+    unnamed, unknown = expected - config.files.keys(), config.files.keys() - expected
+    if unnamed or unknown:
+        raise ConfigError(
+            f"{folder / CONFIG_NAME} does not fit together: of the files that its tasks need it lacks "
+            f"{sorted(unnamed)[:3]}, and it names {sorted(unknown)[:3]}, which no task needs."
+        )
+    inside = [*folder.glob("*"), *folder.glob(f"{EXPERTS_FOLDER}/**/*")]
+    check_names([path.relative_to(folder).as_posix() for path in inside if path.is_file()], config, folder)
+    for path, digest in config.files.items():
+        if not (folder / path).is_file():
+            raise ConfigError(f"{folder} lacks the file {path}, so the model is not whole.")
+        if hash_file(folder / path) != digest:
+            raise ConfigError(
+                f"{folder / path} is not the file that {CONFIG_NAME} vouches for: it is damaged or from another model."
+            )
+
+
+def check_names(names: list[str], config: ContinualConfig, where: str | Path) -> None:
+    """Raises [`ConfigError`] if there are pickles, or weights that the configuration does not vouch for.
+
+    Args:
+        names (`list[str]`): Paths in a model's folder or repo.
+        config ([`ContinualConfig`]): Its configuration.
+        where (`str` or `Path`): The folder or repo, for the message.
+    """
+    for name in sorted(names):
+        if Path(name).suffix.lower() in PICKLES:
+            raise ConfigError(
+                f"{where} holds {name}, which can run code when read. Only safetensors and JSON are read."
+            )
+        weights = name.startswith(f"{EXPERTS_FOLDER}/") or name.endswith(".safetensors")
+        if weights and name not in config.files and Path(name).name != CARD_NAME:
+            raise ConfigError(f"{where} holds {name}, which its {CONFIG_NAME} does not know.")
+
+
+def _files_of(folder: Path) -> dict[str, str]:
+    """Files that the model in a folder vouches for; none if there is no readable model."""
+    try:
+        return ContinualConfig.load(folder).files
+    except (FileNotFoundError, ConfigError):
+        return {}
+
+
+def _head_rows(model: "ContinualModel") -> dict[str, torch.Tensor]:
+    rows = {}
+    for i, task in enumerate(model.config.tasks):
+        rows[f"{task.name}.weight"], rows[f"{task.name}.bias"] = model.heads.weights[i], model.heads.biases[i]
+        rows[f"{task.name}.classes"] = torch.tensor(model.heads.classes[i], dtype=torch.int64)
+    return rows
+
+
+def _write(path: Path, tensors: dict[str, torch.Tensor]) -> None:
+    # Written by Python, whose errors say that a disk is full.
+    path.write_bytes(save({key: tensor.contiguous() for key, tensor in tensors.items()}))
+
+
+def _read(path: Path) -> dict[str, torch.Tensor]:
+    try:
+        tensors = load_file(path)
+    except SafetensorError as error:
+        raise ConfigError(f"{path} is damaged: {error}") from error
+    for key, tensor in tensors.items():
+        if not torch.isfinite(tensor).all():
+            raise ConfigError(f"{path} has values that are not finite in {key}.")
+    return tensors
+
+
+def _load_router(model: "ContinualModel", tensors: dict[str, torch.Tensor]) -> None:
+    own = model.router.state_dict()
+    if tensors.keys() != own.keys() or any(tensors[key].dtype != tensor.dtype for key, tensor in own.items()):
+        raise ConfigError(f"{ROUTER_NAME} holds {sorted(tensors)}, but the model needs {sorted(own)}.")
+    if model.config.method.experts == "pool":
+        if tensors["keys"].shape != model.router.keys.shape:
+            raise ConfigError(
+                f"{ROUTER_NAME} has keys of shape {tuple(tensors['keys'].shape)}, but the model needs "
+                f"{tuple(model.router.keys.shape)}."
+            )
+        model.router.keys.data = tensors["keys"]
+        return
+    prototypes, owners = tensors["prototypes"], tensors["owners"]
+    expected = list(range(len(model.config.tasks))) if model.config.method.experts == "per_task" else []
+    width = model.backbone.hidden_size
+    if owners.unique().tolist() != expected or prototypes.shape != (*owners.shape, width):
+        raise ConfigError(
+            f"{ROUTER_NAME} has prototypes of shape {tuple(prototypes.shape)} for tasks {owners.unique().tolist()}, "
+            f"but the model has tasks {expected} and width {width}."
+        )
+    model.router.prototypes, model.router.owners = prototypes, owners
+
+
+def _load_heads(model: "ContinualModel", tensors: dict[str, torch.Tensor]) -> None:
+    known, written = len(model.config.classes), set()
+    for task in model.config.tasks:
+        names = [f"{task.name}.{part}" for part in ("weight", "bias", "classes")]
+        try:
+            weight, bias, classes = (tensors.pop(name) for name in names)
+            numbers = classes.tolist()
+            if len(set(numbers)) < len(numbers) or not set(numbers) <= set(range(known)):
+                raise ValueError(f"classes {numbers} are not among the {known} of the model.")
+            model.heads.write(weight, bias, numbers)
+            written |= set(numbers)
+        except (ValueError, KeyError, TypeError) as error:
+            raise ConfigError(f"{HEADS_NAME}: the head of task {task.name!r} does not fit: {error}") from error
+    if tensors or len(written) < known:
+        raise ConfigError(
+            f"{HEADS_NAME} has rows for {len(written)} of {known} classes, and {sorted(tensors)[:3]} too many."
+        )

@@ -1,0 +1,28 @@
+"""Versions of the libraries that results depend on."""
+
+from importlib.metadata import PackageNotFoundError, version
+
+
+VERSIONED = ("hf-clpeft", "torch", "transformers", "peft", "accelerate", "datasets", "huggingface-hub")
+
+
+def library_versions() -> dict[str, str]:
+    """Versions of the libraries that results depend on.
+
+    Example:
+
+    ```py
+    >>> from hf_clpeft.versions import library_versions
+
+    >>> "torch" in library_versions()
+    True
+
+    ```
+    """
+    versions = {}
+    for name in VERSIONED:
+        try:
+            versions[name] = version(name)
+        except PackageNotFoundError:  # run from a source tree that is not installed
+            versions[name] = "unknown"
+    return versions
