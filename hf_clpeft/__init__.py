@@ -18,7 +18,7 @@ _MODULES = {
     "report": ["StreamReport"],
     "hub.errors": ["HubError"],
     "modeling": ["ContinualModel", "Prediction"],
-    "combine": ["combine"],
+    "combining": ["combine"],
     "methods": [
         "METHODS",
         "l2l",

@@ -166,7 +166,8 @@ def load_backbone(
         [`Backbone`]
 
     Raises:
-        [`BackboneError`]: The checkpoint lacks weights, or `image_size` does not fit its patches.
+        [`BackboneError`]: There is no such checkpoint, it has no safetensors or lacks weights, or `image_size` does
+            not fit its patches.
 
     Example:
 
@@ -184,12 +185,24 @@ def load_backbone(
 
     source = str(files("hf_clpeft") / "assets" / BUNDLED[name_or_path]) if name_or_path in BUNDLED else name_or_path
     where = {"revision": revision if source == name_or_path else None, **hub_options}
-    config = AutoConfig.from_pretrained(source, **where)
+    try:
+        config = AutoConfig.from_pretrained(source, **where)
+    except (OSError, ValueError) as error:
+        raise BackboneError(
+            f"The backbone {name_or_path!r} cannot be loaded ({str(error).splitlines()[0]}) Pass backbone= with the "
+            "repo id or folder where you have it."
+        ) from error
     # The pooler is neither part of the [CLS] feature nor of many checkpoints.
     accepted = inspect.signature(MODEL_MAPPING[type(config)].__init__).parameters
     extra = {"add_pooling_layer": False} if "add_pooling_layer" in accepted else {}
     model, loaded = AutoModel.from_pretrained(
-        source, config=config, dtype=torch.float32, output_loading_info=True, **where, **extra
+        source,
+        config=config,
+        dtype=torch.float32,
+        output_loading_info=True,
+        use_safetensors=True,  # a pickle could run code
+        **where,
+        **extra,
     )
     if loaded["missing_keys"] or loaded["mismatched_keys"]:
         missing = sorted(map(str, [*loaded["missing_keys"], *loaded["mismatched_keys"]]))

@@ -195,6 +195,7 @@ class ContinualModel(torch.nn.Module):
             `list[Prediction]`: One per image.
 
         Raises:
+            `OSError`: A file is no picture.
             `RuntimeError`: The model has learnt no task yet.
         """
         if not self.config.tasks:
@@ -439,5 +440,8 @@ def _check_repo_id(name: str, where: str | Path) -> None:
 def _open(image: PIL.Image.Image | str | Path) -> PIL.Image.Image:
     if isinstance(image, PIL.Image.Image):
         return PIL.ImageOps.exif_transpose(image).convert("RGB")
-    with PIL.Image.open(image) as opened:
-        return PIL.ImageOps.exif_transpose(opened).convert("RGB")
+    try:
+        with PIL.Image.open(image) as opened:
+            return PIL.ImageOps.exif_transpose(opened).convert("RGB")
+    except OSError as error:
+        raise OSError(f"{image} is no picture that can be read: {error}") from error

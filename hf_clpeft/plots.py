@@ -65,7 +65,9 @@ def plot_comparison(reports: Sequence, path: str | Path) -> None:
     >>> from hf_clpeft.plots import plot_comparison
     >>> from hf_clpeft import StreamReport
 
-    >>> report = StreamReport("s_lora", "pets", {}, tasks=["a", "b"], titles=["cats", "dogs"])
+    >>> report = StreamReport("s_lora", "pets", {})
+    >>> report.add_task("task-000", "cats")
+    >>> report.add_task("task-001", "dogs")
     >>> report.accuracy_matrix = [[0.9, float("nan")], [0.7, 0.8]]
     >>> plot_comparison([report, report], "comparison.png")
 

@@ -104,8 +104,8 @@ class StreamReport:
         for row in self.accuracy_matrix:
             row.append(math.nan)
         self.accuracy_matrix.append([math.nan] * len(self.tasks))
-        for name in COSTS:
-            getattr(self, name).append(costs.get(name, {} if name == "seconds" else math.nan))
+        for cost in COSTS:
+            getattr(self, cost).append(costs.get(cost, {} if cost == "seconds" else math.nan))
 
     def remove_task(self, name: str) -> None:
         """Takes a task's row and column away, and what was measured of the model as it was with that task."""

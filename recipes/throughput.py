@@ -26,8 +26,8 @@ from hf_clpeft import Backbone, Expert, ExpertBank, KeyRouter, load_backbone
 from hf_clpeft.config import BackboneConfig, TaskConfig
 from hf_clpeft.experts.expert import make_peft_config, make_peft_model
 from hf_clpeft.learners import ExpertLearner, PoolLearner
-from hf_clpeft.modeling import library_versions
 from hf_clpeft.plots import plot_throughput
+from hf_clpeft.versions import library_versions
 
 
 SHAPES = {  # hidden size, layers, heads, image size, patch size

@@ -143,7 +143,7 @@ def test_a_value_that_is_not_finite_is_an_error(bank, tmp_path):
     def spoil(tensors):
         next(iter(tensors.values()))[0] = torch.nan
 
-    with pytest.raises(ExpertError, match="not finite"):
+    with pytest.raises(ExpertError, match="no finite numbers"):
         Expert.load("nan", saved_expert(bank, tmp_path, spoil))
 
 

@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 
 import pytest
+from hub_server import User
 
 from hf_clpeft.streams.digits import load_digits_dataset
 
@@ -12,8 +13,18 @@ REPO = Path(__file__).parents[1]
 README = (REPO / "README.md").read_text(encoding="utf-8")
 
 
+@pytest.fixture
+def me(hub, learnt, monkeypatch):
+    """The reader: logged in, and the owner of what the README has pushed before."""
+    monkeypatch.setitem(hub.users, "hf_me", User("me", ["me"]))
+    monkeypatch.setenv("HF_TOKEN", "hf_me")
+    learnt.model.push_to_hub("me/digits")
+    hub.repo("me/digits").set_ref("refs/tags/task-001", "main")
+
+
+@pytest.mark.parametrize("learnt", ["s_lora"], indirect=True)
 @pytest.mark.parametrize("snippet", re.findall(r"```py\n(.*?)```", README, re.DOTALL))
-def test_a_snippet_runs(snippet):
+def test_a_snippet_runs(me, snippet):
     load_digits_dataset()["test"][0]["image"].save("digit.png")
     exec(compile(snippet, "README.md", "exec"), {})
 
@@ -26,3 +37,15 @@ def test_the_readme_names_no_file_that_is_not_there():
 def test_the_commands_at_the_top_are_the_ones_that_ci_runs():
     assert "make demo" in README.split("```")[1] and "make test" in README.split("```")[1]
     assert "make test" in (REPO / ".ci" / "run").read_text()
+
+
+def test_the_commands_and_options_that_the_readme_shows_exist():
+    from dataclasses import fields
+
+    from hf_clpeft import ContinualTrainingArguments, cli
+
+    commands = {command.callback.__name__ for command in cli.app.registered_commands}
+    assert set(re.findall(r"hf-clpeft (\w+)", README)) <= commands
+    assert {"push_to_hub", "hub_model_id", "resume_from_checkpoint"} <= {
+        f.name for f in fields(ContinualTrainingArguments)
+    }

@@ -16,7 +16,7 @@ def combine(
     token: Token = None,
 ):
     """Combine the experts of several models into one model; nothing is trained."""
-    from ..combine import combine as combine_models
+    from ..combining import combine as combine_models
 
     quiet()
     model = combine_models(sources, backbone=backbone, token=token)

@@ -144,5 +144,5 @@ def _percent(value: float) -> str:
 
 
 def _plain(text: str) -> str:
-    """Text of strangers (class names, domains) that can neither break a table nor become HTML."""
-    return text.replace("|", "\\|").replace("<", "&lt;").replace("`", "'").replace("\n", " ")
+    """Text of strangers (class names, domains) that can neither break a table nor become HTML or a link."""
+    return re.sub(r"([|\[\]])", r"\\\1", text.replace("<", "&lt;").replace("`", "'").replace("\n", " "))

@@ -1,0 +1,165 @@
+"""The command `hf-clpeft`, as a user types it."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hub_server import Fault
+from PIL import Image
+from typer.testing import CliRunner
+
+from hf_clpeft import ContinualModel, cli
+from hf_clpeft.streams.images import decode
+
+
+REPO = "alice/model"
+pytestmark = pytest.mark.parametrize("learnt", ["s_lora"], indirect=True)
+
+
+def run(*words, fails=False):
+    """Runs a command in this process, as `main` does, and returns what it prints."""
+    result = CliRunner().invoke(cli.app, [str(word) for word in words])
+    if fails:
+        return result
+    assert result.exit_code == 0, (result.output, result.exception)
+    return result.stdout
+
+
+@pytest.fixture
+def pictures(learnt):
+    encoded = [encoded for task in learnt.stream for encoded, _, _ in task.test][::9]
+    for i, picture in enumerate(encoded):
+        decode(picture).save(f"{i}.png")
+    return [f"{i}.png" for i in range(len(encoded))]
+
+
+def test_predict_agrees_with_the_library_and_the_pipeline(saved, learnt, pictures):
+    from transformers import pipeline
+
+    found = json.loads(run("predict", saved, *pictures, "--json"))
+    expected = learnt.model.predict(pictures)
+    model = ContinualModel.from_pretrained(saved)
+    classify = pipeline("image-classification", model=model, image_processor=model.backbone.processor)
+    for row, prediction, scores in zip(found, expected, classify([Image.open(p) for p in pictures]), strict=True):
+        assert (row["label"], row["expert"]) == (prediction.label, prediction.expert)
+        assert row["label"] == scores[0]["label"] and row["score"] == pytest.approx(scores[0]["score"], abs=1e-5)
+    table = run("predict", saved, *pictures)
+    assert all(name in table for name in ("label", "score", "expert", "distance", pictures[0]))
+
+
+def test_info_says_what_was_learnt_without_downloading_weights(hub, learnt):
+    learnt.model.push_to_hub(REPO, token="hf_alice")
+    hub.log.clear()
+    text = run("info", f"{REPO}@task-002")
+    assert not hub.requests("GET", "/lfs/")
+    assert "s_lora" in text and "task-001" in text and "2, 3" in text and "routing accuracy" in text
+    values = json.loads(run("info", REPO, "--json"))
+    assert values["classes"] == ["0", "1", "2", "3", "4", "5"]
+    assert values["metrics"] == pytest.approx(learnt.report.summary())
+
+
+def test_push_then_everything_else_from_the_hub(hub, saved, pictures):
+    address = json.loads(run("push", saved, REPO, "--token", "hf_alice", "-m", "By hand", "--json"))["address"]
+    assert f"{hub.url}/{REPO}/commit/" in address and hub.repo(REPO).commits()[0].title == "By hand"
+    assert json.loads(run("predict", f"{REPO}@task-002", pictures[0], "--json"))[0]["label"]
+
+
+def test_push_sends_what_a_run_could_not(hub, learnt, monkeypatch):
+    from conftest import make_trainer
+    from huggingface_hub import constants
+
+    from hf_clpeft import s_lora
+    from hf_clpeft.hub import push
+
+    monkeypatch.setattr(push, "WAITS", (0, 0))
+    options = {"push_to_hub": True, "hub_model_id": REPO, "hub_token": "hf_alice", "num_train_epochs": 1}
+    trainer = make_trainer(s_lora(k=1), "out", **options)
+    hub.faults.append(Fault("POST", "/commit/", status=503, times=10**6))
+    for task in learnt.stream[:2]:
+        trainer.learn(task)
+    hub.faults.clear()
+    Path(constants.HF_TOKEN_PATH).write_text("hf_alice")  # as `hf auth login` does
+    try:
+        assert json.loads(run("push", "out", "--json"))["tasks that had waited"] == 2
+        assert list(hub.repo(REPO).tags) == ["task-000", "task-001"]
+        assert json.loads(run("push", "out", "--json"))["tasks that had waited"] == 0
+    finally:
+        Path(constants.HF_TOKEN_PATH).unlink()
+    assert len(hub.repo(REPO).commits()) == 3
+
+
+def test_combine_writes_a_model(saved, tmp_path):
+    import shutil
+
+    other = shutil.copytree(saved, tmp_path / "other")
+    values = json.loads(run("combine", saved, other, "-o", "both", "--json"))
+    assert len(values["tasks"]) == 6 and values["classes"] == 6
+    assert len(ContinualModel.from_pretrained("both").bank) == 6
+
+
+def test_export_gives_an_adapter_or_a_plain_classifier(saved):
+    run("export", saved, "task-001", "-o", "adapter")
+    assert {path.name for path in Path("adapter").iterdir()} == {"adapter_config.json", "adapter_model.safetensors"}
+    run("export", saved, "task-001", "-o", "merged", "--merge")
+    config = json.loads(Path("merged/config.json").read_text())
+    assert config["architectures"] == ["ViTForImageClassification"] and config["id2label"] == {"0": "2", "1": "3"}
+
+
+def test_migrate_renames_an_old_adapter(saved):
+    from safetensors.torch import load_file, save_file
+
+    folder = saved / "experts" / "task-000"
+    tensors = load_file(folder / "adapter_model.safetensors")
+    old = {
+        key.replace("layers.", "encoder.layer.").replace("n.q_proj", "n.attention.query"): tensors[key]
+        for key in tensors
+    }
+    old = {key.replace("n.v_proj", "n.attention.value"): tensor for key, tensor in old.items()}
+    save_file(old, folder / "adapter_model.safetensors")
+    config = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps({**config, "target_modules": ["query", "value"]}))
+    values = json.loads(run("migrate", folder, "-o", "new", "--backbone", "hf-clpeft/vit-tiny-glyphs", "--json"))
+    assert values["renamed"] == len(tensors)
+    assert load_file("new/adapter_model.safetensors").keys() == tensors.keys()
+
+
+def test_env_and_test(saved):
+    assert json.loads(run("env", "--json"))["accelerator"]
+    results = json.loads(run("test", "--json"))
+    assert results["learns"] and results["routes"] and results["loads what it saved"]
+
+
+def command(*words):
+    code = "import sys; from hf_clpeft.cli import main; sys.argv = ['hf-clpeft', *sys.argv[1:]]; main()"
+    return subprocess.run([sys.executable, "-c", code, *map(str, words)], capture_output=True, text=True)
+
+
+@pytest.mark.parametrize(
+    "words, code, message",
+    [
+        (("info", "alice/nothing"), 1, "error: Cannot load alice/nothing"),
+        (("predict", "MODEL", "nothing.png"), 2, "nothing.png"),
+        (("predict", "MODEL", "MODEL/config.json"), 1, "error: .*config.json is no picture"),
+        (("export", "MODEL", "task-009", "-o", "x"), 1, "error: .*task-009"),
+        (("combine", "MODEL", "-o", "x"), 1, "error: Combining needs two models"),
+        (("push", "MODEL"), 1, "error: .* does not say which repo"),
+        (("sing",), 2, "No such command"),
+    ],
+)
+def test_mistakes_end_in_one_line_and_an_exit_code(hub, saved, words, code, message):
+    import re
+
+    done = command(*(word.replace("MODEL", str(saved)) for word in words))
+    assert done.returncode == code and re.search(message, done.stderr), done.stderr
+    assert "Traceback" not in done.stderr
+    if code == 1:
+        assert len(done.stderr.strip().splitlines()) == 1, done.stderr
+
+
+def test_help_is_there_at_once(learnt):
+    code = "import sys, hf_clpeft.cli; print([m for m in ('torch', 'transformers', 'peft') if m in sys.modules])"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "[]"
+    text = run("--help")
+    assert all(name in text for name in "info predict combine push export migrate env test".split())

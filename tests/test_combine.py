@@ -1,0 +1,117 @@
+"""Experts of several models in one model."""
+
+import json
+import shutil
+from dataclasses import replace
+
+import pytest
+import torch
+from conftest import BACKBONE, make_trainer, pattern_dataset
+
+from hf_clpeft import ConfigError, ContinualModel, ContinualTrainer, TaskStream, combine, s_lora, s_prompts
+
+
+@pytest.fixture(scope="module")
+def halves(tmp_path_factory):
+    """Two models of two tasks each, by different people."""
+    root = tmp_path_factory.mktemp("halves")
+    stream = TaskStream.class_incremental(pattern_dataset(8, 8), num_tasks=4)
+    for name, tasks in (("low", stream[:2]), ("high", stream[2:])):
+        trainer = make_trainer(s_lora(k=2), root / name)
+        for i, task in enumerate(tasks):
+            trainer.learn(replace(task, name=f"task-00{i}"))
+    return root, stream
+
+
+def pixels():
+    return torch.randn(16, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+
+
+def test_experts_prototypes_and_rows_stay_bit_identical(halves):
+    root, stream = halves
+    low, high = (ContinualModel.from_pretrained(root / name) for name in ("low", "high"))
+    both = combine([root / "low", root / "high"])
+    assert both.bank.names == ["low-task-000", "low-task-001", "high-task-000", "high-task-001"]
+    assert both.config.classes == [f"class {i}" for i in range(8)] and both.heads.shared
+    assert [task.source for task in both.config.tasks] == ["low", "low", "high", "high"]
+    assert torch.equal(both.router.prototypes, torch.cat([low.router.prototypes, high.router.prototypes]))
+    with torch.no_grad():
+        found, alone = both(pixels()), {0: low(pixels()), 1: high(pixels())}
+    nearer = (alone[1].distance < alone[0].distance).long()
+    for half, columns in ((0, slice(0, 4)), (1, slice(4, 8))):
+        mine = nearer == half
+        assert torch.equal(found.selection[mine], alone[half].selection[mine] + 2 * half)
+        assert torch.equal(found.logits[mine][:, columns], alone[half].logits[mine])
+
+
+def test_a_combined_model_is_a_model_like_any_other(halves):
+    root, stream = halves
+    both = combine([root / "high", ContinualModel.from_pretrained(root / "low")])
+    assert both.bank.names[2] == "s-lora-task-000"  # a model in memory has no other name than its method's
+    both.save_pretrained("both")
+    loaded = ContinualModel.from_pretrained("both")
+    with torch.no_grad():
+        assert torch.equal(loaded(pixels()).logits, both(pixels()).logits)
+    new = TaskStream.class_incremental(pattern_dataset(10), num_tasks=5)[4]
+    report = ContinualTrainer(loaded, make_trainer(s_lora(), "more", num_train_epochs=1).args).learn(new)
+    assert len(loaded.config.tasks) == 5 and report.measured() == [4]
+    assert len(ContinualModel.from_pretrained("more").report.tasks) == 5
+
+
+def test_from_the_hub_at_a_revision(hub, halves):
+    root, _ = halves
+    for name in ("low", "high"):
+        ContinualModel.from_pretrained(root / name).push_to_hub(f"alice/{name}", token="hf_alice")
+    both = combine(["alice/low@task-001", "alice/high"])
+    assert both.bank.names[0] == "alice-low-task-000" and both.bank.names[3] == "alice-high-task-001"
+    assert [task.source for task in both.config.tasks][1:3] == ["alice/low@task-001", "alice/high"]
+
+
+def test_one_class_known_to_both_is_one_class(halves, tmp_path):
+    root, stream = halves
+    trainer = make_trainer(s_lora(k=2), tmp_path / "again")
+    trainer.learn(replace(stream[0], name="again"))
+    both = combine([root / "low", tmp_path / "again"])
+    assert both.bank.names == ["task-000", "task-001", "again"]  # nothing to tell apart
+    assert both.config.classes == [f"class {i}" for i in range(4)]
+    assert not both.heads.shared  # two rows for a class: each image is judged by those of its own expert
+    logits = both(pixels()).logits
+    assert logits.shape == (16, 4) and (logits.isfinite().sum(dim=1) == 2).all()
+
+
+def edit(folder, **values):
+    config = json.loads((folder / "config.json").read_text())
+    for path, value in values.items():
+        part, name = path.split("__")
+        config[part][name] = value
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+def test_models_that_do_not_go_together_are_refused_with_what_differs(halves, tmp_path):
+    root, stream = halves
+    other = shutil.copytree(root / "high", tmp_path / "other")
+    edit(other, backbone__revision="abc")
+    with pytest.raises(ConfigError, match="low and other .*: their backbone revision differs, None and 'abc'"):
+        combine([root / "low", other])
+    model = ContinualModel.from_backbone(BACKBONE, s_lora(k=1), image_size=48)
+    ContinualTrainer(model, make_trainer(s_lora(), "big", num_train_epochs=1).args).learn(stream[0])
+    with pytest.raises(ConfigError, match="their image size differs, 32 and 48"):
+        combine([root / "low", "big"])
+    make_trainer(s_prompts(k=1), "prompts", num_train_epochs=1).learn(stream[0])
+    with pytest.raises(ConfigError, match="their technique differs, 'LORA' and 'PROMPT_TUNING'"):
+        combine([root / "low", "prompts"])
+    changed = ContinualModel.from_pretrained(root / "high")
+    changed.config.backbone.weight_hash = "0" * 64
+    with pytest.raises(ConfigError, match="their backbone weights differs, 'e7afa38e4187.*' and '0000"):
+        combine([root / "low", changed])
+
+
+@pytest.mark.parametrize("learnt", ["l2l", "s_lora_pp"], indirect=True)
+def test_methods_whose_experts_do_not_stand_alone_are_refused(learnt):
+    with pytest.raises(ConfigError, match="experts belong to no task|its own first expert"):
+        combine([learnt.model, learnt.model])
+
+
+def test_one_model_alone_is_refused(halves):
+    with pytest.raises(ConfigError, match="two models or more; got 1"):
+        combine([halves[0] / "low"])
