@@ -1,10 +1,6 @@
 """From the Hub: what is needed, from one commit, and nothing that cannot be trusted."""
 
 import json
-import os
-import subprocess
-import sys
-import time
 
 import pytest
 import torch
@@ -53,13 +49,11 @@ def test_everything_comes_from_one_commit_even_if_the_repo_changes_meanwhile(hub
 def test_without_a_network_the_cache_will_do(hub, pushed):
     expected = load().config
     hub.faults.append(Fault(".*", ".*", cut=True, times=10**6))
-    start = time.perf_counter()
     assert load(local_files_only=True).config == load().config == expected
     with pytest.raises(HubError, match="cannot be reached .* and what is needed is not in the cache"):
         load(cache_dir="other")
     with pytest.raises(HubError, match="not in the cache"):
         load(cache_dir="other", local_files_only=True)
-    assert time.perf_counter() - start < 60  # not a wait for every file
 
 
 def test_a_download_that_broke_off_is_taken_up_again(hub, pushed):
@@ -67,7 +61,7 @@ def test_a_download_that_broke_off_is_taken_up_again(hub, pushed):
     with pytest.raises(HubError):
         load()
     hub.faults.clear()
-    with pytest.raises(HubError, match="not in the cache"):
+    with pytest.raises(HubError, match="only a part of it is in the cache"):
         load(local_files_only=True)
     assert load().config.tasks
 
@@ -85,13 +79,14 @@ def test_what_is_not_there_is_named(pushed, repo, revision, message):
         ContinualModel.from_pretrained(repo, revision=revision)
 
 
-def test_a_hub_that_is_not_there_is_noticed_at_once(learnt):
-    code = "from hf_clpeft import ContinualModel; ContinualModel.from_pretrained('alice/model')"
-    start = time.perf_counter()
-    nowhere = {**os.environ, "HF_ENDPOINT": "http://127.0.0.1:9"}
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=nowhere)
-    assert "HubError: Cannot load alice/model: http://127.0.0.1:9 cannot be reached" in done.stderr
-    assert time.perf_counter() - start < 40  # importing included
+@pytest.mark.parametrize("cached", [False, True])
+def test_a_hub_that_is_gone_is_asked_once_and_not_again_and_again(hub, pushed, monkeypatch, cached):
+    if cached:
+        fetch_config(REPO, cache_dir="cache")  # but not the weights
+    hub.faults.append(Fault(".*", ".*", cut=True, times=10**6))
+    monkeypatch.setattr("time.sleep", lambda seconds: pytest.fail("waits for the Hub to come back"))
+    with pytest.raises(HubError, match="cannot be reached"):
+        load()
 
 
 def edited(pushed, edit):

@@ -5,7 +5,8 @@ from typing import Annotated
 
 import typer
 
-from .common import AsJson, BackbonePath, Token, quiet, show
+from ..progress import disable_progress_bars
+from .common import AsJson, BackbonePath, Token, show
 
 
 def combine(
@@ -18,7 +19,7 @@ def combine(
     """Combine the experts of several models into one model; nothing is trained."""
     from ..combining import combine as combine_models
 
-    quiet()
+    disable_progress_bars()
     model = combine_models(sources, backbone=backbone, token=token)
     model.save_pretrained(output)
     show(

@@ -5,6 +5,8 @@ from typing import Annotated
 
 import typer
 
+from ..progress import disable_progress_bars
+
 
 Repo = Annotated[str, typer.Argument(help="Repo id, repo@revision, or folder of a model.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")]
@@ -43,20 +45,11 @@ def show(values, as_json: bool, title: str = "") -> None:
         Console().print(table)
 
 
-def quiet() -> None:
-    """Lets no progress bar of another library in between: these commands are over in seconds."""
-    from huggingface_hub.utils import disable_progress_bars
-    from transformers.utils import logging
-
-    disable_progress_bars()
-    logging.disable_progress_bar()
-
-
 def load_model(repo: str, backbone: str | None, token: str | None):
     """Loads the [`ContinualModel`] that a command was given."""
     from ..hub.download import split_revision
     from ..modeling import ContinualModel
 
-    quiet()
+    disable_progress_bars()
     name, revision = split_revision(repo)
     return ContinualModel.from_pretrained(name, backbone=backbone, revision=revision, token=token)

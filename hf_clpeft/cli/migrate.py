@@ -5,7 +5,8 @@ from typing import Annotated
 
 import typer
 
-from .common import AsJson, quiet, show
+from ..progress import disable_progress_bars
+from .common import AsJson, show
 
 
 def migrate(
@@ -18,7 +19,7 @@ def migrate(
     from ..backbones import load_backbone
     from ..experts.naming import migrate_adapter
 
-    quiet()
+    disable_progress_bars()
     renamed = migrate_adapter(adapter, output, load_backbone(backbone))
     show(
         {"folder": str(output), "renamed": len(renamed), "example": " -> ".join(renamed[0]) if renamed else "–"},

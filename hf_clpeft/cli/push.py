@@ -5,7 +5,8 @@ from typing import Annotated
 
 import typer
 
-from .common import AsJson, Token, quiet, show
+from ..progress import disable_progress_bars
+from .common import AsJson, Token, show
 
 
 def push(
@@ -28,7 +29,7 @@ def push(
     from ..hub.outbox import Outbox
     from ..hub.push import PushTarget, push_folder
 
-    quiet()
+    disable_progress_bars()
     settle(folder)
     target, waited, address = None, 0, None
     if repo is not None:

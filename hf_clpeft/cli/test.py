@@ -5,7 +5,8 @@ from tempfile import TemporaryDirectory
 
 import typer
 
-from .common import AsJson, quiet, show
+from ..progress import disable_progress_bars
+from .common import AsJson, show
 
 
 def test(as_json: AsJson = False):
@@ -15,7 +16,7 @@ def test(as_json: AsJson = False):
     from .. import ContinualModel, ContinualTrainer, ContinualTrainingArguments, load_benchmark, s_lora
     from ..streams.images import decode
 
-    quiet()
+    disable_progress_bars()
     start = time.perf_counter()
     stream = load_benchmark("digits", max_train_samples_per_task=64, max_test_samples_per_task=24)[:2]
     with TemporaryDirectory() as folder:

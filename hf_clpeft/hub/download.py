@@ -27,8 +27,8 @@ def split_revision(name: str) -> tuple[str, str | None]:
     return repo_id, revision
 
 
-def has_model(repo_id: str, token: str | None = None) -> bool:
-    """Whether there is a repo with a model in it.
+def find_model(repo_id: str, token: str | None = None) -> str | None:
+    """Full id of a repo, if there is one of that id with a model in it.
 
     Args:
         repo_id (`str`): Repo id; the namespace of the token's owner if it has none.
@@ -42,7 +42,7 @@ def has_model(repo_id: str, token: str | None = None) -> bool:
     api = HfApi(token=token, library_name="hf-clpeft")
     with explained("look for", repo_id):
         repo_id = repo_id if "/" in repo_id else f"{api.whoami()['name']}/{repo_id}"
-        return api.file_exists(repo_id, CONFIG_NAME)
+        return repo_id if api.file_exists(repo_id, CONFIG_NAME) else None
 
 
 def fetch_config(
@@ -83,6 +83,7 @@ def fetch_config(
             return Path(cached).parent
         if local_files_only:
             raise HubError(f"Cannot load {repo_id}: {CONFIG_NAME} is not in the cache, and local_files_only=True.")
+        api.repo_info(repo_id, revision=commit.resolved)  # fails at once if the Hub is gone; listing takes 23 s to
         sizes = {
             entry.path: entry.size
             for entry in api.list_repo_tree(repo_id, recursive=True, revision=commit.resolved)
@@ -120,12 +121,16 @@ def fetch_model(repo_id: str, revision: str | None = None, **hub_options) -> Pat
     Returns:
         `Path`: The folder in the cache.
     """
-    from huggingface_hub import snapshot_download
+    from huggingface_hub import HfApi, snapshot_download
 
     folder = fetch_config(repo_id, revision, **hub_options)
-    missing = [name for name in ContinualConfig.load(folder).files if not (folder / name).is_file()]
+    names = ContinualConfig.load(folder).files
+    missing = [name for name in names if not (folder / name).is_file()]
+    if missing and hub_options.get("local_files_only"):
+        raise HubError(f"Cannot load {repo_id}: only a part of it is in the cache, and local_files_only=True.")
     if missing:
+        commit = folder.name
         with explained("load", repo_id, revision):
-            # The folder is named after the commit.
-            snapshot_download(repo_id, revision=folder.name, allow_patterns=missing, **hub_options)
+            HfApi(token=hub_options.get("token")).repo_info(repo_id, revision=commit)  # fails at once, as above
+            snapshot_download(repo_id, revision=commit, allow_patterns=missing, **hub_options)
     return folder

@@ -13,9 +13,10 @@ from ..backbones import BUNDLED, BackboneError
 from ..config import CONFIG_NAME, ConfigError, MethodConfig
 from ..experts import ExpertError
 from ..folder import settle
-from ..hub.download import has_model
+from ..hub.download import find_model
 from ..hub.errors import HubError
 from ..modeling import ContinualModel
+from ..progress import disable_progress_bars
 from ..report import PLOT_NAME, StreamReport
 from ..streams import BENCHMARKS, StreamError, TaskStream, load_benchmark
 from .arguments import ContinualTrainingArguments
@@ -163,11 +164,7 @@ def learn(
 
     state = PartialState(cpu=cpu_only())
     if training_args.disable_tqdm or not state.is_main_process:
-        import datasets
-        from transformers.utils import logging
-
-        datasets.disable_progress_bars()
-        logging.disable_progress_bar()
+        disable_progress_bars()
     with state.main_process_first():
         source = _find_checkpoint(training_args)
         if source is not None:
@@ -190,9 +187,7 @@ def _find_checkpoint(args: ContinualTrainingArguments) -> str | None:
     settle(args.output_dir)
     if Path(args.output_dir, CONFIG_NAME).is_file():
         return args.output_dir
-    if args.push_repo is not None and has_model(args.push_repo, args.hub_token):
-        return args.push_repo
-    return None
+    return None if args.push_repo is None else find_model(args.push_repo, args.hub_token)
 
 
 def _resume(source: str, backbone_args: BackboneArguments, method: MethodConfig, token: str | None) -> ContinualModel:
