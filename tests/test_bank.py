@@ -314,3 +314,27 @@ def test_an_unknown_form_and_a_name_that_is_taken_are_refused():
         bank_of(experts, "stackd")
     with pytest.raises(ExpertError, match="'expert-0' already"):
         bank_of(experts * 2)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        [{"peft_type": "LORA", "r": rank} for rank in (1, 3, 2)],
+        [{"peft_type": "PROMPT_TUNING", "num_virtual_tokens": 2}] * 3,
+        [TECHNIQUES["ia3"]] * 3,
+    ],
+    ids=["lora", "prompts", "ia3"],
+)
+def test_a_removed_expert_is_gone_and_the_others_answer_as_before(arguments):
+    experts = random_experts(small_backbone(), arguments)
+    bank = bank_of(experts)
+    with torch.no_grad():
+        before = bank(images(4), torch.tensor([0, 2, 1, 1]))
+        bank.remove("expert-1")
+        assert torch.equal(bank(images(4)[:2], torch.tensor([0, 1])), before[:2])
+        bank.extend([replace(experts[1], name="again")])
+        assert torch.equal(bank(images(4), torch.tensor([0, 1, 2, 2])), before)
+    assert bank.names == ["expert-0", "expert-2", "again"]
+    bank.remove("again")
+    weights = {tensor.sum().item() for tensor in bank.state_dict().values() if tensor.is_floating_point()}
+    assert not weights & {tensor.sum().item() for tensor in experts[1].tensors.values()}

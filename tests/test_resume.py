@@ -87,3 +87,18 @@ def test_the_token_goes_to_no_tracker(stream, monkeypatch):
     monkeypatch.setattr("accelerate.Accelerator.init_trackers", lambda self, name, config: seen.update(config))
     ContinualTrainer(ContinualModel.from_backbone(BACKBONE, METHOD), args)
     assert seen["num_train_epochs"] == 1 and "hf_alice" not in str(seen)
+
+
+def test_a_run_whose_disk_was_full_says_how_to_go_on(stream, monkeypatch):
+    args, write_bytes = replace(ARGS, output_dir="out"), Path.write_bytes
+
+    def full(path, data):
+        if "task-001" in str(path):
+            raise OSError(28, "No space left on device")
+        return write_bytes(path, data)
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(OSError, match="stays as it was: No space left.*--resume_from_checkpoint auto"):
+        learn(stream, BARE, args, METHOD)
+    monkeypatch.undo()
+    assert learn(stream, BARE, args, METHOD).measured() == [0, 1, 2]

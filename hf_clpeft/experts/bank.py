@@ -128,10 +128,11 @@ class ExpertBank(torch.nn.Module):
         return expert
 
     def remove(self, name: str) -> None:
-        """Takes an expert out; those behind it move up."""
+        """Takes an expert out, of the slot too; those behind it move up."""
         index = self.names.index(name)
         if self.table is None:
             del self._at_rest[index]
+            self._empty_slot()
         else:
             self.table.remove(index)
         del self.names[index], self._configs[index]

@@ -295,7 +295,11 @@ class ContinualTrainer:
 
     def _save(self) -> None:
         if self.accelerator.is_main_process:
-            self.model.save_pretrained(self.args.output_dir)
+            try:
+                self.model.save_pretrained(self.args.output_dir)
+            except OSError as error:
+                hint = "Mend that, and go on after the last saved task with --resume_from_checkpoint auto."
+                raise OSError(error.errno, f"{error.strerror}. {hint}") from error
             self._push()
         self.accelerator.wait_for_everyone()
 
