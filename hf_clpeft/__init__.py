@@ -18,7 +18,7 @@ _MODULES = {
     "report": ["StreamReport"],
     "hub.errors": ["HubError"],
     "modeling": ["ContinualModel", "Prediction"],
-    "combining": ["combine"],
+    "hub.combine": ["combine"],
     "methods": [
         "METHODS",
         "l2l",

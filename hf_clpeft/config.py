@@ -118,6 +118,15 @@ class MethodConfig:
             raise ConfigError(f"k={self.k!r} must be a whole number of prototypes per task, 1 or more, or 'auto'.")
         if self.route_layer is not None and self.route_layer < 1:
             raise ConfigError(f"route_layer={self.route_layer} must be the number of a layer, 1 or more.")
+        # As they come back from JSON, so that a saved method equals the one it was made with.
+        self.peft = {
+            name: sorted(value) if isinstance(value, set) else list(value) if isinstance(value, tuple) else value
+            for name, value in self.peft.items()
+        }
+        try:
+            json.dumps(self.peft)
+        except TypeError as error:
+            raise ConfigError(f"peft={self.peft} cannot be saved: {error}.") from error
         if "peft_type" not in self.peft:
             raise ConfigError("peft needs a 'peft_type', for example {'peft_type': 'LORA', 'r': 1}.")
         if self.readout == "prompts" and (self.experts, self.peft["peft_type"]) != ("pool", "PROMPT_TUNING"):

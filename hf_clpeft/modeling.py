@@ -443,5 +443,6 @@ def _open(image: PIL.Image.Image | str | Path) -> PIL.Image.Image:
     try:
         with PIL.Image.open(image) as opened:
             return PIL.ImageOps.exif_transpose(opened).convert("RGB")
-    except OSError as error:
+    # What Pillow raises, depending on what is wrong.
+    except (OSError, SyntaxError, ValueError, PIL.Image.DecompressionBombError) as error:
         raise OSError(f"{image} is no picture that can be read: {error}") from error

@@ -132,8 +132,9 @@ def test_env_and_test(saved):
 
 
 def command(*words):
-    code = "import sys; from hf_clpeft.cli import main; sys.argv = ['hf-clpeft', *sys.argv[1:]]; main()"
-    return subprocess.run([sys.executable, "-c", code, *map(str, words)], capture_output=True, text=True)
+    """Runs the command as it is installed."""
+    script = Path(sys.executable).with_name("hf-clpeft")
+    return subprocess.run([script, *map(str, words)], capture_output=True, text=True)
 
 
 @pytest.mark.parametrize(
@@ -142,15 +143,18 @@ def command(*words):
         (("info", "alice/nothing"), 1, "error: Cannot load alice/nothing"),
         (("predict", "MODEL", "nothing.png"), 2, "nothing.png"),
         (("predict", "MODEL", "MODEL/config.json"), 1, "error: .*config.json is no picture"),
+        (("predict", "MODEL", "bomb.png"), 1, "error: bomb.png is no picture that can be read: .*bomb"),
         (("export", "MODEL", "task-009", "-o", "x"), 1, "error: .*task-009"),
         (("combine", "MODEL", "-o", "x"), 1, "error: Combining needs two models"),
         (("push", "MODEL"), 1, "error: .* does not say which repo"),
+        (("info", "."), 1, "error: . holds no config.json"),
         (("sing",), 2, "No such command"),
     ],
 )
 def test_mistakes_end_in_one_line_and_an_exit_code(hub, saved, words, code, message):
     import re
 
+    Image.new("1", (20_000, 20_000)).save("bomb.png")  # 50 kB that would become 1.2 GB
     done = command(*(word.replace("MODEL", str(saved)) for word in words))
     assert done.returncode == code and re.search(message, done.stderr), done.stderr
     assert "Traceback" not in done.stderr

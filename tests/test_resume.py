@@ -9,7 +9,15 @@ import pytest
 import torch
 from conftest import BACKBONE, pattern_dataset
 
-from hf_clpeft import ConfigError, ContinualModel, ContinualTrainer, ContinualTrainingArguments, TaskStream, s_lora
+from hf_clpeft import (
+    ConfigError,
+    ContinualModel,
+    ContinualTrainer,
+    ContinualTrainingArguments,
+    MethodConfig,
+    TaskStream,
+    s_lora,
+)
 from hf_clpeft.training.recipe import BackboneArguments, learn
 
 
@@ -102,3 +110,11 @@ def test_a_run_whose_disk_was_full_says_how_to_go_on(stream, monkeypatch):
         learn(stream, BARE, args, METHOD)
     monkeypatch.undo()
     assert learn(stream, BARE, args, METHOD).measured() == [0, 1, 2]
+
+
+def test_a_method_with_sets_and_tuples_is_the_same_method_when_it_comes_back(stream):
+    method = MethodConfig("s", {"peft_type": "LORA", "r": 1, "target_modules": {"v_proj", "q_proj"}}, k=1)
+    args = replace(ARGS, output_dir="out")
+    learn(stream[:1], BARE, args, method)
+    other = MethodConfig("s", {"peft_type": "LORA", "r": 1, "target_modules": ("q_proj", "v_proj")}, k=1)
+    assert learn(stream[:2], BARE, args, other).measured() == [0, 1]

@@ -246,6 +246,7 @@ def test_a_technique_without_a_fused_form_is_learnt_too(tmp_path):
         (lambda: s_lora(route_layer=0), "route_layer=0"),
         (lambda: l2l(pool_size=3, top_n=4), "top_n=4 must be between 1 and pool_size=3"),
         (lambda: l2l(pull=-1.0), "pull=-1.0"),
+        (lambda: MethodConfig("x", {"peft_type": "LORA", "r": object()}), "cannot be saved"),
         (lambda: l2l(lora_dropout=0.1), "lora_dropout cannot be in one"),
         (lambda: l2l(use_dora=True), "use_dora cannot be in one"),
         (lambda: MethodConfig("l2x", {"peft_type": "IA3"}, experts="pool"), "IA3 cannot be in one"),

@@ -17,7 +17,7 @@ def combine(
     token: Token = None,
 ):
     """Combine the experts of several models into one model; nothing is trained."""
-    from ..combining import combine as combine_models
+    from ..hub.combine import combine as combine_models
 
     disable_progress_bars()
     model = combine_models(sources, backbone=backbone, token=token)

@@ -51,9 +51,11 @@ def explained(doing: str, repo_id: str, revision: str | None = None) -> Iterator
             "it is private and the token has no access to it. Log in with `hf auth login` or pass token=."
         ) from error
     except (RevisionResolutionError, LocalEntryNotFoundError, OfflineModeIsEnabled, TransportError) as error:
+        hint = "and what is needed is not in the cache. Try again with a network, or pass a folder."
+        if doing == "push to":
+            hint = "so nothing was pushed. What is in a folder can be pushed later: hf-clpeft push FOLDER REPO."
         raise HubError(
-            f"Cannot {doing} {where}: {constants.ENDPOINT} cannot be reached ({type(error).__name__}), and what is "
-            "needed is not in the cache. Try again with a network, or pass a folder.",
+            f"Cannot {doing} {where}: {constants.ENDPOINT} cannot be reached ({type(error).__name__}), {hint}",
             transient=isinstance(error, TransportError),
         ) from error
     except RuntimeError as error:  # how the client reports an upload that has failed

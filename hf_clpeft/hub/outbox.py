@@ -49,7 +49,9 @@ class Outbox:
             target = PushTarget(**read_json(path))
         self.target = target
         self.folder.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps({**asdict(target), "token": None}), encoding="utf-8")
+        new = path.with_suffix(".new")
+        new.write_text(json.dumps({**asdict(target), "token": None}), encoding="utf-8")
+        os.replace(new, path)
 
     @staticmethod
     def exists(folder: str | Path) -> bool:

@@ -4,11 +4,11 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from .backbones import load_backbone
-from .config import ConfigError, ContinualConfig, TaskConfig
-from .experts import Expert
-from .hub.download import split_revision
-from .modeling import ContinualModel
+from ..backbones import load_backbone
+from ..config import ConfigError, ContinualConfig, TaskConfig
+from ..experts import Expert
+from ..modeling import ContinualModel
+from .download import split_revision
 
 
 # What must not differ, and where it stands in a configuration.
