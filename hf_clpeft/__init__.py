@@ -17,7 +17,8 @@ _MODULES = {
     "heads": ["Heads"],
     "report": ["StreamReport"],
     "hub.errors": ["HubError"],
-    "modeling": ["ContinualModel", "Prediction"],
+    "prediction": ["Prediction"],
+    "modeling": ["ContinualModel"],
     "hub.combine": ["combine"],
     "methods": [
         "METHODS",

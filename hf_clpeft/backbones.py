@@ -3,16 +3,13 @@
 import copy
 import hashlib
 import inspect
-from importlib.resources import files
 
 import torch
 
+from .bundled import bundled_folder
 from .config import BackboneConfig
 from .streams.images import ImageTransform
 
-
-BUNDLED = {"hf-clpeft/vit-tiny-glyphs": "vit-tiny-glyphs"}
-"""Repo ids whose files come with the package, and their folder in `assets`."""
 
 QUERY_VALUE_NAMES = (("q_proj", "v_proj"), ("query", "value"), ("q_lin", "v_lin"), ("q", "v"), ("qkv", "qkv"))
 
@@ -183,8 +180,9 @@ def load_backbone(
     from transformers import AutoConfig, AutoImageProcessor, AutoModel
     from transformers.models.auto import MODEL_MAPPING
 
-    source = str(files("hf_clpeft") / "assets" / BUNDLED[name_or_path]) if name_or_path in BUNDLED else name_or_path
-    where = {"revision": revision if source == name_or_path else None, **hub_options}
+    bundled = bundled_folder(name_or_path)
+    source = str(bundled or name_or_path)
+    where = {"revision": None if bundled else revision, **hub_options}
     try:
         config = AutoConfig.from_pretrained(source, **where)
     except (OSError, ValueError) as error:

@@ -141,7 +141,7 @@ def _write_rows(model: ContinualModel, number: int, layer: torch.nn.Linear) -> N
     heads, classes = model.heads, model.config.tasks[number].classes
     layer.weight.zero_()
     # In a shared head a class may have been trained again, and its row gone to a later task.
-    for owner in range(len(heads.classes)) if heads.shared else [number]:
+    for owner in heads.judges_of(number):
         for column, weight, bias in zip(heads.classes[owner], heads.weights[owner], heads.biases[owner], strict=True):
             label = model.config.classes[column]
             if label in classes:

@@ -11,6 +11,9 @@ class Heads(torch.nn.Module):
     trained, and no later task changes them: old logits stay bit-identical. (Only if a later task trains a class of a
     shared head again does the old row go.)
 
+    The row of a task with a single class was compared with no other in training. So it judges the images that went to
+    its expert, alone, in a shared head too: such a task is told from the others by its route.
+
     Args:
         hidden_size (`int`): Width of a feature.
         shared (`bool`): One head for all tasks.
@@ -36,11 +39,18 @@ class Heads(torch.nn.Module):
         self.weights = torch.nn.ParameterList()  # by task
         self.biases = torch.nn.ParameterList()
         self.classes: list[list[int]] = []  # numbers of the classes of each task's rows
+        self.alone: list[bool] = []  # whether the task had a single class
 
     @property
     def num_classes(self) -> int:
         """One more than the highest class number."""
         return 1 + max((number for classes in self.classes for number in classes), default=-1)
+
+    def judges_of(self, task: int) -> list[int]:
+        """Tasks whose rows judge an image that went to the expert of `task`."""
+        if not self.shared or self.alone[task]:
+            return [task]
+        return [other for other in range(len(self.classes)) if not self.alone[other]]
 
     def start(self, classes: list[int]) -> torch.nn.Linear:
         """A layer for the next task to train: rows of a shared head go on where they were, all others start at zero.
@@ -64,13 +74,14 @@ class Heads(torch.nn.Module):
                             layer.bias[row] = self.biases[task][old_row]
         return layer
 
-    def write(self, weight: torch.Tensor, bias: torch.Tensor, classes: list[int]) -> None:
+    def write(self, weight: torch.Tensor, bias: torch.Tensor, classes: list[int], alone: bool = False) -> None:
         """Keeps the trained rows of the next task.
 
         Args:
             weight (`torch.Tensor` of shape `(rows, hidden_size)`): Weight of the layer that [`~Heads.start`] gave.
             bias (`torch.Tensor` of shape `(rows,)`): Its bias.
             classes (`list[int]`): Number of the class of each row.
+            alone (`bool`, *optional*, defaults to `False`): Whether the task has a single class.
 
         Raises:
             `ValueError`: Shapes do not fit.
@@ -80,16 +91,17 @@ class Heads(torch.nn.Module):
                 f"weight {tuple(weight.shape)} and bias {tuple(bias.shape)} are no rows of width {self.hidden_size} "
                 f"for {len(classes)} classes."
             )
-        if self.shared:
+        if self.shared and not alone:
             for task, numbers in enumerate(self.classes):
                 kept = [row for row, number in enumerate(numbers) if number not in set(classes)]
-                if len(kept) < len(numbers):
+                if len(kept) < len(numbers) and not self.alone[task]:
                     self.weights[task] = _fixed(self.weights[task][kept])
                     self.biases[task] = _fixed(self.biases[task][kept])
                     self.classes[task] = [numbers[row] for row in kept]
         self.weights.append(_fixed(weight))
         self.biases.append(_fixed(bias))
         self.classes.append(list(classes))
+        self.alone.append(alone)
 
     def remove(self, task: int, number: dict[int, int]) -> None:
         """Takes a task's rows away.
@@ -102,6 +114,7 @@ class Heads(torch.nn.Module):
         self.weights = torch.nn.ParameterList([self.weights[i] for i in kept])
         self.biases = torch.nn.ParameterList([self.biases[i] for i in kept])
         self.classes = [[number[old] for old in self.classes[i]] for i in kept]
+        self.alone = [self.alone[i] for i in kept]
 
     def forward(self, features: torch.Tensor, owners: torch.Tensor) -> torch.Tensor:
         """Logits over all classes.
@@ -116,8 +129,11 @@ class Heads(torch.nn.Module):
         features = features.float()
         logits = features.new_full((len(features), self.num_classes), -torch.inf)
         every = torch.arange(len(features), device=features.device)
+        together = every
+        if self.shared and any(self.alone):
+            together = every[~torch.tensor(self.alone, device=features.device)[owners]]
         for task in range(len(self.classes)) if self.shared else owners.unique().tolist():
-            rows = every if self.shared else every[owners == task]
+            rows = together if self.shared and not self.alone[task] else every[owners == task]
             columns = torch.tensor(self.classes[task], dtype=torch.int64, device=features.device)
             logits[rows[:, None], columns] = torch.nn.functional.linear(
                 features[rows], self.weights[task], self.biases[task]

@@ -96,9 +96,9 @@ class PoolLearner(TaskLearner):
             parameter.grad = None
 
     def _features(self, pixel_values: torch.Tensor, query: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        selection, distance = self.router(query)
-        features = self.bank(pixel_values, selection, self.readout)
-        return features, self.pull * selection.shape[1] * distance.mean()
+        routing = self.router(query)
+        features = self.bank(pixel_values, routing.selection, self.readout)
+        return features, self.pull * routing.selection.shape[1] * routing.distance.mean()
 
 
 def rows_to_train(classes: Sequence[str], known: Sequence[str], mask: bool) -> tuple[list[int], torch.Tensor]:

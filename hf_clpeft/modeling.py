@@ -1,16 +1,14 @@
 """The continual model: from pixels to a label through query, route, bank and head."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import PIL.Image
-import PIL.ImageOps
 import torch
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES
-from transformers.utils import ModelOutput
 
 from .backbones import Backbone, BackboneError, load_backbone
+from .bundled import bundled_folder
 from .config import ConfigError, ContinualConfig, MethodConfig, TaskConfig
 from .experts import ExpertBank
 from .experts.expert import make_peft_config
@@ -19,55 +17,14 @@ from .heads import Heads
 from .hub.download import fetch_model
 from .hub.push import PushTarget, push_folder
 from .learners import ExpertLearner, PoolLearner, TaskLearner, rows_to_train
+from .prediction import ContinualOutput, Prediction, read_output
 from .report import StreamReport
 from .routing import KeyRouter, PrototypeRouter, Routing
 from .storage import load_into, save_model
+from .streams.images import open_image
 
 
 ONE_EXPERT = "all-tasks"  # name of the expert of methods that have just one
-
-
-@dataclass(frozen=True)
-class Prediction:
-    """What the model says about one image.
-
-    Args:
-        label (`str`): Name of the likeliest class.
-        score (`float`): Its softmax score, in [0, 1].
-        expert (`str`): Name of the expert that judged the image; the nearest, where several did.
-        distance (`float`): How far the image's query features are from it, in [0, 2]; see [`PrototypeRouter`] and
-            [`KeyRouter`].
-
-    Example:
-
-    ```py
-    >>> from hf_clpeft import Prediction
-
-    >>> Prediction(label="cat", score=0.98, expert="task-000", distance=0.41).label
-    'cat'
-
-    ```
-    """
-
-    label: str
-    score: float
-    expert: str
-    distance: float
-
-
-@dataclass
-class ContinualOutput(ModelOutput):
-    """What a forward pass gives, in the form that `transformers.pipeline` reads.
-
-    Args:
-        logits (`torch.Tensor` of shape `(batch, classes)`): −inf where an expert knows no such class.
-        selection (integer `torch.Tensor` of shape `(batch,)` or `(batch, N)`): Experts of each image, nearest first.
-        distance (`torch.Tensor` of shape `(batch,)`): How far they are from the image's query features.
-    """
-
-    logits: torch.Tensor | None = None
-    selection: torch.Tensor | None = None
-    distance: torch.Tensor | None = None
 
 
 class ContinualModel(torch.nn.Module):
@@ -165,31 +122,47 @@ class ContinualModel(torch.nn.Module):
         """Experts of each image, from its own query features alone."""
         if self.config.method.experts == "single":
             nowhere = torch.zeros(len(query), dtype=torch.int64, device=query.device)
-            return Routing(nowhere, query.new_zeros(len(query)))
+            return Routing(nowhere, query.new_zeros(len(query)), query.new_zeros(len(query), 1))
         return self.router(query)
 
-    def forward(self, pixel_values: torch.Tensor) -> ContinualOutput:
+    def forward(self, pixel_values: torch.Tensor, expert: int | None = None) -> ContinualOutput:
         """Query, route, bank, head.
 
         Args:
             pixel_values (`torch.Tensor` of shape `(batch, 3, height, width)`): Normalised images.
+            expert (`int`, *optional*): Position of the expert that all images go to, whatever their route.
 
         Returns:
             [`ContinualOutput`]
         """
-        routing = self.route(self.query_features(pixel_values))
-        features = self.bank(pixel_values, routing.selection, self.config.method.readout)
-        return ContinualOutput(self.heads(features, routing.selection), routing.selection, routing.distance)
+        selection, _, distances = self.route(self.query_features(pixel_values))
+        if expert is not None:
+            selection = torch.full_like(selection, expert)
+        features = self.bank(pixel_values, selection, self.config.method.readout)
+        return ContinualOutput(self.heads(features, selection), selection, distances)
 
     @torch.no_grad()
     def predict(
-        self, images: Sequence[PIL.Image.Image | str | Path] | PIL.Image.Image | str | Path, batch_size: int = 32
+        self,
+        images: Sequence[PIL.Image.Image | str | Path] | PIL.Image.Image | str | Path,
+        batch_size: int = 32,
+        reject_rate: float | None = None,
+        expert: str | None = None,
+        top_k: int = 1,
     ) -> list[Prediction]:
         """Classifies images, each by its own features: neither order nor batch size change an answer.
+
+        With `reject_rate` an image that is far from all tasks gets no label. How far is judged for each task by its
+        own training images, held out of the clustering: of new images of any learnt task, a share of `reject_rate` at
+        most is rejected by mistake, as long as they are like the training images. Few training images promise less;
+        see [`fit_thresholds`].
 
         Args:
             images (`PIL.Image.Image`, path, or sequence of them): Images of any size.
             batch_size (`int`, *optional*, defaults to 32): Images per forward pass.
+            reject_rate (`float`, *optional*): In whole percent, 0.01 to 1. Default: nothing is rejected.
+            expert (`str`, *optional*): Name of the expert that judges all images, in place of the nearest.
+            top_k (`int`, *optional*, defaults to 1): How many of the likeliest classes and nearest experts to tell.
 
         Returns:
             `list[Prediction]`: One per image.
@@ -197,25 +170,39 @@ class ContinualModel(torch.nn.Module):
         Raises:
             `OSError`: A file is no picture.
             `RuntimeError`: The model has learnt no task yet.
+            [`ConfigError`]: There is no such expert, or `reject_rate` is out of range or asked of a model without
+                prototypes.
         """
         if not self.config.tasks:
             raise RuntimeError(
                 "This model has learnt no task yet; call ContinualTrainer(model, ...).learn(task) first."
             )
+        self._check_predict(reject_rate, expert)
+        forced = None if expert is None else self.bank.names.index(expert)
         images = [images] if isinstance(images, PIL.Image.Image | str | Path) else images
         predictions = []
         for start in range(0, len(images), batch_size):
-            pixels = self.backbone.transform.resize([_open(image) for image in images[start : start + batch_size]])
-            pixel_values = self.backbone.transform.normalize(torch.from_numpy(pixels).to(self.device))
-            output = self(pixel_values)
-            scores, classes = output.logits.softmax(dim=1).max(dim=1)
-            nearest = output.selection.reshape(len(scores), -1)[:, 0]
-            columns = (classes, scores, nearest, output.distance)
-            predictions += [
-                Prediction(self.config.classes[number], score, self.bank.names[expert], distance)
-                for number, score, expert, distance in zip(*(column.tolist() for column in columns), strict=True)
-            ]
+            batch = [open_image(image) for image in images[start : start + batch_size]]
+            pixels = self.backbone.transform.resize(batch)
+            output = self(self.backbone.transform.normalize(torch.from_numpy(pixels).to(self.device)), forced)
+            typicality = None
+            if self.config.method.experts == "per_task":
+                typicality = self.router.typicality(output.distances).amax(dim=1)
+            predictions += read_output(
+                output, self.config.classes, self.bank.names, typicality, reject_rate or 0.0, top_k
+            )
         return predictions
+
+    def _check_predict(self, reject_rate: float | None, expert: str | None) -> None:
+        method, names = self.config.method, self.bank.names
+        if reject_rate is not None and method.experts != "per_task":
+            raise ConfigError(f"reject_rate needs prototypes, and {method.name} has none: choose an S-X method.")
+        if reject_rate is not None and not 0.01 <= reject_rate <= 1:
+            raise ConfigError(f"reject_rate={reject_rate} must be between 0.01 and 1.")
+        if expert is not None and method.experts == "pool":
+            raise ConfigError(f"expert={expert!r}: {method.name} selects from a pool; none can be chosen by hand.")
+        if expert is not None and expert not in names:
+            raise ConfigError(f"expert={expert!r} is not one of {', '.join(names)}.")
 
     # Learning a task
 
@@ -235,6 +222,12 @@ class ContinualModel(torch.nn.Module):
         """
         if name in (task.name for task in self.config.tasks):
             raise ConfigError(f"The model has learnt a task {name!r} already; give the new one another name.")
+        if len(classes) == 1 and (self.config.method.experts != "per_task" or not self.config.method.mask_logits):
+            raise ConfigError(
+                f"Task {name!r} has a single class, {classes[0]!r}, and in {self.config.method.name} nothing would "
+                "tell it from the others: give it two classes or more, or choose a method with an expert per task "
+                "(s_lora, s_prompts), where its route does."
+            )
         if name in self.config.removed:
             raise ConfigError(f"The model has unlearnt a task {name!r}; give the new one another name.")
         method, task = self.config.method, TaskConfig(name, list(classes), domain)
@@ -268,7 +261,7 @@ class ContinualModel(torch.nn.Module):
         else:
             self.bank.finish(self._expert_name(task.name))
             self.unchanged_experts.pop(self._expert_name(task.name), None)
-        self.heads.write(learner.head.weight, learner.head.bias, learner.classes)
+        self.heads.write(learner.head.weight, learner.head.bias, learner.classes, alone=len(task.classes) == 1)
         self.config.classes = list(dict.fromkeys([*self.config.classes, *task.classes]))
         self.config.tasks.append(task)
 
@@ -376,7 +369,8 @@ class ContinualModel(torch.nn.Module):
         """Loads a model from a folder or the Hub, whole or not at all. Only safetensors and JSON are read.
 
         Args:
-            name_or_path (`str` or `Path`): Folder, or repo id on the Hub.
+            name_or_path (`str` or `Path`): Folder, or repo id on the Hub; `"hf-clpeft/s-lora-digits"` comes with the
+                package.
             backbone (`str` or [`Backbone`], *optional*): Where the backbone is now, when not where it was.
             revision (`str`, *optional*): Branch, tag or commit of the repo, for example `"task-003"`.
             dtype (`str` or `torch.dtype`, *optional*, defaults to `"float32"`): Type of the backbone's weights.
@@ -390,7 +384,7 @@ class ContinualModel(torch.nn.Module):
             [`BackboneError`]: The backbone's weights are not those that the model was trained on.
             [`HubError`]: There is no such repo or revision, or no way to it.
         """
-        folder = Path(name_or_path)
+        folder = bundled_folder(str(name_or_path)) or Path(name_or_path)
         local = folder.is_dir()
         if local:
             settle(folder)
@@ -435,14 +429,3 @@ def _check_repo_id(name: str, where: str | Path) -> None:
             f"{where} names its backbone by a path, {name!r}, which is on its author's disk. Pass backbone= with the "
             "repo id or folder where you have it."
         ) from None
-
-
-def _open(image: PIL.Image.Image | str | Path) -> PIL.Image.Image:
-    if isinstance(image, PIL.Image.Image):
-        return PIL.ImageOps.exif_transpose(image).convert("RGB")
-    try:
-        with PIL.Image.open(image) as opened:
-            return PIL.ImageOps.exif_transpose(opened).convert("RGB")
-    # What Pillow raises, depending on what is wrong.
-    except (OSError, SyntaxError, ValueError, PIL.Image.DecompressionBombError) as error:
-        raise OSError(f"{image} is no picture that can be read: {error}") from error

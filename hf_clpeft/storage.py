@@ -15,6 +15,7 @@ from .experts.naming import rename_old_keys
 from .folder import changing, hash_file, remove_with
 from .hub.card import CARD_NAME, make_card
 from .report import METRICS_NAME, REPORT_FILES, StreamReport
+from .routing.prototypes import PERCENT
 from .versions import library_versions
 
 
@@ -177,15 +178,17 @@ def _load_router(model: "ContinualModel", tensors: dict[str, torch.Tensor]) -> N
             )
         model.router.keys.data = tensors["keys"]
         return
-    prototypes, owners = tensors["prototypes"], tensors["owners"]
+    prototypes, owners, thresholds = tensors["prototypes"], tensors["owners"], tensors["thresholds"]
     expected = list(range(len(model.config.tasks))) if model.config.method.experts == "per_task" else []
     width = model.backbone.hidden_size
-    if owners.unique().tolist() != expected or prototypes.shape != (*owners.shape, width):
+    shapes = (prototypes.shape, thresholds.shape)
+    if owners.unique().tolist() != expected or shapes != ((*owners.shape, width), (len(expected), PERCENT)):
         raise ConfigError(
-            f"{ROUTER_NAME} has prototypes of shape {tuple(prototypes.shape)} for tasks {owners.unique().tolist()}, "
-            f"but the model has tasks {expected} and width {width}."
+            f"{ROUTER_NAME} has prototypes of shape {tuple(prototypes.shape)} and thresholds of shape "
+            f"{tuple(thresholds.shape)} for tasks {owners.unique().tolist()}, but the model has tasks {expected} and "
+            f"width {width}."
         )
-    model.router.prototypes, model.router.owners = prototypes, owners
+    model.router.prototypes, model.router.owners, model.router.thresholds = prototypes, owners, thresholds
 
 
 def _load_heads(model: "ContinualModel", tensors: dict[str, torch.Tensor]) -> None:
@@ -197,7 +200,7 @@ def _load_heads(model: "ContinualModel", tensors: dict[str, torch.Tensor]) -> No
             numbers = classes.tolist()
             if len(set(numbers)) < len(numbers) or not set(numbers) <= set(range(known)):
                 raise ValueError(f"classes {numbers} are not among the {known} of the model.")
-            model.heads.write(weight, bias, numbers)
+            model.heads.write(weight, bias, numbers, alone=len(task.classes) == 1)
             written |= set(numbers)
         except (ValueError, KeyError, TypeError) as error:
             raise ConfigError(f"{HEADS_NAME}: the head of task {task.name!r} does not fit: {error}") from error

@@ -37,7 +37,8 @@ def test_experts_prototypes_and_rows_stay_bit_identical(halves):
     assert torch.equal(both.router.prototypes, torch.cat([low.router.prototypes, high.router.prototypes]))
     with torch.no_grad():
         found, alone = both(pixels()), {0: low(pixels()), 1: high(pixels())}
-    nearer = (alone[1].distance < alone[0].distance).long()
+    nearer = (alone[1].distances.amin(dim=1) < alone[0].distances.amin(dim=1)).long()
+    assert torch.equal(both.router.thresholds, torch.cat([low.router.thresholds, high.router.thresholds]))
     for half, columns in ((0, slice(0, 4)), (1, slice(4, 8))):
         mine = nearer == half
         assert torch.equal(found.selection[mine], alone[half].selection[mine] + 2 * half)

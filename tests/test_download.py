@@ -201,6 +201,6 @@ def test_a_pulled_model_goes_on_learning_and_its_old_answers_stay_bit_identical(
     with torch.no_grad():
         old, found = before(pixels()), again(pixels())
     stay = found.selection == old.selection
-    assert stay.any() and torch.equal(found.distance[stay], old.distance[stay])
+    assert stay.any() and torch.equal(found.distances[stay, :3], old.distances[stay])
     features = again.bank(pixels(), old.selection)
     assert torch.equal(again.heads(features, old.selection)[:, :6], old.logits)

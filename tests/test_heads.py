@@ -22,6 +22,17 @@ def test_a_shared_head_judges_every_image_over_all_classes():
     torch.testing.assert_close(logits, torch.cat([first(FEATURES), second(FEATURES)], dim=1))
 
 
+def test_the_row_of_a_single_class_judges_only_who_went_there():
+    heads, first, second = Heads(4, shared=True), layer(2, 1), layer(1, 2)
+    heads.write(first.weight, first.bias, [0, 1])
+    before = heads(FEATURES, torch.zeros(6, dtype=int))
+    heads.write(second.weight, second.bias, [1], alone=True)  # of a known class: its old row stays
+    logits = heads(FEATURES, torch.tensor([0, 1, 0, 1, 0, 1]))
+    assert torch.equal(logits[::2], before[::2])
+    torch.testing.assert_close(logits[1::2, 1:], second(FEATURES[1::2]))
+    assert (logits[1::2, 0] == -torch.inf).all()
+
+
 def test_a_head_per_task_judges_only_over_its_own_classes():
     heads, first, second = Heads(4, shared=False), layer(2, 1), layer(3, 2)
     heads.write(first.weight, first.bias, [0, 1])

@@ -4,12 +4,25 @@ import random
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
-from conftest import make_trainer, pattern_dataset
+from conftest import make_trainer, pattern_dataset, pattern_rows
+from datasets import Dataset, DatasetDict
+from PIL import Image
 from safetensors.torch import load_file
 
-from hf_clpeft import BackboneError, ConfigError, ContinualModel, MethodConfig, TaskStream
+from hf_clpeft import (
+    BackboneError,
+    ConfigError,
+    ContinualModel,
+    ContinualTrainer,
+    ContinualTrainingArguments,
+    MethodConfig,
+    TaskStream,
+    load_benchmark,
+    load_task,
+)
 from hf_clpeft.streams.images import decode
 
 
@@ -109,6 +122,71 @@ def test_a_pipeline_of_transformers_gives_the_same_labels_and_scores(learnt):
         assert found[0]["score"] == pytest.approx(expected.score, abs=1e-4)
 
 
+def test_a_single_class_is_learnt_by_its_route_and_changes_no_other_answer(learnt, saved):
+    model = ContinualModel.from_pretrained(saved)
+    rows = pattern_rows(num_classes=1, per_class=6)
+    data = DatasetDict(train=Dataset.from_dict({"image": rows["image"][:5], "label": ["stripes"] * 5}))
+    images = [decode(encoded) for task in learnt.stream for encoded, _, _ in task.test]
+    before = model.predict(images)
+    ContinualTrainer(model, ContinualTrainingArguments("more", disable_tqdm=True)).learn(
+        load_task(data, name="stripes", test_size=0)
+    )
+    assert model.predict(images) == before
+    found = ContinualModel.from_pretrained("more").predict(rows["image"][5])[0]
+    assert (found.label, found.expert) == ("stripes", "stripes")
+    assert np.isnan(model.report.accuracy_matrix[-1]).all() and model.report.tasks[-1] == "stripes"
+    assert model.predict(rows["image"][5], expert="task-000")[0].label in ("0", "1", "2", "3", "4", "5")
+
+
+def test_digits_are_seldom_rejected_and_what_is_no_digit_nearly_always():
+    model = ContinualModel.from_pretrained("hf-clpeft/s-lora-digits")
+    test = [decode(encoded) for task in load_benchmark("digits") for encoded, _, _ in task.test]
+    rejected = np.array([p.label is None for p in model.predict(test, reject_rate=0.05)])
+    assert rejected.mean() < 0.05 + 3 * np.sqrt(0.05 * 0.95 / len(test))
+    rotated = [image.rotate(45).crop((6, 6, 26, 26)) for image in test[::4]]
+    assert np.mean([p.label is None for p in model.predict(rotated, reject_rate=0.05)]) > 0.5
+
+
+def test_an_image_of_no_task_gets_no_label(saved):
+    model = ContinualModel.from_pretrained(saved)
+    noise = np.random.default_rng(0).integers(0, 256, (4, 32, 32, 3), dtype=np.uint8)
+    for image in map(Image.fromarray, noise):
+        (found,) = model.predict(image, reject_rate=0.05)
+        assert found.label is None and found.typicality < 0.05
+        assert model.predict(image)[0].label is not None
+
+
+@pytest.mark.parametrize("learnt", ["s_lora", "l2p"], indirect=True)
+def test_top_k_tells_the_likeliest_classes_and_the_nearest_experts(learnt):
+    image = decode(next(iter(learnt.stream[1].test))[0])
+    (found,) = learnt.model.predict(image, top_k=3)
+    assert list(found.classes)[0] == found.label and list(found.experts)[0] == found.expert
+    for values, expected in ((found.classes, found.score), (found.experts, found.distance)):
+        assert len(values) == 3 and next(iter(values.values())) == expected
+    assert list(found.classes.values()) == sorted(found.classes.values(), reverse=True)
+    assert list(found.experts.values()) == sorted(found.experts.values())
+
+
+def test_predict_refuses_what_the_model_cannot_do(learnt):
+    image = Image.new("RGB", (32, 32))
+    for options, message in (
+        ({"reject_rate": 0.0}, "between 0.01 and 1"),
+        ({"expert": "task-009"}, "not one of task-000"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            learnt.model.predict(image, **options)
+
+
+@pytest.mark.parametrize("learnt", ["l2l"], indirect=True)
+def test_a_pool_neither_rejects_nor_takes_orders_nor_learns_a_single_class(learnt):
+    image = Image.new("RGB", (32, 32))
+    for options, message in (({"reject_rate": 0.05}, "needs prototypes"), ({"expert": "pool-001"}, "by hand")):
+        with pytest.raises(ConfigError, match=message):
+            learnt.model.predict(image, **options)
+    with pytest.raises(ConfigError, match="nothing would tell it from the others"):
+        learnt.model.start_task("stripes", ["stripes"])
+
+
 def test_removing_a_task_leaves_everything_else_bit_identical(saved):
     whole, model = ContinualModel.from_pretrained(saved), ContinualModel.from_pretrained(saved)
     model.remove("task-001")
@@ -120,7 +198,8 @@ def test_removing_a_task_leaves_everything_else_bit_identical(saved):
         before, after = whole(pixels(model)), model(pixels(model))
     stay = before.selection != 1
     assert torch.equal(after.logits[stay], before.logits[stay][:, [0, 1, 4, 5]])
-    assert torch.equal(after.distance[stay], before.distance[stay])
+    assert torch.equal(after.distances[stay], before.distances[stay][:, [0, 2]])
+    assert torch.equal(model.router.thresholds, whole.router.thresholds[[0, 2]])
     assert model.report.summary() == {} and model.report.tasks == ["task-000", "task-002"]
     model.save_pretrained("without")
     again = ContinualModel.from_pretrained("without")

@@ -105,10 +105,10 @@ def test_a_run_whose_disk_was_full_says_how_to_go_on(stream, monkeypatch):
             raise OSError(28, "No space left on device")
         return write_bytes(path, data)
 
-    monkeypatch.setattr(Path, "write_bytes", full)
-    with pytest.raises(OSError, match="stays as it was: No space left.*--resume_from_checkpoint auto"):
-        learn(stream, BARE, args, METHOD)
-    monkeypatch.undo()
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_bytes", full)
+        with pytest.raises(OSError, match="stays as it was: No space left.*--resume_from_checkpoint auto"):
+            learn(stream, BARE, args, METHOD)
     assert learn(stream, BARE, args, METHOD).measured() == [0, 1, 2]
 
 

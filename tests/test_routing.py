@@ -1,9 +1,10 @@
 """Prototypes and the nearest of them."""
 
+import pytest
 import torch
 
 from hf_clpeft import KeyRouter, PrototypeRouter
-from hf_clpeft.routing.prototypes import choose_k
+from hf_clpeft.routing.prototypes import choose_k, fit_thresholds
 
 
 def clusters(*centres, count=20):
@@ -35,9 +36,37 @@ def test_prototypes_belong_to_the_task_that_brought_them():
 
 def test_distances_are_to_the_nearest_prototype_of_each_task():
     router = PrototypeRouter(2)
-    router.add_prototypes(torch.tensor([[1.0, 0.0], [0.0, 1.0]]))
-    router.add_prototypes(torch.tensor([[-1.0, 0.0]]))
+    router.add_prototypes(torch.tensor([[1.0, 0.0], [0.0, 1.0]]), torch.zeros(100))
+    router.add_prototypes(torch.tensor([[-1.0, 0.0]]), torch.zeros(100))
     torch.testing.assert_close(router.distances(torch.tensor([[0.0, 3.0]])), torch.tensor([[0.0, 2**0.5]]))
+
+
+def test_a_share_of_the_tasks_own_images_as_stated_lies_beyond_a_threshold():
+    generator = torch.Generator().manual_seed(0)
+    router, centres = PrototypeRouter(16), torch.randn(5, 16, generator=generator)
+
+    def images(count):
+        which = torch.randint(0, 5, (count,), generator=generator)
+        return centres[which] + 0.3 * torch.randn(count, 16, generator=generator)
+
+    router.add(images(1000), k=5)
+    typicality = router.typicality(router.distances(images(20_000)))[:, 0]
+    for rate in (0.01, 0.05, 0.2, 0.5):
+        assert (typicality < rate).float().mean().item() == pytest.approx(rate, abs=0.2 * rate + 0.005)
+    assert router.typicality(router.distances(torch.randn(200, 16, generator=generator))).max() < 0.05
+
+
+def test_few_images_still_tell_what_is_far():
+    generator = torch.Generator().manual_seed(0)
+    centre, rejected, trials = torch.randn(16, generator=generator), 0.0, 300
+    for _ in range(trials):
+        router = PrototypeRouter(16)
+        router.add(centre + 0.3 * torch.randn(5, 16, generator=generator), k=5)
+        more = centre + 0.3 * torch.randn(50, 16, generator=generator)
+        rejected += (router.typicality(router.distances(more)) < 0.05).float().mean().item() / trials
+        assert router.typicality(router.distances(-more)).max() < 0.05
+    assert rejected < 0.08  # stated: 0.05, where distances are normally distributed
+    assert fit_thresholds(torch.ones(1, 16), k=1).min() == 2.0  # one image says nothing
 
 
 def test_a_route_does_not_depend_on_the_rest_of_the_batch():

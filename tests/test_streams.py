@@ -97,7 +97,7 @@ def test_columns_are_found_by_type_and_usual_name_or_given(patterns):
         ({"image_column": "picture"}, "no column 'picture'"),
         ({"image_column": "domain"}, "not images. Cast it"),
         ({"label_column": "kind"}, "no column 'kind'"),
-        ({"num_tasks": 3}, "4 classes cannot make num_tasks=3"),
+        ({"num_tasks": 5}, "4 classes cannot make num_tasks=5"),
         ({"class_order": ["class 0", "cat"], "num_tasks": 1}, "no class 'cat'"),
         ({"train_split": "training"}, "no split 'training'"),
     ],
@@ -107,10 +107,10 @@ def test_bad_options_name_the_place_and_the_way_out(patterns, options, message):
         TaskStream.class_incremental(patterns, **{"num_tasks": 2, **options})
 
 
-def test_one_class_only_is_refused():
+def test_a_task_may_keep_all_images_for_training():
     rows = Dataset.from_dict({"image": pattern_rows(1)["image"], "label": ["cat"] * 6})
-    with pytest.raises(StreamError, match="1 classes cannot make"):
-        TaskStream.class_incremental(DatasetDict(train=rows, test=rows), num_tasks=1)
+    task = load_task(DatasetDict(train=rows), name="cats", test_size=0)
+    assert task.classes == ("cat",) and task.test is None and len(list(task.train)) == 6
 
 
 def test_an_empty_task_is_refused():

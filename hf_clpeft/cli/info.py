@@ -7,12 +7,13 @@ from .common import AsJson, Repo, Token, show
 
 def info(repo: Repo, as_json: AsJson = False, token: Token = None):
     """Show what a model has learnt, with what, and how well."""
+    from ..bundled import bundled_folder
     from ..config import ContinualConfig, read_json
     from ..folder import settle
     from ..hub.download import fetch_config, split_revision
     from ..report import METRICS_NAME, StreamReport
 
-    folder = Path(repo)
+    folder = bundled_folder(repo) or Path(repo)
     if folder.is_dir():
         settle(folder)
     else:

@@ -83,9 +83,12 @@ def combine(sources: Sequence[str | Path | ContinualModel], backbone: str | None
     )
     for model in models:
         for position in range(len(model.config.tasks)):
-            combined.router.add_prototypes(model.router.prototypes[model.router.owners == position])
+            router = model.router
+            combined.router.add_prototypes(router.prototypes[router.owners == position], router.thresholds[position])
             numbers = [classes.index(model.config.classes[old]) for old in model.heads.classes[position]]
-            combined.heads.write(model.heads.weights[position], model.heads.biases[position], numbers)
+            combined.heads.write(
+                model.heads.weights[position], model.heads.biases[position], numbers, model.heads.alone[position]
+            )
     return combined
 
 

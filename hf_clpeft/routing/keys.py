@@ -54,4 +54,4 @@ class KeyRouter(torch.nn.Module):
         # A sum per image rather than one matrix product, whose rounding would depend on the rest of the batch.
         cosines = (query[:, None] * keys).sum(dim=-1)
         nearest, selection = cosines.topk(self.top_n, dim=-1)
-        return Routing(selection, (1 - nearest).mean(dim=-1))
+        return Routing(selection, (1 - nearest).mean(dim=-1), 1 - cosines)

@@ -2,10 +2,14 @@
 
 from typing import NamedTuple
 
+import numpy as np
 import torch
 
 
 CANDIDATES = (1, 2, 5, 10, 20, 50, 100, 200)
+PERCENT = 100  # thresholds per task: for reject rates of 1 %, 2 %, ... 100 %
+FOLDS = 5
+FARTHEST = 2.0  # between two points of the unit sphere
 
 
 class Routing(NamedTuple):
@@ -15,10 +19,12 @@ class Routing(NamedTuple):
         selection (integer `torch.Tensor` of shape `(batch,)` or `(batch, N)`): Positions of the chosen experts,
             nearest first.
         distance (`torch.Tensor` of shape `(batch,)`): How far they are from the image's query features.
+        distances (`torch.Tensor` of shape `(batch, experts)`): How far every expert is.
     """
 
     selection: torch.Tensor
     distance: torch.Tensor
+    distances: torch.Tensor
 
 
 class PrototypeRouter(torch.nn.Module):
@@ -26,6 +32,10 @@ class PrototypeRouter(torch.nn.Module):
 
     Prototypes are k-means centres of a task's L2-normalised query features; distances are Euclidean. Routing is per
     image, always: nothing but its own features decides where an image goes.
+
+    Beside its prototypes the router keeps how far from them a task's own images lie, measured on images held out of
+    the clustering: 100 thresholds, of which the i-th is exceeded by i % of the task's images. They tell an image that
+    belongs to no task (a conformal test, per task: Vovk et al., "Algorithmic Learning in a Random World", 2005).
 
     Args:
         hidden_size (`int`): Width of a feature.
@@ -51,6 +61,7 @@ class PrototypeRouter(torch.nn.Module):
         super().__init__()
         self.register_buffer("prototypes", torch.zeros(0, hidden_size))
         self.register_buffer("owners", torch.zeros(0, dtype=torch.int64))
+        self.register_buffer("thresholds", torch.zeros(0, PERCENT))
 
     @property
     def num_owners(self) -> int:
@@ -65,18 +76,21 @@ class PrototypeRouter(torch.nn.Module):
             k (`int` or `"auto"`): How many prototypes.
             seed (`int`, *optional*, defaults to 0): Seed of k-means.
         """
-        self.add_prototypes(fit_prototypes(features, k, seed))
+        prototypes = fit_prototypes(features, k, seed)
+        self.add_prototypes(prototypes, fit_thresholds(features, len(prototypes), seed))
 
-    def add_prototypes(self, prototypes: torch.Tensor) -> None:
+    def add_prototypes(self, prototypes: torch.Tensor, thresholds: torch.Tensor) -> None:
         """Adds prototypes as they are, owned by the next task.
 
         Args:
             prototypes (`torch.Tensor` of shape `(k, hidden_size)`): Centres of L2-normalised features.
+            thresholds (`torch.Tensor` of shape `(100,)`): Of [`fit_thresholds`].
         """
         prototypes = prototypes.to(self.prototypes)
         owners = torch.full((len(prototypes),), self.num_owners, device=self.owners.device)
         self.prototypes = torch.cat([self.prototypes, prototypes])
         self.owners = torch.cat([self.owners, owners])
+        self.thresholds = torch.cat([self.thresholds, thresholds.to(self.thresholds)[None]])
 
     def remove(self, owner: int) -> None:
         """Takes the prototypes of a task away; the tasks behind it move up.
@@ -87,6 +101,7 @@ class PrototypeRouter(torch.nn.Module):
         kept = self.owners != owner
         self.prototypes, owners = self.prototypes[kept], self.owners[kept]
         self.owners = owners - (owners > owner).to(owners.dtype)
+        self.thresholds = torch.cat([self.thresholds[:owner], self.thresholds[owner + 1 :]])
 
     def distances(self, query: torch.Tensor) -> torch.Tensor:
         """Distance of each image to the nearest prototype of every task.
@@ -112,8 +127,23 @@ class PrototypeRouter(torch.nn.Module):
         Returns:
             [`Routing`]: `selection` of shape `(batch,)`; `distance` is Euclidean, to the nearest prototype, in [0, 2].
         """
-        distance, owner = self.distances(query).min(dim=1)
-        return Routing(owner, distance)
+        distances = self.distances(query)
+        distance, owner = distances.min(dim=1)
+        return Routing(owner, distance, distances)
+
+    def typicality(self, distances: torch.Tensor) -> torch.Tensor:
+        """How many of a task's own images lie as far from its prototypes as these, or farther; in whole percent.
+
+        An image of a task has less than r % with a probability of about r %, or less. Images of no task have little
+        for all tasks.
+
+        Args:
+            distances (`torch.Tensor` of shape `(batch, tasks)`): Of [`~PrototypeRouter.distances`].
+
+        Returns:
+            `torch.Tensor` of shape `(batch, tasks)`, in [0, 1].
+        """
+        return (distances[..., None] <= self.thresholds).sum(dim=-1) / PERCENT
 
 
 def fit_prototypes(features: torch.Tensor, k: int | str, seed: int = 0) -> torch.Tensor:
@@ -141,6 +171,57 @@ def fit_prototypes(features: torch.Tensor, k: int | str, seed: int = 0) -> torch
     k = choose_k(features, seed) if k == "auto" else k
     normalized = torch.nn.functional.normalize(features.float(), dim=-1).cpu()
     return torch.from_numpy(_k_means(normalized, min(k, len(normalized)), seed).cluster_centers_).float()
+
+
+def fit_thresholds(features: torch.Tensor, k: int, seed: int = 0) -> torch.Tensor:
+    """How far a task's own images lie from its prototypes, measured on images that took no part in the clustering.
+
+    Each fifth of the images is held out of the clustering once. The i-th threshold is exceeded by a new image of the
+    task with a probability of i % at most, as long as it is like the training images (split conformal prediction).
+    Fewer than 99 images cannot show how far one in a hundred lies: where they end, Student's prediction bound goes on,
+    which takes distances for normally distributed. One image says nothing, and all thresholds are as far as can be.
+
+    Args:
+        features (`torch.Tensor` of shape `(images, hidden_size)`): Query features of a task.
+        k (`int`): Number of its prototypes.
+        seed (`int`, *optional*, defaults to 0): Seed of the folds and of k-means.
+
+    Returns:
+        `torch.Tensor` of shape `(100,)`, `float32`, on the CPU, falling.
+
+    Example:
+
+    ```py
+    >>> import torch
+    >>> from hf_clpeft.routing.prototypes import fit_thresholds
+
+    >>> features = torch.randn(200, 8, generator=torch.Generator().manual_seed(0))
+    >>> thresholds = fit_thresholds(features, k=5)
+    >>> bool(thresholds[0] > thresholds[49] > thresholds[99])
+    True
+
+    ```
+    """
+    from scipy.stats import t as student
+
+    normalized = torch.nn.functional.normalize(features.float(), dim=-1).cpu()
+    count = len(normalized)
+    if count < 2:
+        return torch.full((PERCENT,), FARTHEST)
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(seed)).numpy()
+    distances = np.zeros(count)
+    for fold in np.array_split(order, min(FOLDS, count)):
+        fitted = np.ones(count, dtype=bool)
+        fitted[fold] = False
+        k_means = _k_means(normalized[fitted], min(k, int(fitted.sum())), seed)
+        distances[fold] = k_means.transform(normalized[fold].numpy()).min(axis=1)
+    rates = np.arange(1, PERCENT + 1) / PERCENT
+    ranks = np.ceil((1 - rates) * (count + 1) - 1e-9).astype(int)  # 1 is the nearest image
+    seen = np.sort(distances)
+    spread = seen.std(ddof=1) * np.sqrt(1 + 1 / count)
+    beyond = np.maximum(seen[-1], seen.mean() + student.ppf(1 - rates, count - 1) * spread)
+    thresholds = np.where(ranks > count, beyond, seen[np.clip(ranks, 1, count) - 1])
+    return torch.from_numpy(thresholds).float()
 
 
 def choose_k(features: torch.Tensor, seed: int = 0) -> int:

@@ -4,11 +4,13 @@ Source: E. Alpaydin, C. Kaynak, "Optical Recognition of Handwritten Digits", UCI
 """
 
 import numpy as np
+import PIL.Image
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Image
 
 
 DOMAINS = ("scanned", "inverted", "rotated", "textured")
-SIZE = 32  # pixels; the scans are enlarged from 8 x 8
+SCAN = 8  # pixels, side of a scan
+SIZE = 32  # and of the image that becomes of it
 
 
 def load_digits_dataset(domains: bool = False, seed: int = 0) -> DatasetDict:
@@ -33,7 +35,6 @@ def load_digits_dataset(domains: bool = False, seed: int = 0) -> DatasetDict:
 
     ```
     """
-    import PIL.Image
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
 
@@ -41,10 +42,8 @@ def load_digits_dataset(domains: bool = False, seed: int = 0) -> DatasetDict:
     rng = np.random.default_rng(seed)
     domain_of = rng.permutation(np.arange(len(scans)) % len(DOMAINS)) if domains else np.zeros(len(scans), dtype=int)
     images = []
-    for scan, domain in zip(scans.reshape(-1, 8, 8), domain_of, strict=True):
-        ink = PIL.Image.fromarray((scan * (255 / 16)).astype(np.uint8)).resize(
-            (SIZE, SIZE), PIL.Image.Resampling.BICUBIC
-        )
+    for scan, domain in zip(scans.reshape(-1, SCAN, SCAN), domain_of, strict=True):
+        ink = enlarge((scan * (255 / 16)).astype(np.uint8))
         images.append(PIL.Image.fromarray(_DRAW[domain](np.asarray(ink), rng)).convert("RGB"))
     columns = {"image": images, "label": labels.tolist()}
     features = {"image": Image(), "label": ClassLabel(names=[str(i) for i in range(10)])}
@@ -56,6 +55,29 @@ def load_digits_dataset(domains: bool = False, seed: int = 0) -> DatasetDict:
     )
     dataset = Dataset.from_dict(columns, features=Features(features))
     return DatasetDict(train=dataset.select(np.sort(train)), test=dataset.select(np.sort(test)))
+
+
+def enlarge(scan: np.ndarray) -> PIL.Image.Image:
+    """A scan as an image.
+
+    Args:
+        scan (`uint8` array of shape `(8, 8)`): Ink, 255 at most.
+
+    Returns:
+        `PIL.Image.Image`: 32 x 32 pixels of mode `"L"`, light ink on black.
+
+    Example:
+
+    ```py
+    >>> import numpy as np
+    >>> from hf_clpeft.streams.digits import enlarge
+
+    >>> enlarge(np.zeros((8, 8), dtype=np.uint8)).size
+    (32, 32)
+
+    ```
+    """
+    return PIL.Image.fromarray(scan).resize((SIZE, SIZE), PIL.Image.Resampling.BICUBIC)
 
 
 def _on_texture(ink: np.ndarray, rng: np.random.Generator) -> np.ndarray:

@@ -2,6 +2,7 @@
 
 import io
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 import PIL.Image
@@ -117,6 +118,32 @@ def decode(encoded: dict) -> PIL.Image.Image:
         return PIL.ImageOps.exif_transpose(image).convert("RGB")
 
 
+def open_image(image: PIL.Image.Image | str | Path) -> PIL.Image.Image:
+    """The upright RGB image of a file, or of an image that is open already.
+
+    Raises:
+        `OSError`: The file is no picture.
+
+    Example:
+
+    ```py
+    >>> from PIL import Image
+    >>> from hf_clpeft.streams.images import open_image
+
+    >>> open_image(Image.new("L", (8, 8))).mode
+    'RGB'
+
+    ```
+    """
+    if isinstance(image, PIL.Image.Image):
+        return PIL.ImageOps.exif_transpose(image).convert("RGB")
+    try:
+        with PIL.Image.open(image) as opened:
+            return PIL.ImageOps.exif_transpose(opened).convert("RGB")
+    except Exception as error:  # Pillow raises anything from OSError to struct.error on broken files
+        raise OSError(f"{image} is no picture that can be read: {error}") from error
+
+
 class TaskImages(torch.utils.data.Dataset):
     """Resized images of a split, read from an Arrow file on disk in whole batches.
 
@@ -229,7 +256,7 @@ def _to_pixels(batch, transform, image_column, label_column, labels, title):
     for encoded, row in zip(batch[image_column], batch["row"], strict=True):
         try:
             images.append(decode(encoded))
-        except Exception as error:  # PIL raises anything from OSError to struct.error on broken files
+        except Exception as error:
             raise StreamError(
                 f"{title}, row {row}: the image cannot be decoded ({error}). Drop it with "
                 f"`dataset.select(i for i in range(len(dataset)) if i != {row})`."

@@ -93,10 +93,10 @@ class TaskStream(Sequence):
         classes = sides.classes() if class_order is None else list(class_order)
         if seed is not None:
             classes = [classes[i] for i in np.random.RandomState(seed).permutation(len(classes))]
-        if not 1 <= num_tasks <= len(classes) // 2:
+        if not 1 <= num_tasks <= len(classes):
             raise StreamError(
-                f"{sides.train.title}: {len(classes)} classes cannot make num_tasks={num_tasks} tasks of two classes "
-                f"or more; choose 1 to {len(classes) // 2}." + (" Check label_column." if len(classes) < 2 else "")
+                f"{sides.train.title}: {len(classes)} classes cannot make num_tasks={num_tasks} tasks; choose 1 to "
+                f"{len(classes)}." + (" Check label_column." if len(classes) < 2 else "")
             )
         groups = np.array_split(np.arange(len(classes)), num_tasks)
         tasks = (sides.task(i, [classes[c] for c in group]) for i, group in enumerate(groups))
@@ -124,7 +124,8 @@ class TaskStream(Sequence):
                 - `name` (`str`): configuration of the data set; `revision` (`str`): commit of its repo
                 - `streaming` (`bool`): read rows as they are needed
                 - `train_split` (`str`), `test_split` (`str`): names of the splits; without a test split, `test_size`
-                  (`float`, default 0.2) of every class is held out of train with `split_seed` (`int`, default 0)
+                  (`float`, default 0.2) of every class is held out of train with `split_seed` (`int`, default 0); 0
+                  holds out nothing, and accuracy is not measured
                 - `image_column`, `label_column` (`str`): found when they have their usual names or types
                 - `max_train_samples_per_task`, `max_test_samples_per_task` (`int`): at most so many images
 
@@ -189,9 +190,9 @@ def load_task(dataset, name: str, domain: str | None = None, **options) -> Task:
 
 
 class _Sides:
-    """The train and the test side of a data set, and how many of their images a task may have."""
+    """The train and the test side of a data set, the latter perhaps `None`, and how many images a task may have."""
 
-    def __init__(self, train: ImageSource, test: ImageSource, train_rows, test_rows, max_train, max_test, dataset):
+    def __init__(self, train: ImageSource, test, train_rows, test_rows, max_train, max_test, dataset):
         self.train, self.test = train, test
         self.train_rows, self.test_rows = train_rows, test_rows
         self.max_train, self.max_test = max_train, max_test
@@ -223,6 +224,8 @@ class _Sides:
         train = load_source(dataset, train_split, streaming=streaming, **where, **columns)
         limits = (max_train_samples_per_task, max_test_samples_per_task)
         if test_split is None:
+            if not test_size:
+                return cls(train, None, None, None, *limits, dataset)
             train_rows, test_rows = _hold_out(train.values(train.label_column), test_size, split_seed)
             return cls(train, train, train_rows, test_rows, *limits, dataset)
         test = load_source(dataset, test_split, streaming=streaming, **where, **columns)
@@ -267,20 +270,11 @@ class _Sides:
 
     def task(self, index, classes, domain=None, test_domains=None, test_rows=None) -> Task:
         own = [domain] if domain is not None else None
-        return Task(
-            name=f"task-{index:03d}",
-            classes=tuple(classes),
-            train=split_of(self.train, classes, own, self.train_rows, self.max_train, seed=index),
-            test=split_of(
-                self.test,
-                classes,
-                test_domains or own,
-                self.test_rows if test_rows is None else test_rows,
-                self.max_test,
-                seed=index,
-            ),
-            domain=domain,
-        )
+        train, test = split_of(self.train, classes, own, self.train_rows, self.max_train, seed=index), None
+        if self.test is not None:
+            test_rows = self.test_rows if test_rows is None else test_rows
+            test = split_of(self.test, classes, test_domains or own, test_rows, self.max_test, seed=index)
+        return Task(f"task-{index:03d}", tuple(classes), train, test, domain)
 
 
 def _hold_out(labels: np.ndarray, test_size: float, seed: int) -> tuple[np.ndarray, np.ndarray]:

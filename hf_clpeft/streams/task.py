@@ -41,13 +41,14 @@ class Task:
 
     Args:
         name (`str`): Folder of its expert and tag of its commit: letters, digits, `_` and `-`.
-        classes (`tuple[str, ...]`): Names of its classes, at least two.
+        classes (`tuple[str, ...]`): Names of its classes. A single one can be learnt where every task has its own
+            expert, which then recognises it by its route alone.
         train ([`Split`]): What is learnt.
-        test ([`Split`]): What it is judged by.
+        test ([`Split`], *optional*): What it is judged by; without, its accuracy is not measured.
         domain (`str`, *optional*): Its domain, if the stream is domain-incremental.
 
     Raises:
-        [`StreamError`]: Fewer than two classes.
+        [`StreamError`]: No class.
 
     Example:
 
@@ -64,16 +65,13 @@ class Task:
     name: str
     classes: tuple[str, ...]
     train: Split
-    test: Split
+    test: Split | None = None
     domain: str | None = None
 
     def __post_init__(self):
         check_task_name(self.name)
-        if len(self.classes) < 2:
-            raise StreamError(
-                f"Task {self.name!r} ({self.train.title}) has {len(self.classes)} class ({', '.join(self.classes)}); "
-                "a classifier needs at least two per task. Use fewer tasks, or check label_column."
-            )
+        if not self.classes:
+            raise StreamError(f"Task {self.name!r} ({self.train.title}) has no class. Check label_column.")
 
 
 def split_of(

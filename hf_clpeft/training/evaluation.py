@@ -51,7 +51,7 @@ class Evaluator:
     def forwards_per_image(self) -> float:
         """Forward passes so far per registered test image, query included."""
         tests = self._tests.values()
-        return sum(test.forwards for test in tests) / sum(len(test.images) for test in tests)
+        return sum(test.forwards for test in tests) / max(1, sum(len(test.images) for test in tests))
 
     def expert_changed(self) -> None:
         """Tells that an expert was trained again, so that its features are stale."""

@@ -9,7 +9,8 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Literal
 
-from ..backbones import BUNDLED, BackboneError
+from ..backbones import BackboneError
+from ..bundled import BUNDLED_BACKBONES
 from ..config import CONFIG_NAME, ConfigError, MethodConfig
 from ..experts import ExpertError
 from ..folder import settle
@@ -81,7 +82,7 @@ class BackboneArguments:
 
     backbone: str = field(
         default="google/vit-base-patch16-224-in21k",
-        metadata={"help": f"Repo id or folder; {', '.join(BUNDLED)} comes with the package."},
+        metadata={"help": f"Repo id or folder; {', '.join(BUNDLED_BACKBONES)} comes with the package."},
     )
     backbone_revision: str | None = field(default=None, metadata={"help": "Commit of the backbone's repo."})
     image_size: int | None = field(default=None, metadata={"help": "Side of the input in pixels, if not its own."})
@@ -285,7 +286,7 @@ def require_hub(stream_args: StreamArguments, backbone_args: BackboneArguments) 
 
     dataset = stream_args.dataset or BENCHMARKS[stream_args.benchmark].dataset
     needed = [dataset] if isinstance(dataset, str) and not Path(dataset).exists() else []
-    if backbone_args.backbone not in BUNDLED and not Path(backbone_args.backbone).exists():
+    if backbone_args.backbone not in BUNDLED_BACKBONES and not Path(backbone_args.backbone).exists():
         needed.append(backbone_args.backbone)
     if not needed or constants.HF_HUB_OFFLINE:
         return

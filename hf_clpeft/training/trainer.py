@@ -3,7 +3,7 @@
 import logging
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import numpy as np
@@ -19,7 +19,7 @@ from ..hub.push import PushTarget
 from ..learners import TaskLearner
 from ..modeling import ContinualModel
 from ..report import StreamReport
-from ..routing.prototypes import fit_prototypes
+from ..routing.prototypes import PERCENT, fit_prototypes, fit_thresholds
 from ..streams import Task, TaskImages, TaskStream, cache_images
 from ..streams.images import augment
 from ..versions import library_versions
@@ -37,6 +37,8 @@ class ContinualTrainer:
     Args:
         model ([`ContinualModel`]): New, or loaded with what it has learnt so far. Its report goes on, too.
         args ([`ContinualTrainingArguments`], *optional*): How to train.
+        on_step (callable, *optional*): Called after every optimizer step with the number of steps done and that of all
+            steps of the task, for a progress bar of your own. What it raises ends the training.
 
     Raises:
         [`ConfigError`]: A batch cannot be shared evenly by the processes.
@@ -60,8 +62,14 @@ class ContinualTrainer:
     ```
     """
 
-    def __init__(self, model: ContinualModel, args: ContinualTrainingArguments | None = None):
+    def __init__(
+        self,
+        model: ContinualModel,
+        args: ContinualTrainingArguments | None = None,
+        on_step: Callable[[int, int], None] | None = None,
+    ):
         self.args = args or ContinualTrainingArguments()
+        self.on_step = on_step
         self.accelerator = Accelerator(
             cpu=cpu_only(),
             mixed_precision=self.args.mixed_precision,
@@ -130,7 +138,8 @@ class ContinualTrainer:
         args, method, seconds = self.args, self.model.config.method, {}
         queries, owner = None, len(self.model.config.tasks)
         with _timed(seconds, "images"):
-            train, test = self._images(task.train), self._images(task.test)
+            train = self._images(task.train)
+            test = None if task.test is None else self._images(task.test)
         with _timed(seconds, "forward_transfer"):
             before = self._evaluate_before(task, test)
         set_seed(args.seed + owner)
@@ -143,13 +152,14 @@ class ContinualTrainer:
         self.model.finish_task(learner, len(train))
         if method.experts == "per_task":
             with _timed(seconds, "prototypes"):
-                self.model.router.add_prototypes(self._fit_prototypes(train, task.name))
+                self.model.router.add_prototypes(*self._fit_prototypes(train, task.name))
         elif method.experts == "single":
             self.evaluator.expert_changed()
-        self._tests[owner] = task
         self._note_costs(learner, train, seconds)
         with _timed(seconds, "evaluate"):
-            self.evaluator.add(task.name, test)
+            if test is not None:
+                self._tests[owner] = task
+                self.evaluator.add(task.name, test)
             self._evaluate(before)
         self._save()
         self.accelerator.free_memory()
@@ -163,29 +173,33 @@ class ContinualTrainer:
                 f"The model has learnt {known.name} with the classes {known.classes} (domain {known.domain}); in this "
                 f"stream it has {list(task.classes)} (domain {task.domain}). Go on with the same stream."
             )
-        self._tests[position] = task
-        self.evaluator.add(task.name, self._images(task.test))
+        if task.test is not None:
+            self._tests[position] = task
+            self.evaluator.add(task.name, self._images(task.test))
 
     def _images(self, split) -> TaskImages:
         """Resized images of a split; the main process writes the Arrow file, the others find it."""
         with self.accelerator.main_process_first():
             return cache_images(split, self.model.backbone.transform)
 
-    def _fit_prototypes(self, images: TaskImages, name: str) -> torch.Tensor:
-        """k-means on the query features of all training images, gathered from all processes, fitted on one."""
+    def _fit_prototypes(self, images: TaskImages, name: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """Prototypes and thresholds from the query features of all training images, of all processes, on one."""
         query = extract_queries(images, self.model, self.accelerator, self.args, desc=f"Querying {name}")
         k = self.model.config.method.k
         if k != "auto" and k > len(query):
             logger.warning("%s has %d images, fewer than k=%d prototypes: using %d.", name, len(query), k, len(query))
-        prototypes = [None]
+        fitted = [None, None]
         if self.accelerator.is_main_process:
-            prototypes = [fit_prototypes(query, k, seed=self.args.seed)]
-        return broadcast_object_list(prototypes)[0].to(self.accelerator.device)
+            prototypes = fit_prototypes(query, k, seed=self.args.seed)
+            fitted = [prototypes, fit_thresholds(query, len(prototypes), seed=self.args.seed)]
+        return tuple(broadcast_object_list(fitted))
 
     def _train(self, learner: TaskLearner, images: TaskImages, queries: torch.Tensor | None) -> None:
         """Trains the experts and the head rows of one task; query features are computed in every step if not given."""
         from transformers import get_scheduler
 
+        if len(learner.classes) == 1:
+            return  # nothing to be told from: the loss is zero, whatever the weights are
         args, accelerator, transform = self.args, self.accelerator, self.model.backbone.transform
         expert = learner.expert_parameters()
         groups = [
@@ -209,6 +223,7 @@ class ContinualTrainer:
             leave=False,
         )
         module.train()
+        done = 0
         for _ in range(args.num_train_epochs):
             for batch in loader:
                 with accelerator.accumulate(module):
@@ -222,6 +237,9 @@ class ContinualTrainer:
                     optimizer.zero_grad()
                 if accelerator.sync_gradients:
                     bar.update()
+                    done += 1
+                    if self.on_step is not None:
+                        self.on_step(done, steps)
                     self._step += 1
                     if self._step % args.logging_steps == 0:
                         bar.set_postfix(loss=f"{loss.item():.3f}")
@@ -238,9 +256,10 @@ class ContinualTrainer:
         with torch.no_grad(), self.accelerator.autocast():
             return self.model.query_features(pixel_values)
 
-    def _evaluate_before(self, task: Task, test: TaskImages) -> float | None:
+    def _evaluate_before(self, task: Task, test: TaskImages | None) -> float | None:
         """`A[i-1, i]`, for forward transfer, where the model knows the task's classes already."""
-        if not self.args.forward_transfer or not set(task.classes) <= set(self.model.config.classes):
+        known = set(task.classes) <= set(self.model.config.classes)
+        if not self.args.forward_transfer or test is None or not known:
             return None
         self.evaluator.add(task.name, test)
         return self.evaluator.evaluate(task.name, task.classes, owner=None).accuracy
@@ -277,9 +296,8 @@ class ContinualTrainer:
             expert = model.bank[-1].num_parameters
         head = sum(parameter.numel() for parameter in learner.head.parameters())
         if model.config.method.experts == "per_task":
-            added = (
-                expert + int((model.router.owners == model.router.num_owners - 1).sum()) * model.backbone.hidden_size
-            )
+            prototypes = int((model.router.owners == model.router.num_owners - 1).sum())
+            added = expert + prototypes * model.backbone.hidden_size + PERCENT
         else:  # what there is was there before, unless this is the first task
             added = expert if len(model.config.tasks) == 1 else 0
         report.add_task(
@@ -288,7 +306,7 @@ class ContinualTrainer:
             expert_parameters=expert,
             head_parameters=head,
             stored_bytes=4 * (added + head),
-            train_images_per_second=len(train) * self.args.num_train_epochs / seconds["train"],
+            train_images_per_second=len(train) * self.args.num_train_epochs / max(seconds["train"], 1e-3),
             untrained_accuracy=1 / len(learner.config.classes),
             seconds=seconds,
         )

@@ -1,0 +1,27 @@
+"""Models whose files come with the package, so that they need no network."""
+
+from importlib.resources import files
+from pathlib import Path
+
+
+BUNDLED_BACKBONES = {"hf-clpeft/vit-tiny-glyphs": "vit-tiny-glyphs"}
+DIGITS_MODEL = "hf-clpeft/s-lora-digits"
+BUNDLED_MODELS = {DIGITS_MODEL: "s-lora-digits"}
+"""Repo ids, and their folder in `assets`."""
+
+
+def bundled_folder(name: str) -> Path | None:
+    """Folder of a backbone or model that comes with the package; `None` for every other.
+
+    Example:
+
+    ```py
+    >>> from hf_clpeft.bundled import bundled_folder
+
+    >>> bundled_folder("hf-clpeft/s-lora-digits").name
+    's-lora-digits'
+
+    ```
+    """
+    folder = (BUNDLED_BACKBONES | BUNDLED_MODELS).get(name)
+    return None if folder is None else Path(str(files("hf_clpeft"))) / "assets" / folder
