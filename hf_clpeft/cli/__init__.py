@@ -8,6 +8,7 @@ import sys
 import typer
 
 from .combine import combine
+from .demo import demo
 from .env import env
 from .export import export
 from .info import info
@@ -24,7 +25,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for command in (info, predict, combine, push, export, migrate, env, test):
+for command in (demo, info, predict, combine, push, export, migrate, env, test):
     app.command()(command)
 
 

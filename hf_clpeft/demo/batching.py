@@ -1,0 +1,91 @@
+"""Requests of many visitors in shared batches."""
+
+import threading
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from queue import SimpleQueue
+
+import PIL.Image
+
+from ..modeling import ContinualModel
+from ..prediction import Prediction
+
+
+LARGEST_BATCH = 64
+
+
+class Batcher:
+    """One thread that owns the backbone: whatever waits when it is free becomes one mixed-expert batch.
+
+    Models that share a backbone must not run, nor be loaded, at the same time: experts visit it. So everything that
+    touches one goes through here. Nobody waits for a batch to fill up: batches grow with the number of visitors.
+
+    Example:
+
+    ```py
+    >>> from PIL import Image
+    >>> from hf_clpeft import ContinualModel
+    >>> from hf_clpeft.demo.batching import Batcher
+
+    >>> model = ContinualModel.from_pretrained("hf-clpeft/s-lora-digits")
+    >>> len(Batcher().predict(model, [Image.new("RGB", (8, 8))] * 3, top_k=5))
+    3
+
+    ```
+    """
+
+    def __init__(self):
+        self._waiting: SimpleQueue = SimpleQueue()
+        threading.Thread(target=self._work, name="batcher", daemon=True).start()
+
+    def run(self, function: Callable):
+        """Calls a function of no arguments between two batches; returns what it returns, or raises what it raises."""
+        future: Future = Future()
+        self._waiting.put((function, None, future))
+        return future.result()
+
+    def predict(self, model: ContinualModel, images: Sequence[PIL.Image.Image], **options) -> list[Prediction]:
+        """Classifies images of one visitor, together with those of others.
+
+        Args:
+            model ([`ContinualModel`]): The visitor's model.
+            images (sequence of `PIL.Image.Image`): RGB images.
+            options: `reject_rate`, `expert`, `top_k`; see [`ContinualModel.predict`].
+
+        Returns:
+            `list[Prediction]`: One per image.
+        """
+        job, futures = (model, tuple(sorted(options.items()))), []
+        for image in images:  # one by one, so that a visitor with hundreds does not keep the others waiting
+            futures.append(Future())
+            self._waiting.put((job, image, futures[-1]))
+        return [future.result() for future in futures]
+
+    def _work(self) -> None:
+        while True:
+            requests = [self._waiting.get()]
+            while len(requests) < LARGEST_BATCH and not self._waiting.empty():
+                requests.append(self._waiting.get())
+            groups = defaultdict(list)
+            for job, image, future in requests:
+                if image is None:
+                    _settle([future], lambda job=job: [job()])
+                else:
+                    groups[job].append((image, future))
+            for (model, options), group in groups.items():
+                images, futures = zip(*group, strict=True)
+                _settle(
+                    futures, lambda m=model, i=images, o=options: m.predict(i, batch_size=LARGEST_BATCH, **dict(o))
+                )
+
+
+def _settle(futures: Sequence[Future], compute: Callable) -> None:
+    try:
+        results = compute()
+    except BaseException as error:  # whoever asked shall hear of it; the thread must live
+        for future in futures:
+            future.set_exception(error)
+        return
+    for future, result in zip(futures, results, strict=True):
+        future.set_result(result)

@@ -1,0 +1,108 @@
+"""Gradio components that hand over uploads as they are, so that all of them are read in one careful way.
+
+Those of gradio open pictures themselves, and fail in their own words; and they fetch any address that a request names,
+which would let strangers look around in the server's network.
+"""
+
+from pathlib import Path
+
+import gradio as gr
+from gradio.blocks import Block
+from gradio.utils import get_upload_folder, is_in_or_equal
+from gradio_client.utils import is_http_url_like
+
+
+def _path_of(file) -> str | None:
+    """Path of a file that was really uploaded."""
+    if file is None:
+        return None
+    if not file.path or not is_in_or_equal(file.path, get_upload_folder()) or not Path(file.path).is_file():
+        raise gr.Error("Upload the file first.", print_exception=False)
+    return file.path
+
+
+async def _never_fetch(component: Block, path: str | Path | None):
+    if path is not None and is_http_url_like(str(path)):
+        raise gr.Error("Links are not fetched: download the file, and upload it.", print_exception=False)
+    return await Block.async_move_resource_to_block_cache(component, path)
+
+
+class Picture(gr.Image):
+    """A picture, as the path of the uploaded file."""
+
+    is_template = True  # in the browser it is its parent
+    async_move_resource_to_block_cache = _never_fetch
+
+    def preprocess(self, payload) -> str | None:
+        """The path."""
+        return _path_of(payload)
+
+
+class Files(gr.File):
+    """Several files, as their paths."""
+
+    is_template = True
+    async_move_resource_to_block_cache = _never_fetch
+
+    def preprocess(self, payload) -> list[str] | None:
+        """The paths."""
+        return None if payload is None else [_path_of(file) for file in payload.root]
+
+
+class Canvas(gr.ImageEditor):
+    """A drawing, as the bytes or the path of its file, all layers in one picture."""
+
+    is_template = True
+    async_move_resource_to_block_cache = _never_fetch
+
+    def preprocess(self, payload) -> bytes | str | None:
+        """What was drawn."""
+        if payload is None:
+            return None
+        blobs = self.blob_storage.pop(payload.id, None) if payload.id is not None else None
+        return blobs.composite if blobs is not None else _path_of(payload.composite)
+
+
+def canvas(elem_id: str) -> Canvas:
+    """A white square to draw on with one thick black brush, which is in the visitor's hand already."""
+    pad = Canvas(
+        label="Drawing",
+        show_label=False,
+        height=380,
+        elem_id=elem_id,
+        buttons=[],
+        canvas_size=(280, 280),
+        fixed_canvas=True,
+        sources=(),
+        transforms=(),
+        layers=False,
+        brush=gr.Brush(default_size=15, colors=["#000000"], default_color="#000000", color_mode="fixed"),
+        eraser=gr.Eraser(default_size=40),
+    )
+    pad.clear(fn=None, js=take_brush(elem_id))
+    return pad
+
+
+def take_brush(elem_id: str) -> str:
+    """JavaScript that presses the button of the brush as soon as it is there."""
+    return f"""() => {{
+        const wait = setInterval(() => {{
+            const brush = document.querySelector('#{elem_id} button[aria-label="Brush"]');
+            if (brush) {{ clearInterval(wait); brush.click(); }}
+        }}, 200);
+        setTimeout(() => clearInterval(wait), 15000);
+    }}"""
+
+
+class NeverFetch:
+    """ASGI middleware: gradio's server would also fetch what is asked for as `/file=http…`."""
+
+    def __init__(self, app):
+        self.app = app
+
+    async def __call__(self, scope, receive, send):
+        if scope["type"] == "http" and ("/file=http" in scope["path"] or "/proxy=" in scope["path"]):
+            await send({"type": "http.response.start", "status": 403, "headers": []})
+            await send({"type": "http.response.body", "body": b"Not allowed"})
+            return
+        await self.app(scope, receive, send)

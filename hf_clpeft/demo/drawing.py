@@ -1,0 +1,47 @@
+"""A drawing as the digits' authors would have scanned it."""
+
+import numpy as np
+import PIL.Image
+import PIL.ImageOps
+
+from ..streams.digits import SCAN, enlarge
+from .pictures import PictureError
+
+
+FAINTEST = 64  # of 255: what is fainter is the soft edge of a stroke
+
+
+def scan(drawing: PIL.Image.Image) -> PIL.Image.Image:
+    """Cuts a drawing to its ink and scans it down to 8 x 8 pixels, as scikit-learn's digits were.
+
+    Args:
+        drawing (`PIL.Image.Image`): Dark strokes on a light ground.
+
+    Returns:
+        `PIL.Image.Image`: 32 x 32 pixels, light ink on black.
+
+    Raises:
+        [`PictureError`]: There is no ink.
+
+    Example:
+
+    ```py
+    >>> from PIL import Image, ImageDraw
+    >>> from hf_clpeft.demo.drawing import scan
+
+    >>> drawing = Image.new("RGB", (280, 280), "white")
+    >>> ImageDraw.Draw(drawing).line([(140, 40), (140, 240)], fill="black", width=24)
+    >>> scan(drawing).size
+    (32, 32)
+
+    ```
+    """
+    ink = PIL.ImageOps.invert(drawing.convert("L"))
+    box = ink.point(lambda value: value >= FAINTEST and 255).getbbox()
+    if box is None:
+        raise PictureError("There is nothing on the canvas yet: draw a digit first.")
+    width, height = box[2] - box[0], box[3] - box[1]
+    side = max(width, height)
+    square = PIL.Image.new("L", (side, side))
+    square.paste(ink.crop(box), ((side - width) // 2, (side - height) // 2))
+    return enlarge(np.asarray(square.resize((SCAN, SCAN), PIL.Image.Resampling.BOX))).convert("RGB")

@@ -1,0 +1,138 @@
+"""The models of a running demo: the one it serves, those that visitors taught, and each as it was after every task."""
+
+import secrets
+import shutil
+import threading
+from collections import OrderedDict
+from collections.abc import Callable
+from functools import cached_property
+from pathlib import Path
+from tempfile import TemporaryDirectory, mkdtemp
+
+from ..bundled import bundled_folder
+from ..config import ConfigError
+from ..hub.errors import HubError, explained
+from ..modeling import ContinualModel
+from .batching import Batcher
+from .pictures import PictureError
+
+
+MOST_MODELS = 32  # taught ones on disk, and in memory taught and past ones; the oldest goes first
+
+
+class Models:
+    """Finds models by key. All share one backbone, and run in one [`Batcher`].
+
+    Args:
+        source (`str`): Repo id or folder of the model to serve.
+        revision (`str`, *optional*): Branch, tag or commit of the repo.
+        backbone (`str`, *optional*): Where the backbone is now, when not where it was.
+
+    Attributes:
+        served ([`ContinualModel`]): The model of whoever has taught nothing: that of the key `""`.
+
+    Example:
+
+    ```py
+    >>> from hf_clpeft.demo.models import Models
+
+    >>> models = Models("hf-clpeft/s-lora-digits")
+    >>> models.after("", step=2).config.classes
+    ['0', '1', '2', '3']
+
+    ```
+    """
+
+    def __init__(self, source: str, revision: str | None = None, backbone: str | None = None):
+        self.source, self.revision, self.backbone = source, revision, backbone
+        self.served = ContinualModel.from_pretrained(source, backbone=backbone, revision=revision)
+        self.batcher = Batcher()
+        self._kept: OrderedDict[tuple[str, int | None], ContinualModel] = OrderedDict()
+        self._home = TemporaryDirectory(prefix="hf-clpeft-")
+        self._folders: OrderedDict[str, Path] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def get(self, key: str) -> ContinualModel:
+        """A model by its key.
+
+        Raises:
+            [`PictureError`]: Nobody has it any more.
+        """
+        if not key:
+            return self.served
+        if key not in self._folders:
+            raise PictureError("The model you taught is no longer here, only its download is. Teach it once more.")
+        return self._keep((key, None), lambda: self.load(self._folders[key]))
+
+    def new_folder(self) -> Path:
+        """An empty folder for a model to be taught."""
+        return Path(mkdtemp(dir=self._home.name), "model")
+
+    def add(self, folder: Path) -> str:
+        """Takes a taught model in; its key, which nobody can guess, lets its owner use it."""
+        key = secrets.token_urlsafe(16)
+        with self._lock:
+            self._folders[key] = folder
+            gone = [self._folders.popitem(last=False) for _ in range(len(self._folders) - MOST_MODELS)]
+            self._kept = OrderedDict(item for item in self._kept.items() if item[0][0] not in dict(gone))
+        for _, old in gone:
+            shutil.rmtree(old.parent, ignore_errors=True)
+        return key
+
+    def folder(self, key: str) -> Path | None:
+        """Where a taught model is saved; `None` for the one that is served."""
+        return self._folders.get(key)
+
+    def load(self, source: str | Path, revision: str | None = None) -> ContinualModel:
+        """Loads a model onto the shared backbone."""
+        return self.batcher.run(
+            lambda: ContinualModel.from_pretrained(source, backbone=self.served.backbone, revision=revision)
+        )
+
+    def after(self, key: str, step: int) -> ContinualModel:
+        """A model as it was after so many tasks: from the task's tag on the Hub, else without the later tasks.
+
+        Raises:
+            [`ConfigError`]: There is no tag, and the tasks cannot be taken apart exactly.
+        """
+        model = self.get(key)
+        if not 1 <= step <= len(model.config.tasks):
+            raise ConfigError(
+                f"The model has learnt {len(model.config.tasks)} tasks; there is none after task {step}."
+            )
+        if step == len(model.config.tasks):
+            return model
+        return self._keep((key, step), lambda: self._past(key, model, step))
+
+    def _past(self, key: str, model: ContinualModel, step: int) -> ContinualModel:
+        tag = model.config.tasks[step - 1].name
+        if not key and tag in self._tags:
+            return self.load(self.source, revision=tag)
+        past = self.load(self._folders[key]) if key else self.load(self.source, self.revision)
+        for task in reversed(model.config.tasks[step:]):
+            past.remove(task.name)
+        return past
+
+    @cached_property
+    def _tags(self) -> list[str]:
+        from huggingface_hub import HfApi
+
+        if bundled_folder(self.source) is not None or Path(self.source).is_dir():
+            return []
+        try:
+            with explained("look at the tags of", self.source):
+                return [tag.name for tag in HfApi().list_repo_refs(self.source).tags]
+        except HubError:  # offline: the past can still be had by leaving later tasks out
+            return []
+
+    def _keep(self, name: tuple[str, int | None], make: Callable[[], ContinualModel]) -> ContinualModel:
+        with self._lock:
+            if name in self._kept:
+                self._kept.move_to_end(name)
+                return self._kept[name]
+        model = make()
+        with self._lock:
+            self._kept[name] = model
+            while len(self._kept) > MOST_MODELS:
+                self._kept.popitem(last=False)
+        return model

@@ -1,0 +1,177 @@
+"""A new task from a visitor's pictures: learnt on a model of its own, while the others go on being served."""
+
+import re
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import PIL.Image
+import torch
+from datasets import Dataset, DatasetDict
+
+from ..config import ConfigError
+from ..modeling import ContinualModel
+from ..progress import disable_progress_bars
+from ..streams import load_task
+from ..training import ContinualTrainer, ContinualTrainingArguments
+from .models import Models
+from .pictures import PictureError
+
+
+FEWEST, MOST_PICTURES, MOST_CLASSES, MOST_SECONDS = 3, 200, 20, 180
+EPOCHS, BATCH = 20, 16
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """What came of teaching.
+
+    Args:
+        key (`str`): Of the new model in [`Models`].
+        folder (`Path`): Where it is saved.
+        task (`str`): Name of the new task.
+        seconds (`float`): How long it took.
+        answers (`int`): Answers to old pictures that were compared.
+        unchanged (`int`): How many of them are the same, to the last bit.
+    """
+
+    key: str
+    folder: Path
+    task: str
+    seconds: float
+    answers: int
+    unchanged: int
+
+
+def sort_pictures(
+    name: str, uploads: Sequence[tuple[str, PIL.Image.Image | PictureError]], known: Sequence[str]
+) -> dict[str, list[PIL.Image.Image]]:
+    """Which class each uploaded picture is of: of the folder it lies in, or of the given name.
+
+    Args:
+        name (`str`): Class of the pictures that lie in no folder.
+        uploads (sequence): Path inside its archive or folder, and picture, of each; see [`read_uploads`].
+        known (sequence of `str`): Classes that the model knows.
+
+    Returns:
+        `dict[str, list[PIL.Image.Image]]`: Pictures by class.
+
+    Raises:
+        [`PictureError`]: A picture or a name cannot be used, or there are too few or too many.
+
+    Example:
+
+    ```py
+    >>> from PIL import Image
+    >>> from hf_clpeft.demo.teaching import sort_pictures
+
+    >>> pictures = [(f"pets/cat/{i}.png", Image.new("RGB", (8, 8))) for i in range(3)]
+    >>> list(sort_pictures("", pictures, known=["dog"]))
+    ['cat']
+
+    ```
+    """
+    classes: dict[str, list[PIL.Image.Image]] = {}
+    for path, picture in uploads:
+        if isinstance(picture, PictureError):
+            raise picture
+        label = " ".join((Path(path).parent.name or name).split())
+        classes.setdefault(label, []).append(picture)
+    if not classes:
+        raise PictureError(f"There is no picture yet: give {FEWEST} or more, about five is good.")
+    for label, pictures in classes.items():
+        if not re.fullmatch(r"[\w .,'()&+-]{1,40}", label):
+            raise PictureError(
+                "Give the class a name of 1 to 40 letters, digits or simple signs, or put the pictures into a folder "
+                "of that name."
+            )
+        if label in known:
+            raise PictureError(f"The model knows {label!r} already. Give the new class another name.")
+        if len(pictures) < FEWEST:
+            raise PictureError(f"{label!r} has {len(pictures)} pictures; give {FEWEST} or more, about five is good.")
+    count = sum(map(len, classes.values()))
+    if count > MOST_PICTURES or len(classes) > MOST_CLASSES:
+        raise PictureError(
+            f"These are {count} pictures of {len(classes)} classes; at most {MOST_PICTURES} of {MOST_CLASSES} can be "
+            "taught here at once. Take fewer, or train on your own machine with ContinualTrainer."
+        )
+    return classes
+
+
+def teach(
+    models: Models,
+    key: str,
+    classes: dict[str, list[PIL.Image.Image]],
+    old_pictures: Sequence[PIL.Image.Image] = (),
+    progress: Callable[[float, str], None] = lambda share, text: None,
+) -> Lesson:
+    """Learns one more task on a copy of a model.
+
+    Args:
+        models ([`Models`]): Where the model is, and where the new one goes.
+        key (`str`): Key of the model.
+        classes (`dict[str, list[PIL.Image.Image]]`): Pictures by class.
+        old_pictures (sequence of `PIL.Image.Image`): Pictures to compare answers on, before and after.
+        progress (callable): Told how far it is, from 0 to 1, and what is being done.
+
+    Returns:
+        [`Lesson`]
+
+    Raises:
+        [`PictureError`]: It takes longer than it may.
+        [`ConfigError`]: The method cannot learn such a task.
+    """
+    start = time.monotonic()
+    progress(0.0, "Loading the model")
+    disable_progress_bars()
+    old = models.get(key)
+    if old.config.method.experts != "per_task":
+        raise ConfigError(
+            f"{old.config.method.name} trains the same experts on every task, which would change old answers. A model "
+            "with an expert per task (s_lora, s_prompts) can be taught here."
+        )
+    # With a backbone of its own: an expert in training sits inside it.
+    model = ContinualModel.from_pretrained(
+        models.folder(key) or models.source,
+        backbone=models.backbone,
+        revision=None if key else models.revision,
+    )
+    folder = models.new_folder()
+    task = f"task-{len(model.config.tasks) + len(model.config.removed):03d}"
+
+    def on_step(step: int, steps: int) -> None:
+        if time.monotonic() - start > MOST_SECONDS:
+            raise PictureError(f"This takes longer than {MOST_SECONDS} seconds here. Give fewer pictures.")
+        progress(0.1 + 0.7 * step / steps, f"Training, step {step} of {steps}")
+
+    args = ContinualTrainingArguments(
+        str(folder), num_train_epochs=EPOCHS, train_batch_size=BATCH, eval_batch_size=BATCH, disable_tqdm=True
+    )
+    rows = {
+        "image": [picture for pictures in classes.values() for picture in pictures],
+        "label": [label for label, pictures in classes.items() for _ in pictures],
+    }
+    progress(0.1, "Reading the pictures")
+    data = DatasetDict(train=Dataset.from_dict(rows))
+    ContinualTrainer(model, args, on_step).learn(load_task(data, task, test_size=0))
+    progress(0.9, "Comparing old answers")
+    new_key = models.add(folder)
+    new = models.get(new_key)
+    _check_old_parts(models, old, new)
+    before, after = (models.batcher.predict(m, old_pictures) for m in (old, new))
+    unchanged = sum(was == now for was, now in zip(before, after, strict=True))
+    return Lesson(new_key, folder, task, time.monotonic() - start, len(before), unchanged)
+
+
+def _check_old_parts(models: Models, old: ContinualModel, new: ContinualModel) -> None:
+    """Old experts, prototypes and head rows must not have changed by a bit."""
+    count = len(old.router.prototypes)
+    same = torch.equal(new.router.prototypes[:count], old.router.prototypes)
+    for i in range(len(old.config.tasks)):
+        same &= torch.equal(new.heads.weights[i], old.heads.weights[i])
+        same &= torch.equal(new.heads.biases[i], old.heads.biases[i])
+    for was, now in models.batcher.run(lambda: list(zip(old.bank, new.bank, strict=False))):
+        same &= all(torch.equal(now.tensors[name], tensor) for name, tensor in was.tensors.items())
+    if not same:
+        raise RuntimeError("Teaching has changed an old expert, prototype or head row. This must not happen.")

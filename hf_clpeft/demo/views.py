@@ -1,0 +1,200 @@
+"""What a visitor sees of a prediction and of a model, as text, tables and points."""
+
+from collections.abc import Sequence
+from html import escape
+
+import numpy as np
+import PIL.Image
+import torch
+
+from ..modeling import ContinualModel
+from ..prediction import Prediction
+from ..report import StreamReport
+from .teaching import Lesson
+
+
+NONE = "none of my tasks"
+PICTURE = "your picture"
+PALETTE = ("#3b82f6", "#f59e0b", "#10b981", "#8b5cf6", "#06b6d4", "#84cc16", "#d946ef", "#a16207", "#64748b")
+
+
+def introduction(model: ContinualModel, source: str) -> str:
+    """The head of the page, as HTML."""
+    config = model.config
+    return (
+        '<div id="intro"><h1>Which expert takes your picture?</h1>'
+        f"<p>A frozen vision transformer has learnt {len(config.classes)} classes in {len(config.tasks)} tasks, one "
+        f"after another, with {escape(config.method.name)}: each task left a tiny expert behind, and every picture "
+        f"finds its own. <code>{escape(source)}</code></p></div>"
+    )
+
+
+def colours(model: ContinualModel) -> dict[str, str]:
+    """One colour for each expert's prototypes, and one that no expert has for the visitor's picture."""
+    names = dict.fromkeys(titles(model).values())
+    return {**{name: PALETTE[i % len(PALETTE)] for i, name in enumerate(names)}, PICTURE: "#ef4444"}
+
+
+def titles(model: ContinualModel) -> dict[str, str]:
+    """What to call each expert: its task's domain or classes, or the name of a pool's member."""
+    named = {task.name: task.title for task in model.config.tasks}
+    return {name: named.get(name, name) for name in model.bank.names}
+
+
+def verdict(prediction: Prediction, model: ContinualModel, reject_rate: float, chosen: bool = False) -> str:
+    """The answer in a few sentences, as HTML.
+
+    Args:
+        prediction ([`Prediction`]): With the distances of all experts.
+        model ([`ContinualModel`]): Whose answer it is.
+        reject_rate (`float`): What [`ContinualModel.predict`] was given.
+        chosen (`bool`, *optional*, defaults to `False`): Whether a visitor chose the expert.
+
+    Returns:
+        `str`: HTML, every name of a stranger escaped.
+    """
+    names = titles(model)
+    label = escape(prediction.label if prediction.label is not None else NONE)
+    score = "" if prediction.label is None else f"<small>{100 * prediction.score:.0f} %</small>"
+    sentences = [f"Judged by the expert of <b>{escape(names[prediction.expert])}</b>."]
+    distances = list(prediction.experts.values())
+    nearest = next(iter(prediction.experts))
+    if chosen and nearest != prediction.expert:
+        sentences.append(f"Its own route leads to {escape(names[nearest])}.")
+    elif len(distances) > 1 and distances[1] > 0:
+        margin = 1 - distances[0] / distances[1]
+        sure = "clear" if margin >= 0.2 else "a close call" if margin < 0.05 else "fairly clear"
+        sentences.append(
+            f"The route is {sure}: the nearest prototype is {100 * margin:.0f} % nearer than any other task's."
+        )
+    if prediction.typicality is not None:
+        share = f"{100 * prediction.typicality:.0f} %" if prediction.typicality else "Under 1 %"
+        sentences.append(f"{share} of a task's own pictures lie as far from its prototypes as this one, or farther.")
+    if prediction.label is None:
+        sentences.append(
+            f"That is less than {100 * reject_rate:.0f} %, so it is taken for something never learnt; the likeliest "
+            f"class would have been {escape(next(iter(prediction.classes)))}."
+        )
+    return f'<div class="verdict"><b>{label}</b> {score}</div><p>{" ".join(sentences)}</p>'
+
+
+def distance_rows(prediction: Prediction, model: ContinualModel) -> list[list]:
+    """Every expert in the order in which it was learnt, its distance, and which part it played."""
+    names = titles(model)
+    return [
+        [names[name], prediction.experts[name], "chosen" if name == prediction.expert else "others"]
+        for name in model.bank.names
+        if name in prediction.experts
+    ]
+
+
+def heat_table(values: np.ndarray, rows: Sequence[str], columns: Sequence[str], corner: str) -> str:
+    """A table whose cells are the fuller, the nearer to 1, in the colours of the page.
+
+    Args:
+        values (array of shape `(rows, columns)`): In [0, 1]; NaN stays empty.
+        rows (sequence of `str`): Their titles.
+        columns (sequence of `str`): Theirs.
+        corner (`str`): What both are.
+
+    Returns:
+        `str`: HTML, every title escaped.
+
+    Example:
+
+    ```py
+    >>> import numpy as np
+    >>> from hf_clpeft.demo.views import heat_table
+
+    >>> "<td style='--v:75'>75</td>" in heat_table(np.array([[0.75]]), ["<b>"], ["cats"], "after")
+    True
+
+    ```
+    """
+    head = "".join(f"<th>{escape(text)}</th>" for text in columns)
+    body = "".join(
+        f"<tr><th>{escape(text)}</th>"
+        + "".join("<td></td>" if np.isnan(v) else f"<td style='--v:{100 * v:.0f}'>{100 * v:.0f}</td>" for v in row)
+        + "</tr>"
+        for text, row in zip(rows, values, strict=True)
+    )
+    return f'<div class="heat"><table><tr><th>{escape(corner)}</th>{head}</tr>{body}</table></div>'
+
+
+def accuracy_table(report: StreamReport | None, step: int) -> str:
+    """The accuracy matrix up to a task."""
+    if report is None or not report.tasks:
+        return "<p>Nothing was measured while this model learnt.</p>"
+    matrix = np.array(report.accuracy_matrix, dtype=float)[:step, :step]
+    return heat_table(matrix, report.titles[:step], report.titles[:step], "after \\ on, %")
+
+
+def routing_table(report: StreamReport | None) -> str:
+    """Which expert the test images of each task went to, after the last task that was measured."""
+    if report is None or not np.any(report.routing_confusion):
+        return "<p>Routing was not measured for this model.</p>"
+    confusion = np.array(report.routing_confusion, dtype=float)
+    sums = confusion.sum(axis=1, keepdims=True)
+    share = np.divide(confusion, sums, out=np.full_like(confusion, np.nan), where=sums > 0)
+    return heat_table(share, report.titles, report.experts, "of \\ to, %")
+
+
+def prototype_rows(model: ContinualModel, query: torch.Tensor | None = None) -> list[list]:
+    """The prototypes on the plane in which they spread most (PCA), and a picture's query features among them.
+
+    Args:
+        model ([`ContinualModel`]): With prototypes, or with the keys of a pool.
+        query (`torch.Tensor` of shape `(1, hidden_size)`, *optional*): Of the picture.
+
+    Returns:
+        `list[list]`: x, y and owner of each point.
+    """
+    names = list(titles(model).values())
+    if model.config.method.experts == "pool":
+        points, owners = torch.nn.functional.normalize(model.router.keys, dim=-1), names
+    else:
+        points, owners = model.router.prototypes, [names[owner] for owner in model.router.owners.tolist()]
+    if len(points) < 2:
+        return []
+    points = points.detach().float().cpu().numpy()
+    centre = points.mean(axis=0)
+    _, _, axes = np.linalg.svd(points - centre, full_matrices=False)
+    axes = axes[:2] * np.sign(axes[:2].sum(axis=1, keepdims=True))  # else a point more could mirror the map
+    if query is not None:
+        points = np.concatenate([points, torch.nn.functional.normalize(query, dim=-1).float().cpu().numpy()])
+        owners = [*owners, PICTURE]
+    plane = (points - centre) @ axes.T
+    return [[float(x), float(y), owner] for (x, y), owner in zip(plane, owners, strict=True)]
+
+
+def query_of(model: ContinualModel, image: PIL.Image.Image) -> torch.Tensor:
+    """Query features of one picture, of shape `(1, hidden_size)`."""
+    pixels = torch.from_numpy(model.backbone.transform.resize([image])).to(model.device)
+    with torch.no_grad():
+        return model.query_features(model.backbone.transform.normalize(pixels))
+
+
+def learnt(model: ContinualModel, step: int) -> str:
+    """What a model had learnt after so many tasks, as HTML."""
+    tasks = model.config.tasks
+    items = "".join(
+        f"<li{'' if i < step else ' class=later'}><b>{escape(task.name)}</b> {escape(task.title)}"
+        f"{f' · {task.num_train_images} pictures' if task.num_train_images else ''}</li>"
+        for i, task in enumerate(tasks)
+    )
+    return f'<p>After task {step} of {len(tasks)}:</p><ol class="tasks">{items}</ol>'
+
+
+def lesson(found: Lesson, classes: dict[str, list]) -> str:
+    """What came of teaching, as HTML."""
+    names = ", ".join(f"<b>{escape(label)}</b> ({len(pictures)} pictures)" for label, pictures in classes.items())
+    text = f"<p>Learnt {names} as {found.task} in {found.seconds:.0f} seconds. "
+    text += "Old experts, prototypes and head rows are the same to the last bit. "
+    if found.answers:
+        text += f"{found.unchanged} of {found.answers} answers to the example pictures are, too. "
+    return text + "From now on your answers come from your own model; nobody else sees it.</p>"
+
+
+def link(url: str) -> str:
+    """An address of the Hub, as HTML."""
+    return f'<p>Pushed: <a href="{escape(url)}" target="_blank" rel="noopener">{escape(url)}</a></p>'
