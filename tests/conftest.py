@@ -20,6 +20,7 @@ os.environ.update(
     HF_ENDPOINT=HUB.url,
     HF_HUB_DISABLE_XET="1",  # the server speaks LFS
     HF_HUB_OFFLINE="0",
+    HF_HUB_DISABLE_TELEMETRY="1",
     HF_UPDATE_DOWNLOAD_COUNTS="0",
     HF_HOME=_until_exit.enter_context(tempfile.TemporaryDirectory()),  # nobody's cache, nobody's token
 )
@@ -151,3 +152,46 @@ def learnt(request, tmp_path_factory):
     trainer.stream = load_benchmark("digits", max_train_samples_per_task=96, max_test_samples_per_task=24)[:3]
     trainer.learn_stream(trainer.stream)
     return trainer
+
+
+@pytest.fixture(scope="session")
+def page():
+    """The demo of the bundled digits, served on this machine; also checks that nobody else was asked for anything."""
+    import socket
+
+    from hf_clpeft.bundled import DIGITS_MODEL
+    from hf_clpeft.demo import LAUNCH, build_demo
+
+    outside, connect = [], socket.socket.connect
+
+    def watched(self, address):
+        if isinstance(address, tuple) and address[0] not in ("127.0.0.1", "::1", "localhost"):
+            outside.append(address)
+        return connect(self, address)
+
+    socket.socket.connect = watched
+    demo = build_demo(DIGITS_MODEL, teaching=True)
+    demo.launch(prevent_thread_lock=True, quiet=True, **LAUNCH)
+    yield demo.local_url
+    demo.close()
+    socket.socket.connect = connect
+    assert not outside
+
+
+@pytest.fixture(scope="session")
+def letters(tmp_path_factory):
+    """Paths of eight scans of the letter A, each in another face, and of one X."""
+    import matplotlib
+    from PIL import ImageDraw, ImageFont
+
+    from hf_clpeft.demo.drawing import scan
+
+    faces = "Sans Sans-Bold SansMono Sans-Oblique Serif SansMono-Bold Serif-Bold SansMono-Oblique".split()
+    folder, paths = tmp_path_factory.mktemp("letters"), []
+    for letter, face in [*(("A", face) for face in faces), ("X", "Sans")]:
+        font = ImageFont.truetype(f"{matplotlib.get_data_path()}/fonts/ttf/DejaVu{face}.ttf", 200)
+        drawing = PILImage.new("RGB", (280, 280), "white")
+        ImageDraw.Draw(drawing).text((140, 140), letter, fill="black", font=font, anchor="mm")
+        paths.append(folder / f"{letter}-{face}.png")
+        scan(drawing).save(paths[-1])
+    return paths

@@ -26,6 +26,7 @@ LAUNCH = {
     "run_history": False,
     "max_file_size": LARGEST_ARCHIVE,
     "max_threads": VISITORS,
+    "state_session_capacity": 4 * VISITORS,
     "app_kwargs": {"middleware": [Middleware(NeverFetch)]},
 }
 

@@ -82,7 +82,7 @@ class Handlers:
         return (
             views.verdict(found, model, self.reject_rate, chosen="expert" in options),
             details["classes"],
-            pd.DataFrame(views.distance_rows(found, model), columns=["expert", "distance", "part"]),
+            views.distance_bars(found, model),
             details,
         )
 
@@ -152,7 +152,7 @@ class Handlers:
         """The model as it was after a task: what it could do, where its prototypes lie, what it would have answered.
 
         Args:
-            step: After how many tasks; 0 for all.
+            step: After how many tasks.
             picture: A picture to answer as of then, and to put on the map; optional.
             key: Of a model that you taught; empty for the one that is served.
 
@@ -161,7 +161,7 @@ class Handlers:
             answer to the picture.
         """
         now = self.models.get(key)
-        step = int(step) or len(now.config.tasks)
+        step = int(step)
         model, query, answer = self.models.after(key, step), None, None
         if picture:
             image = open_picture(picture)
@@ -172,7 +172,7 @@ class Handlers:
             views.learnt(now, step),
             views.accuracy_table(now.report, step),
             views.routing_table(now.report),
-            pd.DataFrame(views.prototype_rows(model, query), columns=["x", "y", "prototypes of"]),
+            views.prototype_points(model, query),
             answer,
         )
 

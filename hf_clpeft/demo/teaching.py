@@ -20,7 +20,8 @@ from .pictures import PictureError
 
 
 FEWEST, MOST_PICTURES, MOST_CLASSES, MOST_SECONDS = 3, 200, 20, 180
-EPOCHS, BATCH = 20, 16
+STEPS, MOST_EPOCHS, BATCH = 100, 60, 16
+HEAD_LEARNING_RATE = 1e-2  # of a new row, which must win over those of old tasks within few steps
 
 
 @dataclass(frozen=True)
@@ -146,7 +147,12 @@ def teach(
         progress(0.1 + 0.7 * step / steps, f"Training, step {step} of {steps}")
 
     args = ContinualTrainingArguments(
-        str(folder), num_train_epochs=EPOCHS, train_batch_size=BATCH, eval_batch_size=BATCH, disable_tqdm=True
+        str(folder),
+        num_train_epochs=min(MOST_EPOCHS, -(-STEPS * BATCH // sum(map(len, classes.values())))),
+        train_batch_size=BATCH,
+        eval_batch_size=BATCH,
+        head_learning_rate=HEAD_LEARNING_RATE,
+        disable_tqdm=True,
     )
     rows = {
         "image": [picture for pictures in classes.values() for picture in pictures],

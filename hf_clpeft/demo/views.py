@@ -78,14 +78,20 @@ def verdict(prediction: Prediction, model: ContinualModel, reject_rate: float, c
     return f'<div class="verdict"><b>{label}</b> {score}</div><p>{" ".join(sentences)}</p>'
 
 
-def distance_rows(prediction: Prediction, model: ContinualModel) -> list[list]:
-    """Every expert in the order in which it was learnt, its distance, and which part it played."""
+def distance_bars(prediction: Prediction, model: ContinualModel) -> dict:
+    """Every expert in the order in which it was learnt, its distance, and which part it played, for a bar plot."""
     names = titles(model)
-    return [
+    rows = [
         [names[name], prediction.experts[name], "chosen" if name == prediction.expert else "others"]
         for name in model.bank.names
         if name in prediction.experts
     ]
+    return _plot({"expert": "nominal", "distance": "quantitative", "part": "nominal"}, rows, "bar")
+
+
+def _plot(columns: dict[str, str], rows: list[list], mark: str) -> dict:
+    """What gradio makes of a pandas frame for its plots, without pandas, which takes longer than the model does."""
+    return {"columns": list(columns), "data": rows, "datatypes": columns, "mark": mark}
 
 
 def heat_table(values: np.ndarray, rows: Sequence[str], columns: Sequence[str], corner: str) -> str:
@@ -139,7 +145,7 @@ def routing_table(report: StreamReport | None) -> str:
     return heat_table(share, report.titles, report.experts, "of \\ to, %")
 
 
-def prototype_rows(model: ContinualModel, query: torch.Tensor | None = None) -> list[list]:
+def prototype_points(model: ContinualModel, query: torch.Tensor | None = None) -> dict | None:
     """The prototypes on the plane in which they spread most (PCA), and a picture's query features among them.
 
     Args:
@@ -147,7 +153,7 @@ def prototype_rows(model: ContinualModel, query: torch.Tensor | None = None) -> 
         query (`torch.Tensor` of shape `(1, hidden_size)`, *optional*): Of the picture.
 
     Returns:
-        `list[list]`: x, y and owner of each point.
+        `dict` for a scatter plot with x, y and owner of each point; `None` if there are too few.
     """
     names = list(titles(model).values())
     if model.config.method.experts == "pool":
@@ -155,7 +161,7 @@ def prototype_rows(model: ContinualModel, query: torch.Tensor | None = None) -> 
     else:
         points, owners = model.router.prototypes, [names[owner] for owner in model.router.owners.tolist()]
     if len(points) < 2:
-        return []
+        return None
     points = points.detach().float().cpu().numpy()
     centre = points.mean(axis=0)
     _, _, axes = np.linalg.svd(points - centre, full_matrices=False)
@@ -164,7 +170,8 @@ def prototype_rows(model: ContinualModel, query: torch.Tensor | None = None) -> 
         points = np.concatenate([points, torch.nn.functional.normalize(query, dim=-1).float().cpu().numpy()])
         owners = [*owners, PICTURE]
     plane = (points - centre) @ axes.T
-    return [[float(x), float(y), owner] for (x, y), owner in zip(plane, owners, strict=True)]
+    rows = [[float(x), float(y), owner] for (x, y), owner in zip(plane, owners, strict=True)]
+    return _plot({"x": "quantitative", "y": "quantitative", "prototypes of": "nominal"}, rows, "point")
 
 
 def query_of(model: ContinualModel, image: PIL.Image.Image) -> torch.Tensor:

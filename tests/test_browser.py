@@ -1,0 +1,171 @@
+"""The demo as people meet it: in Chromium, on wide and narrow screens, light and dark, with the network closed."""
+
+import json
+import shutil
+import time
+from pathlib import Path
+
+import pytest
+
+from hf_clpeft.bundled import DIGITS_MODEL, bundled_folder
+
+
+CHROMIUM, DRIVER = shutil.which("chromium") or shutil.which("google-chrome"), shutil.which("chromedriver")
+pytestmark = pytest.mark.skipif(not (CHROMIUM and DRIVER), reason="needs Chromium and its driver")
+
+EXAMPLES = bundled_folder(DIGITS_MODEL) / "examples"
+FLAGS = """
+    --headless=new --no-sandbox --disable-gpu --enable-unsafe-swiftshader --no-first-run --disable-quic
+    --disable-background-networking --disable-component-update --disable-sync
+""".split()
+
+
+class Visitor:
+    """A browser with the words for what people do on the page."""
+
+    def __init__(self):
+        from selenium import webdriver
+
+        options = webdriver.ChromeOptions()
+        options.binary_location = CHROMIUM
+        for flag in FLAGS:
+            options.add_argument(flag)
+        options.set_capability("goog:loggingPrefs", {"performance": "ALL"})
+        self.driver = webdriver.Chrome(options, webdriver.ChromeService(DRIVER))
+
+    def open(self, page, width=1280, theme="light"):
+        metrics = {"width": width, "height": 1000, "deviceScaleFactor": 1, "mobile": width < 500}
+        self.driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
+        self.driver.get(f"{page}?__theme={theme}")
+        self.wait("#picture input[type=file]")
+
+    def wait(self, selector, text="", seconds=60):
+        """The first element of that kind with that text, as soon as there is one."""
+        from selenium.common.exceptions import StaleElementReferenceException
+
+        end = time.monotonic() + seconds
+        while time.monotonic() < end:
+            try:
+                for element in self.driver.find_elements("css selector", selector):
+                    if text in (element.text or element.get_attribute("textContent")):
+                        return element
+            except StaleElementReferenceException:
+                pass
+            time.sleep(0.1)
+        seen = [element.text for element in self.driver.find_elements("css selector", selector)]
+        raise AssertionError(f"no {selector} with {text!r} in {seconds} s, but {seen}")
+
+    def press(self, text, selector="button"):
+        end = time.monotonic() + 30
+        while time.monotonic() < end:
+            for button in self.driver.find_elements("css selector", selector):
+                if button.is_displayed() and button.text.strip().startswith(text):
+                    button.click()
+                    return
+            # on a narrow screen the last tabs are in a menu
+            for menu in self.driver.find_elements("css selector", ".overflow-menu > button"):
+                if selector == "button[role=tab]" and menu.is_displayed():
+                    menu.click()
+                    selector = "button"
+            time.sleep(0.2)
+        raise AssertionError(f"no button {text!r}")
+
+    def give(self, selector, *paths):
+        for old in self.driver.find_elements("css selector", f"{selector} button[aria-label='Remove Image']"):
+            old.click()
+        self.wait(f"{selector} input[type=file]").send_keys("\n".join(map(str, paths)))
+
+    def draw(self, *points):
+        from selenium.webdriver.common.action_chains import ActionChains
+
+        canvas = self.wait("#pad canvas")
+        time.sleep(2)  # the brush is taken once the canvas is there
+        stroke = ActionChains(self.driver, duration=30).move_to_element_with_offset(canvas, *points[0])
+        stroke.click_and_hold()
+        for (x, y), (next_x, next_y) in zip(points, points[1:], strict=False):
+            stroke.move_by_offset(next_x - x, next_y - y)
+        stroke.release().perform()
+
+    def overflow(self):
+        """How many pixels of the page cannot be seen without scrolling sideways."""
+        return self.driver.execute_script("return document.documentElement.scrollWidth - window.innerWidth")
+
+    def outside(self):
+        """Addresses asked for that are not on this machine."""
+        messages = (json.loads(entry["message"])["message"] for entry in self.driver.get_log("performance"))
+        urls = (m["params"]["request"]["url"] for m in messages if m["method"] == "Network.requestWillBeSent")
+        return [url for url in urls if not url.startswith(("http://127.0.0.1", "data:", "blob:"))]
+
+
+@pytest.fixture(scope="module")
+def visitor():
+    visitor = Visitor()
+    yield visitor
+    visitor.driver.quit()
+
+
+def test_an_uploaded_picture_finds_its_class_and_expert(page, visitor):
+    visitor.open(page)
+    visitor.give("#picture", EXAMPLES / "digit-7.png")
+    verdict = visitor.wait("#verdict", "7")
+    assert "expert of 6, 7" in verdict.text and "The route is" in verdict.text
+    assert visitor.wait("#distances svg")
+    assert not visitor.outside()
+
+
+def test_a_drawn_digit_is_read(page, visitor):
+    visitor.open(page)
+    visitor.press("Draw a digit")
+    visitor.draw((0, -80), (0, -40), (0, 0), (0, 40), (0, 80))
+    visitor.press("Which digit is it?")
+    assert "expert of 0, 1" in visitor.wait("#verdict .verdict ~ p", "expert").text
+    assert visitor.wait("#verdict .verdict").text.startswith("1")
+
+
+def test_the_slider_goes_back_in_time(page, visitor):
+    visitor.open(page)
+    visitor.give("#picture", EXAMPLES / "digit-7.png")
+    visitor.wait("#verdict", "7")
+    visitor.press("Look inside", "button[role=tab]")
+    visitor.wait("#tasks", "After task 5 of 5")
+    slider = visitor.wait("#step input[type=range]")
+    for _ in range(3):
+        slider.send_keys("\ue012")  # the left arrow
+    visitor.driver.execute_script("arguments[0].dispatchEvent(new Event('pointerup', {bubbles: true}))", slider)
+    visitor.wait("#tasks", "After task 2 of 5")
+    assert len(visitor.driver.find_elements("css selector", "#tasks .later")) == 3
+
+
+def test_a_class_taught_from_five_pictures_is_recognised(page, visitor, letters):
+    visitor.open(page)
+    visitor.press("Teach it", "button[role=tab]")
+    visitor.wait("#class-name textarea, #class-name input").send_keys("letter A")
+    visitor.give("#lessons", *letters[:5])
+    visitor.wait("#lessons", letters[4].name[:5])
+    visitor.press("Teach", "button.primary")
+    assert "10 of 10 answers" in visitor.wait("#outcome", "Learnt letter A").text
+    visitor.press("Try it", "button[role=tab]")
+    visitor.give("#picture", letters[6])
+    visitor.wait("#verdict", "letter A")
+    assert not visitor.outside()
+
+
+def test_what_is_no_picture_gets_a_friendly_word(page, visitor):
+    visitor.open(page)
+    Path("broken.png").write_bytes(b"nothing of the kind")
+    visitor.give("#picture", Path("broken.png").absolute())
+    visitor.wait("[data-testid=toast-text]", "broken.png is no picture")
+
+
+@pytest.mark.parametrize("theme", ["light", "dark"])
+@pytest.mark.parametrize("width", [1280, 390])
+def test_everything_fits_on_the_screen(page, visitor, width, theme):
+    visitor.open(page, width, theme)
+    visitor.give("#picture", EXAMPLES / "digit-7.png")
+    visitor.wait("#verdict", "7")
+    for tab in ("Try it", "Many pictures", "Look inside", "Teach it"):
+        visitor.press(tab, "button[role=tab]")
+        if tab == "Look inside":
+            visitor.wait("#tasks", "After task")
+        time.sleep(0.5)
+        assert visitor.overflow() <= 0, tab

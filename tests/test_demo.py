@@ -1,0 +1,327 @@
+"""The demo's endpoints, called as strangers call them."""
+
+import json
+import shutil
+import threading
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import make_trainer, pattern_dataset
+from gradio_client import Client, handle_file
+from gradio_client.exceptions import AppError
+from PIL import Image, ImageDraw
+from test_pictures import KINDS, NOISE, archive_of, encode, forged_png
+
+from hf_clpeft import ConfigError, ContinualModel, TaskStream, s_lora
+from hf_clpeft.bundled import DIGITS_MODEL, bundled_folder
+from hf_clpeft.demo.app import build_demo
+from hf_clpeft.demo.batching import Batcher
+from hf_clpeft.demo.handlers import Handlers
+from hf_clpeft.demo.models import Models
+from hf_clpeft.demo.pictures import PictureError
+from hf_clpeft.demo.teaching import sort_pictures
+
+
+EXAMPLES = sorted((bundled_folder(DIGITS_MODEL) / "examples").glob("*.png"))
+SEVEN = EXAMPLES[7]
+
+
+@pytest.fixture(scope="module")
+def digits():
+    return ContinualModel.from_pretrained(DIGITS_MODEL)
+
+
+@pytest.fixture(scope="module")
+def client(page):
+    # Without TLS to speak, its client need not load certificates for every request.
+    return Client(page, verbose=False, ssl_verify=False)
+
+
+@pytest.fixture
+def ask(client):
+    """Calls an endpoint; paths become uploads."""
+
+    def call(endpoint, *arguments):
+        def upload(value):
+            if isinstance(value, Path):
+                return handle_file(str(value))
+            return [upload(item) for item in value] if isinstance(value, list) else value
+
+        return client.predict(*map(upload, arguments), api_name=endpoint)
+
+    return call
+
+
+def test_every_function_has_an_endpoint_with_types_and_a_description(client):
+    endpoints = client.view_api(return_format="dict", print_info=False)["named_endpoints"]
+    names = {"predict", "scan_drawing", "predict_files", "look_inside", "teach", "add_drawing", "push"}
+    assert endpoints.keys() == {f"/{name}" for name in names}
+    for endpoint in endpoints.values():
+        assert len(endpoint["description"]) > 20
+        for parameter in endpoint["parameters"]:
+            assert parameter["label"] and parameter["python_type"]["type"]
+
+
+def test_an_answer_is_the_models_with_its_reasons(ask, digits):
+    verdict, likeliest, bars, details = ask("/predict", SEVEN, "nearest", "")
+    (found,) = digits.predict(SEVEN, top_k=5, reject_rate=0.05)
+    assert details == json.loads(json.dumps(vars(found)))
+    assert likeliest["label"] == "7" and len(likeliest["confidences"]) == 5
+    assert "<b>7</b>" in verdict and "expert of <b>6, 7</b>" in verdict
+    assert [row[0] for row in bars["data"]] == [task.title for task in digits.config.tasks]
+    assert [row[2] for row in bars["data"]].index("chosen") == 3
+
+
+def test_another_expert_can_be_chosen_by_hand(ask, digits):
+    verdict, _, _, details = ask("/predict", SEVEN, "task-000", "")
+    assert details["expert"] == "task-000" and "Its own route leads to 6, 7." in verdict
+    with pytest.raises(AppError, match="not one of task-000"):
+        ask("/predict", SEVEN, "task-777", "")
+
+
+def test_what_is_no_digit_is_of_no_task(ask, letters):
+    verdict, _, _, details = ask("/predict", letters[-1], "nearest", "")
+    assert details["label"] is None and "none of my tasks" in verdict
+
+
+def test_a_drawing_is_scanned_like_the_training_data(ask):
+    drawing = Image.new("RGB", (280, 280), "white")
+    ImageDraw.Draw(drawing).line([(140, 60), (140, 220)], fill="black", width=30)
+    drawing.save("one.png")
+    picture = ask("/scan_drawing", {"background": None, "layers": [], "composite": handle_file("one.png")})
+    assert ask("/predict", Path(picture), "nearest", "")[3]["label"] == "1"
+    Image.new("RGB", (280, 280), "white").save("nothing.png")
+    with pytest.raises(AppError, match="nothing on the canvas"):
+        ask("/scan_drawing", {"background": None, "layers": [], "composite": handle_file("nothing.png")})
+
+
+def test_many_pictures_give_a_table_with_problems_in_their_rows(ask):
+    archive_of({**{f"digits/{p.name}": p.read_bytes() for p in EXAMPLES}, "notes.txt": b"nothing"}, "all.zip")
+    table, sheet = ask("/predict_files", [Path("all.zip"), SEVEN], "")
+    answers = {row[0]: row[1] for row in table["data"]}
+    assert answers["digits/digit-3.png"] == "3" and answers["digit-7.png"] == "7" and len(table["data"]) == 12
+    problems = [row for row in table["data"] if row[-1]]
+    assert len(problems) == 1 and "notes.txt is no picture" in problems[0][-1]
+    assert Path(sheet).read_text().splitlines()[0] == "picture,answer,score,expert,distance,typicality,problem"
+
+
+def test_the_model_can_be_seen_as_it_was_after_each_task(ask):
+    learnt, matrix, routing, points, answer = ask("/look_inside", 2, SEVEN, "")
+    assert learnt.count("class=later") == 3 and matrix.count("<td") == 4 and routing.count("<td") == 25
+    assert {row[2] for row in points["data"]} == {"0, 1", "2, 3", "your picture"}
+    assert answer["label"] != "7" and not ask("/look_inside", 5, None, "")[4]
+
+
+def test_a_taught_class_is_recognised_and_every_old_answer_stays(ask, letters, digits):
+    outcome, key, archive = ask("/teach", "letter A", list(letters[:5]), "")
+    assert "Learnt <b>letter A</b> (5 pictures) as task-005" in outcome and "10 of 10 answers" in outcome
+    for letter in letters[5:8]:
+        assert ask("/predict", letter, "nearest", key)[3]["label"] == "letter A"
+        assert ask("/predict", letter, "nearest", "")[3]["label"] != "letter A"  # nobody else's model has changed
+    shutil.unpack_archive(archive, "taught")
+    taught = ContinualModel.from_pretrained("taught")
+    assert taught.predict(EXAMPLES) == digits.predict(EXAMPLES)
+    assert taught.config.classes[-1] == "letter A"
+    with pytest.raises(AppError, match="knows 'letter A' already"):
+        ask("/teach", "letter A", list(letters[:5]), key)
+    outcome, _, _ = ask("/teach", "letter X", [letters[8]] * 3, key)
+    assert "task-006" in outcome
+
+
+def test_folders_in_an_archive_are_classes_that_are_trained(ask, letters):
+    members = {f"set/{'A' if 'A-' in p.name else 'X'}/{i}.png": p.read_bytes() for i, p in enumerate(letters)}
+    archive_of(members | {f"set/X/{i}.png": letters[8].read_bytes() for i in range(20, 22)}, "letters.zip")
+    outcome, key, _ = ask("/teach", "", [Path("letters.zip")], "")
+    assert "<b>A</b> (8 pictures), <b>X</b> (3 pictures)" in outcome
+    assert ask("/predict", letters[8], "nearest", key)[3]["label"] == "X"
+
+
+def test_a_taught_model_is_pushed_with_the_visitors_own_token_only(ask, letters, hub, monkeypatch):
+    _, key, _ = ask("/teach", "letter A", list(letters[:3]), "")
+    monkeypatch.setenv("HF_TOKEN", "hf_bob")  # of whoever runs the server
+    for token, key_, message in (("", key, "your own token"), ("hf_alice", "", "Teach a class first")):
+        with pytest.raises(AppError, match=message):
+            ask("/push", "alice/letters", token, key_)
+    with pytest.raises(AppError) as refused:
+        ask("/push", "alice/letters", "hf_wrong", key)
+    assert "hf_wrong" not in str(refused.value)
+    assert "alice/letters" in ask("/push", "alice/letters", "hf_alice", key)
+    assert ContinualModel.from_pretrained("alice/letters").config.classes[-1] == "letter A"
+
+
+def pictures(count, folder=""):
+    return [(f"{folder}{i}.png", Image.new("RGB", (8, 8))) for i in range(count)]
+
+
+@pytest.mark.parametrize(
+    "name, uploads, message",
+    [
+        ("cat", [], "no picture yet"),
+        ("cat", pictures(2), "'cat' has 2 pictures; give 3 or more"),
+        ("", pictures(3), "a name of 1 to 40 letters"),
+        ("<script>", pictures(3), "a name of 1 to 40 letters"),
+        ("7", pictures(3), "knows '7' already"),
+        ("cat", pictures(201), "at most 200"),
+        ("", [item for i in range(21) for item in pictures(3, f"class {i}/")], "63 pictures of 21 classes"),
+        ("cat", [*pictures(3), ("x.svg", PictureError("x.svg is an SVG drawing"))], "SVG drawing"),
+    ],
+)
+def test_what_cannot_be_taught_says_why(name, uploads, message):
+    with pytest.raises(PictureError, match=message):
+        sort_pictures(name, uploads, known=["7"])
+
+
+def test_teaching_is_off_unless_it_is_allowed():
+    named = {function.api_name for function in build_demo(DIGITS_MODEL).fns.values()}
+    assert "predict" in named and not named & {"teach", "push", "add_drawing"}
+
+
+PICTURES = {
+    "animated GIF": KINDS["animated GIF"][0],
+    "16-bit": encode(Image.fromarray(np.full((16, 16), 40_000, dtype=np.uint16)), "PNG"),
+    "CMYK": KINDS["CMYK"][0],
+    "palette with alpha": KINDS["clear palette"][0],
+}
+NO_PICTURES = {
+    "no image": b"nothing of the kind",
+    "truncated": encode(NOISE, "PNG")[:400],
+    "1 x 1": encode(Image.new("RGB", (1, 1)), "PNG"),
+    "bomb": forged_png(20_000, 20_000),
+    "SVG": b"<svg xmlns='http://www.w3.org/2000/svg'></svg>",
+}
+
+
+@pytest.mark.parametrize("name", PICTURES)
+def test_unusual_pictures_are_answered(ask, name):
+    Path("upload.png").write_bytes(PICTURES[name])
+    assert ask("/predict", Path("upload.png"), "nearest", "")[3]["expert"].startswith("task-")
+
+
+def test_a_turned_photo_is_answered_as_if_it_were_upright(ask):
+    Image.open(SEVEN).convert("RGB").resize((64, 64)).rotate(90).save("up.png")
+    turned = Image.open("up.png").rotate(-90)
+    exif = Image.Exif()
+    exif[274] = 8  # to be turned by 90 degrees
+    turned.save("turned.png", exif=exif)
+    upright, found = (ask("/predict", Path(name), "nearest", "")[3] for name in ("up.png", "turned.png"))
+    assert upright == found
+
+
+@pytest.mark.parametrize("name", NO_PICTURES)
+@pytest.mark.parametrize("suffix", [".png", ".svg"])
+def test_hostile_uploads_get_a_friendly_answer_and_the_server_lives(ask, name, suffix):
+    Path(f"upload{suffix}").write_bytes(NO_PICTURES[name])
+    with pytest.raises(AppError, match=r"upload\.(png|svg) .*; (save|make|choose)"):
+        ask("/predict", Path(f"upload{suffix}"), "nearest", "")
+    assert ask("/predict", SEVEN, "nearest", "")[3]["label"] == "7"
+
+
+def test_hostile_archives_get_a_friendly_answer_and_the_server_lives(ask):
+    archive_of({"../../evil.png": encode(NOISE, "PNG")}, "outside.zip")
+    archive_of({f"{i}.png": bytes(19 * 2**20) for i in range(12)}, "bomb.zip")
+    for name, message in (("outside.zip", "outside of the archive"), ("bomb.zip", "unpacks to more than")):
+        with pytest.raises(AppError, match=message):
+            ask("/predict_files", [Path(name)], "")
+    assert ask("/predict", SEVEN, "nearest", "")[3]["label"] == "7"
+
+
+@pytest.mark.parametrize(
+    "payload",
+    [
+        {"path": "/etc/passwd"},
+        {"path": "/etc/passwd", "orig_name": "x.svg"},
+        {"path": "https://example.org/x.png", "meta": {"_type": "gradio.FileData"}},
+        {"url": "https://example.org/x.png", "meta": {"_type": "gradio.FileData"}},
+    ],
+)
+def test_no_request_makes_the_server_read_or_fetch_what_was_not_uploaded(page, payload):
+    def post(path, values):
+        request = urllib.request.Request(
+            page + path, json.dumps(values).encode(), {"Content-Type": "application/json"}
+        )
+        return json.load(urllib.request.urlopen(request, timeout=60))
+
+    event = post("gradio_api/call/predict", {"data": [payload, "nearest", ""]})["event_id"]
+    answer = urllib.request.urlopen(f"{page}gradio_api/call/predict/{event}", timeout=60).read().decode()
+    assert "event: error" in answer and "root:" not in answer
+    with pytest.raises(urllib.error.HTTPError, match="403"):
+        urllib.request.urlopen(f"{page}gradio_api/file=https://example.org/x.png", timeout=60)
+
+
+def test_concurrent_visitors_get_their_own_answers(page):
+    wrong = []
+
+    def visit(number):
+        visitor = Client(page, verbose=False, ssl_verify=False)
+        for turn in range(5):
+            digit = (7 * number + 3 * turn) % 10
+            found = visitor.predict(handle_file(str(EXAMPLES[digit])), "nearest", "", api_name="/predict")[3]
+            if found["label"] != str(digit):
+                wrong.append((number, digit, found))
+
+    visitors = [threading.Thread(target=visit, args=(number,)) for number in range(12)]
+    for visitor in visitors:
+        visitor.start()
+    for visitor in visitors:
+        visitor.join()
+    assert not wrong
+
+
+def test_visitors_with_different_models_and_wishes_share_the_batcher(digits):
+    batcher, image = Batcher(), Image.open(SEVEN).convert("RGB")
+    (alone,), (other,) = digits.predict(image, top_k=2), digits.predict(image, expert="task-000")
+    broken = ContinualModel.from_backbone("hf-clpeft/vit-tiny-glyphs", s_lora())
+    results = {}
+
+    def visit(number):
+        try:
+            if number % 3 == 0:
+                results[number] = batcher.predict(broken, [image])
+            else:
+                options = {"top_k": 2} if number % 3 == 1 else {"expert": "task-000"}
+                results[number] = batcher.predict(digits, [image] * 2, **options)
+        except RuntimeError as error:
+            results[number] = str(error)
+
+    visitors = [threading.Thread(target=visit, args=(number,)) for number in range(24)]
+    for visitor in visitors:
+        visitor.start()
+    for visitor in visitors:
+        visitor.join()
+    for number, found in results.items():
+        if number % 3 == 0:
+            assert "learnt no task yet" in found
+        else:
+            expected = alone if number % 3 == 1 else other
+            assert [(p.label, p.expert, list(p.classes)) for p in found] == [
+                (expected.label, expected.expert, list(expected.classes))
+            ] * 2
+
+
+def test_the_past_of_a_model_on_the_hub_comes_from_its_tags(hub):
+    stream = TaskStream.class_incremental(pattern_dataset(6), num_tasks=3)
+    options = {"push_to_hub": True, "hub_model_id": "alice/model", "hub_token": "hf_alice", "num_train_epochs": 1}
+    make_trainer(s_lora(k=1), **options).learn_stream(stream)
+    models = Models("alice/model")
+    past, pulled = models.after("", 2), ContinualModel.from_pretrained("alice/model", revision="task-001")
+    models._tags = []  # as without a network
+    without = models._past("", models.served, 2)
+    pixels = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected = pulled(pixels).logits
+        assert torch.equal(past(pixels).logits, expected) and torch.equal(without(pixels).logits, expected)
+    with pytest.raises(ConfigError, match="none after task 4"):
+        models.after("", 4)
+
+
+@pytest.mark.parametrize("learnt", ["l2p"], indirect=True)
+def test_a_pool_can_be_shown_too(learnt):
+    handlers = Handlers(Models(learnt.args.output_dir))
+    verdict, _, bars, details = handlers.predict(str(SEVEN))
+    assert details["label"] in learnt.model.config.classes and len(bars["data"]) == 10 and "expert of" in verdict
+    assert handlers.look_inside(3, str(SEVEN))[3]["data"][-1][2] == "your picture"
+    build_demo(learnt.args.output_dir, teaching=True)
