@@ -1,4 +1,4 @@
-"""The page: what is where, and which method of [`Handlers`] answers which click."""
+"""The page: what is where, and which method of [`Handlers`] answers which click. One function for each tab."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,7 +9,7 @@ from starlette.middleware import Middleware
 from ..bundled import DIGITS_MODEL, bundled_folder
 from ..modeling import ContinualModel
 from . import views
-from .components import Files, NeverFetch, Picture, canvas, take_brush
+from .components import Files, Folder, NeverFetch, Picture, canvas, take_brush, textbox
 from .handlers import NEAREST, TABLE, Handlers
 from .models import Models
 from .pictures import FORMATS, LARGEST_ARCHIVE
@@ -18,6 +18,7 @@ from .teaching import FEWEST
 
 FILE_TYPES = [f".{name.lower()}" for name in (*FORMATS, "JPG", "TIF", "ZIP")]
 VISITORS = 64  # whose requests are answered at the same time
+SHARED = {"concurrency_limit": VISITORS}
 SYSTEM_FONTS = ("ui-sans-serif", "system-ui", "sans-serif")  # a page that asks nobody else for anything
 LAUNCH = {
     "theme": gr.themes.Soft(primary_hue="blue", font=SYSTEM_FONTS, font_mono=("ui-monospace", "monospace")),
@@ -29,6 +30,7 @@ LAUNCH = {
     "state_session_capacity": 4 * VISITORS,
     "app_kwargs": {"middleware": [Middleware(NeverFetch)]},
 }
+"""Keywords for `launch()`."""
 
 
 def build_demo(
@@ -53,6 +55,17 @@ def build_demo(
 
     Returns:
         `gradio.Blocks`
+
+    Example:
+
+    ```py
+    >>> from hf_clpeft.demo import LAUNCH, build_demo
+
+    >>> demo = build_demo("hf-clpeft/s-lora-digits", teaching=True)
+    >>> _ = demo.launch(prevent_thread_lock=True, quiet=True, **LAUNCH)
+    >>> demo.close(verbose=False)
+
+    ```
     """
     models = Models(source, revision, backbone)
     if drawing is None:
@@ -60,167 +73,178 @@ def build_demo(
     if examples is None:
         examples = sorted(Path(bundled_folder(source) or source, "examples").glob("*.*"))
     handlers = Handlers(models, examples)
-    steps = len(models.served.config.tasks)
     with gr.Blocks(title="Which expert?", analytics_enabled=False, delete_cache=(600, 3600)) as demo:
-        key = gr.Textbox("", visible=False, label="Key")
+        key = textbox("Key", example="", value="", visible=False)
         gr.HTML(views.introduction(models.served, source))
-
-        with gr.Tab("Try it"), gr.Row(equal_height=False):
-            with gr.Column(min_width=300):
-                picture = Picture(
-                    sources=["upload", "clipboard", "webcam"],
-                    label="Picture",
-                    height=280,
-                    format="png",
-                    buttons=["fullscreen"],
-                    elem_id="picture",
-                )
-                if drawing:
-                    with gr.Accordion("Draw a digit instead", open=False) as pad:
-                        drawn = canvas("pad")
-                        draw = gr.Button("Which digit is it?", variant="primary")
-                if examples:
-                    gr.Examples(
-                        [[str(path)] for path in examples], picture, label="Examples", api_visibility="private"
-                    )
-                expert = gr.Dropdown(
-                    _choices(models.served),
-                    value=NEAREST,
-                    label="Expert",
-                    info="Choose another one to see what it would have said.",
-                    allow_custom_value=True,  # experts that were taught later have no place in this list
-                )
-            with gr.Column(min_width=300):
-                answer = [
-                    gr.HTML(label="Verdict", elem_id="verdict", min_height=90),
-                    gr.Label(num_top_classes=5, label="Likeliest classes", show_heading=False),
-                    gr.BarPlot(
-                        x="expert",
-                        y="distance",
-                        color="part",
-                        color_map={"chosen": "#2563eb", "others": "#94a3b8"},
-                        colors_in_legend=[],
-                        x_title=" ",
-                        y_title=" ",
-                        y_lim=[0, 1.5],
-                        height=350,
-                        buttons=[],
-                        label="Distance to the nearest prototype of each task",
-                        elem_id="distances",
-                    ),
-                ]
-                with gr.Accordion("As JSON", open=False):
-                    answer.append(gr.JSON(label="Prediction", show_label=False))
-
+        with gr.Tab("Try it"):
+            picture, expert = _try_it(handlers, key, examples, drawing)
         with gr.Tab("Many pictures"):
-            files = gr.File(
-                file_count="multiple", file_types=FILE_TYPES, label="Pictures, or zip archives of pictures"
-            )
-            classify = gr.Button("Classify", variant="primary")
-            table = gr.Dataframe(headers=TABLE, label="Predictions", interactive=False, wrap=True)
-            sheet = gr.File(label="The same as CSV", interactive=False)
-
-        with gr.Tab("Look inside") as inside:
-            step = gr.Slider(
-                1, max(2, steps), value=steps, step=1, label="The model as it was after task", elem_id="step"
-            )
-            with gr.Row(equal_height=False):
-                with gr.Column(min_width=300):
-                    learnt = gr.HTML(label="Tasks", elem_id="tasks")
-                    past_answer = gr.Label(label="Its answer to your picture", num_top_classes=3, show_heading=True)
-                plane = gr.ScatterPlot(
-                    x="x",
-                    y="y",
-                    color="prototypes of",
-                    x_title=" ",
-                    y_title=" ",
-                    tooltip=["prototypes of"],
-                    height=500,
-                    buttons=[],
-                    min_width=300,
-                    scale=2,
-                    label="Prototypes, on the plane in which they spread most",
-                    color_map=views.colours(models.served),
-                    elem_id="plane",
+            _many_pictures(handlers, key)
+        with gr.Tab("Look inside") as tab:
+            step, plane = _look_inside(handlers, key, picture, tab)
+        if teaching:
+            with gr.Tab("Teach it"):
+                taught = _teach_it(handlers, key, drawing)
+                taught.success(
+                    lambda key: _learnt_more(models.get(key)),
+                    key,
+                    [expert, step, plane],
+                    api_visibility="private",
+                    show_progress="hidden",
                 )
-            gr.Markdown("### Accuracy on each task after each task")
-            matrix = gr.HTML(label="Accuracy matrix")
-            gr.Markdown("### Where the test pictures of each task went")
-            routing = gr.HTML(label="Routing")
-
-        if teaching:
-            with gr.Tab("Teach it"), gr.Row(equal_height=False):
-                with gr.Column(min_width=300):
-                    gr.Markdown(
-                        "Name a class and give about five pictures of it, or a zip archive with one folder of "
-                        "pictures for each class."
-                    )
-                    name = gr.Textbox(label="Name of the new class", max_length=40, elem_id="class-name")
-                    lessons = Files(
-                        file_count="multiple",
-                        file_types=FILE_TYPES,
-                        label=f"Its pictures, {FEWEST} or more",
-                        elem_id="lessons",
-                    )
-                    if drawing:
-                        with gr.Accordion("Draw them", open=False) as lesson_pad:
-                            drawn_lesson = canvas("lesson-pad")
-                            add = gr.Button("Add this drawing")
-                    learn = gr.Button("Teach", variant="primary")
-                with gr.Column(min_width=300):
-                    outcome = gr.HTML(label="Outcome", elem_id="outcome", min_height=90)
-                    archive = gr.File(label="Your model", interactive=False)
-                    with gr.Accordion("Push it to the Hub", open=False):
-                        repo_id = gr.Textbox(label="Repo", placeholder="me/my-digits")
-                        token = gr.Textbox(label="Your token with write access", type="password")
-                        push = gr.Button("Push")
-                        pushed = gr.HTML(label="Pushed", min_height=30)
-
-        shared = {"concurrency_limit": VISITORS}
-        gr.on(
-            [picture.change, expert.input, key.change],
-            handlers.predict,
-            [picture, expert, key],
-            answer,
-            api_name="predict",
-            show_progress="minimal",
-            **shared,
-        )
-        if drawing:
-            pad.expand(fn=None, js=take_brush("pad"))
-            draw.click(handlers.scan_drawing, drawn, picture, api_name="scan_drawing", **shared)
-        classify.click(handlers.predict_files, [files, key], [table, sheet], api_name="predict_files", **shared)
-        gr.on(
-            [inside.select, step.release, key.change],
-            handlers.look_inside,
-            [step, picture, key],
-            [learnt, matrix, routing, plane, past_answer],
-            api_name="look_inside",
-            show_progress="minimal",
-            **shared,
-        )
-        if teaching:
-            if drawing:
-                lesson_pad.expand(fn=None, js=take_brush("lesson-pad"))
-                add.click(handlers.add_drawing, [drawn_lesson, lessons], lessons, api_name="add_drawing", **shared)
-            taught = learn.click(handlers.teach, [name, lessons, key], [outcome, key, archive], api_name="teach")
-            taught.success(
-                lambda key: _known(models.get(key)),
-                key,
-                [expert, step, plane],
-                api_visibility="private",
-                show_progress="hidden",
-            )
-            push.click(handlers.push, [repo_id, token, key], pushed, api_name="push")
     return demo
 
 
+def _try_it(handlers: Handlers, key, examples: Sequence[Path], drawing: bool):
+    model = handlers.models.served
+    pool = model.config.method.experts == "pool"
+    with gr.Row(equal_height=False):
+        with gr.Column(min_width=300):
+            picture = Picture(
+                sources=["upload", "clipboard", "webcam"],
+                label="Picture",
+                height=280,
+                format="png",
+                buttons=["fullscreen"],
+                elem_id="picture",
+            )
+            if drawing:
+                with gr.Accordion("Draw a digit instead", open=False) as pad:
+                    drawn = canvas("pad")
+                    draw = gr.Button("Which digit is it?", variant="primary")
+                pad.expand(fn=None, js=take_brush("pad"))
+                draw.click(handlers.scan_drawing, drawn, picture, api_name="scan_drawing", **SHARED)
+            if examples:
+                gr.Examples([[str(path)] for path in examples], picture, label="Examples", api_visibility="private")
+            expert = gr.Dropdown(
+                _choices(model),
+                value=NEAREST,
+                label="Expert",
+                info="Choose another one to see what it would have said.",
+                allow_custom_value=True,  # experts that were taught later have no place in this list
+                visible=not pool,
+            )
+        with gr.Column(min_width=300):
+            verdict = gr.HTML(label="Verdict", elem_id="verdict", min_height=90)
+            likeliest = gr.Label(num_top_classes=5, label="Likeliest classes", show_heading=False)
+            distances = gr.BarPlot(
+                x="expert",
+                y="distance",
+                color="part",
+                color_map={"chosen": "#2563eb", "others": "#94a3b8"},
+                colors_in_legend=[],
+                x_title=" ",
+                y_title=" ",
+                y_lim=[0, 1.5],
+                height=350,
+                buttons=[],
+                label="Distance to " + ("each expert's key" if pool else "the nearest prototype of each task"),
+                elem_id="distances",
+            )
+            with gr.Accordion("As JSON", open=False):
+                details = gr.JSON(label="Prediction", show_label=False)
+    gr.on(
+        [picture.change, expert.input, key.change],
+        handlers.predict,
+        [picture, expert, key],
+        [verdict, likeliest, distances, details],
+        api_name="predict",
+        show_progress="minimal",
+        **SHARED,
+    )
+    return picture, expert
+
+
+def _many_pictures(handlers: Handlers, key) -> None:
+    files = Files(file_count="multiple", file_types=FILE_TYPES, label="Pictures, or zip archives of pictures")
+    classify = gr.Button("Classify", variant="primary")
+    table = gr.Dataframe(headers=TABLE, label="Predictions", interactive=False, wrap=True)
+    sheet = gr.File(label="The same as CSV", interactive=False)
+    classify.click(handlers.predict_files, [files, key], [table, sheet], api_name="predict_files", **SHARED)
+
+
+def _look_inside(handlers: Handlers, key, picture, tab):
+    model = handlers.models.served
+    steps = len(model.config.tasks)
+    step = gr.Slider(1, steps, value=steps, step=1, label="The model as it was after task", elem_id="step")
+    with gr.Row(equal_height=False):
+        with gr.Column(min_width=300):
+            learnt = gr.HTML(label="Tasks", elem_id="tasks")
+            answer = gr.Label(label="Its answer to your picture", num_top_classes=3)
+        plane = gr.ScatterPlot(
+            x="x",
+            y="y",
+            color="prototypes of",
+            color_map=views.colours(model),
+            x_title=" ",
+            y_title=" ",
+            tooltip=["prototypes of"],
+            height=500,
+            buttons=[],
+            min_width=300,
+            scale=2,
+            label="Prototypes, on the plane in which they spread most",
+            elem_id="plane",
+        )
+    gr.Markdown("### Accuracy on each task after each task")
+    matrix = gr.HTML(label="Accuracy matrix")
+    gr.Markdown("### Where the test pictures of each task went")
+    routing = gr.HTML(label="Routing")
+    gr.on(
+        [tab.select, step.release, key.change],
+        handlers.look_inside,
+        [step, picture, key],
+        [learnt, matrix, routing, plane, answer],
+        api_name="look_inside",
+        show_progress="minimal",
+        **SHARED,
+    )
+    return step, plane
+
+
+def _teach_it(handlers: Handlers, key, drawing: bool):
+    with gr.Row(equal_height=False):
+        with gr.Column(min_width=300):
+            gr.Markdown(
+                "Name a class and give about five pictures of it, or a zip archive with one folder of pictures for "
+                "each class."
+            )
+            name = textbox("Name of the new class", example="letter A", max_length=40, elem_id="class-name")
+            pictures = Files(
+                file_count="multiple",
+                file_types=FILE_TYPES,
+                label=f"Its pictures, {FEWEST} or more",
+                elem_id="lessons",
+            )
+            folder = Folder("Add all pictures of a folder", file_count="directory")
+            folder.upload(
+                lambda more, files: [*(files or []), *more], [folder, pictures], pictures, api_visibility="private"
+            )
+            if drawing:
+                with gr.Accordion("Draw them", open=False) as pad:
+                    drawn = canvas("lesson-pad")
+                    add = gr.Button("Add this drawing")
+                pad.expand(fn=None, js=take_brush("lesson-pad"))
+                add.click(handlers.add_drawing, [drawn, pictures], pictures, api_name="add_drawing", **SHARED)
+            learn = gr.Button("Teach", variant="primary")
+        with gr.Column(min_width=300):
+            outcome = gr.HTML(label="Outcome", elem_id="outcome", min_height=90)
+            archive = gr.File(label="Your model", interactive=False)
+            with gr.Accordion("Push it to the Hub", open=False):
+                repo_id = textbox("Repo", example="me/my-digits", placeholder="me/my-digits")
+                token = textbox("Your token with write access", example="hf_...", type="password")
+                push = gr.Button("Push")
+                pushed = gr.HTML(label="Pushed", min_height=30)
+    push.click(handlers.push, [repo_id, token, key], pushed, api_name="push")
+    return learn.click(handlers.teach, [name, pictures, key], [outcome, key, archive], api_name="teach")
+
+
 def _choices(model: ContinualModel) -> list[tuple[str, str]]:
-    named = views.titles(model) if model.config.method.experts != "pool" else {}
-    return [("the nearest, as routed", NEAREST), *((f"{title} ({name})", name) for name, title in named.items())]
+    named = views.titles(model).items()
+    return [("the nearest, as routed", NEAREST), *((f"{title} ({name})", name) for name, title in named)]
 
 
-def _known(model: ContinualModel):
+def _learnt_more(model: ContinualModel):
     """The lists of a page whose visitor has taught a task."""
     steps = len(model.config.tasks)
     return (

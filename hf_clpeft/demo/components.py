@@ -27,6 +27,15 @@ async def _never_fetch(component: Block, path: str | Path | None):
     return await Block.async_move_resource_to_block_cache(component, path)
 
 
+def _paths_of(component: Block, payload) -> list[str] | None:
+    return None if payload is None else [_path_of(file) for file in payload.root]
+
+
+def _example(name: str) -> dict:
+    """An upload in the examples of the API's documentation."""
+    return {"path": name, "meta": {"_type": "gradio.FileData"}}
+
+
 class Picture(gr.Image):
     """A picture, as the path of the uploaded file."""
 
@@ -37,16 +46,29 @@ class Picture(gr.Image):
         """The path."""
         return _path_of(payload)
 
+    def example_payload(self) -> dict:
+        """For the documentation."""
+        return _example("digit.png")
+
 
 class Files(gr.File):
     """Several files, as their paths."""
 
     is_template = True
     async_move_resource_to_block_cache = _never_fetch
+    preprocess = _paths_of
 
-    def preprocess(self, payload) -> list[str] | None:
-        """The paths."""
-        return None if payload is None else [_path_of(file) for file in payload.root]
+    def example_payload(self) -> list[dict]:
+        """For the documentation."""
+        return [_example("digit.png"), _example("more.zip")]
+
+
+class Folder(gr.UploadButton):
+    """The files of a folder, as their paths."""
+
+    is_template = True
+    async_move_resource_to_block_cache = _never_fetch
+    preprocess = _paths_of
 
 
 class Canvas(gr.ImageEditor):
@@ -55,12 +77,23 @@ class Canvas(gr.ImageEditor):
     is_template = True
     async_move_resource_to_block_cache = _never_fetch
 
+    def example_payload(self) -> dict:
+        """For the documentation."""
+        return {"background": None, "layers": [], "composite": _example("drawing.png")}
+
     def preprocess(self, payload) -> bytes | str | None:
         """What was drawn."""
         if payload is None:
             return None
         blobs = self.blob_storage.pop(payload.id, None) if payload.id is not None else None
         return blobs.composite if blobs is not None else _path_of(payload.composite)
+
+
+def textbox(label: str, example: str, **options) -> gr.Textbox:
+    """A text box with an example for the documentation."""
+    box = gr.Textbox(label=label, **options)
+    box.example_payload = lambda: example
+    return box
 
 
 def canvas(elem_id: str) -> Canvas:

@@ -1,6 +1,7 @@
 """What the page and its API can be asked: one method for each."""
 
 import functools
+import html
 import io
 import shutil
 from collections.abc import Callable, Sequence
@@ -36,7 +37,8 @@ def friendly(method: Callable) -> Callable:
         try:
             return method(*args, **kwargs)
         except (PictureError, ConfigError, HubError, ExpertError, BackboneError) as error:
-            raise gr.Error(str(error), print_exception=False) from None
+            # Shown as HTML, with names that strangers gave their files.
+            raise gr.Error(html.escape(str(error), quote=False), print_exception=False) from None
 
     return wrapper
 

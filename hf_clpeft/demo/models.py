@@ -9,6 +9,8 @@ from functools import cached_property
 from pathlib import Path
 from tempfile import TemporaryDirectory, mkdtemp
 
+import torch
+
 from ..bundled import bundled_folder
 from ..config import ConfigError
 from ..hub.errors import HubError, explained
@@ -45,7 +47,8 @@ class Models:
 
     def __init__(self, source: str, revision: str | None = None, backbone: str | None = None):
         self.source, self.revision, self.backbone = source, revision, backbone
-        self.served = ContinualModel.from_pretrained(source, backbone=backbone, revision=revision)
+        device = torch.accelerator.current_accelerator() or "cpu"
+        self.served = ContinualModel.from_pretrained(source, backbone=backbone, revision=revision).to(device)
         self.batcher = Batcher()
         self._kept: OrderedDict[tuple[str, int | None], ContinualModel] = OrderedDict()
         self._home = TemporaryDirectory(prefix="hf-clpeft-")
@@ -85,8 +88,9 @@ class Models:
 
     def load(self, source: str | Path, revision: str | None = None) -> ContinualModel:
         """Loads a model onto the shared backbone."""
+        backbone = self.served.backbone
         return self.batcher.run(
-            lambda: ContinualModel.from_pretrained(source, backbone=self.served.backbone, revision=revision)
+            lambda: ContinualModel.from_pretrained(source, backbone=backbone, revision=revision).to(backbone.device)
         )
 
     def after(self, key: str, step: int) -> ContinualModel:

@@ -21,11 +21,15 @@ PALETTE = ("#3b82f6", "#f59e0b", "#10b981", "#8b5cf6", "#06b6d4", "#84cc16", "#d
 def introduction(model: ContinualModel, source: str) -> str:
     """The head of the page, as HTML."""
     config = model.config
+    experts = {
+        "per_task": "each task left a tiny expert behind, and every picture finds its own",
+        "pool": "all tasks trained a pool of tiny experts, of which every picture selects a few",
+        "single": "all tasks trained the same tiny expert",
+    }[config.method.experts]
     return (
         '<div id="intro"><h1>Which expert takes your picture?</h1>'
         f"<p>A frozen vision transformer has learnt {len(config.classes)} classes in {len(config.tasks)} tasks, one "
-        f"after another, with {escape(config.method.name)}: each task left a tiny expert behind, and every picture "
-        f"finds its own. <code>{escape(source)}</code></p></div>"
+        f"after another, with {escape(config.method.name)}: {experts}. <code>{escape(source)}</code></p></div>"
     )
 
 
@@ -59,7 +63,10 @@ def verdict(prediction: Prediction, model: ContinualModel, reject_rate: float, c
     sentences = [f"Judged by the expert of <b>{escape(names[prediction.expert])}</b>."]
     distances = list(prediction.experts.values())
     nearest = next(iter(prediction.experts))
-    if chosen and nearest != prediction.expert:
+    if model.config.method.experts == "pool":
+        selected = list(prediction.experts)[: model.config.method.top_n]
+        sentences = [f"Judged by {', '.join(f'<b>{escape(name)}</b>' for name in selected)} together."]
+    elif chosen and nearest != prediction.expert:
         sentences.append(f"Its own route leads to {escape(names[nearest])}.")
     elif len(distances) > 1 and distances[1] > 0:
         margin = 1 - distances[0] / distances[1]
