@@ -24,8 +24,10 @@ def me(hub, learnt, monkeypatch):
 
 @pytest.mark.parametrize("learnt", ["s_lora"], indirect=True)
 @pytest.mark.parametrize("snippet", re.findall(r"```py\n(.*?)```", README, re.DOTALL))
-def test_a_snippet_runs(me, snippet):
+def test_a_snippet_runs(me, snippet, request):
     load_digits_dataset()["test"][0]["image"].save("digit.png")
+    if "127.0.0.1:7860" in snippet:  # where the demo is
+        snippet = snippet.replace("http://127.0.0.1:7860", request.getfixturevalue("page"))
     exec(compile(snippet, "README.md", "exec"), {})
 
 
