@@ -18,6 +18,7 @@ from test_pictures import KINDS, NOISE, archive_of, encode, forged_png
 
 from hf_clpeft import ConfigError, ContinualModel, TaskStream, s_lora
 from hf_clpeft.bundled import DIGITS_MODEL, bundled_folder
+from hf_clpeft.cli.demo import demo as demo_command
 from hf_clpeft.demo.app import build_demo
 from hf_clpeft.demo.batching import Batcher
 from hf_clpeft.demo.handlers import Handlers
@@ -176,11 +177,6 @@ def test_what_cannot_be_taught_says_why(name, uploads, message):
         sort_pictures(name, uploads, known=["7"])
 
 
-def test_teaching_is_off_unless_it_is_allowed():
-    named = {function.api_name for function in build_demo(DIGITS_MODEL).fns.values()}
-    assert "predict" in named and not named & {"teach", "push", "add_drawing"}
-
-
 PICTURES = {
     "animated GIF": KINDS["animated GIF"][0],
     "16-bit": encode(Image.fromarray(np.full((16, 16), 40_000, dtype=np.uint16)), "PNG"),
@@ -276,6 +272,15 @@ def test_concurrent_visitors_get_their_own_answers(page):
     for visitor in visitors:
         visitor.join()
     assert not wrong
+
+
+def test_the_command_starts_the_page(monkeypatch, saved):
+    asked = {}
+    monkeypatch.setattr("gradio.Blocks.launch", lambda demo, **options: asked.update(options, demo=demo))
+    demo_command(str(saved), host="0.0.0.0", port=7000, browser=False, teaching=False)
+    assert (asked["server_name"], asked["server_port"], asked["inbrowser"]) == ("0.0.0.0", 7000, False)
+    named = {function.api_name for function in asked["demo"].fns.values()}
+    assert "predict" in named and not named & {"teach", "push", "add_drawing", "scan_drawing"}
 
 
 def test_visitors_with_different_models_and_wishes_share_the_batcher(digits):

@@ -127,6 +127,7 @@ def _try_it(handlers: Handlers, key, examples: Sequence[Path], drawing: bool):
         with gr.Column(min_width=300):
             verdict = gr.HTML(label="Verdict", elem_id="verdict", min_height=90)
             likeliest = gr.Label(num_top_classes=5, label="Likeliest classes", show_heading=False)
+            gr.Markdown("#### Distance to " + ("each expert's key" if pool else "the nearest prototype of each task"))
             distances = gr.BarPlot(
                 x="expert",
                 y="distance",
@@ -136,9 +137,10 @@ def _try_it(handlers: Handlers, key, examples: Sequence[Path], drawing: bool):
                 x_title=" ",
                 y_title=" ",
                 y_lim=[0, 1.5],
-                height=350,
+                height=280,
                 buttons=[],
-                label="Distance to " + ("each expert's key" if pool else "the nearest prototype of each task"),
+                label="Distances",
+                show_label=False,
                 elem_id="distances",
             )
             with gr.Accordion("As JSON", open=False):
@@ -158,7 +160,8 @@ def _try_it(handlers: Handlers, key, examples: Sequence[Path], drawing: bool):
 def _many_pictures(handlers: Handlers, key) -> None:
     files = Files(file_count="multiple", file_types=FILE_TYPES, label="Pictures, or zip archives of pictures")
     classify = gr.Button("Classify", variant="primary")
-    table = gr.Dataframe(headers=TABLE, label="Predictions", interactive=False, wrap=True)
+    widths = ["17%", "15%", "10%", "12%", "12%", "13%", "21%"]
+    table = gr.Dataframe(headers=TABLE, label="Predictions", interactive=False, wrap=True, column_widths=widths)
     sheet = gr.File(label="The same as CSV", interactive=False)
     classify.click(handlers.predict_files, [files, key], [table, sheet], api_name="predict_files", **SHARED)
 
@@ -171,24 +174,26 @@ def _look_inside(handlers: Handlers, key, picture, tab):
         with gr.Column(min_width=300):
             learnt = gr.HTML(label="Tasks", elem_id="tasks")
             answer = gr.Label(label="Its answer to your picture", num_top_classes=3)
-        plane = gr.ScatterPlot(
-            x="x",
-            y="y",
-            color="prototypes of",
-            color_map=views.colours(model),
-            x_title=" ",
-            y_title=" ",
-            tooltip=["prototypes of"],
-            height=500,
-            buttons=[],
-            min_width=300,
-            scale=2,
-            label="Prototypes, on the plane in which they spread most",
-            elem_id="plane",
-        )
-    gr.Markdown("### Accuracy on each task after each task")
+        with gr.Column(min_width=300, scale=2):
+            gr.Markdown("#### Prototypes on the plane in which they spread most")
+            plane = gr.ScatterPlot(
+                x="x",
+                y="y",
+                color="prototypes of",
+                color_map=views.colours(model),
+                color_title=" ",
+                x_title=" ",
+                y_title=" ",
+                tooltip=["prototypes of"],
+                height=460,
+                buttons=[],
+                label="Prototypes",
+                show_label=False,
+                elem_id="plane",
+            )
+    gr.Markdown("#### Accuracy on each task after each task")
     matrix = gr.HTML(label="Accuracy matrix")
-    gr.Markdown("### Where the test pictures of each task went")
+    gr.Markdown("#### Where the test pictures of each task went")
     routing = gr.HTML(label="Routing")
     gr.on(
         [tab.select, step.release, key.change],

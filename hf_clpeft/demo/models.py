@@ -30,6 +30,9 @@ class Models:
         revision (`str`, *optional*): Branch, tag or commit of the repo.
         backbone (`str`, *optional*): Where the backbone is now, when not where it was.
 
+    Raises:
+        [`ConfigError`]: The model has learnt no task yet. Otherwise as [`ContinualModel.from_pretrained`].
+
     Attributes:
         served ([`ContinualModel`]): The model of whoever has taught nothing: that of the key `""`.
 
@@ -49,6 +52,8 @@ class Models:
         self.source, self.revision, self.backbone = source, revision, backbone
         device = torch.accelerator.current_accelerator() or "cpu"
         self.served = ContinualModel.from_pretrained(source, backbone=backbone, revision=revision).to(device)
+        if not self.served.config.tasks:
+            raise ConfigError(f"{source} has learnt no task yet, so there is nothing to show.")
         self.batcher = Batcher()
         self._kept: OrderedDict[tuple[str, int | None], ContinualModel] = OrderedDict()
         self._home = TemporaryDirectory(prefix="hf-clpeft-")
