@@ -96,6 +96,9 @@ def test_a_drawing_is_scanned_like_the_training_data(ask):
     drawing.save("one.png")
     picture = ask("/scan_drawing", {"background": None, "layers": [], "composite": handle_file("one.png")})
     assert ask("/predict", Path(picture), "nearest", "")[3]["label"] == "1"
+    lessons = ask("/add_drawing", {"background": None, "layers": [], "composite": handle_file("one.png")}, [SEVEN])
+    assert [Path(lesson).name for lesson in lessons] == ["digit-7.png", "drawing-2.png"]
+    assert np.array_equal(Image.open(lessons[1]), Image.open(picture))
     Image.new("RGB", (280, 280), "white").save("nothing.png")
     with pytest.raises(AppError, match="nothing on the canvas"):
         ask("/scan_drawing", {"background": None, "layers": [], "composite": handle_file("nothing.png")})
