@@ -186,17 +186,29 @@ class ContinualModel(torch.nn.Module):
             pixels = self.backbone.transform.resize(batch)
             output = self(self.backbone.transform.normalize(torch.from_numpy(pixels).to(self.device)), forced)
             typicality = None
-            if self.config.method.experts == "per_task":
+            if self.can_reject:
                 typicality = self.router.typicality(output.distances).amax(dim=1)
             predictions += read_output(
                 output, self.config.classes, self.bank.names, typicality, reject_rate or 0.0, top_k
             )
         return predictions
 
+    @property
+    def can_reject(self) -> bool:
+        """Whether [`~ContinualModel.predict`] takes a `reject_rate`."""
+        return self.config.method.experts == "per_task" and all(self.router.calibrated())
+
     def _check_predict(self, reject_rate: float | None, expert: str | None) -> None:
         method, names = self.config.method, self.bank.names
         if reject_rate is not None and method.experts != "per_task":
             raise ConfigError(f"reject_rate needs prototypes, and {method.name} has none: choose an S-X method.")
+        if reject_rate is not None and not self.can_reject:
+            calibrated = zip(self.config.tasks, self.router.calibrated(), strict=True)
+            unknown = [task.name for task, known in calibrated if not known]
+            raise ConfigError(
+                f"reject_rate needs to know how far the images of a task lie from its prototypes, but {unknown[:3]} had "
+                "a single image, or were saved before that was measured. Learn them again, or remove them."
+            )
         if reject_rate is not None and not 0.01 <= reject_rate <= 1:
             raise ConfigError(f"reject_rate={reject_rate} must be between 0.01 and 1.")
         if expert is not None and method.experts == "pool":
@@ -384,7 +396,8 @@ class ContinualModel(torch.nn.Module):
             [`BackboneError`]: The backbone's weights are not those that the model was trained on.
             [`HubError`]: There is no such repo or revision, or no way to it.
         """
-        folder = bundled_folder(str(name_or_path)) or Path(name_or_path)
+        bundled = bundled_folder(str(name_or_path)) if revision is None else None  # only the Hub has revisions
+        folder = bundled or Path(name_or_path)
         local = folder.is_dir()
         if local:
             settle(folder)

@@ -18,7 +18,7 @@ class Prediction:
         distance (`float`): How far the image's query features are from it, in [0, 2]; see [`PrototypeRouter`] and
             [`KeyRouter`].
         typicality (`float`, *optional*): Which share of a task's own images lie as far from its prototypes as this
-            one, or farther: the largest over all tasks, in whole percent. `None` without prototypes.
+            one, or farther: the largest over all tasks, in whole percent. `None` where that is not known.
         classes (`dict[str, float]`): The likeliest classes with their scores, likeliest first.
         experts (`dict[str, float]`): The nearest experts with their distances, nearest first.
 

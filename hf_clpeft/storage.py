@@ -15,7 +15,7 @@ from .experts.naming import rename_old_keys
 from .folder import changing, hash_file, remove_with
 from .hub.card import CARD_NAME, make_card
 from .report import METRICS_NAME, REPORT_FILES, StreamReport
-from .routing.prototypes import PERCENT
+from .routing.prototypes import FARTHEST, PERCENT
 from .versions import library_versions
 
 
@@ -168,6 +168,8 @@ def _read(path: Path) -> dict[str, torch.Tensor]:
 
 def _load_router(model: "ContinualModel", tensors: dict[str, torch.Tensor]) -> None:
     own = model.router.state_dict()
+    if tensors.keys() == {"prototypes", "owners"} < own.keys():  # saved before thresholds were measured
+        tensors["thresholds"] = torch.full((len(tensors["owners"].unique()), PERCENT), FARTHEST)
     if tensors.keys() != own.keys() or any(tensors[key].dtype != tensor.dtype for key, tensor in own.items()):
         raise ConfigError(f"{ROUTER_NAME} holds {sorted(tensors)}, but the model needs {sorted(own)}.")
     if model.config.method.experts == "pool":

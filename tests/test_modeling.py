@@ -7,10 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import make_trainer, pattern_dataset, pattern_rows
+from conftest import make_trainer, pattern_dataset, pattern_rows, vouch
 from datasets import Dataset, DatasetDict
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from hf_clpeft import (
     BackboneError,
@@ -18,6 +18,7 @@ from hf_clpeft import (
     ContinualModel,
     ContinualTrainer,
     ContinualTrainingArguments,
+    HubError,
     MethodConfig,
     TaskStream,
     load_benchmark,
@@ -145,6 +146,23 @@ def test_digits_are_seldom_rejected_and_what_is_no_digit_nearly_always():
     assert rejected.mean() < 0.05 + 3 * np.sqrt(0.05 * 0.95 / len(test))
     rotated = [image.rotate(45).crop((6, 6, 26, 26)) for image in test[::4]]
     assert np.mean([p.label is None for p in model.predict(rotated, reject_rate=0.05)]) > 0.5
+
+
+def test_a_model_that_was_saved_before_thresholds_loads_and_says_why_it_cannot_reject(learnt, saved):
+    tensors = load_file(saved / "router.safetensors")
+    del tensors["thresholds"]
+    save_file(tensors, saved / "router.safetensors")
+    vouch(saved)
+    model, image = ContinualModel.from_pretrained(saved), Image.new("RGB", (32, 32))
+    (found,), (expected,) = model.predict(image), learnt.model.predict(image)
+    assert (found.label, found.distance, found.typicality) == (expected.label, expected.distance, None)
+    with pytest.raises(ConfigError, match="'task-000', .* saved before"):
+        model.predict(image, reject_rate=0.05)
+
+
+def test_a_revision_of_a_bundled_model_is_the_hubs(hub):
+    with pytest.raises(HubError, match="s-lora-digits"):
+        ContinualModel.from_pretrained("hf-clpeft/s-lora-digits", revision="task-001")
 
 
 def test_an_image_of_no_task_gets_no_label(saved):

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from hf_clpeft import KeyRouter, PrototypeRouter
-from hf_clpeft.routing.prototypes import choose_k, fit_thresholds
+from hf_clpeft.routing.prototypes import choose_k
 
 
 def clusters(*centres, count=20):
@@ -66,7 +66,8 @@ def test_few_images_still_tell_what_is_far():
         rejected += (router.typicality(router.distances(more)) < 0.05).float().mean().item() / trials
         assert router.typicality(router.distances(-more)).max() < 0.05
     assert rejected < 0.08  # stated: 0.05, where distances are normally distributed
-    assert fit_thresholds(torch.ones(1, 16), k=1).min() == 2.0  # one image says nothing
+    router.add(torch.ones(1, 16), k=1)  # one image says nothing
+    assert router.calibrated() == [True, False]
 
 
 def test_a_route_does_not_depend_on_the_rest_of_the_batch():

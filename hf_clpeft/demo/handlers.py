@@ -103,7 +103,7 @@ class Handlers:
         return scan(open_picture(drawing, "the drawing"))
 
     def _reject(self, model) -> dict:
-        return {"reject_rate": self.reject_rate} if model.config.method.experts == "per_task" else {}
+        return {"reject_rate": self.reject_rate} if model.can_reject else {}
 
     # Many pictures
 

@@ -131,6 +131,10 @@ class PrototypeRouter(torch.nn.Module):
         distance, owner = distances.min(dim=1)
         return Routing(owner, distance, distances)
 
+    def calibrated(self) -> list[bool]:
+        """Whether it is known of each task how far its own images lie from its prototypes."""
+        return (self.thresholds < FARTHEST).any(dim=1).tolist()
+
     def typicality(self, distances: torch.Tensor) -> torch.Tensor:
         """How many of a task's own images lie as far from its prototypes as these, or farther; in whole percent.
 
