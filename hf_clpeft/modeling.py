@@ -206,8 +206,8 @@ class ContinualModel(torch.nn.Module):
             calibrated = zip(self.config.tasks, self.router.calibrated(), strict=True)
             unknown = [task.name for task, known in calibrated if not known]
             raise ConfigError(
-                f"reject_rate needs to know how far the images of a task lie from its prototypes, but {unknown[:3]} had "
-                "a single image, or were saved before that was measured. Learn them again, or remove them."
+                f"reject_rate needs to know how far a task's images lie from its prototypes, but {unknown[:3]} had a "
+                "single image, or were saved before that was measured. Learn them again, or remove them."
             )
         if reject_rate is not None and not 0.01 <= reject_rate <= 1:
             raise ConfigError(f"reject_rate={reject_rate} must be between 0.01 and 1.")
