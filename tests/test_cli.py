@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hub_server import Fault
 from PIL import Image
@@ -45,7 +46,12 @@ def test_predict_agrees_with_the_library_and_the_pipeline(saved, learnt, picture
     for row, prediction, scores in zip(found, expected, classify([Image.open(p) for p in pictures]), strict=True):
         assert (row["label"], row["expert"]) == (prediction.label, prediction.expert)
         assert row["label"] == scores[0]["label"] and row["score"] == pytest.approx(scores[0]["score"], abs=1e-5)
+    noise = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
+    Image.fromarray(noise).save("noise.png")
+    rejected = json.loads(run("predict", saved, "noise.png", "--reject-rate", "0.05", "--top-k", "3", "--json"))[0]
+    assert rejected["label"] is None and len(rejected["classes"]) == len(rejected["experts"]) == 3
     table = run("predict", saved, *pictures)
+    assert "{" not in table
     assert all(name in table for name in ("label", "score", "expert", "distance", pictures[0]))
 
 

@@ -12,7 +12,9 @@ def demo(
     repo: Annotated[str, typer.Argument(help="Repo id, repo@revision, or folder of a model.")] = DIGITS_MODEL,
     backbone: BackbonePath = None,
     host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 lets other machines in.")] = "127.0.0.1",
-    port: Annotated[int | None, typer.Option(help="Default: the first that is free from 7860 on.")] = None,
+    port: Annotated[
+        int | None, typer.Option(min=1, max=65535, help="Default: the first that is free from 7860 on.")
+    ] = None,
     browser: Annotated[bool, typer.Option(help="Open a browser.")] = True,
     teaching: Annotated[
         bool, typer.Option(help="Let visitors teach new classes, each on a model of their own.")

@@ -14,11 +14,19 @@ def predict(
     as_json: AsJson = False,
     backbone: BackbonePath = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Pictures per forward pass.")] = 32,
+    reject_rate: Annotated[
+        float | None,
+        typer.Option(min=0.01, max=1, help="Give no label to what is far from every task; this share of others too."),
+    ] = None,
+    top_k: Annotated[int, typer.Option(min=1, help="Likeliest classes and nearest experts to tell in JSON.")] = 1,
     token: Token = None,
 ):
     """Classify pictures: label, score, and the expert that each was routed to."""
     from dataclasses import asdict
 
-    predictions = load_model(repo, backbone, token).predict(images, batch_size=batch_size)
+    model = load_model(repo, backbone, token)
+    predictions = model.predict(images, batch_size=batch_size, reject_rate=reject_rate, top_k=top_k)
     rows = [{"image": str(path), **asdict(found)} for path, found in zip(images, predictions, strict=True)]
+    if not as_json:
+        rows = [{name: value for name, value in row.items() if not isinstance(value, dict)} for row in rows]
     show(rows, as_json)
