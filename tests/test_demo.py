@@ -5,6 +5,7 @@ import shutil
 import threading
 import urllib.error
 import urllib.request
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,10 +14,18 @@ import torch
 from conftest import make_trainer, pattern_dataset
 from gradio_client import Client, handle_file
 from gradio_client.exceptions import AppError
+from huggingface_hub import HfApi
 from PIL import Image, ImageDraw
 from test_pictures import KINDS, NOISE, archive_of, encode, forged_png
 
-from hf_clpeft import ConfigError, ContinualModel, TaskStream, s_lora
+from hf_clpeft import (
+    ConfigError,
+    ContinualModel,
+    ContinualTrainer,
+    ContinualTrainingArguments,
+    TaskStream,
+    s_lora,
+)
 from hf_clpeft.bundled import DIGITS_MODEL, bundled_folder
 from hf_clpeft.cli.demo import demo as demo_command
 from hf_clpeft.demo.app import build_demo
@@ -331,6 +340,20 @@ def test_the_past_of_a_model_on_the_hub_comes_from_its_tags(hub):
         assert torch.equal(past(pixels).logits, expected) and torch.equal(without(pixels).logits, expected)
     with pytest.raises(ConfigError, match="none after task 4"):
         models.after("", 4)
+
+
+def test_a_branch_is_not_shown_with_the_past_of_another(hub):
+    first, second, third = TaskStream.class_incremental(pattern_dataset(6), num_tasks=3)
+    options = {"push_to_hub": True, "hub_model_id": "alice/model", "hub_token": "hf_alice", "num_train_epochs": 1}
+    make_trainer(s_lora(k=1), **options).learn_stream(TaskStream([first, second]))
+    HfApi(token="hf_alice").create_branch("alice/model", branch="other", revision=first.name)
+    shutil.rmtree("out")
+    model = ContinualModel.from_pretrained("alice/model", revision="other")
+    trainer = ContinualTrainer(model, ContinualTrainingArguments("out", hub_revision="other", **options))
+    trainer.learn(replace(third, name=second.name))
+    trainer.learn(replace(second, name=third.name))
+    models = Models("alice/model", revision="other")
+    assert models.after("", 2).config.tasks == models.served.config.tasks[:2]
 
 
 @pytest.mark.parametrize("learnt", ["l2p"], indirect=True)

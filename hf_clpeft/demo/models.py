@@ -7,7 +7,7 @@ from collections import OrderedDict
 from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
-from tempfile import TemporaryDirectory, mkdtemp
+from tempfile import TemporaryDirectory
 
 import torch
 
@@ -73,8 +73,8 @@ class Models:
         return self._keep((key, None), lambda: self.load(self._folders[key]))
 
     def new_folder(self) -> Path:
-        """An empty folder for a model to be taught."""
-        return Path(mkdtemp(dir=self._home.name), "model")
+        """Where a model to be taught is saved, once it has learnt."""
+        return Path(self._home.name, secrets.token_hex(8), "model")
 
     def add(self, folder: Path) -> str:
         """Takes a taught model in; its key, which nobody can guess, lets its owner use it."""
@@ -116,7 +116,9 @@ class Models:
     def _past(self, key: str, model: ContinualModel, step: int) -> ContinualModel:
         tag = model.config.tasks[step - 1].name
         if not key and tag in self._tags:
-            return self.load(self.source, revision=tag)
+            past = self.load(self.source, revision=tag)
+            if past.config.tasks == model.config.tasks[:step]:  # not so on a branch, or once a task was unlearnt
+                return past
         past = self.load(self._folders[key]) if key else self.load(self.source, self.revision)
         for task in reversed(model.config.tasks[step:]):
             past.remove(task.name)

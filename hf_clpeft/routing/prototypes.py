@@ -223,8 +223,9 @@ def fit_thresholds(features: torch.Tensor, k: int, seed: int = 0) -> torch.Tenso
     ranks = np.ceil((1 - rates) * (count + 1) - 1e-9).astype(int)  # 1 is the nearest image
     seen = np.sort(distances)
     spread = seen.std(ddof=1) * np.sqrt(1 + 1 / count)
-    beyond = np.maximum(seen[-1], seen.mean() + student.ppf(1 - rates, count - 1) * spread)
-    thresholds = np.where(ranks > count, beyond, seen[np.clip(ranks, 1, count) - 1])
+    thresholds = seen[np.clip(ranks, 1, count) - 1]
+    few = ranks > count
+    thresholds[few] = np.maximum(seen[-1], seen.mean() + student.ppf(1 - rates[few], count - 1) * spread)
     return torch.from_numpy(thresholds).float()
 
 
