@@ -3,6 +3,7 @@
 import copy
 import hashlib
 import inspect
+from collections.abc import Sequence
 
 import torch
 
@@ -12,6 +13,8 @@ from .streams.images import ImageTransform
 
 
 QUERY_VALUE_NAMES = (("q_proj", "v_proj"), ("query", "value"), ("q_lin", "v_lin"), ("q", "v"), ("qkv", "qkv"))
+CONVNET_NAMES = (("pwconv1", "pwconv2"), ("convolution", "convolution"))  # ConvNeXt, ResNet
+CLS_NAMES = ("cls_token", "class_embedding", "class_token")
 
 
 class BackboneError(ValueError):
@@ -19,7 +22,7 @@ class BackboneError(ValueError):
 
 
 class Backbone(torch.nn.Module):
-    """A frozen vision transformer. Build it with [`load_backbone`].
+    """A frozen vision model. Build it with [`load_backbone`].
 
     Args:
         model (`transformers.PreTrainedModel`): The model; frozen here.
@@ -46,13 +49,21 @@ class Backbone(torch.nn.Module):
         self.processor = processor
         self.config = config
         self.transform = ImageTransform(processor)
+        self._has_cls = any(name.endswith(CLS_NAMES) for name, _ in model.named_parameters())
         # Taken down while the model is still bare: an adapter on a layer hides the layer's name.
-        self._linear_names = [n.split(".")[-1] for n, m in model.named_modules() if isinstance(m, torch.nn.Linear)]
+        kinds = (torch.nn.Linear, torch.nn.Conv2d) if self.is_convnet else (torch.nn.Linear,)
+        self._layer_names = [name.split(".")[-1] for name, m in model.named_modules() if isinstance(m, kinds)]
 
     @property
     def hidden_size(self) -> int:
         """Width of a feature."""
-        return self.model.config.hidden_size
+        config = self.model.config
+        return config.hidden_sizes[-1] if self.is_convnet else config.hidden_size
+
+    @property
+    def is_convnet(self) -> bool:
+        """Whether it is made of stages of different width, and has neither tokens nor attention."""
+        return hasattr(getattr(self.model, "config", None), "hidden_sizes")
 
     @property
     def device(self) -> torch.device:
@@ -60,7 +71,7 @@ class Backbone(torch.nn.Module):
         return self.model.device
 
     def find_query_value(self) -> list[str]:
-        """Names of the query and value projections, for `LoraConfig.target_modules`.
+        """Names of the query and value projections, for `LoraConfig.target_modules`; of a ConvNet, its convolutions.
 
         Returns:
             `list[str]`: For example `["q_proj", "v_proj"]`, or one name where the projections are fused.
@@ -68,12 +79,12 @@ class Backbone(torch.nn.Module):
         Raises:
             [`BackboneError`]: The model has no projections of a known name.
         """
-        names = self._linear_names
-        for query, value in QUERY_VALUE_NAMES:
+        names = self._layer_names
+        for query, value in CONVNET_NAMES if self.is_convnet else QUERY_VALUE_NAMES:
             if query in names and names.count(query) == names.count(value):
                 return list(dict.fromkeys([query, value]))
         raise BackboneError(
-            f"No query and value projections found in {type(self.model).__name__}; its linear layers are named "
+            f"No query and value projections found in {type(self.model).__name__}; its layers are named "
             f"{sorted(set(names))}. Name those to adapt with target_modules."
         )
 
@@ -83,8 +94,8 @@ class Backbone(torch.nn.Module):
 
     @property
     def num_layers(self) -> int:
-        """How many transformer layers it has."""
-        return self.model.config.num_hidden_layers
+        """How many layers of one width it has; 1 for a ConvNet, which is not cut."""
+        return 1 if self.is_convnet else self.model.config.num_hidden_layers
 
     def tokens(self, pixel_values: torch.Tensor, num_layers: int | None = None) -> torch.Tensor:
         """Outputs of all tokens, behind the final layer norm.
@@ -99,22 +110,59 @@ class Backbone(torch.nn.Module):
         model = self.model if num_layers is None else self._shorter(num_layers)
         return model(pixel_values=pixel_values).last_hidden_state
 
-    def forward(self, pixel_values: torch.Tensor, num_layers: int | None = None) -> torch.Tensor:
-        """[CLS] features.
+    def forward(self, pixel_values: torch.Tensor, num_layers: int | Sequence[int] | None = None) -> torch.Tensor:
+        """[CLS] features; the mean over all places where there is no such token.
 
         Args:
             pixel_values (`torch.Tensor` of shape `(batch, 3, height, width)`): Normalised images.
-            num_layers (`int`, *optional*): Run only so many of the layers.
+            num_layers (`int` or sequence of `int`, *optional*): Run only so many of the layers. Several numbers,
+                rising: the features behind each of these layers, L2-normalised, side by side, from one pass.
 
         Returns:
-            `torch.Tensor` of shape `(batch, hidden_size)`, in the backbone's dtype.
+            `torch.Tensor` of shape `(batch, hidden_size)`, or so often that width, in the backbone's dtype.
         """
-        return self.tokens(pixel_values, num_layers)[:, 0]
+        if num_layers is None or isinstance(num_layers, int):
+            return self.pool(self.tokens(pixel_values, num_layers))
+        *earlier, last = num_layers
+        features: list[torch.Tensor] = []
+        layers = self.model.get_submodule(self._path_of_layers())
+        hooks = [
+            layers[i - 1].register_forward_hook(lambda *call: features.append(self._center(call[2]))) for i in earlier
+        ]
+        try:
+            features.append(self.pool(self.tokens(pixel_values, last)))
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return torch.cat([torch.nn.functional.normalize(feature, dim=-1) for feature in features], dim=-1)
+
+    def pool(self, outputs: torch.Tensor) -> torch.Tensor:
+        """One feature of an image.
+
+        Args:
+            outputs (`torch.Tensor` of shape `(batch, tokens, hidden_size)` or `(batch, hidden_size, height, width)`):
+                Of a transformer, or of a ConvNet.
+
+        Returns:
+            `torch.Tensor` of shape `(batch, hidden_size)`.
+        """
+        if outputs.dim() == 4:
+            return outputs.mean(dim=(2, 3))
+        return outputs[:, 0] if self._has_cls else outputs.mean(dim=1)
+
+    def _center(self, output) -> torch.Tensor:
+        """Features behind an earlier layer, as the layer norm that follows the last would centre them."""
+        features = self.pool(output[0] if isinstance(output, tuple) else output)
+        return features - features.mean(dim=-1, keepdim=True)
+
+    def _path_of_layers(self) -> str:
+        """Name of the list of layers."""
+        lists = (name for name, module in self.model.named_modules() if isinstance(module, torch.nn.ModuleList))
+        return next(name for name in lists if len(self.model.get_submodule(name)) == self.num_layers)
 
     def _shorter(self, num_layers: int) -> torch.nn.Module:
         """The same modules with fewer layers: copies of the containers on the way to the list of layers, no more."""
-        lists = (name for name, module in self.model.named_modules() if isinstance(module, torch.nn.ModuleList))
-        path = next(name for name in lists if len(self.model.get_submodule(name)) == self.num_layers).split(".")
+        path = self._path_of_layers().split(".")
         model = container = _shallow_copy(self.model)
         for name in path[:-1]:
             container._modules[name] = _shallow_copy(container._modules[name])
@@ -127,19 +175,6 @@ def _shallow_copy(module: torch.nn.Module) -> torch.nn.Module:
     duplicate = copy.copy(module)
     duplicate._modules = dict(module._modules)
     return duplicate
-
-
-def cls_features(model: torch.nn.Module, pixel_values: torch.Tensor) -> torch.Tensor:
-    """[CLS] output of a vision transformer, with or without an adapter.
-
-    Args:
-        model (`torch.nn.Module`): A `transformers` vision model, or a PEFT model around one.
-        pixel_values (`torch.Tensor` of shape `(batch, 3, height, width)`): Normalised images.
-
-    Returns:
-        `torch.Tensor` of shape `(batch, hidden_size)`.
-    """
-    return model(pixel_values=pixel_values).last_hidden_state[:, 0]
 
 
 def load_backbone(
@@ -254,12 +289,11 @@ def _input_size(processor) -> int:
 
 def _set_image_size(model, processor, image_size: int) -> None:
     """Interpolates position embeddings to `image_size` for good, and lets the processor resize to it."""
-    patch_size = model.config.patch_size
+    patch_size, embeddings = getattr(model.config, "patch_size", 1), getattr(model, "embeddings", None)
     if image_size < patch_size or image_size % patch_size:
         near = max(patch_size, round(image_size / patch_size) * patch_size)
         raise BackboneError(f"image_size={image_size} is no multiple of the patch size {patch_size}; try {near}.")
-    embeddings = model.embeddings
-    if image_size != model.config.image_size:
+    if hasattr(embeddings, "position_embeddings") and image_size != model.config.image_size:
         patches = torch.zeros(1, (image_size // patch_size) ** 2 + 1, model.config.hidden_size)
         with torch.no_grad():
             positions = embeddings.interpolate_pos_encoding(patches, image_size, image_size)
@@ -270,6 +304,8 @@ def _set_image_size(model, processor, image_size: int) -> None:
         model.config.image_size = image_size
     if getattr(processor, "do_center_crop", False):
         processor.crop_size = {"height": image_size, "width": image_size}
+        processor.size = {"shortest_edge": image_size}
+    elif hasattr(processor, "crop_pct"):  # ConvNeXt's crops to what it calls its shortest edge
         processor.size = {"shortest_edge": image_size}
     else:
         processor.size = {"height": image_size, "width": image_size}

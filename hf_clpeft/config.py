@@ -12,6 +12,7 @@ from pathlib import Path
 CONFIG_NAME = "config.json"
 FORMAT_VERSION = 1
 LARGEST_JSON = 4 * 2**20  # bytes; a model of 5,000 tasks needs less
+ONE_EXPERT = "all-tasks"  # name of the expert of methods that have just one
 
 
 class ConfigError(ValueError):
@@ -60,19 +61,31 @@ class MethodConfig:
 
     Args:
         name (`str`): Name of the method, for example `"s_lora"`.
-        peft (`dict`): Arguments of the PEFT configuration of every expert, with `peft_type`. Left-out
-            `target_modules` become the query and value projections that are found in the backbone.
+        peft (`dict`): Arguments of the PEFT configuration of every expert, with `peft_type`; empty where there are
+            no experts. Left-out `target_modules` become the query and value projections found in the backbone.
         experts (`str`, *optional*, defaults to `"per_task"`): `"per_task"` (S-X): every task trains its own.
-            `"pool"` (L2X): all tasks train a pool, of which every image selects a few. `"single"`: one expert is
-            trained on every task in turn: the forgetting floor.
+            `"pool"` (L2X): all tasks train a pool, of which every image selects a few. `"single"`: all tasks train one
+            expert. `"first"`: the first task alone trains one. `"none"`: the backbone stays as it is.
+        router (`str`, *optional*, defaults to `"prototypes"`): What chooses experts by query features:
+            `"prototypes"` ([`PrototypeRouter`], the paper's), or the owner of the likeliest class by `"gaussian"`
+            ([`GaussianRouter`]), `"class_means"` ([`ClassMeanRouter`]) or `"ridge"` ([`RidgeRouter`]). A pool has its
+            keys, and a single expert needs none.
+        classifier (`str`, *optional*, defaults to `"head"`): What names the class: the trained `"head"`; the
+            `"router"`, if it knows classes, on query features alone; or `"both"`: see [`hf_clpeft.mixing`].
+        mix (`int`, *optional*, defaults to 1): How many experts judge an image, the likeliest ones, in one pass
+            through the bank. More than one needs `classifier="both"`, which weighs them.
+        joint (`bool`, *optional*, defaults to `False`): Train on the images of all tasks at once, which no continual
+            learner has: a ceiling for the others.
+        projection_size (`int`, *optional*, defaults to 10,000): Random features of the `"ridge"` router.
         k (`int` or `"auto"`, *optional*, defaults to 5): Prototypes (k-means centres) per task; 5 in the paper
             (arXiv 2406.03216). `"auto"` chooses on features held out of each task's training images.
         head (`str`, *optional*, defaults to `"auto"`): `"shared"` (one row per class), `"per_task"` (one row per task
             and class) or `"auto"`: shared when tasks bring new classes, per task when they bring new domains.
         query_with_first_expert (`bool`, *optional*, defaults to `False`): Take query features with the first task's
             expert active (the ++ variants) instead of the frozen backbone.
-        route_layer (`int`, *optional*): Take query features behind this layer, so that routing needs only a part of a
-            forward pass; behind the last if left out.
+        route_layer (`int` or `list[int]`, *optional*): Take query features behind this layer, so that routing needs
+            only a part of a forward pass; behind the last, -1, if left out. Several layers: side by side, from one
+            pass.
         pool_size (`int`, *optional*, defaults to 10): Experts in a pool, M.
         top_n (`int`, *optional*, defaults to 5): Experts that an image selects from a pool, N.
         pull (`float`, *optional*, defaults to 0.5): Weight λ of the loss that pulls selected keys towards queries.
@@ -98,10 +111,15 @@ class MethodConfig:
     name: str
     peft: dict
     experts: str = "per_task"
+    router: str = "prototypes"
+    classifier: str = "head"
+    mix: int = 1
+    joint: bool = False
+    projection_size: int = 10_000
     k: int | str = 5
     head: str = "auto"
     query_with_first_expert: bool = False
-    route_layer: int | None = None
+    route_layer: int | list[int] | None = None
     pool_size: int = 10
     top_n: int = 5
     pull: float = 0.5
@@ -116,8 +134,11 @@ class MethodConfig:
             self.k = int(self.k)
         if self.k != "auto" and (not isinstance(self.k, int) or self.k < 1):
             raise ConfigError(f"k={self.k!r} must be a whole number of prototypes per task, 1 or more, or 'auto'.")
-        if self.route_layer is not None and self.route_layer < 1:
-            raise ConfigError(f"route_layer={self.route_layer} must be the number of a layer, 1 or more.")
+        layers = self.route_layers
+        if 0 in layers or layers != sorted(set(layers)):
+            raise ConfigError(f"route_layer={self.route_layer} must be layers from 1, or from -1 down, rising.")
+        if len(layers) == 1:
+            self.route_layer = layers[0]
         # As they come back from JSON, so that a saved method equals the one it was made with.
         self.peft = {
             name: sorted(value) if isinstance(value, set) else list(value) if isinstance(value, tuple) else value
@@ -127,14 +148,72 @@ class MethodConfig:
             json.dumps(self.peft)
         except TypeError as error:
             raise ConfigError(f"peft={self.peft} cannot be saved: {error}.") from error
-        if "peft_type" not in self.peft:
+        if self.experts == "none" and self.peft:
+            raise ConfigError(f"peft={self.peft} has no use with experts='none'; leave it empty.")
+        if self.experts != "none" and "peft_type" not in self.peft:
             raise ConfigError("peft needs a 'peft_type', for example {'peft_type': 'LORA', 'r': 1}.")
         if self.readout == "prompts" and (self.experts, self.peft["peft_type"]) != ("pool", "PROMPT_TUNING"):
             raise ConfigError("readout='prompts' needs a pool of prompts, experts='pool' and PROMPT_TUNING.")
-        if self.query_with_first_expert and self.experts != "per_task":
-            raise ConfigError("query_with_first_expert needs experts='per_task': only there is a first expert fixed.")
+        if self.query_with_first_expert and self.experts not in ("per_task", "first"):
+            raise ConfigError(
+                "query_with_first_expert needs experts='per_task' or 'first': only there is a first expert fixed."
+            )
+        self._check_routing()
         if self.experts == "pool":
             self._check_pool()
+
+    @property
+    def route_layers(self) -> list[int]:
+        """The layers behind which query features are taken; none: behind the last."""
+        if self.route_layer is None:
+            return []
+        return [self.route_layer] if isinstance(self.route_layer, int) else list(self.route_layer)
+
+    @property
+    def routed(self) -> bool:
+        """Whether the router learns from the query features of every task."""
+        return self.experts == "per_task" or self.classifier == "router"
+
+    def expert_of(self, task: str) -> str:
+        """Name of the expert that a task trains, where that is one."""
+        return task if self.experts == "per_task" else ONE_EXPERT
+
+    @property
+    def uses_experts(self) -> bool:
+        """Whether images are classified under an expert, rather than by their query features."""
+        return self.experts != "none" and self.classifier != "router"
+
+    @property
+    def knows_classes(self) -> bool:
+        """Whether the router keeps every class, not just prototypes of a task or keys of a pool."""
+        return self.router != "prototypes"
+
+    def _check_routing(self) -> None:
+        routed = self.experts in ("per_task", "first", "none")
+        if not routed and (self.knows_classes or self.classifier != "head"):
+            raise ConfigError(
+                f"router={self.router!r} and classifier={self.classifier!r} do not go with experts={self.experts!r}, "
+                "which are not chosen by a router; leave both out."
+            )
+        if self.classifier == "router" and not (self.knows_classes and self.experts in ("first", "none")):
+            raise ConfigError(
+                "classifier='router' needs a router that knows classes, and experts='none' or 'first': the experts of "
+                "all others would have nothing to say."
+            )
+        if self.classifier == "both" and (self.experts, self.router) != ("per_task", "gaussian"):
+            raise ConfigError("classifier='both' needs experts='per_task' and router='gaussian', for its scores.")
+        if self.experts == "first" and not (self.classifier == "router" and self.query_with_first_expert):
+            raise ConfigError("experts='first' needs classifier='router' and query_with_first_expert=True.")
+        if self.experts == "none" and self.classifier == "head" and not self.joint:
+            raise ConfigError("experts='none' needs classifier='router', or joint=True for a linear probe.")
+        if self.joint and (self.experts not in ("single", "none") or self.classifier != "head"):
+            raise ConfigError("joint=True needs experts='single' or 'none', and classifier='head'.")
+        if self.joint and (self.head != "shared" or self.mask_logits):
+            raise ConfigError("joint=True needs head='shared' and mask_logits=False: all classes train at once.")
+        if not self.mix >= 1 or (self.mix > 1 and self.classifier != "both"):
+            raise ConfigError(f"mix={self.mix} must be 1 or more, and more than 1 needs classifier='both'.")
+        if not self.projection_size >= 1:
+            raise ConfigError(f"projection_size={self.projection_size} must be 1 or more.")
 
     def _check_pool(self) -> None:
         if not 1 <= self.top_n <= self.pool_size:
@@ -152,7 +231,9 @@ class MethodConfig:
 
 _BEYOND_PLAIN_LORA = ("use_dora", "rank_pattern", "alpha_pattern", "lora_bias", "modules_to_save")
 _CHOICES = {
-    "experts": ("per_task", "pool", "single"),
+    "experts": ("per_task", "pool", "single", "first", "none"),
+    "router": ("prototypes", "gaussian", "class_means", "ridge"),
+    "classifier": ("head", "router", "both"),
     "head": ("auto", "shared", "per_task"),
     "readout": ("cls", "prompts"),
 }
@@ -275,6 +356,15 @@ class ContinualConfig:
             raise ConfigError("classes are not those of the tasks in order of appearance.")
         for path in self.files:
             check_path(path)
+
+    @property
+    def expert_names(self) -> list[str]:
+        """Names of the experts of a model that has learnt these tasks."""
+        if self.method.experts == "none":
+            return []
+        if self.method.experts == "pool":
+            return [f"pool-{i:03d}" for i in range(self.method.pool_size)]
+        return list(dict.fromkeys(self.method.expert_of(task.name) for task in self.tasks))
 
     # What `transformers.pipeline` asks of a model's configuration
 

@@ -95,8 +95,8 @@ def export_merged(model: ContinualModel, task: str, folder: str | Path) -> None:
 
 
 def _find_task(model: ContinualModel, task: str) -> int:
-    if model.config.method.experts == "pool":
-        raise ExpertError(f"{model.config.method.name} has a pool of experts, and none of them belongs to a task.")
+    if model.config.method.experts == "pool" or not model.config.method.uses_experts:
+        raise ExpertError(f"{model.config.method.name} has no expert that belongs to a task.")
     names = [learnt.name for learnt in model.config.tasks]
     if task not in names:
         raise ConfigError(f"The model has learnt no task {task!r}; it knows {', '.join(names) or 'none yet'}.")

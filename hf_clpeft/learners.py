@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 import torch
 
-from .backbones import cls_features
+from .backbones import Backbone
 from .config import TaskConfig
 from .experts import ExpertBank
 from .routing import KeyRouter
@@ -54,20 +54,32 @@ class TaskLearner(torch.nn.Module, ABC):
         """What the head classifies, of shape `(batch, hidden_size)`, and what is added to the loss."""
 
 
+class FrozenLearner(TaskLearner):
+    """Trains no expert: the backbone stays as it is, or as the first task left it."""
+
+    def expert_parameters(self) -> list[torch.nn.Parameter]:
+        """None."""
+        return []
+
+    def _features(self, pixel_values: torch.Tensor, query: torch.Tensor) -> tuple[torch.Tensor, float]:
+        return query, 0.0
+
+
 class ExpertLearner(TaskLearner):
     """Trains one expert in the bank's slot.
 
     Args:
         peft_model (`peft.PeftModel`): The backbone with the expert.
+        backbone ([`Backbone`]): Says what of its output is the feature.
         args: As for [`TaskLearner`].
     """
 
-    def __init__(self, peft_model, *args):
+    def __init__(self, peft_model, backbone: Backbone, *args):
         super().__init__(*args)
-        self.peft_model = peft_model
+        self.peft_model, self.pool = peft_model, backbone.pool
 
     def _features(self, pixel_values: torch.Tensor, query) -> tuple[torch.Tensor, float]:
-        return cls_features(self.peft_model, pixel_values), 0.0
+        return self.pool(self.peft_model(pixel_values=pixel_values).last_hidden_state), 0.0
 
 
 class PoolLearner(TaskLearner):

@@ -16,15 +16,13 @@ from .folder import settle
 from .heads import Heads
 from .hub.download import fetch_model
 from .hub.push import PushTarget, push_folder
-from .learners import ExpertLearner, PoolLearner, TaskLearner, rows_to_train
+from .learners import ExpertLearner, FrozenLearner, PoolLearner, TaskLearner, rows_to_train
+from .mixing import mix
 from .prediction import ContinualOutput, Prediction, read_output
 from .report import StreamReport
-from .routing import KeyRouter, PrototypeRouter, Routing
+from .routing import ClassMeanRouter, GaussianRouter, KeyRouter, PrototypeRouter, RidgeRouter, Routing
 from .storage import load_into, save_model
 from .streams.images import open_image
-
-
-ONE_EXPERT = "all-tasks"  # name of the expert of methods that have just one
 
 
 class ContinualModel(torch.nn.Module):
@@ -35,6 +33,7 @@ class ContinualModel(torch.nn.Module):
         config ([`ContinualConfig`]): Method, backbone and learnt tasks.
 
     Attributes:
+        query_layers (`list[int]`): Layers behind which query features are taken.
         report ([`StreamReport`], *optional*): What was measured while it learnt; travels with the model.
 
     `transformers.pipeline("image-classification", model=model, image_processor=model.backbone.processor)` works too.
@@ -61,16 +60,14 @@ class ContinualModel(torch.nn.Module):
 
     def __init__(self, backbone: Backbone, config: ContinualConfig):
         super().__init__()
-        method = config.method
-        if (method.route_layer or 1) > backbone.num_layers:
-            raise ConfigError(f"route_layer={method.route_layer}, but the backbone has {backbone.num_layers} layers.")
+        method, count = config.method, backbone.num_layers
         self.config = config
         self.backbone = backbone
+        self.query_layers = [number + count + 1 if number < 0 else number for number in method.route_layers] or [count]
+        if not 1 <= self.query_layers[0] <= self.query_layers[-1] <= count:
+            raise ConfigError(f"route_layer={method.route_layer}, but the backbone has {count} layers.")
         self.bank = ExpertBank(backbone)
-        if method.experts == "pool":
-            self.router = KeyRouter(backbone.hidden_size, method.pool_size, method.top_n)
-        else:
-            self.router = PrototypeRouter(backbone.hidden_size)
+        self.router = _make_router(method, self.query_size)
         self.heads = Heads(backbone.hidden_size, shared=method.head == "shared")
         self.report: StreamReport | None = None
         self.unchanged_experts: dict[str, dict[str, str]] = {}  # their files since they were last saved or loaded
@@ -103,6 +100,11 @@ class ContinualModel(torch.nn.Module):
 
     # From pixels to a label
 
+    @property
+    def query_size(self) -> int:
+        """Width of query features."""
+        return self.backbone.hidden_size * len(self.query_layers)
+
     def query_features(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """The features that choose experts: [CLS] of the frozen backbone, or of that with the first task's expert.
 
@@ -110,20 +112,46 @@ class ContinualModel(torch.nn.Module):
             pixel_values (`torch.Tensor` of shape `(batch, 3, height, width)`): Normalised images.
 
         Returns:
-            `torch.Tensor` of shape `(batch, hidden_size)`.
+            `torch.Tensor` of shape `(batch, query_size)`.
         """
-        layers = self.config.method.route_layer
+        layers = None
+        if self.query_layers != [self.backbone.num_layers]:
+            layers = self.query_layers if len(self.query_layers) > 1 else self.query_layers[0]
         if not (self.config.method.query_with_first_expert and len(self.bank)):
             return self.bank.frozen(pixel_values, layers)
         first = torch.zeros(len(pixel_values), dtype=torch.int64, device=pixel_values.device)
         return self.bank(pixel_values, first, num_layers=layers)
 
     def route(self, query: torch.Tensor) -> Routing:
-        """Experts of each image, from its own query features alone."""
-        if self.config.method.experts == "single":
+        """Experts of each image, from its own query features alone: of shape `(batch,)`, or several in each row."""
+        method = self.config.method
+        if not (method.routed or method.experts == "pool"):
             nowhere = torch.zeros(len(query), dtype=torch.int64, device=query.device)
             return Routing(nowhere, query.new_zeros(len(query)), query.new_zeros(len(query), 1))
-        return self.router(query)
+        routing = self.router(query)
+        if method.classifier != "both":
+            return routing
+        nearest = routing.distances.topk(min(method.mix, self.router.num_owners), largest=False).indices
+        return routing._replace(selection=nearest)
+
+    def classify(self, features: torch.Tensor, routing: Routing) -> torch.Tensor:
+        """Logits of images, whoever it is that names the class.
+
+        Args:
+            features (`torch.Tensor` of shape `(batch, hidden_size)` or `(batch, N, hidden_size)`): Under the selected
+                expert, or, where several judge, under each of them.
+            routing ([`Routing`]): Of the same images.
+
+        Returns:
+            `torch.Tensor` of shape `(batch, classes)`: −inf where no judge knows a class.
+        """
+        if self.config.method.classifier == "router":
+            return self.router.class_scores(routing.scores)
+        if self.config.method.classifier == "head":
+            return self.heads(features, routing.selection)
+        judges = [self.heads(features[:, n], routing.selection[:, n]) for n in range(features.shape[1])]
+        router = self.router
+        return mix(torch.stack(judges, dim=1), routing.selection, routing.scores, router.owners, router.classes)
 
     def forward(self, pixel_values: torch.Tensor, expert: int | None = None) -> ContinualOutput:
         """Query, route, bank, head.
@@ -135,11 +163,23 @@ class ContinualModel(torch.nn.Module):
         Returns:
             [`ContinualOutput`]
         """
-        selection, _, distances = self.route(self.query_features(pixel_values))
+        query = self.query_features(pixel_values)
+        routing = self.route(query)
         if expert is not None:
-            selection = torch.full_like(selection, expert)
-        features = self.bank(pixel_values, selection, self.config.method.readout)
-        return ContinualOutput(self.heads(features, selection), selection, distances)
+            routing = routing.sent_to(expert)
+        logits = self.classify(self._judged(pixel_values, query, routing.selection), routing)
+        return ContinualOutput(logits, routing.selection, routing.distances)
+
+    def _judged(self, pixel_values: torch.Tensor, query: torch.Tensor, selection: torch.Tensor) -> torch.Tensor:
+        """What is classified: features under the selected experts, or the query features where there are none."""
+        method = self.config.method
+        if not method.uses_experts:
+            return query
+        if method.classifier == "head":
+            return self.bank(pixel_values, selection, method.readout)
+        judges = selection.shape[1]
+        features = self.bank(pixel_values.repeat_interleave(judges, dim=0), selection.flatten())
+        return features.unflatten(0, (-1, judges))
 
     @torch.no_grad()
     def predict(
@@ -180,6 +220,7 @@ class ContinualModel(torch.nn.Module):
         self._check_predict(reject_rate, expert)
         forced = None if expert is None else self.bank.names.index(expert)
         images = [images] if isinstance(images, PIL.Image.Image | str | Path) else images
+        experts = self.bank.names if self.config.method.uses_experts else []
         predictions = []
         for start in range(0, len(images), batch_size):
             batch = [open_image(image) for image in images[start : start + batch_size]]
@@ -188,20 +229,22 @@ class ContinualModel(torch.nn.Module):
             typicality = None
             if self.can_reject:
                 typicality = self.router.typicality(output.distances).amax(dim=1)
-            predictions += read_output(
-                output, self.config.classes, self.bank.names, typicality, reject_rate or 0.0, top_k
-            )
+            predictions += read_output(output, self.config.classes, experts, typicality, reject_rate or 0.0, top_k)
         return predictions
 
     @property
     def can_reject(self) -> bool:
         """Whether [`~ContinualModel.predict`] takes a `reject_rate`."""
-        return self.config.method.experts == "per_task" and all(self.router.calibrated())
+        method = self.config.method
+        return method.routed and not method.knows_classes and all(self.router.calibrated())
 
     def _check_predict(self, reject_rate: float | None, expert: str | None) -> None:
         method, names = self.config.method, self.bank.names
-        if reject_rate is not None and method.experts != "per_task":
-            raise ConfigError(f"reject_rate needs prototypes, and {method.name} has none: choose an S-X method.")
+        if reject_rate is not None and (method.knows_classes or not method.routed):
+            raise ConfigError(
+                f"reject_rate needs prototypes, and {method.name} has none: choose an S-X method with "
+                "router='prototypes'."
+            )
         if reject_rate is not None and not self.can_reject:
             calibrated = zip(self.config.tasks, self.router.calibrated(), strict=True)
             unknown = [task.name for task, known in calibrated if not known]
@@ -213,6 +256,8 @@ class ContinualModel(torch.nn.Module):
             raise ConfigError(f"reject_rate={reject_rate} must be between 0.01 and 1.")
         if expert is not None and method.experts == "pool":
             raise ConfigError(f"expert={expert!r}: {method.name} selects from a pool; none can be chosen by hand.")
+        if expert is not None and not method.uses_experts:
+            raise ConfigError(f"expert={expert!r}: no expert judges images in {method.name}.")
         if expert is not None and expert not in names:
             raise ConfigError(f"expert={expert!r} is not one of {', '.join(names)}.")
 
@@ -234,7 +279,7 @@ class ContinualModel(torch.nn.Module):
         """
         if name in (task.name for task in self.config.tasks):
             raise ConfigError(f"The model has learnt a task {name!r} already; give the new one another name.")
-        if len(classes) == 1 and (self.config.method.experts != "per_task" or not self.config.method.mask_logits):
+        if len(classes) == 1 and not (self.config.method.routed and self.config.method.mask_logits):
             raise ConfigError(
                 f"Task {name!r} has a single class, {classes[0]!r}, and in {self.config.method.name} nothing would "
                 "tell it from the others: give it two classes or more, or choose a method with an expert per task "
@@ -246,15 +291,17 @@ class ContinualModel(torch.nn.Module):
         if method.head == "auto":
             self.heads.shared = domain is None
         known = list(dict.fromkeys([*self.config.classes, *classes]))
-        trained, targets = rows_to_train(classes, known, method.mask_logits)
+        trained, targets = rows_to_train(known if method.joint else classes, known, method.mask_logits)
         rows = (task, self.heads.start(trained), trained, targets)
+        if not self._trains_experts():
+            return FrozenLearner(*rows).to(self.device)
         peft_config = make_peft_config(method.peft, self.backbone)
         if method.experts == "pool":
             if not len(self.bank):
                 self._make_pool(peft_config)
             learner = PoolLearner(self.bank, self.router, method.readout, method.pull, *rows)
         else:
-            learner = ExpertLearner(self.bank.start(self._expert_name(name), peft_config), *rows)
+            learner = ExpertLearner(self.bank.start(method.expert_of(name), peft_config), self.backbone, *rows)
         return learner.to(self.device)
 
     def finish_task(self, learner: TaskLearner, num_train_images: int) -> None:
@@ -270,29 +317,26 @@ class ContinualModel(torch.nn.Module):
         if method.experts == "pool":
             learner.finish()
             self.unchanged_experts.clear()
-        else:
-            self.bank.finish(self._expert_name(task.name))
-            self.unchanged_experts.pop(self._expert_name(task.name), None)
-        self.heads.write(learner.head.weight, learner.head.bias, learner.classes, alone=len(task.classes) == 1)
+        elif self._trains_experts():
+            self.bank.finish(method.expert_of(task.name))
+            self.unchanged_experts.pop(method.expert_of(task.name), None)
+        if method.classifier != "router":
+            alone = len(task.classes) == 1
+            self.heads.write(learner.head.weight, learner.head.bias, learner.classes, alone=alone)
         self.config.classes = list(dict.fromkeys([*self.config.classes, *task.classes]))
         self.config.tasks.append(task)
 
-    def _expert_name(self, task: str) -> str:
-        return task if self.config.method.experts == "per_task" else ONE_EXPERT
+    def _trains_experts(self) -> bool:
+        """Whether the next task does."""
+        experts = self.config.method.experts
+        return experts != "none" and not (experts == "first" and self.config.tasks)
 
     def _make_pool(self, peft_config) -> None:
         self.router.reset_parameters()
-        for name in self.expert_names():
+        for name in self.config.expert_names:
             self.bank.start(name, peft_config)
             self.bank.finish(name)
             self.bank.reserve(self.config.method.pool_size)
-
-    def expert_names(self) -> list[str]:
-        """Names of all experts that the model has once it has learnt its tasks."""
-        method = self.config.method
-        if method.experts == "pool":
-            return [f"pool-{i:03d}" for i in range(method.pool_size)]
-        return list(dict.fromkeys(self._expert_name(task.name) for task in self.config.tasks))
 
     # Forgetting on purpose
 
@@ -315,8 +359,13 @@ class ContinualModel(torch.nn.Module):
         others = [known for known in self.config.tasks if known.name != task]
         elsewhere = {label for known in others for label in known.classes}
         shared = sorted(elsewhere & set(self.config.tasks[position].classes))
-        if method.experts != "per_task":
+        if method.experts in ("pool", "single") or method.joint:
             raise ConfigError(f"All tasks trained the same experts in {method.name}; none can be removed exactly.")
+        if method.knows_classes:
+            raise ConfigError(
+                f"The sums of the {method.router} router hold the images of all tasks; {task!r} cannot be removed "
+                "exactly. Choose router='prototypes' where tasks must be unlearnt."
+            )
         if method.query_with_first_expert and position == 0 and others:
             raise ConfigError(f"The expert of {task!r} takes everyone's query features; it cannot be removed alone.")
         if self.heads.shared and (shared or not method.mask_logits):
@@ -424,6 +473,15 @@ class ContinualModel(torch.nn.Module):
         model = cls(backbone, config)
         load_into(model, folder)
         return model
+
+
+def _make_router(method: MethodConfig, query_size: int) -> torch.nn.Module:
+    if method.experts == "pool":
+        return KeyRouter(query_size, method.pool_size, method.top_n)
+    if method.router == "ridge":
+        return RidgeRouter(query_size, method.projection_size)
+    routers = {"prototypes": PrototypeRouter, "gaussian": GaussianRouter, "class_means": ClassMeanRouter}
+    return routers[method.router](query_size)
 
 
 # Else `transformers.pipeline` would say, wrongly, that it does not support this model.

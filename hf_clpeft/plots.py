@@ -86,6 +86,89 @@ def plot_comparison(reports: Sequence, path: str | Path) -> None:
     figure.savefig(path)
 
 
+def plot_series(
+    panels: dict[str, dict[str, tuple[Sequence[float], np.ndarray]]],
+    path: str | Path,
+    xlabel: str,
+    ylabel: str,
+    log_x: bool = False,
+) -> None:
+    """Draws shares over something, one line per method with its spread over runs, one panel per benchmark.
+
+    Args:
+        panels (`dict`): Title to lines; name of a line to its places, of length `n`, and values of shape `(runs, n)`
+            in [0, 1]. A line that is known at its last place alone becomes a level to compare with.
+        path (`str` or `Path`): PNG file to write.
+        xlabel (`str`), ylabel (`str`): Texts of the axes.
+        log_x (`bool`, *optional*, defaults to `False`): Logarithmic places.
+
+    Example:
+
+    ```py
+    >>> import numpy as np
+    >>> from hf_clpeft.plots import plot_series
+
+    >>> lines = {"s_lora": ([1, 2], np.array([[0.9, 0.8], [0.9, 0.7]]))}
+    >>> plot_series({"digits": lines}, "curves.png", "tasks learnt", "accuracy")
+
+    ```
+    """
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
+    names = list(dict.fromkeys(name for lines in panels.values() for name in lines))
+    figure = Figure(figsize=(5 * len(panels) + 2, 4.2), layout="constrained", dpi=120)
+    axes = np.atleast_1d(figure.subplots(1, len(panels)))
+    for axis, (title, lines) in zip(axes, panels.items(), strict=True):
+        for name, (places, values) in lines.items():
+            style = {"color": f"C{names.index(name) % 10}", "label": name}
+            style["linestyle"] = ("-", "--", ":")[names.index(name) // 10 % 3]
+            mean, spread = 100 * values.mean(axis=0), 100 * values.std(axis=0)
+            if len(places) > 1 and np.isfinite(mean).sum() == 1:
+                axis.axhline(mean[-1], linewidth=1, **style)
+                continue
+            marker = "os^Dv"[names.index(name) // 10 % 5]
+            axis.errorbar(places, mean, spread if len(values) > 1 else None, marker=marker, markersize=4, **style)
+        axis.set(title=_plain(title), xlabel=xlabel, ylabel=f"{ylabel}, %", xscale="log" if log_x else "linear")
+        axis.spines[["top", "right"]].set_visible(False)
+        if not log_x:
+            axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+    drawn = {label: handle for axis in axes for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)}
+    figure.legend([drawn[name] for name in names], names, loc="outside right upper", fontsize=8)
+    figure.savefig(path)
+
+
+def plot_bars(panels: dict[str, dict[str, Sequence[float]]], path: str | Path, ylabel: str) -> None:
+    """Draws shares as bars, one per method with its spread over runs, one panel per benchmark.
+
+    Args:
+        panels (`dict`): Title to bars; name of a bar to its values in [0, 1], one per run.
+        path (`str` or `Path`): PNG file to write.
+        ylabel (`str`): Text of the axis.
+
+    Example:
+
+    ```py
+    >>> from hf_clpeft.plots import plot_bars
+
+    >>> plot_bars({"digits": {"s_lora": [0.97, 0.98]}}, "routing.png", "routing accuracy")
+
+    ```
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(4.5 * len(panels), 4.2), layout="constrained", dpi=120)
+    for axis, (title, bars) in zip(np.atleast_1d(figure.subplots(1, len(panels))), panels.items(), strict=True):
+        heights = [100 * np.mean(values) for values in bars.values()]
+        spread = [100 * np.std(values) for values in bars.values()]
+        drawn = axis.bar(range(len(bars)), heights, yerr=spread if any(spread) else None, color="#f59e0b")
+        axis.bar_label(drawn, fmt="%.1f", fontsize=8)
+        axis.set_xticks(range(len(bars)), [_plain(name) for name in bars], rotation=45, ha="right")
+        axis.set(title=_plain(title), ylabel=f"{ylabel}, %", ylim=(0, 105))
+        axis.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path)
+
+
 def plot_throughput(rows: Sequence[dict], path: str | Path) -> None:
     """Draws what a batch costs over the number of experts, relative to the first system, one panel per setting.
 

@@ -14,9 +14,10 @@ class Prediction:
     Args:
         label (`str`, *optional*): Name of the likeliest class; `None` if the image is rejected: of none of the tasks.
         score (`float`): Softmax score of the likeliest class, in [0, 1]; 1 under a task with a single class.
-        expert (`str`): Name of the expert that judged the image; the nearest, where several did.
-        distance (`float`): How far the image's query features are from it, in [0, 2]; see [`PrototypeRouter`] and
-            [`KeyRouter`].
+        expert (`str`, *optional*): Name of the expert that judged the image; the nearest, where several did; `None`
+            in methods that classify without.
+        distance (`float`): How far the image's query features are from it, or from the nearest task, in the measure
+            of the router: in [0, 2] with prototypes or keys.
         typicality (`float`, *optional*): Which share of a task's own images lie as far from its prototypes as this
             one, or farther: the largest over all tasks, in whole percent. `None` where that is not known.
         classes (`dict[str, float]`): The likeliest classes with their scores, likeliest first.
@@ -35,7 +36,7 @@ class Prediction:
 
     label: str | None
     score: float
-    expert: str
+    expert: str | None
     distance: float
     typicality: float | None
     classes: dict[str, float]
@@ -95,7 +96,7 @@ def read_output(
             Prediction(
                 label=None if rejected else classes[image_classes[0]],
                 score=image_scores[0],
-                expert=experts[expert],
+                expert=experts[expert] if experts else None,
                 distance=its_distance,
                 typicality=typical,
                 classes={classes[number]: score for number, score in zip(image_classes, image_scores, strict=True)},

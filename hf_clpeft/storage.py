@@ -9,13 +9,12 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 
-from .config import CONFIG_NAME, ConfigError, ContinualConfig, read_json
+from .config import CONFIG_NAME, ConfigError, ContinualConfig, TaskConfig, read_json
 from .experts import Expert
 from .experts.naming import rename_old_keys
 from .folder import changing, hash_file, remove_with
 from .hub.card import CARD_NAME, make_card
 from .report import METRICS_NAME, REPORT_FILES, StreamReport
-from .routing.prototypes import FARTHEST, PERCENT
 from .versions import library_versions
 
 
@@ -74,7 +73,7 @@ def load_into(model: "ContinualModel", folder: str | Path) -> None:
     Raises:
         [`ConfigError`], [`ExpertError`]: A file is missing, damaged, unknown or does not fit; the message says which.
     """
-    folder, names = Path(folder), model.expert_names()
+    folder, names = Path(folder), model.config.expert_names
     check_files(folder, model.config, names)
     experts = (Expert.load(name, folder / EXPERTS_FOLDER / name) for name in names)
     model.bank.extend(rename_old_keys(expert, model.backbone) for expert in experts)
@@ -142,9 +141,13 @@ def _files_of(folder: Path) -> dict[str, str]:
         return {}
 
 
+def _tasks_with_rows(model: "ContinualModel") -> list[TaskConfig]:
+    return [] if model.config.method.classifier == "router" else model.config.tasks
+
+
 def _head_rows(model: "ContinualModel") -> dict[str, torch.Tensor]:
     rows = {}
-    for i, task in enumerate(model.config.tasks):
+    for i, task in enumerate(_tasks_with_rows(model)):
         rows[f"{task.name}.weight"], rows[f"{task.name}.bias"] = model.heads.weights[i], model.heads.biases[i]
         rows[f"{task.name}.classes"] = torch.tensor(model.heads.classes[i], dtype=torch.int64)
     return rows
@@ -167,35 +170,17 @@ def _read(path: Path) -> dict[str, torch.Tensor]:
 
 
 def _load_router(model: "ContinualModel", tensors: dict[str, torch.Tensor]) -> None:
-    own = model.router.state_dict()
-    if tensors.keys() == {"prototypes", "owners"} < own.keys():  # saved before thresholds were measured
-        tensors["thresholds"] = torch.full((len(tensors["owners"].unique()), PERCENT), FARTHEST)
-    if tensors.keys() != own.keys() or any(tensors[key].dtype != tensor.dtype for key, tensor in own.items()):
-        raise ConfigError(f"{ROUTER_NAME} holds {sorted(tensors)}, but the model needs {sorted(own)}.")
-    if model.config.method.experts == "pool":
-        if tensors["keys"].shape != model.router.keys.shape:
-            raise ConfigError(
-                f"{ROUTER_NAME} has keys of shape {tuple(tensors['keys'].shape)}, but the model needs "
-                f"{tuple(model.router.keys.shape)}."
-            )
-        model.router.keys.data = tensors["keys"]
-        return
-    prototypes, owners, thresholds = tensors["prototypes"], tensors["owners"], tensors["thresholds"]
-    expected = list(range(len(model.config.tasks))) if model.config.method.experts == "per_task" else []
-    width = model.backbone.hidden_size
-    shapes = (prototypes.shape, thresholds.shape)
-    if owners.unique().tolist() != expected or shapes != ((*owners.shape, width), (len(expected), PERCENT)):
-        raise ConfigError(
-            f"{ROUTER_NAME} has prototypes of shape {tuple(prototypes.shape)} and thresholds of shape "
-            f"{tuple(thresholds.shape)} for tasks {owners.unique().tolist()}, but the model has tasks {expected} and "
-            f"width {width}."
-        )
-    model.router.prototypes, model.router.owners, model.router.thresholds = prototypes, owners, thresholds
+    routed = model.config.method.routed
+    try:
+        model.router.load(tensors, len(model.config.tasks) * routed, len(model.config.classes) * routed)
+    except ValueError as error:
+        raise ConfigError(f"{ROUTER_NAME} does not fit the model: {error}") from error
 
 
 def _load_heads(model: "ContinualModel", tensors: dict[str, torch.Tensor]) -> None:
-    known, written = len(model.config.classes), set()
-    for task in model.config.tasks:
+    tasks = _tasks_with_rows(model)
+    known, written = len(model.config.classes) * bool(tasks), set()
+    for task in tasks:
         names = [f"{task.name}.{part}" for part in ("weight", "bias", "classes")]
         try:
             weight, bias, classes = (tensors.pop(name) for name in names)

@@ -197,7 +197,7 @@ def trainers(backbone: Backbone, setting: Setting, args: ThroughputArguments) ->
         return torch.nn.functional.cross_entropy(module["head"](features.float()).float(), labels)
 
     systems = {"PEFT, one adapter": step_of(bare, bare_loss)}
-    expert = ExpertLearner(slot(), *head()).to(device)
+    expert = ExpertLearner(slot(), backbone, *head()).to(device)
     systems["S-X: one expert"] = step_of(expert, lambda module: module(images, labels)[0])
     parts = [bare["model"], expert.peft_model]
     for form in ("stacked", "gathered") if setting.technique == "lora" else ("gathered",):

@@ -1,12 +1,25 @@
 """Loading a frozen backbone whole, at another size, in another precision."""
 
+import copy
+
 import pytest
 import torch
 from conftest import BACKBONE
-from transformers import Dinov2Config, Dinov2Model, ViTConfig, ViTModel
+from transformers import (
+    ConvNextConfig,
+    ConvNextImageProcessorPil,
+    ConvNextModel,
+    Dinov2Config,
+    Dinov2Model,
+    ResNetConfig,
+    ResNetModel,
+    ViTConfig,
+    ViTModel,
+)
 
-from hf_clpeft import BackboneError, load_backbone
+from hf_clpeft import BackboneError, ExpertBank, ExpertError, load_backbone
 from hf_clpeft.backbones import hash_weights
+from hf_clpeft.experts.expert import make_peft_config, make_peft_model
 
 
 @pytest.fixture
@@ -84,9 +97,66 @@ def test_query_and_value_projections_are_found_in_the_model(backbone, model, nam
     assert found == names if names else set(found) <= linear and len(found) == 2
 
 
+@pytest.fixture(params=["convnext", "resnet"])
+def convnet(request, tmp_path):
+    """Folder of a ConvNet with random weights."""
+    shape = {"hidden_sizes": [8, 16, 24, 32], "depths": [1, 1, 1, 1]}
+    torch.manual_seed(0)
+    if request.param == "convnext":
+        model = ConvNextModel(ConvNextConfig(**shape))
+    else:
+        model = ResNetModel(ResNetConfig(embedding_size=8, layer_type="basic", **shape))
+    model.save_pretrained(tmp_path / "convnet")
+    ConvNextImageProcessorPil(size={"shortest_edge": 32}).save_pretrained(tmp_path / "convnet")
+    return str(tmp_path / "convnet")
+
+
+def test_a_convnet_gives_means_and_its_experts_those_of_peft(convnet):
+    backbone = load_backbone(convnet, image_size=64)
+    pixel_values = torch.randn(4, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        outputs = backbone.model(pixel_values).last_hidden_state
+        torch.testing.assert_close(backbone(pixel_values), outputs.mean(dim=(2, 3)))
+    bank, config = ExpertBank(copy.deepcopy(backbone)), make_peft_config({"peft_type": "LORA", "r": 2}, backbone)
+    experts = []
+    for name in ("one", "two"):
+        for parameter in bank.start(name, config).parameters():
+            parameter.data += 0.1 * torch.randn_like(parameter) * parameter.requires_grad
+        experts.append(bank.finish(name))
+    alone = make_peft_model(backbone, config)
+    with torch.no_grad():
+        mixed = bank(pixel_values, torch.tensor([1, 0, 0, 1]))
+        for position, expert in enumerate(experts):
+            expert.copy_to(alone)
+            wanted = backbone.pool(alone(pixel_values=pixel_values).last_hidden_state)
+            rows = [1, 2] if position == 0 else [0, 3]
+            torch.testing.assert_close(mixed[rows], wanted[rows], atol=1e-5, rtol=1e-5)
+
+
+def test_a_prompt_has_no_place_in_a_convnet(convnet):
+    backbone = load_backbone(convnet)
+    with pytest.raises(ExpertError, match="ConvNet without tokens"):
+        make_peft_model(backbone, make_peft_config({"peft_type": "PROMPT_TUNING", "num_virtual_tokens": 2}, backbone))
+
+
+def test_features_of_several_depths_come_from_one_pass(backbone):
+    pixel_values = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    passes = []
+    hook = backbone.model.layers[0].register_forward_hook(lambda *_: passes.append(1))
+    with torch.no_grad():
+        both = backbone(pixel_values, [5, 6])
+        assert len(passes) == 1
+        last = torch.nn.functional.normalize(backbone(pixel_values), dim=-1)
+        alone = backbone(pixel_values, [5])
+    hook.remove()
+    torch.testing.assert_close(both[:, 128:], last)
+    assert both.shape == (2, 256) and alone.shape == (2, 128)
+    torch.testing.assert_close(both.norm(dim=1), torch.full((2,), 2**0.5))
+
+
 def test_a_model_without_known_projections_lists_its_layers(backbone):
     from hf_clpeft import Backbone
 
     model = torch.nn.Sequential(torch.nn.Linear(2, 2))
-    with pytest.raises(BackboneError, match=r"its linear layers are named \['0'\]"):
+    with pytest.raises(BackboneError, match=r"its layers are named \['0'\]"):
         Backbone(model, backbone.processor, backbone.config).find_query_value()

@@ -68,6 +68,7 @@ Each expert is a plain PEFT adapter of the backbone:
 \| method \| s_lora \|
 \| backbone \| \[hf-clpeft/vit-tiny-glyphs\]\(.+\), 32 px, weights `[0-9a-f]{12}…` \|
 \| PEFT \| peft_type = LORA, r = 1, lora_alpha = 1 \|
+\| router \| nearest prototype \|
 \| head \| shared \|
 \| stream \| digits, class-incremental \|
 

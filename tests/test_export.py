@@ -123,8 +123,15 @@ def test_a_classifier_that_reads_more_than_cls_reads_it_with_zeros(backbone):
     torch.testing.assert_close(logits_from("merged"), logits_of(model, 0), atol=1e-4, rtol=1e-5)
 
 
-def test_a_classifier_that_does_not_read_cls_is_refused(backbone, tmp_path):
+def test_a_model_without_cls_is_classified_by_the_mean_of_its_patches(backbone):
     model = untaught(backbone=other_backbone(backbone, IJepaModel, IJepaConfig))
+    export_merged(model, "task-000", "merged")
+    torch.testing.assert_close(logits_from("merged"), logits_of(model, 0), atol=1e-4, rtol=1e-5)
+
+
+def test_a_classifier_that_reads_something_else_is_refused(backbone, tmp_path, monkeypatch):
+    model = untaught(backbone=other_backbone(backbone, IJepaModel, IJepaConfig))
+    monkeypatch.setattr(model.backbone, "_has_cls", True)  # so that the model reads the first patch
     with pytest.raises(ExpertError, match="IJepaForImageClassification .* does not classify .CLS. as the model does"):
         export_merged(model, "task-000", tmp_path / "merged")
     assert not (tmp_path / "merged").exists()
@@ -158,5 +165,5 @@ def test_an_unknown_task_is_refused_with_the_known_ones(learnt, export):
 
 @pytest.mark.parametrize("export", [export_adapter, export_merged])
 def test_a_pool_has_no_expert_of_a_task(export):
-    with pytest.raises(ExpertError, match="l2l has a pool"):
+    with pytest.raises(ExpertError, match="l2l has no expert that belongs to a task"):
         export(untaught("l2l"), "task-000", "out")

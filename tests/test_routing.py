@@ -89,7 +89,7 @@ def test_auto_takes_as_many_prototypes_as_there_are_clusters():
 
 
 def test_keys_select_the_nearest_by_cosine_whatever_the_rest_of_the_batch():
-    router = KeyRouter(hidden_size=8, pool_size=10, top_n=3)
+    router = KeyRouter(query_size=8, pool_size=10, top_n=3)
     query = 9 * torch.randn(64, 8, generator=torch.Generator().manual_seed(0))
     together = router(query)
     cosines = torch.nn.functional.cosine_similarity(query[:, None], router.keys[None], dim=-1)
@@ -103,7 +103,7 @@ def test_keys_select_the_nearest_by_cosine_whatever_the_rest_of_the_batch():
 
 
 def test_pulling_brings_selected_keys_nearer_and_leaves_the_others():
-    router = KeyRouter(hidden_size=4, pool_size=4, top_n=1)
+    router = KeyRouter(query_size=4, pool_size=4, top_n=1)
     router.keys.data = torch.eye(4)
     router.keys.requires_grad_(True)
     query = torch.tensor([[1.0, 0.5, 0.0, 0.0]])

@@ -61,9 +61,8 @@ def test_costs_are_counted_from_what_was_trained(learnt):
     expert = learnt.model.bank[0]
     assert learnt.report.expert_parameters == [expert.num_parameters] * 3
     assert learnt.report.head_parameters == [2 * (learnt.model.backbone.hidden_size + 1)] * 3
-    files = (
-        sum(t.nbytes for t in expert.tensors.values()) + 4 * learnt.report.head_parameters[0] + (10 * 128 + 100) * 4
-    )
+    router = 10 * (128 * 4 + 8) + 100 * 4  # prototypes with their owners, and thresholds
+    files = sum(t.nbytes for t in expert.tensors.values()) + 4 * learnt.report.head_parameters[0] + router
     assert learnt.report.stored_bytes == [files] * 3
 
 

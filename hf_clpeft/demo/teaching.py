@@ -127,6 +127,11 @@ def teach(
     progress(0.0, "Loading the model")
     disable_progress_bars()
     old = models.get(key)
+    if old.config.method.knows_classes:
+        raise ConfigError(
+            f"The {old.config.method.router} router weighs the classes of all tasks against each other, which would "
+            "change old answers. A model with router='prototypes' can be taught here."
+        )
     if old.config.method.experts != "per_task":
         raise ConfigError(
             f"{old.config.method.name} trains the same experts on every task, which would change old answers. A model "

@@ -1,6 +1,6 @@
 """All experts of a model, and how a batch runs through them when every image has its own."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import nullcontext
 
 import torch
@@ -139,12 +139,12 @@ class ExpertBank(torch.nn.Module):
 
     # Forward passes
 
-    def frozen(self, pixel_values: torch.Tensor, num_layers: int | None = None) -> torch.Tensor:
+    def frozen(self, pixel_values: torch.Tensor, num_layers: int | Sequence[int] | None = None) -> torch.Tensor:
         """[CLS] features of the backbone without any expert.
 
         Args:
             pixel_values (`torch.Tensor` of shape `(batch, 3, height, width)`): Normalised images.
-            num_layers (`int`, *optional*): Run only so many of the backbone's layers.
+            num_layers (`int` or sequence of `int`, *optional*): See [`Backbone.forward`].
 
         Returns:
             `torch.Tensor` of shape `(batch, hidden_size)`.
@@ -153,7 +153,11 @@ class ExpertBank(torch.nn.Module):
             return self.backbone(pixel_values, num_layers)
 
     def forward(
-        self, pixel_values: torch.Tensor, selection: torch.Tensor, readout: str = "cls", num_layers: int | None = None
+        self,
+        pixel_values: torch.Tensor,
+        selection: torch.Tensor,
+        readout: str = "cls",
+        num_layers: int | Sequence[int] | None = None,
     ) -> torch.Tensor:
         """Features with every image under its own experts.
 
@@ -163,7 +167,7 @@ class ExpertBank(torch.nn.Module):
                 experts are summed, several prompts stand one after another.
             readout (`str`, *optional*, defaults to `"cls"`): `"cls"`, or `"prompts"` for the mean of the prompt
                 tokens' outputs, as in L2P.
-            num_layers (`int`, *optional*): Run only so many of the backbone's layers.
+            num_layers (`int` or sequence of `int`, *optional*): See [`Backbone.forward`]; of no use to `"prompts"`.
 
         Returns:
             `torch.Tensor` of shape `(batch, hidden_size)`.
@@ -172,9 +176,9 @@ class ExpertBank(torch.nn.Module):
         if form == "grouped":
             return self._run_grouped(pixel_values, selection, num_layers)
         with self._slot_disabled(), self.table.selected(selection, form, self._compute_dtype()):
-            tokens = self.backbone.tokens(pixel_values, num_layers)
-        if readout == "cls":
-            return tokens[:, 0]
+            if readout == "cls":
+                return self.backbone(pixel_values, num_layers)
+            tokens = self.backbone.tokens(pixel_values)
         length = self.table.members.shape[1] * (selection.shape[1] if selection.dim() == 2 else 1)
         return tokens[:, 1 : 1 + length].mean(dim=1)
 
@@ -183,13 +187,14 @@ class ExpertBank(torch.nn.Module):
             raise ExpertError("Several experts for one image need LoRA, or prompts of one length.")
         if self.slot is not None and self._in_slot is None:
             raise ExpertError("An expert is being trained in the slot that others would run in; finish it first.")
-        features = pixel_values.new_empty(len(pixel_values), self.backbone.hidden_size)
+        groups, order = [], []
         for index in selection.unique().tolist():
             if self._in_slot is None or self._in_slot.name != self.names[index]:
                 self._put(self[index])
-            chosen = selection == index
-            features[chosen] = self.backbone(pixel_values[chosen], num_layers).to(features.dtype)
-        return features
+            rows = (selection == index).nonzero()[:, 0]
+            groups.append(self.backbone(pixel_values[rows], num_layers).to(pixel_values.dtype))
+            order.append(rows)
+        return torch.cat(groups)[torch.cat(order).argsort()]
 
     def _compute_dtype(self) -> torch.dtype:
         kind = self.backbone.device.type

@@ -169,7 +169,14 @@ def make_peft_model(backbone: Backbone, config: PeftConfig) -> PeftModel:
 
     Returns:
         `peft.PeftModel`
+
+    Raises:
+        [`ExpertError`]: A prompt has no place in a ConvNet.
     """
+    if config.is_prompt_learning and backbone.is_convnet:
+        raise ExpertError(
+            f"{backbone.config.name_or_path} is a ConvNet without tokens, so prompts cannot be inserted."
+        )
     make = PromptTunedVisionModel if config.is_prompt_learning else PeftModel
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")  # asked by PEFT, not us

@@ -16,7 +16,15 @@ LIBRARY = "hf-clpeft"
 EXPERTS = {
     "per_task": "one PEFT expert per task, of which every image chooses its own",
     "pool": "a pool of {pool_size} PEFT experts, of which every image selects {top_n}",
-    "single": "one PEFT expert that all of them trained in turn",
+    "single": "one PEFT expert that all of them trained",
+    "first": "one PEFT expert that the first of them trained",
+    "none": "no expert: the backbone stays as it was",
+}
+ROUTERS = {
+    "prototypes": "nearest prototype",
+    "gaussian": "Gaussian per class, one covariance",
+    "class_means": "nearest class mean",
+    "ridge": "ridge regression on random features",
 }
 REPO_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
@@ -50,6 +58,7 @@ def make_card(
     """
     method, summary = config.method, report.summary() if report is not None else {}
     stream = report.stream if report is not None else "unknown"
+    technique = method.peft.get("peft_type")
     # A folder on somebody's disk is nothing that a reader could follow.
     backbone_id = config.backbone.name_or_path if REPO_ID.fullmatch(config.backbone.name_or_path) else None
     on_the_hub = REPO_ID.fullmatch(repo_id) is not None
@@ -61,28 +70,30 @@ def make_card(
         base_model=backbone_id,
         datasets=[report.dataset] if report is not None and report.dataset else None,
         pipeline_tag="image-classification",
-        tags=["continual-learning", "peft", method.peft["peft_type"].lower(), method.name],
+        tags=["continual-learning", *(["peft", technique.lower()] if technique else []), method.name],
         model_name=name,
         eval_results=_eval_results(report, summary),
     )
     columns, rows = _table(config, report)
     measured = len(report.measured()) if report is not None else 0
+    router = "nearest keys" if method.experts == "pool" else ROUTERS[method.router] if method.routed else "none"
     card = ModelCard.from_template(
         data,
         template_path=str(files("hf_clpeft") / "assets" / TEMPLATE),
         title=_plain(name),
         repo_id=repo_id,
         on_the_hub=on_the_hub,
-        plain_peft=bool(backbone_id and on_the_hub and config.tasks and method.peft["peft_type"] != "PROMPT_TUNING"),
+        plain_peft=bool(backbone_id and on_the_hub and config.expert_names and technique != "PROMPT_TUNING"),
         backbone_id=backbone_id,
-        expert_names=[task.name for task in config.tasks] if method.experts == "per_task" else ["pool-000"],
+        expert_names=config.expert_names,
         method=method.name,
         experts=EXPERTS[method.experts].format(**vars(method)),
         backbone=f"[{backbone_id}](https://huggingface.co/{backbone_id}){revision}" if backbone_id else "a local one",
         image_size=config.backbone.image_size,
         weight_hash=config.backbone.weight_hash[:12],
-        peft=", ".join(f"{key} = {value}" for key, value in method.peft.items()),
-        head=method.head.replace("_", " "),
+        peft=", ".join(f"{key} = {value}" for key, value in method.peft.items()) or "none",
+        router=router,
+        head=method.head.replace("_", " ") if method.classifier != "router" else "none: the router names the class",
         stream=_plain(stream),
         scenario=_scenario(config),
         removed=", ".join(config.removed),
@@ -91,6 +102,7 @@ def make_card(
         metrics=[(key.replace("_", " "), _percent(value)) for key, value in summary.items()],
         coverage="" if measured == len(rows) else f", on the {measured} of {len(rows)} tasks whose data were at hand",
         routed=method.experts == "per_task",
+        rejects=method.routed and not method.knows_classes,
         routing=_percent(summary["routing_accuracy"]) if "routing_accuracy" in summary else None,
         license=config.license,
     )

@@ -18,13 +18,14 @@ ALIKE = {
     "image size": lambda config: config.backbone.image_size,
     "technique": lambda config: config.method.peft["peft_type"],
     "route_layer": lambda config: config.method.route_layer,
+    "router": lambda config: config.method.router,
 }
 
 
 def combine(sources: Sequence[str | Path | ContinualModel], backbone: str | None = None, **options) -> ContinualModel:
     """Puts the experts of several models into one; every image finds its own among all of them.
 
-    Nothing is trained: experts, prototypes and head rows stay as they are. Classes are merged by name. Where two
+    Nothing is trained: experts, what routers know and head rows stay. Classes are merged by name. Where two
     models with a shared head know the same class, the combined head judges every image by the rows of its own expert's
     task alone; otherwise heads stay as they were. Task names stay where no two are the same; else they get the name of
     their source in front.
@@ -82,13 +83,11 @@ def combine(sources: Sequence[str | Path | ContinualModel], backbone: str | None
         for task, expert in zip(group, model.bank, strict=True)
     )
     for model in models:
-        for position in range(len(model.config.tasks)):
-            router = model.router
-            combined.router.add_prototypes(router.prototypes[router.owners == position], router.thresholds[position])
-            numbers = [classes.index(model.config.classes[old]) for old in model.heads.classes[position]]
-            combined.heads.write(
-                model.heads.weights[position], model.heads.biases[position], numbers, model.heads.alone[position]
-            )
+        numbers = [classes.index(label) for label in model.config.classes]
+        combined.router.merge(model.router, numbers)
+        heads = model.heads
+        for *rows, old, alone in zip(heads.weights, heads.biases, heads.classes, heads.alone, strict=True):
+            combined.heads.write(*rows, [numbers[number] for number in old], alone)
     return combined
 
 

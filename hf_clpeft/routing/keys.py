@@ -2,14 +2,14 @@
 
 import torch
 
-from .prototypes import Routing
+from .routing import Routing
 
 
 class KeyRouter(torch.nn.Module):
     """Sends an image to the experts of a pool whose keys are nearest to its query features.
 
     Args:
-        hidden_size (`int`): Width of a feature.
+        query_size (`int`): Width of query features.
         pool_size (`int`): Experts in the pool, each with a key.
         top_n (`int`): How many experts an image selects.
 
@@ -21,7 +21,7 @@ class KeyRouter(torch.nn.Module):
     >>> import torch
     >>> from hf_clpeft.routing import KeyRouter
 
-    >>> router = KeyRouter(hidden_size=2, pool_size=3, top_n=2)
+    >>> router = KeyRouter(query_size=2, pool_size=3, top_n=2)
     >>> router.keys.data = torch.tensor([[1.0, 0.0], [0.0, 1.0], [-1.0, 0.0]])
     >>> router(torch.tensor([[0.1, 3.0], [-5.0, 1.0]])).selection.tolist()
     [[1, 0], [2, 1]]
@@ -29,9 +29,9 @@ class KeyRouter(torch.nn.Module):
     ```
     """
 
-    def __init__(self, hidden_size: int, pool_size: int, top_n: int):
+    def __init__(self, query_size: int, pool_size: int, top_n: int):
         super().__init__()
-        self.keys = torch.nn.Parameter(torch.empty(pool_size, hidden_size), requires_grad=False)
+        self.keys = torch.nn.Parameter(torch.empty(pool_size, query_size), requires_grad=False)
         self.top_n = top_n
         self.reset_parameters()
 
@@ -39,11 +39,29 @@ class KeyRouter(torch.nn.Module):
         """Draws the keys anew."""
         torch.nn.init.uniform_(self.keys, -1, 1)
 
+    def load(self, tensors: dict[str, torch.Tensor], num_tasks: int, num_classes: int) -> None:
+        """Takes over what `state_dict` gave.
+
+        Args:
+            tensors (`dict[str, torch.Tensor]`): Content of a file.
+            num_tasks (`int`), num_classes (`int`): What the model has learnt; of no use to keys.
+
+        Raises:
+            `ValueError`: Something does not fit.
+        """
+        if tensors.keys() != {"keys"} or tensors["keys"].dtype != self.keys.dtype:
+            raise ValueError(f"it holds {sorted(tensors)}, but the model needs ['keys'].")
+        if tensors["keys"].shape != self.keys.shape:
+            raise ValueError(
+                f"it has keys of shape {tuple(tensors['keys'].shape)}, but the model needs {tuple(self.keys.shape)}."
+            )
+        self.keys.data = tensors["keys"].to(self.keys)
+
     def forward(self, query: torch.Tensor) -> Routing:
         """Routes a batch.
 
         Args:
-            query (`torch.Tensor` of shape `(batch, hidden_size)`): Query features.
+            query (`torch.Tensor` of shape `(batch, query_size)`): Query features.
 
         Returns:
             [`Routing`]: `selection` of shape `(batch, top_n)`, nearest first; `distance` is the mean of 1 − cosine

@@ -1,30 +1,15 @@
 """Nearest k-means centre: the router of S-Prompts and S-LoRA."""
 
-from typing import NamedTuple
-
 import numpy as np
 import torch
+
+from .routing import Routing
 
 
 CANDIDATES = (1, 2, 5, 10, 20, 50, 100, 200)
 PERCENT = 100  # thresholds per task: for reject rates of 1 %, 2 %, ... 100 %
 FOLDS = 5
 FARTHEST = 2.0  # between two points of the unit sphere
-
-
-class Routing(NamedTuple):
-    """Where images go.
-
-    Args:
-        selection (integer `torch.Tensor` of shape `(batch,)` or `(batch, N)`): Positions of the chosen experts,
-            nearest first.
-        distance (`torch.Tensor` of shape `(batch,)`): How far they are from the image's query features.
-        distances (`torch.Tensor` of shape `(batch, experts)`): How far every expert is.
-    """
-
-    selection: torch.Tensor
-    distance: torch.Tensor
-    distances: torch.Tensor
 
 
 class PrototypeRouter(torch.nn.Module):
@@ -38,7 +23,7 @@ class PrototypeRouter(torch.nn.Module):
     belongs to no task (a conformal test, per task: Vovk et al., "Algorithmic Learning in a Random World", 2005).
 
     Args:
-        hidden_size (`int`): Width of a feature.
+        query_size (`int`): Width of query features.
 
     Source: section 3 of arXiv 2406.03216; S-Prompts, arXiv 2207.12819.
 
@@ -48,7 +33,7 @@ class PrototypeRouter(torch.nn.Module):
     >>> import torch
     >>> from hf_clpeft.routing import PrototypeRouter
 
-    >>> router = PrototypeRouter(hidden_size=2)
+    >>> router = PrototypeRouter(query_size=2)
     >>> router.add(torch.tensor([[1.0, 0.0], [0.0, 1.0]]), k=2)
     >>> router.add(torch.tensor([[-1.0, 0.0]]), k=1)
     >>> router(torch.tensor([[0.1, 3.0], [-5.0, 0.0]])).selection.tolist()
@@ -57,9 +42,10 @@ class PrototypeRouter(torch.nn.Module):
     ```
     """
 
-    def __init__(self, hidden_size: int):
+    def __init__(self, query_size: int):
         super().__init__()
-        self.register_buffer("prototypes", torch.zeros(0, hidden_size))
+        self.query_size = query_size
+        self.register_buffer("prototypes", torch.zeros(0, query_size))
         self.register_buffer("owners", torch.zeros(0, dtype=torch.int64))
         self.register_buffer("thresholds", torch.zeros(0, PERCENT))
 
@@ -72,7 +58,7 @@ class PrototypeRouter(torch.nn.Module):
         """Adds prototypes, owned by the next task.
 
         Args:
-            features (`torch.Tensor` of shape `(images, hidden_size)`): Query features of the task's training images.
+            features (`torch.Tensor` of shape `(images, query_size)`): Query features of the task's training images.
             k (`int` or `"auto"`): How many prototypes.
             seed (`int`, *optional*, defaults to 0): Seed of k-means.
         """
@@ -83,7 +69,7 @@ class PrototypeRouter(torch.nn.Module):
         """Adds prototypes as they are, owned by the next task.
 
         Args:
-            prototypes (`torch.Tensor` of shape `(k, hidden_size)`): Centres of L2-normalised features.
+            prototypes (`torch.Tensor` of shape `(k, query_size)`): Centres of L2-normalised features.
             thresholds (`torch.Tensor` of shape `(100,)`): Of [`fit_thresholds`].
         """
         prototypes = prototypes.to(self.prototypes)
@@ -103,11 +89,51 @@ class PrototypeRouter(torch.nn.Module):
         self.owners = owners - (owners > owner).to(owners.dtype)
         self.thresholds = torch.cat([self.thresholds[:owner], self.thresholds[owner + 1 :]])
 
+    def merge(self, other: "PrototypeRouter", numbers: list[int]) -> None:
+        """Adds all tasks of another router.
+
+        Args:
+            other ([`PrototypeRouter`]): What to add.
+            numbers (`list[int]`): Number that each of its classes has here; of no use to prototypes.
+        """
+        for owner in range(other.num_owners):
+            self.add_prototypes(other.prototypes[other.owners == owner], other.thresholds[owner])
+
+    def load(self, tensors: dict[str, torch.Tensor], num_tasks: int, num_classes: int) -> None:
+        """Takes over what `state_dict` gave.
+
+        Args:
+            tensors (`dict[str, torch.Tensor]`): Content of a file.
+            num_tasks (`int`): How many tasks should have prototypes.
+            num_classes (`int`): How many classes there are; of no use to prototypes.
+
+        Raises:
+            `ValueError`: Something does not fit.
+        """
+        own = self.state_dict()
+        if tensors.keys() == {"prototypes", "owners"}:  # saved before thresholds were measured
+            tensors["thresholds"] = torch.full((len(tensors["owners"].unique()), PERCENT), FARTHEST)
+        if {key: tensor.dtype for key, tensor in tensors.items()} != {key: own[key].dtype for key in own}:
+            raise ValueError(f"it holds {sorted(tensors)}, but the model needs {sorted(own)}.")
+        prototypes, owners, thresholds = (tensors[key] for key in own)
+        shapes = (tuple(prototypes.shape), tuple(thresholds.shape))
+        if owners.unique().tolist() != list(range(num_tasks)) or shapes != (
+            (*owners.shape, self.query_size),
+            (num_tasks, PERCENT),
+        ):
+            raise ValueError(
+                f"it has prototypes of shape {shapes[0]} and thresholds of shape {shapes[1]} for tasks "
+                f"{owners.unique().tolist()}, but the model has tasks {list(range(num_tasks))} and width "
+                f"{self.query_size}."
+            )
+        for key, tensor in tensors.items():
+            setattr(self, key, tensor.to(own[key]))
+
     def distances(self, query: torch.Tensor) -> torch.Tensor:
         """Distance of each image to the nearest prototype of every task.
 
         Args:
-            query (`torch.Tensor` of shape `(batch, hidden_size)`): Query features, normalised here.
+            query (`torch.Tensor` of shape `(batch, query_size)`): Query features, normalised here.
 
         Returns:
             `torch.Tensor` of shape `(batch, tasks)`.
@@ -122,7 +148,7 @@ class PrototypeRouter(torch.nn.Module):
         """Routes a batch.
 
         Args:
-            query (`torch.Tensor` of shape `(batch, hidden_size)`): Query features, normalised here.
+            query (`torch.Tensor` of shape `(batch, query_size)`): Query features, normalised here.
 
         Returns:
             [`Routing`]: `selection` of shape `(batch,)`; `distance` is Euclidean, to the nearest prototype, in [0, 2].
@@ -154,12 +180,12 @@ def fit_prototypes(features: torch.Tensor, k: int | str, seed: int = 0) -> torch
     """k-means centres of L2-normalised features.
 
     Args:
-        features (`torch.Tensor` of shape `(images, hidden_size)`): Query features of a task.
+        features (`torch.Tensor` of shape `(images, query_size)`): Query features of a task.
         k (`int` or `"auto"`): How many centres; fewer when there are fewer images. `"auto"`: see [`choose_k`].
         seed (`int`, *optional*, defaults to 0): Seed of k-means.
 
     Returns:
-        `torch.Tensor` of shape `(k, hidden_size)`, `float32`, on the CPU.
+        `torch.Tensor` of shape `(k, query_size)`, `float32`, on the CPU.
 
     Example:
 
@@ -186,7 +212,7 @@ def fit_thresholds(features: torch.Tensor, k: int, seed: int = 0) -> torch.Tenso
     which takes distances for normally distributed. One image says nothing, and all thresholds are as far as can be.
 
     Args:
-        features (`torch.Tensor` of shape `(images, hidden_size)`): Query features of a task.
+        features (`torch.Tensor` of shape `(images, query_size)`): Query features of a task.
         k (`int`): Number of its prototypes.
         seed (`int`, *optional*, defaults to 0): Seed of the folds and of k-means.
 
@@ -236,7 +262,7 @@ def choose_k(features: torch.Tensor, seed: int = 0) -> int:
     tasks'. More centres bring it down until they follow single images; this takes the fewest within 1 % of the best.
 
     Args:
-        features (`torch.Tensor` of shape `(images, hidden_size)`): Query features of a task.
+        features (`torch.Tensor` of shape `(images, query_size)`): Query features of a task.
         seed (`int`, *optional*, defaults to 0): Seed of the split and of k-means.
 
     Returns:

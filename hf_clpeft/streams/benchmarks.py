@@ -114,6 +114,19 @@ BENCHMARKS: dict[str, Benchmark] = {
         "testing (images and domains: arXiv 1710.03077).",
         stream={"domains": ["art_painting", "cartoon", "photo", "sketch"]},
     ),
+    "caltech101": Benchmark(
+        scenario="class",
+        dataset="flwrlabs/caltech101",
+        protocol="10 tasks of 10 or 11 of the 101 object classes in an order shuffled with seed 1993; where the copy "
+        "has one split, 20 % of every class are held out of it for testing (images: Fei-Fei et al., CVIU 2007).",
+        stream={"num_tasks": 10, "seed": 1993},
+    ),
+    "cifar10": Benchmark(
+        scenario="class",
+        dataset="uoft-cs/cifar10",
+        protocol="5 tasks of 2 classes in the data set's order, as Split CIFAR-10 mostly is (arXiv 1703.04200).",
+        stream={"num_tasks": 5},
+    ),
     "digits": Benchmark(
         scenario="class",
         dataset=load_digits_dataset,

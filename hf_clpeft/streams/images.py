@@ -8,7 +8,7 @@ import numpy as np
 import PIL.Image
 import PIL.ImageOps
 import torch
-from datasets import Dataset, Features, Value
+from datasets import Dataset, Features, Value, concatenate_datasets
 from datasets.exceptions import DatasetGenerationError
 
 from .source import StreamError
@@ -155,6 +155,18 @@ class TaskImages(torch.utils.data.Dataset):
     def __init__(self, dataset: Dataset, shape: tuple[int, int, int]):
         self.dataset, self.shape = dataset, shape
         self.labels = np.asarray(dataset["label"][:], dtype=np.int64)
+
+    @classmethod
+    def joined(cls, parts: Sequence["TaskImages"], numbers: Sequence[np.ndarray]) -> "TaskImages":
+        """The images of several splits in one.
+
+        Args:
+            parts (sequence of [`TaskImages`]): Of one shape.
+            numbers (sequence of integer arrays): New label of each old one, for each part.
+        """
+        images = cls(concatenate_datasets([part.dataset for part in parts]), parts[0].shape)
+        images.labels = np.concatenate([new[part.labels] for part, new in zip(parts, numbers, strict=True)])
+        return images
 
     def __len__(self) -> int:
         return len(self.labels)

@@ -70,6 +70,13 @@ class ContinualTrainingArguments:
             "the one in output_dir, else the one in the repo that is pushed to, else none."
         },
     )
+    experts_from: str | None = field(
+        default=None,
+        metadata={
+            "help": "Folder or repo of a model that has learnt the same tasks: take over its experts and head rows in "
+            "place of training them, to try another router or another way to classify."
+        },
+    )
     push_to_hub: bool = field(
         default=False, metadata={"help": "Push the model after every task: one commit, and one tag named after it."}
     )

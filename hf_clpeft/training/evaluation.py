@@ -8,6 +8,7 @@ import torch
 from accelerate import Accelerator
 
 from ..modeling import ContinualModel
+from ..routing import Routing
 from ..streams import TaskImages
 from .arguments import ContinualTrainingArguments
 from .features import TestFeatures, extract, extract_queries
@@ -45,8 +46,8 @@ class Evaluator:
         """Registers a test split, and computes its query features."""
         if name not in self._tests:
             query = extract_queries(images, self.model, self.accelerator, self.args, desc=f"Querying {name}")
-            layers = self.model.backbone.num_layers
-            self._tests[name] = TestFeatures(images, query, (self.model.config.method.route_layer or layers) / layers)
+            cost = self.model.query_layers[-1] / self.model.backbone.num_layers
+            self._tests[name] = TestFeatures(images, query, cost)
 
     def forwards_per_image(self) -> float:
         """Forward passes so far per registered test image, query included."""
@@ -70,29 +71,43 @@ class Evaluator:
         Returns:
             [`TaskEvaluation`]
         """
-        test, device, method = self._tests[name], self.model.device, self.model.config.method
-        column = {label: number for number, label in enumerate(self.model.config.classes)}
+        test, model = self._tests[name], self.model
+        column = {label: number for number, label in enumerate(model.config.classes)}
         wanted = torch.tensor([column[label] for label in classes])[test.labels]
+        routing = model.route(test.query.to(model.device))
 
-        def accuracy(selection: torch.Tensor) -> float:
-            features = test.under(
-                selection,
-                lambda rows: extract(
-                    test.images,
-                    rows,
-                    lambda pixels, index: self.model.bank(pixels, selection[index].to(device), method.readout),
-                    self.model,
-                    self.accelerator,
-                    self.args,
-                    desc=f"Evaluating {name}",
-                ),
-            )
-            logits = self.model.heads(features.to(device), selection.to(device))
-            return float((logits.argmax(dim=1).cpu() == wanted).float().mean())
+        def accuracy(routing: Routing) -> float:
+            features = self._features(test, routing.selection.cpu(), name).to(model.device)
+            return float((model.classify(features, routing).argmax(dim=1).cpu() == wanted).float().mean())
 
-        routed = self.model.route(test.query.to(device)).selection.cpu()
-        oracle_accuracy = math.nan
-        if owner is not None and method.experts == "per_task":
-            oracle_accuracy = accuracy(torch.full_like(routed, owner))
-        counts = np.bincount(routed.flatten().numpy(), minlength=len(self.model.bank))
-        return TaskEvaluation(accuracy(routed), oracle_accuracy, counts)
+        oracle_accuracy, chosen = math.nan, routing.selection.cpu()
+        if model.config.method.experts == "per_task":
+            chosen = chosen.reshape(len(chosen), -1)[:, 0]  # where several judge, the first is the likeliest
+            if owner is not None:
+                oracle_accuracy = accuracy(routing.sent_to(owner))
+        counts = np.bincount(chosen.flatten().numpy(), minlength=len(model.bank))
+        return TaskEvaluation(accuracy(routing), oracle_accuracy, counts)
+
+    def _features(self, test: TestFeatures, selection: torch.Tensor, name: str) -> torch.Tensor:
+        """What is classified; see [`ContinualModel.classify`]."""
+        method = self.model.config.method
+        if not method.uses_experts:
+            return test.query
+        if method.classifier == "both":
+            return torch.stack([self._under(test, column, name) for column in selection.T], dim=1)
+        return self._under(test, selection, name)
+
+    def _under(self, test: TestFeatures, selection: torch.Tensor, name: str) -> torch.Tensor:
+        model, readout = self.model, self.model.config.method.readout
+        return test.under(
+            selection,
+            lambda rows: extract(
+                test.images,
+                rows,
+                lambda pixels, index: model.bank(pixels, selection[index].to(model.device), readout),
+                model,
+                self.accelerator,
+                self.args,
+                desc=f"Evaluating {name}",
+            ),
+        )

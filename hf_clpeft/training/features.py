@@ -25,7 +25,7 @@ def extract(
 
     Args:
         images ([`TaskImages`]): Resized images.
-        rows (integer `torch.Tensor` of shape `(count,)`): Which of them, each at most once, in this order.
+        rows (integer `torch.Tensor` of shape `(count,)`): Which of them, each at most once, in this order; not none.
         features_of (callable): Takes normalised images `(batch, 3, height, width)` and their rows `(batch,)`, gives
             features `(batch, hidden_size)`.
         model ([`ContinualModel`]): Gives the image transform.
@@ -38,9 +38,7 @@ def extract(
     """
     position = torch.full((len(images),), -1)
     position[rows] = torch.arange(len(rows))
-    features = torch.full((len(rows), model.backbone.hidden_size), torch.nan)
-    if not len(rows):
-        return features
+    features = None
     loader = images.loader(args.eval_batch_size, rows=rows.tolist(), num_workers=args.dataloader_num_workers)
     loader = accelerator.prepare_data_loader(loader)
     silent = args.disable_tqdm or not accelerator.is_main_process
@@ -50,6 +48,8 @@ def extract(
             found = features_of(pixel_values, batch["index"].cpu())
         # Processes repeat images to even out the last batch; writing by position keeps each once.
         found, index = accelerator.gather((found.float(), batch["index"]))
+        if features is None:
+            features = torch.full((len(rows), found.shape[1]), torch.nan)
         features[position[index.cpu()]] = found.cpu()
     if features.isnan().any():
         raise RuntimeError(
@@ -68,7 +68,7 @@ def extract_queries(
     """Query features of all images: [`extract`] with what chooses experts.
 
     Returns:
-        `torch.Tensor` of shape `(len(images), hidden_size)`, `float32`, on the CPU; the same on every process.
+        `torch.Tensor` of shape `(len(images), query_size)`, `float32`, on the CPU; the same on every process.
     """
     rows = torch.arange(len(images))
     return extract(images, rows, lambda pixels, _: model.query_features(pixels), model, accelerator, args, desc)
@@ -79,7 +79,7 @@ class TestFeatures:
 
     Args:
         images ([`TaskImages`]): The task's test images.
-        query (`torch.Tensor` of shape `(images, hidden_size)`): Their query features.
+        query (`torch.Tensor` of shape `(images, query_size)`): Their query features.
         query_cost (`float`): Forward passes that one of these took; less than 1 behind an earlier layer.
     """
 
@@ -88,7 +88,7 @@ class TestFeatures:
     def __init__(self, images: TaskImages, query: torch.Tensor, query_cost: float):
         self.images, self.query = images, query
         self.labels = torch.from_numpy(images.labels)
-        self.features = query.new_empty(0, query.shape[1])
+        self.features = query.new_empty(0)
         self._where = torch.full((len(images), 0), -1)  # row and expert to position in features
         self.forwards = query_cost * len(images)
 
@@ -120,4 +120,4 @@ class TestFeatures:
 
     def forget(self) -> None:
         """Drops what experts gave, for methods that train an expert again."""
-        self.features, self._where = self.features[:0], self._where[:, :0]
+        self.features, self._where = self.query.new_empty(0), self._where[:, :0]

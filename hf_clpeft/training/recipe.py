@@ -96,11 +96,16 @@ class PrototypeArguments:
     """How S-X methods route and classify."""
 
     k: str = field(default="5", metadata={"help": "Prototypes per task, or auto: chosen on held-out features."})
+    router: Literal["prototypes", "gaussian", "class_means", "ridge"] = field(
+        default="prototypes",
+        metadata={"help": "What chooses experts: prototypes, as in the paper, or the owner of the likeliest class."},
+    )
     head: str = field(
         default="auto", metadata={"help": "shared, per_task, or auto: shared if tasks bring new classes."}
     )
-    route_layer: int | None = field(
-        default=None, metadata={"help": "Take query features behind this layer; default: behind the last."}
+    route_layer: list[int] | None = field(
+        default=None,
+        metadata={"help": "Take query features behind this layer, or these side by side; default: behind the last."},
     )
 
 
@@ -111,8 +116,9 @@ class PoolArguments:
     pool_size: int = field(default=10, metadata={"help": "Experts in the pool."})
     top_n: int = field(default=5, metadata={"help": "Experts that an image selects."})
     pull: float = field(default=0.5, metadata={"help": "Weight of the loss that pulls selected keys towards queries."})
-    route_layer: int | None = field(
-        default=None, metadata={"help": "Take query features behind this layer; default: behind the last."}
+    route_layer: list[int] | None = field(
+        default=None,
+        metadata={"help": "Take query features behind this layer, or these side by side; default: behind the last."},
     )
 
 

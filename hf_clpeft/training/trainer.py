@@ -1,4 +1,4 @@
-"""The loop over tasks: cache images, train the expert, fit prototypes, evaluate, save, push."""
+"""The loop over tasks: cache images, train the expert, teach the router, evaluate, save, push."""
 
 import logging
 import math
@@ -16,16 +16,18 @@ from ..config import ConfigError
 from ..hub.errors import HubError
 from ..hub.outbox import Outbox
 from ..hub.push import PushTarget
-from ..learners import TaskLearner
+from ..learners import FrozenLearner, TaskLearner
 from ..modeling import ContinualModel
 from ..report import StreamReport
-from ..routing.prototypes import PERCENT, fit_prototypes, fit_thresholds
+from ..routing.prototypes import fit_prototypes, fit_thresholds
 from ..streams import Task, TaskImages, TaskStream, cache_images
 from ..streams.images import augment
 from ..versions import library_versions
 from .arguments import ContinualTrainingArguments
 from .evaluation import Evaluator
+from .experts_from import Donor
 from .features import extract_queries
+from .probe import fit_probe
 
 
 logger = logging.getLogger(__name__)
@@ -100,7 +102,9 @@ class ContinualTrainer:
         if self.args.license is not None:
             model.config.license = self.args.license
         self._tests: dict[int, Task] = {}  # tasks that can be tested, by position in the model
+        self._seen: list[tuple[Task, TaskImages]] = []  # training images, for methods that train on all tasks at once
         self._step = 0
+        self._donor = None if self.args.experts_from is None else Donor(self.args.experts_from, model)
         self._outbox = self._open_outbox() if self.args.push_to_hub and self.accelerator.is_main_process else None
 
     def learn_stream(self, stream: TaskStream) -> StreamReport:
@@ -120,6 +124,8 @@ class ContinualTrainer:
         for task in stream:
             if task.name in learnt:
                 self._take_up(task, learnt[task.name])
+            elif self.model.config.method.joint and task is not stream[-1]:
+                self._postpone(task)
             else:
                 self.learn(task)
         if self.args.report_to != "none":
@@ -129,6 +135,8 @@ class ContinualTrainer:
     def learn(self, task: Task) -> StreamReport:
         """Learns one task, evaluates on all tasks whose test images this trainer has seen, saves and pushes the model.
 
+        A method that trains jointly trains on this task and all that this trainer has seen before.
+
         Args:
             task ([`Task`]): It may be one that nobody knew of when the model was made.
 
@@ -136,7 +144,7 @@ class ContinualTrainer:
             [`StreamReport`]: Of all tasks of the model.
         """
         args, method, seconds = self.args, self.model.config.method, {}
-        queries, owner = None, len(self.model.config.tasks)
+        owner = len(self.model.config.tasks)
         with _timed(seconds, "images"):
             train = self._images(task.train)
             test = None if task.test is None else self._images(task.test)
@@ -144,18 +152,15 @@ class ContinualTrainer:
             before = self._evaluate_before(task, test)
         set_seed(args.seed + owner)
         learner = self.model.start_task(task.name, task.classes, task.domain)
-        if method.experts == "pool" and args.cache_query_features:
-            with _timed(seconds, "queries"):
-                queries = extract_queries(train, self.model, self.accelerator, args, desc=f"Querying {task.name}")
-        with _timed(seconds, "train"):
-            self._train(learner, train, queries)
+        images, stored = self._join(task, train), self._bytes_beside_experts()
+        self._fit(learner, images, seconds)
         self.model.finish_task(learner, len(train))
-        if method.experts == "per_task":
-            with _timed(seconds, "prototypes"):
-                self.model.router.add_prototypes(*self._fit_prototypes(train, task.name))
+        if method.routed:
+            with _timed(seconds, "router"):
+                self._teach_router(task, train)
         elif method.experts == "single":
             self.evaluator.expert_changed()
-        self._note_costs(learner, train, seconds)
+        self._note_costs(learner, images, seconds, stored)
         with _timed(seconds, "evaluate"):
             if test is not None:
                 self._tests[owner] = task
@@ -173,18 +178,62 @@ class ContinualTrainer:
                 f"The model has learnt {known.name} with the classes {known.classes} (domain {known.domain}); in this "
                 f"stream it has {list(task.classes)} (domain {task.domain}). Go on with the same stream."
             )
+        if self.model.config.method.joint:
+            self._seen.append((task, self._images(task.train)))
         if task.test is not None:
             self._tests[position] = task
             self.evaluator.add(task.name, self._images(task.test))
+
+    def _postpone(self, task: Task) -> None:
+        """Makes a task known whose images are trained on later, together with those of others."""
+        train, stored, position = self._images(task.train), self._bytes_beside_experts(), len(self.model.config.tasks)
+        learner = self.model.start_task(task.name, task.classes, task.domain)
+        self.model.finish_task(learner, len(train))
+        self._note_costs(learner, train, {}, stored)
+        self._take_up(task, position)
+
+    def _join(self, task: Task, train: TaskImages) -> TaskImages:
+        """What to train on: the task's images, or, jointly, those of all tasks, labelled by the model's classes."""
+        if not self.model.config.method.joint:
+            return train
+        self._seen.append((task, train))
+        classes = list(dict.fromkeys([*self.model.config.classes, *task.classes]))
+        numbers = [np.array([classes.index(label) for label in seen.classes]) for seen, _ in self._seen]
+        return TaskImages.joined([images for _, images in self._seen], numbers)
 
     def _images(self, split) -> TaskImages:
         """Resized images of a split; the main process writes the Arrow file, the others find it."""
         with self.accelerator.main_process_first():
             return cache_images(split, self.model.backbone.transform)
 
-    def _fit_prototypes(self, images: TaskImages, name: str) -> tuple[torch.Tensor, torch.Tensor]:
-        """Prototypes and thresholds from the query features of all training images, of all processes, on one."""
-        query = extract_queries(images, self.model, self.accelerator, self.args, desc=f"Querying {name}")
+    def _fit(self, learner: TaskLearner, images: TaskImages, seconds: dict[str, float]) -> None:
+        """Fills the learner: by training, from a model that has learnt the task, or, for a probe, at once."""
+        method, queries, name = self.model.config.method, None, learner.config.name
+        if self._donor is not None and self._donor.give(learner, seconds):
+            return
+        probe = isinstance(learner, FrozenLearner) and method.classifier == "head"
+        if probe or (method.experts == "pool" and self.args.cache_query_features):
+            with _timed(seconds, "queries"):
+                queries = extract_queries(images, self.model, self.accelerator, self.args, desc=f"Querying {name}")
+        if probe:
+            with _timed(seconds, "probe"):
+                fit_probe(learner.head, queries, learner.targets.cpu()[torch.from_numpy(images.labels)])
+        elif not isinstance(learner, FrozenLearner):
+            with _timed(seconds, "train"):
+                self._train(learner, images, queries)
+
+    def _teach_router(self, task: Task, images: TaskImages) -> None:
+        """Adds the query features of all training images to the router."""
+        query = extract_queries(images, self.model, self.accelerator, self.args, desc=f"Querying {task.name}")
+        router, classes = self.model.router, self.model.config.classes
+        if self.model.config.method.knows_classes:
+            numbers = torch.tensor([classes.index(label) for label in task.classes])
+            router.add(query, numbers[torch.from_numpy(images.labels)])
+        else:
+            router.add_prototypes(*self._fit_prototypes(query, task.name))
+
+    def _fit_prototypes(self, query: torch.Tensor, name: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """Prototypes and thresholds, on one process for all."""
         k = self.model.config.method.k
         if k != "auto" and k > len(query):
             logger.warning("%s has %d images, fewer than k=%d prototypes: using %d.", name, len(query), k, len(query))
@@ -275,7 +324,7 @@ class ContinualTrainer:
         }
         for position, result in results.items():
             report.accuracy_matrix[-1][position] = result.accuracy
-        if model.config.method.experts != "single":
+        if model.config.method.experts in ("per_task", "pool"):
             report.experts = model.bank.names if model.config.method.experts == "pool" else list(report.titles)
             confusion = np.zeros((count, len(report.experts)), dtype=int)
             for position, result in results.items():
@@ -288,25 +337,27 @@ class ContinualTrainer:
         report.test_forwards_per_image = self.evaluator.forwards_per_image()
         self.accelerator.log({f"eval/{name}": value for name, value in report.summary().items()}, step=self._step)
 
-    def _note_costs(self, learner: TaskLearner, train: TaskImages, seconds: dict[str, float]) -> None:
-        report, model = self.report, self.model
-        if model.config.method.experts == "pool":
-            expert = sum(expert.num_parameters for expert in model.bank) + model.router.keys.numel()
-        else:
-            expert = model.bank[-1].num_parameters
-        head = sum(parameter.numel() for parameter in learner.head.parameters())
-        if model.config.method.experts == "per_task":
-            prototypes = int((model.router.owners == model.router.num_owners - 1).sum())
-            added = expert + prototypes * model.backbone.hidden_size + PERCENT
-        else:  # what there is was there before, unless this is the first task
-            added = expert if len(model.config.tasks) == 1 else 0
+    def _bytes_beside_experts(self) -> int:
+        """Bytes of router and heads; none before the first task."""
+        modules = (self.model.router, self.model.heads) if self.model.config.tasks else ()
+        return sum(tensor.nbytes for module in modules for tensor in module.state_dict().values())
+
+    def _note_costs(self, learner: TaskLearner, images: TaskImages, seconds: dict[str, float], stored: int) -> None:
+        report, model, method = self.report, self.model, self.model.config.method
+        first = len(model.config.tasks) == 1
+        trained = [*model.bank] if method.experts == "pool" else [*model.bank][-1:]
+        expert = 0 if isinstance(learner, FrozenLearner) else sum(expert.num_parameters for expert in trained)
+        keys = model.router.keys.numel() if method.experts == "pool" else 0
+        head = 0 if method.classifier == "router" else sum(rows.numel() for rows in learner.head.parameters())
+        # Where tasks share experts, these were there before, unless this is the first task.
+        added = expert if first or method.experts == "per_task" else 0
         report.add_task(
             learner.config.name,
             learner.config.title,
-            expert_parameters=expert,
+            expert_parameters=expert + keys,
             head_parameters=head,
-            stored_bytes=4 * (added + head),
-            train_images_per_second=len(train) * self.args.num_train_epochs / max(seconds["train"], 1e-3),
+            stored_bytes=4 * added + self._bytes_beside_experts() - stored,
+            train_images_per_second=len(images) * self.args.num_train_epochs / (seconds.get("train") or math.nan),
             untrained_accuracy=1 / len(learner.config.classes),
             seconds=seconds,
         )

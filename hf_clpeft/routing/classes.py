@@ -1,0 +1,183 @@
+"""Routers that know every class. What they keep are sums over query features, so that tasks add up in any order."""
+
+from abc import ABC, abstractmethod
+
+import torch
+
+from .prototypes import Routing
+
+
+class ClassRouter(torch.nn.Module, ABC):
+    """Sends an image to the owner of its likeliest class. With no experts at all it is a classifier.
+
+    It keeps one *entry* per class and task: the mean of the entry's L2-normalised query features and their number, and
+    whatever sums a subclass needs besides. No image is kept, and the order in which tasks arrive does not matter.
+
+    Args:
+        query_size (`int`): Width of query features.
+    """
+
+    def __init__(self, query_size: int):
+        super().__init__()
+        self.query_size = query_size
+        self.register_buffer("prototypes", torch.zeros(0, query_size))
+        self.register_buffer("counts", torch.zeros(0, dtype=torch.int64))
+        self.register_buffer("owners", torch.zeros(0, dtype=torch.int64))
+        self.register_buffer("classes", torch.zeros(0, dtype=torch.int64))
+
+    @property
+    def num_owners(self) -> int:
+        """How many tasks the router knows."""
+        return int(self.owners.max()) + 1 if len(self.owners) else 0
+
+    def add(self, features: torch.Tensor, classes: torch.Tensor) -> None:
+        """Adds the next task.
+
+        Args:
+            features (`torch.Tensor` of shape `(images, query_size)`): Query features of its training images.
+            classes (integer `torch.Tensor` of shape `(images,)`): Number of the class of each.
+        """
+        features = features.detach().double().cpu()
+        numbers, entries = classes.cpu().unique(return_inverse=True)
+        counts = torch.bincount(entries)
+        normalized = torch.nn.functional.normalize(features, dim=-1)
+        means = normalized.new_zeros(len(numbers), self.query_size).index_add(0, entries, normalized) / counts[:, None]
+        owners = torch.full_like(numbers, self.num_owners)
+        self._append({"prototypes": means, "counts": counts, "owners": owners, "classes": numbers})
+        self._add_sums(features, normalized - means[entries], entries)
+
+    def merge(self, other: "ClassRouter", numbers: list[int]) -> None:
+        """Adds all tasks of another router of the same kind, as if they had been learnt here.
+
+        Args:
+            other ([`ClassRouter`]): What to add.
+            numbers (`list[int]`): Number that each of its classes has here.
+        """
+        renumbered = torch.tensor(numbers, device=other.classes.device)[other.classes]
+        columns = {"prototypes": other.prototypes, "counts": other.counts, "classes": renumbered}
+        self._append({**columns, "owners": other.owners + self.num_owners})
+        self._merge_sums(other)
+
+    def load(self, tensors: dict[str, torch.Tensor], num_tasks: int, num_classes: int) -> None:
+        """Takes over what `state_dict` gave.
+
+        Args:
+            tensors (`dict[str, torch.Tensor]`): Content of a file.
+            num_tasks (`int`): How many tasks it should know.
+            num_classes (`int`): How many classes there are.
+
+        Raises:
+            `ValueError`: Something does not fit.
+        """
+        own = self.state_dict()
+        if {key: tensor.dtype for key, tensor in tensors.items()} != {key: own[key].dtype for key in own}:
+            raise ValueError(f"it holds {sorted(tensors)}, not {sorted(own)}, or numbers of another type.")
+        entries = (len(tensors["owners"]),)
+        shapes = {"prototypes": (*entries, self.query_size), "counts": entries, "owners": entries, "classes": entries}
+        shapes |= self._shapes(*entries)
+        wrong = [key for key, shape in shapes.items() if tuple(tensors[key].shape) != shape]
+        if wrong:
+            raise ValueError(f"{wrong[0]} has shape {tuple(tensors[wrong[0]].shape)}, not {shapes[wrong[0]]}.")
+        if tensors["owners"].unique().tolist() != list(range(num_tasks)):
+            raise ValueError(f"its tasks are {tensors['owners'].unique().tolist()}, but the model has {num_tasks}.")
+        if tensors["classes"].unique().tolist() != list(range(num_classes)):
+            raise ValueError(f"it does not know each of the {num_classes} classes.")
+        if not (tensors["counts"] > 0).all():
+            raise ValueError("a class has no images.")
+        for key, tensor in tensors.items():
+            setattr(self, key, tensor.to(own[key]))
+        self._derive()
+
+    def forward(self, query: torch.Tensor) -> Routing:
+        """Routes a batch.
+
+        Args:
+            query (`torch.Tensor` of shape `(batch, query_size)`): Query features.
+
+        Returns:
+            [`Routing`]: `selection` of shape `(batch,)`.
+        """
+        scores = self.scores(query)
+        best = scores.new_full((len(scores), self.num_owners), -torch.inf)
+        best = best.scatter_reduce(1, self.owners.expand_as(scores), scores, reduce="amax")
+        distances = self._distance(best)
+        distance, selection = distances.min(dim=1)
+        return Routing(selection, distance, distances, scores)
+
+    @abstractmethod
+    def class_scores(self, scores: torch.Tensor) -> torch.Tensor:
+        """Scores of classes, which may be known from several tasks.
+
+        Args:
+            scores (`torch.Tensor` of shape `(batch, entries)`): Of [`~ClassRouter.scores`].
+
+        Returns:
+            `torch.Tensor` of shape `(batch, classes)`.
+        """
+
+    @abstractmethod
+    def scores(self, query: torch.Tensor) -> torch.Tensor:
+        """How well each entry fits: of shape `(batch, entries)`, higher is better."""
+
+    @abstractmethod
+    def _distance(self, scores: torch.Tensor) -> torch.Tensor:
+        """The same as distances, 0 or more."""
+
+    def _append(self, columns: dict[str, torch.Tensor]) -> None:
+        for name, values in columns.items():
+            own = getattr(self, name)
+            setattr(self, name, torch.cat([own, values.to(own)]))
+
+    # What a subclass keeps besides
+
+    def _add_sums(self, features: torch.Tensor, residuals: torch.Tensor, entries: torch.Tensor) -> None:
+        """Adds a task: its features, those after L2-normalisation less the mean of their entry, and the entries."""
+        self._derive()
+
+    def _merge_sums(self, other: "ClassRouter") -> None:
+        self._derive()
+
+    def _shapes(self, entries: int) -> dict[str, tuple[int, ...]]:
+        return {}
+
+    def _derive(self) -> None:
+        """Brings what follows from the sums up to date."""
+
+
+class ClassMeanRouter(ClassRouter):
+    """Nearest class mean by cosine: NCM, in continual learning also SimpleCIL.
+
+    Args:
+        query_size (`int`): Width of query features.
+
+    Source: SimpleCIL, arXiv 2303.07338.
+
+    Example:
+
+    ```py
+    >>> import torch
+    >>> from hf_clpeft.routing import ClassMeanRouter
+
+    >>> router = ClassMeanRouter(query_size=2)
+    >>> router.add(torch.tensor([[1.0, 0.0], [0.0, 1.0]]), classes=torch.tensor([0, 1]))
+    >>> router.add(torch.tensor([[-1.0, 0.0]]), classes=torch.tensor([2]))
+    >>> router(torch.tensor([[0.1, 3.0], [-5.0, 0.0]])).selection.tolist()
+    [0, 1]
+
+    ```
+    """
+
+    def scores(self, query: torch.Tensor) -> torch.Tensor:
+        query = torch.nn.functional.normalize(query.to(self.prototypes), dim=-1)
+        return query @ torch.nn.functional.normalize(self.prototypes, dim=-1).T
+
+    def class_scores(self, scores: torch.Tensor) -> torch.Tensor:
+        # The mean of a class is that of its entries, weighted by their images.
+        sums = self.prototypes * self.counts[:, None]
+        shape = (len(scores), int(self.classes.max()) + 1)
+        weighted = scores * sums.norm(dim=-1)
+        norms = sums.new_zeros(shape[1], self.query_size).index_add(0, self.classes, sums).norm(dim=-1)
+        return scores.new_zeros(shape).index_add(1, self.classes, weighted) / norms
+
+    def _distance(self, scores: torch.Tensor) -> torch.Tensor:
+        return 1 - scores

@@ -1,0 +1,127 @@
+"""Ridge regression on random features: RanPAC's classifier, learnt task by task."""
+
+import torch
+
+from .classes import ClassRouter
+
+
+RIDGES = [10.0**power for power in range(-8, 9)]
+
+
+class RidgeRouter(ClassRouter):
+    """Sends an image to the owner of the class with the highest output of a ridge regression on random features.
+
+    Query features, not normalised, pass a fixed random projection and a ReLU; a linear map to one output per entry is
+    fitted in closed form. The Gram matrix of the random features is kept, `projection_size` squared numbers, so that
+    tasks add up exactly. Each task chooses the penalty anew, on a fifth of its own images, held out.
+
+    Args:
+        query_size (`int`): Width of query features.
+        projection_size (`int`, *optional*, defaults to 10,000): Number of random features, M; 10,000 in the paper.
+
+    Source: RanPAC, arXiv 2307.02251, algorithm 1; penalties as in its code (RanPAC/RanPAC).
+
+    Example:
+
+    ```py
+    >>> import torch
+    >>> from hf_clpeft.routing import RidgeRouter
+
+    >>> router = RidgeRouter(query_size=2, projection_size=50)
+    >>> router.add(torch.tensor([[1.0, 0.0], [0.0, 1.0]]), classes=torch.tensor([0, 1]))
+    >>> router.add(torch.tensor([[-1.0, 0.0]]), classes=torch.tensor([2]))
+    >>> router(torch.tensor([[0.1, 1.0], [-1.0, 0.1]])).selection.tolist()
+    [0, 1]
+
+    ```
+    """
+
+    def __init__(self, query_size: int, projection_size: int = 10_000):
+        super().__init__(query_size)
+        # The same for everybody, so that models of different origin can be merged.
+        projection = torch.randn(query_size, projection_size, generator=torch.Generator().manual_seed(0))
+        self.register_buffer("projection", projection)
+        self.register_buffer("gram", torch.zeros(projection_size, projection_size))
+        self.register_buffer("moments", torch.zeros(0, projection_size))  # sum of the random features of each entry
+        self.register_buffer("penalty", torch.tensor(1.0))
+        self.register_buffer("_weights", torch.zeros(0, projection_size), persistent=False)
+
+    def scores(self, query: torch.Tensor) -> torch.Tensor:
+        return self._random_features(query) @ self._weights.T
+
+    def class_scores(self, scores: torch.Tensor) -> torch.Tensor:
+        # Targets of a class are the sum of those of its entries, and the regression is linear in them.
+        return scores.new_zeros(len(scores), int(self.classes.max()) + 1).index_add(1, self.classes, scores)
+
+    def _distance(self, scores: torch.Tensor) -> torch.Tensor:
+        return (1 - scores).clamp(min=0)
+
+    def _random_features(self, features: torch.Tensor) -> torch.Tensor:
+        return torch.relu(features.to(self.projection) @ self.projection)
+
+    def _add_sums(self, features: torch.Tensor, residuals: torch.Tensor, entries: torch.Tensor) -> None:
+        hidden = self._random_features(features)
+        targets = torch.nn.functional.one_hot(entries).to(hidden)
+        self._append({"moments": targets.T @ hidden})
+        self.gram = self.gram + hidden.T @ hidden
+        self.penalty = self.penalty.new_tensor(choose_penalty(hidden.double().cpu(), targets.double().cpu()))
+        self._derive()
+
+    def _merge_sums(self, other: "RidgeRouter") -> None:
+        self._append({"moments": other.moments})
+        self.gram = self.gram + other.gram.to(self.gram)
+        self.penalty = other.penalty.to(self.penalty)
+        self._derive()
+
+    def _shapes(self, entries: int) -> dict[str, tuple[int, ...]]:
+        size = self.projection.shape[1]
+        return {
+            "projection": (self.query_size, size),
+            "gram": (size, size),
+            "moments": (entries, size),
+            "penalty": (),
+        }
+
+    def _derive(self) -> None:
+        gram = self.gram.double().cpu()
+        gram.diagonal().add_(self.penalty.item())
+        self._weights = torch.linalg.solve(gram, self.moments.double().cpu().T).T.to(self.gram)
+
+
+def choose_penalty(features: torch.Tensor, targets: torch.Tensor) -> float:
+    """The penalty of a ridge regression with the least squared error on a fifth of the images, held out.
+
+    Args:
+        features (`torch.Tensor` of shape `(images, width)`, `float64`): Random features of a task.
+        targets (`torch.Tensor` of shape `(images, outputs)`, `float64`): What to predict.
+
+    Returns:
+        `float`: One of `RIDGES`; 1 if there are fewer than five images.
+
+    Example:
+
+    ```py
+    >>> import torch
+    >>> from hf_clpeft.routing.ridge import choose_penalty
+
+    >>> features = torch.randn(500, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    >>> choose_penalty(features, features) < 1  # nothing but signal
+    True
+
+    ```
+    """
+    count = len(features)
+    if count < 5:
+        return 1.0
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(0))
+    held_out, fitted = order[: count // 5], order[count // 5 :][: features.shape[1]]
+    # In the dual, one eigendecomposition serves all penalties.
+    values, vectors = torch.linalg.eigh(features[fitted] @ features[fitted].T)
+    rotated = vectors.T @ targets[fitted]
+    to_held_out = features[held_out] @ features[fitted].T @ vectors
+
+    def error(penalty: float) -> float:
+        predicted = to_held_out @ (rotated / (values.clamp(min=0) + penalty)[:, None])
+        return (predicted - targets[held_out]).square().mean().item()
+
+    return min(RIDGES, key=error)

@@ -1,0 +1,28 @@
+"""What every router says about a batch."""
+
+from typing import NamedTuple
+
+import torch
+
+
+class Routing(NamedTuple):
+    """Where images go.
+
+    Args:
+        selection (integer `torch.Tensor` of shape `(batch,)` or `(batch, N)`): Positions of the chosen experts,
+            nearest first.
+        distance (`torch.Tensor` of shape `(batch,)`): How far they are from the image's query features.
+        distances (`torch.Tensor` of shape `(batch, experts)`): How far every expert is.
+        scores (`torch.Tensor` of shape `(batch, entries)`, *optional*): Of every class of every task, where the router
+            knows them; see [`ClassRouter`].
+    """
+
+    selection: torch.Tensor
+    distance: torch.Tensor
+    distances: torch.Tensor
+    scores: torch.Tensor | None = None
+
+    def sent_to(self, expert: int) -> "Routing":
+        """The same with all images at one expert, and no other."""
+        one = self.selection if self.selection.dim() == 1 else self.selection[:, :1]
+        return self._replace(selection=torch.full_like(one, expert))

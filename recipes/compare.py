@@ -1,0 +1,443 @@
+"""Compares methods on benchmarks over seeds: one YAML file in; a CSV, a Markdown table and plots out.
+
+    python recipes/compare.py --config recipes/configs/digits.yaml                # minutes, on a CPU, offline
+    python recipes/compare.py --config recipes/configs/small.yaml --data_root my/data --num_workers 4
+
+The file names `seeds`, `benchmarks` and `methods`. An entry holds options of the recipes (see `s_lora.py --help`)
+and of the preset; options that hold for all runs stand under `options`, those of one method on one benchmark under
+`methods` of the benchmark. `experts_from` names a method whose experts are taken over, not trained again. A seed
+decides the order of classes, the draw of weights and that of batches.
+
+Results go into the CSV run by run. What stands there already is not run again, and a run that was killed goes on after
+its last task, so the same command finishes the table.
+"""
+
+import csv
+import inspect
+import json
+import multiprocessing
+import os
+import statistics
+from collections.abc import Iterable
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from hf_clpeft import METHODS, ConfigError, ContinualTrainingArguments, MethodConfig, StreamReport, TaskStream
+from hf_clpeft.plots import plot_bars, plot_comparison, plot_series
+from hf_clpeft.streams import BENCHMARKS
+from hf_clpeft.training.recipe import BackboneArguments, StreamArguments, learn
+
+
+GROUPS = (StreamArguments, BackboneArguments, ContinualTrainingArguments)
+COMMON = {f.name for group in GROUPS for f in fields(group)}
+MEASURES = {
+    "average_accuracy": "average",
+    "average_incremental_accuracy": "incremental",
+    "forgetting": "forgetting",
+    "routing_accuracy": "routing",
+    "oracle_accuracy": "oracle-routed",
+}
+PAIRS = (("l2l", "l2p"), ("s_lora", "s_prompts"), ("s_lora_pp", "s_prompts_pp"))  # LoRA, prompts
+
+
+@dataclass
+class CompareArguments:
+    config: str = field(metadata={"help": "YAML file: seeds, benchmarks, methods, options."})
+    output_dir: str | None = field(
+        default=None, metadata={"help": "Folder for runs; default: out/<name of the file>."}
+    )
+    results: str | None = field(
+        default=None, metadata={"help": "CSV file; table and plots go beside it. Default: <output_dir>/results.csv."}
+    )
+    data_root: str | None = field(
+        default=None, metadata={"help": "Folder with copies of data sets, in folders named after the benchmarks."}
+    )
+    backbone: str | None = field(default=None, metadata={"help": "Where the backbone is, if not where the file says."})
+    methods: list[str] | None = field(default=None, metadata={"help": "Only these methods of the file."})
+    benchmarks: list[str] | None = field(default=None, metadata={"help": "Only these benchmarks of the file."})
+    seeds: list[int] | None = field(default=None, metadata={"help": "Other seeds than the file's."})
+    num_workers: int = field(
+        default=1, metadata={"help": "Runs at a time: processes, each on a GPU if there are any."}
+    )
+
+
+@dataclass(frozen=True)
+class Run:
+    """One cell of the table: a method on a benchmark with a seed.
+
+    Args:
+        benchmark (`str`), method (`str`), seed (`int`): Where it stands in the table.
+        options (`dict`): Everything that was chosen for it, as options of the recipes and of the preset.
+        folder (`str`): Folder of the model.
+        needs (`str`, *optional*): Method whose experts it takes over.
+    """
+
+    benchmark: str
+    method: str
+    seed: int
+    options: dict
+    folder: str
+    needs: str | None
+
+    @property
+    def key(self) -> tuple[str, str, int]:
+        return self.benchmark, self.method, self.seed
+
+
+def read_config(path: str) -> dict:
+    """The YAML file, after checking that it has what a comparison needs."""
+    import yaml
+
+    config = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
+    unknown = set(config) - {"seeds", "benchmarks", "methods", "options", "x"}
+    missing = {"benchmarks", "methods"} - set(config)
+    if unknown or missing:
+        raise ConfigError(f"{path}: it lacks {sorted(missing)} and has {sorted(unknown)}, which nothing reads.")
+    return config
+
+
+def plan(args: CompareArguments) -> list[Run]:
+    """All runs of the table."""
+    config = read_config(args.config)
+    folder = Path(args.output_dir or Path("out", Path(args.config).stem))
+    runs = []
+    for seed in args.seeds or config.get("seeds", [0]):
+        for benchmark, of_benchmark in config["benchmarks"].items():
+            if benchmark not in BENCHMARKS:
+                raise ConfigError(f"There is no benchmark {benchmark!r}; choose one of {', '.join(BENCHMARKS)}.")
+            of_benchmark = dict(of_benchmark or {})
+            of_both = of_benchmark.pop("methods", {})
+            for method, of_method in config["methods"].items():
+                chosen = args.methods is None or method in args.methods
+                if not chosen or (args.benchmarks is not None and benchmark not in args.benchmarks):
+                    continue
+                preset = (of_method or {}).get("method", method)
+                suited = BENCHMARKS[benchmark].options_for(preset)
+                options = {
+                    **{name: value for name, value in suited.items() if name in COMMON or name in accepted(preset)},
+                    **config.get("options", {}),
+                    **of_benchmark,
+                    "method": preset,
+                    **(of_method or {}),
+                    **of_both.get(method, {}),
+                    "benchmark": benchmark,
+                    "seed": seed,
+                }
+                if BENCHMARKS[benchmark].scenario == "class":
+                    options.setdefault("class_order_seed", seed)
+                if args.backbone is not None:
+                    options["backbone"] = args.backbone
+                if args.data_root is not None:
+                    options["dataset"] = str(Path(args.data_root, benchmark))
+                place = folder / "runs" / benchmark / str(seed)
+                needs = options.pop("experts_from", None)
+                if needs is not None:
+                    options["experts_from"] = str(place / slug(needs))
+                runs.append(Run(benchmark, method, seed, options, str(place / slug(method)), needs))
+    for run in runs:
+        make_method(run)  # an option that does not exist is found before anything is learnt
+    return runs
+
+
+def slug(name: str) -> str:
+    return "".join(sign if sign.isalnum() else "_" for sign in name)
+
+
+def split_options(run: Run) -> tuple[list[dict], dict]:
+    """Options of each group of the recipes, and what is left for the preset."""
+    options = {name: value for name, value in run.options.items() if name != "method"}
+    groups = [{f.name: options.pop(f.name) for f in fields(group) if f.name in options} for group in GROUPS]
+    return groups, options
+
+
+def make_method(run: Run) -> MethodConfig:
+    preset = run.options["method"]
+    _, options = split_options(run)
+    unknown = sorted(options.keys() - accepted(preset))
+    if unknown and "lora" not in accepted(preset):  # what PEFT's LoRA takes, PEFT checks
+        raise ConfigError(f"{run.method} on {run.benchmark}: there is no option {unknown[0]!r}.")
+    return METHODS[preset](**options)
+
+
+def accepted(preset: str) -> set[str]:
+    """Names of a preset's options."""
+    if preset not in METHODS:
+        raise ConfigError(f"There is no method {preset!r}; choose one of {', '.join(METHODS)}.")
+    return set(inspect.signature(METHODS[preset]).parameters)
+
+
+def run_chain(runs: list[Run]) -> list[dict]:
+    """Learns a method and then those that take over its experts. Gives the rows of the CSV."""
+    return [measure(run) for run in runs]
+
+
+def measure(run: Run) -> dict:
+    (stream_options, backbone_options, training_options), _ = split_options(run)
+    stream: TaskStream = StreamArguments(**stream_options).load()
+    backbone = BackboneArguments(**backbone_options)
+    training = ContinualTrainingArguments(
+        **{"disable_tqdm": True, "resume_from_checkpoint": "auto", **training_options, "output_dir": run.folder}
+    )
+    report = learn(stream, backbone, training, make_method(run))
+    return row_of(run, report, training, stream)
+
+
+def row_of(run: Run, report: StreamReport, training: ContinualTrainingArguments, stream: TaskStream) -> dict:
+    method, environment, summary = make_method(run), report.environment, report.summary()
+    images = [len(task.train.dataset) for task in stream]
+    stepped = [count for count, seconds in zip(images, report.seconds, strict=True) if "train" in seconds]
+    seen = training.num_train_epochs * sum(images if method.joint and stepped else stepped)
+    count = sum if method.experts == "per_task" else max
+    backbone = environment["backbone"]
+    name = backbone["name_or_path"]
+    shown = {name: value for name, value in run.options.items() if name not in ("dataset", "experts_from", "backbone")}
+    return {
+        "benchmark": run.benchmark,
+        "method": run.method,
+        "seed": run.seed,
+        **{name: f"{summary[name]:.6f}" if name in summary else "" for name in (*MEASURES, "backward_transfer")},
+        "trained_parameters": count(report.expert_parameters),
+        "stored_bytes": sum(report.stored_bytes),
+        "train_images": sum(images),
+        "images_seen": seen,
+        "seconds": round(sum(sum(parts.values()) for parts in report.seconds), 1),
+        "train_seconds": round(sum(parts.get("train", 0.0) for parts in report.seconds), 1),
+        "test_forwards_per_image": round(report.test_forwards_per_image, 3),
+        "backbone": Path(name).name if Path(name).exists() else name,
+        "backbone_revision": backbone["revision"] or "",
+        "weight_hash": backbone["weight_hash"],
+        "image_size": backbone["image_size"],
+        "device": environment["device"],
+        "num_processes": environment["num_processes"],
+        "versions": json.dumps(environment["versions"]),
+        "options": json.dumps(shown, sort_keys=True),
+        "accuracy_matrix": json.dumps(report.to_dict()["accuracy_matrix"]),
+    }
+
+
+def run_all(runs: list[Run], results: Path, num_workers: int) -> list[dict]:
+    """Runs what the CSV does not have yet. Gives its rows, those of these runs, in their order."""
+    rows = {key_of(row): row for row in read_rows(results)}
+    for run in runs:
+        check_same(run, rows.get(run.key), results)
+    todo = [run for run in runs if run.key not in rows]
+    chains = chains_of(todo, rows)
+    print(f"{len(runs)} runs, of which {len(runs) - len(todo)} stand in {results} already", flush=True)
+
+    def note(found: list[dict]) -> None:
+        rows.update({key_of(row): row for row in found})
+        write_rows(rows.values(), results)
+        for row in found:
+            print(f"{row['benchmark']}, {row['method']}, seed {row['seed']}: {row['average_accuracy']}", flush=True)
+
+    if num_workers == 1:
+        for chain in chains:
+            for run in chain:
+                note([measure(run)])
+    elif chains:
+        context = multiprocessing.get_context("spawn")  # CUDA cannot be forked
+        places = context.Queue()
+        for place in range(num_workers):
+            places.put(place)
+        settings = (places, num_workers, torch.cuda.device_count())
+        with ProcessPoolExecutor(num_workers, context, initializer=settle_worker, initargs=settings) as pool:
+            for done in as_completed([pool.submit(run_chain, chain) for chain in chains]):
+                note(done.result())
+    return [rows[run.key] for run in runs]
+
+
+def settle_worker(places, num_workers: int, num_gpus: int) -> None:
+    """Gives a process its GPU, before it has touched any, or its share of the cores."""
+    place = places.get()
+    if num_gpus:
+        os.environ["CUDA_VISIBLE_DEVICES"] = str(place % num_gpus)
+    else:
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // num_workers))
+
+
+def chains_of(runs: list[Run], rows: dict) -> list[list[Run]]:
+    """Runs that must follow each other: one that trains, and those that take over its experts."""
+    chains: dict[tuple, list[Run]] = {run.key: [run] for run in runs if run.needs is None}
+    for run in runs:
+        if run.needs is not None:
+            giver = (run.benchmark, run.needs, run.seed)
+            if giver not in chains and not Path(run.options["experts_from"], "config.json").is_file():
+                raise ConfigError(f"{run.method} takes the experts of {run.needs}, which is not among the runs.")
+            chains.setdefault(giver, []).append(run)
+    return list(chains.values())
+
+
+def key_of(row: dict) -> tuple[str, str, int]:
+    return row["benchmark"], row["method"], int(row["seed"])
+
+
+def check_same(run: Run, row: dict | None, results: Path) -> None:
+    """A row that was measured with other options must not pass for this run."""
+    if row is None:
+        return
+    before = json.loads(row["options"])
+    changed = [name for name, value in before.items() if run.options.get(name) != value]
+    if changed:
+        raise ConfigError(
+            f"{results} has {run.key} with {changed[0]}={before[changed[0]]!r}, not {run.options.get(changed[0])!r}. "
+            "Delete that row, or name another file with --results."
+        )
+
+
+def read_rows(path: Path) -> list[dict]:
+    if not path.is_file():
+        return []
+    with open(path, newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def write_rows(rows: Iterable[dict], path: Path) -> None:
+    """Writes the CSV as a whole, so that a killed process leaves the one before."""
+    rows = sorted(rows, key=key_of)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_suffix(".part")
+    with open(part, "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, rows[0].keys(), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+    part.replace(path)
+
+
+# What is made of the rows
+
+
+def values_of(rows: list[dict], measure: str) -> list[float]:
+    return [float(row[measure]) for row in rows if row[measure] != ""]
+
+
+def grouped(rows: list[dict]) -> dict[str, dict[str, list[dict]]]:
+    """Rows by benchmark and method, in their order."""
+    groups: dict[str, dict[str, list[dict]]] = {}
+    for row in rows:
+        groups.setdefault(row["benchmark"], {}).setdefault(row["method"], []).append(row)
+    return groups
+
+
+def spread(values: list[float], scale: float = 100) -> str:
+    """Mean ± standard deviation; the mean alone of a single value."""
+    if not values:
+        return "–"
+    mean = f"{scale * statistics.mean(values):.1f}"
+    return mean if len(values) == 1 else f"{mean} ± {scale * statistics.stdev(values):.1f}"
+
+
+def make_table(rows: list[dict]) -> str:
+    """Average accuracy of all methods on all benchmarks, what LoRA gains over prompts, and each benchmark in full."""
+    groups = grouped(rows)
+    methods = list(dict.fromkeys(row["method"] for row in rows))
+    lines = ["Average accuracy after the last task, in %, mean ± standard deviation over seeds.", ""]
+    lines += ["| method | " + " | ".join(groups) + " |", "|---|" + "---|" * len(groups)]
+    for method in methods:
+        cells = [spread(values_of(of.get(method, []), "average_accuracy")) for of in groups.values()]
+        lines.append(f"| {method} | " + " | ".join(cells) + " |")
+    lines += pair_lines(groups)
+    for benchmark, of in groups.items():
+        seeds = ", ".join(sorted({str(row["seed"]) for found in of.values() for row in found}))
+        first = next(iter(of.values()))[0]
+        lines += ["", f"## {benchmark}", ""]
+        lines.append(
+            f"{first['train_images']} training images in {len(json.loads(first['accuracy_matrix']))} tasks, "
+            f"{first['backbone']} (weights {first['weight_hash'][:12]}) at {first['image_size']} px, "
+            f"{first['device']}, seeds {seeds}."
+        )
+        names = (*MEASURES.values(), "trained parameters", "stored kB", "images seen", "seconds")
+        lines += ["", "| method | " + " | ".join(names) + " |", "|---|" + "---|" * len(names)]
+        for method, found in of.items():
+            cells = [spread(values_of(found, measure)) for measure in MEASURES]
+            cells += [f"{statistics.mean(values_of(found, 'trained_parameters')):,.0f}"]
+            cells += [f"{statistics.mean(values_of(found, 'stored_bytes')) / 1000:,.0f}"]
+            cells += [f"{statistics.mean(values_of(found, name)):,.0f}" for name in ("images_seen", "seconds")]
+            lines.append(f"| {method} | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def pair_lines(groups: dict[str, dict[str, list[dict]]]) -> list[str]:
+    lines = []
+    for lora, prompts in PAIRS:
+        cells = []
+        for of in groups.values():
+            ours, theirs = (
+                {int(row["seed"]): float(row["average_accuracy"]) for row in of.get(name, [])}
+                for name in (lora, prompts)
+            )
+            cells.append(spread([ours[seed] - theirs[seed] for seed in ours if seed in theirs]))
+        if any(cell != "–" for cell in cells):
+            lines.append(f"| {lora} − {prompts} | " + " | ".join(cells) + " |")
+    if not lines:
+        return []
+    head = ["", "What LoRA gains over prompts, in points, seed by seed:", ""]
+    return [*head, "| difference | " + " | ".join(groups) + " |", "|---|" + "---|" * len(groups), *lines]
+
+
+def curve_of(row: dict) -> np.ndarray:
+    """Mean accuracy over the tasks seen so far, after each task; NaN where not measured."""
+    matrix = np.array(json.loads(row["accuracy_matrix"]), dtype=float)
+    return np.array([values[: i + 1].mean() for i, values in enumerate(matrix)])
+
+
+def draw(rows: list[dict], stem: Path) -> list[Path]:
+    """All plots of a table. Gives their paths."""
+    groups = grouped(rows)
+    curves, points, bars = {}, {}, {}
+    for benchmark, of in groups.items():
+        curves[benchmark], points[benchmark], bars[benchmark] = {}, {}, {}
+        for method, found in of.items():
+            values = np.array([curve_of(row) for row in found])
+            curves[benchmark][method] = (np.arange(1, values.shape[1] + 1), values)
+            accuracy = np.array(values_of(found, "average_accuracy"))[:, None]
+            parameters = max(1.0, statistics.mean(values_of(found, "trained_parameters")))
+            points[benchmark][method] = (np.array([parameters]), accuracy)
+            if routing := values_of(found, "routing_accuracy"):
+                bars[benchmark][method] = routing
+    paths = [stem.with_name(f"{stem.name}_{what}.png") for what in ("curves", "parameters", "routing")]
+    plot_series(curves, paths[0], "tasks learnt", "accuracy on the tasks so far")
+    plot_series(points, paths[1], "trained parameters, without the head", "average accuracy", log_x=True)
+    if any(bars.values()):
+        plot_bars(bars, paths[2], "routing accuracy")
+    for benchmark, of in groups.items():
+        paths.append(stem.with_name(f"{stem.name}_matrix_{benchmark}.png"))
+        # What trained on all tasks at once has one row, and no matrix to draw.
+        continual = [found[0] for found in of.values() if not np.isnan(curve_of(found[0])).any()]
+        plot_comparison([report_of(row) for row in continual], paths[-1])
+    return paths
+
+
+def report_of(row: dict) -> StreamReport:
+    """As much of a run's report as its accuracy matrix says."""
+    report = StreamReport(row["method"], row["benchmark"], {})
+    matrix = np.array(json.loads(row["accuracy_matrix"]), dtype=float)
+    for i in range(len(matrix)):
+        report.add_task(f"task-{i:03d}", f"task {i + 1}")
+    report.accuracy_matrix = matrix.tolist()
+    return report
+
+
+def main():
+    from transformers import HfArgumentParser
+
+    (args,) = HfArgumentParser(CompareArguments).parse_args_into_dataclasses()
+    try:
+        runs = plan(args)
+        folder = Path(args.output_dir or Path("out", Path(args.config).stem))
+        results = Path(args.results or folder / "results.csv")
+        rows = run_all(runs, results, args.num_workers)
+    except (ConfigError, OSError) as error:
+        raise SystemExit(f"error: {error}") from error
+    table = make_table(rows)
+    results.with_suffix(".md").write_text(table, encoding="utf-8")
+    paths = draw(rows, results.with_suffix(""))
+    print(table)
+    print(f"results: {results}    table: {results.with_suffix('.md')}    pictures: {paths[0]}, ...")
+
+
+if __name__ == "__main__":
+    main()
