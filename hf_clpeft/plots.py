@@ -6,6 +6,9 @@ from pathlib import Path
 import numpy as np
 
 
+MOST_COLUMNS = 4
+
+
 def plot_report(
     accuracy_matrix: Sequence[Sequence[float]],
     routing_confusion: Sequence[Sequence[int]],
@@ -53,7 +56,7 @@ def plot_report(
 
 
 def plot_comparison(reports: Sequence, path: str | Path) -> None:
-    """Draws the accuracy matrices of several methods on one stream side by side.
+    """Draws the accuracy matrices of several methods on one stream side by side, four in a row.
 
     Args:
         reports (sequence of [`StreamReport`]): Runs on the same stream.
@@ -76,10 +79,14 @@ def plot_comparison(reports: Sequence, path: str | Path) -> None:
     from matplotlib.figure import Figure
 
     side = min(3.5 + 0.35 * len(reports[0].tasks), 12)
-    figure = Figure(figsize=(len(reports) * side, side), layout="constrained", dpi=120)
-    axes = np.atleast_1d(figure.subplots(1, len(reports), sharey=True))
+    columns = min(len(reports), MOST_COLUMNS)
+    lines = -(-len(reports) // columns)
+    figure = Figure(figsize=(columns * side, lines * side), layout="constrained", dpi=120 if lines == 1 else 70)
+    axes = np.atleast_1d(figure.subplots(lines, columns, sharey=True)).flatten()
     after = [f"after {title}" for title in reports[0].titles]
-    for axis, report in zip(axes, reports, strict=True):
+    for axis in axes[len(reports) :]:
+        axis.set_axis_off()
+    for axis, report in zip(axes, reports, strict=False):
         title = f"{report.method}: {100 * report.summary()['average_accuracy']:.1f} % at the end"
         draw_matrix(axis, np.asarray(report.accuracy_matrix), after, report.titles, title, "Blues")
     figure.suptitle(f"accuracy on each task of {reports[0].stream}")

@@ -1,12 +1,13 @@
 """Compares methods on benchmarks over seeds: one YAML file in; a CSV, a Markdown table and plots out.
 
     python recipes/compare.py --config recipes/configs/digits.yaml                # minutes, on a CPU, offline
-    python recipes/compare.py --config recipes/configs/small.yaml --data_root my/data --num_workers 4
+    python recipes/compare.py --config recipes/configs/main_cpu.yaml --data_root my/data --backbone my/vit
 
 The file names `seeds`, `benchmarks` and `methods`. An entry holds options of the recipes (see `s_lora.py --help`)
 and of the preset; options that hold for all runs stand under `options`, those of one method on one benchmark under
-`methods` of the benchmark. `experts_from` names a method whose experts are taken over, not trained again. A seed
-decides the order of classes, the draw of weights and that of batches.
+`methods` of the benchmark. `experts_from` names a method whose experts are taken over, not trained again; `base`
+another file, on top of which this one stands. A seed decides the order of classes, the draw of weights and that of
+batches.
 
 Results go into the CSV run by run. What stands there already is not run again, and a run that was killed goes on after
 its last task, so the same command finishes the table.
@@ -20,7 +21,7 @@ import os
 import statistics
 from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -89,22 +90,41 @@ class Run:
 
 
 def read_config(path: str) -> dict:
-    """The YAML file, after checking that it has what a comparison needs."""
-    import yaml
-
-    config = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
-    unknown = set(config) - {"seeds", "benchmarks", "methods", "options", "x"}
+    """The YAML file on top of its `base`, after checking that it has what a comparison needs."""
+    config = read_yaml(Path(path))
+    unknown = set(config) - {"seeds", "benchmarks", "methods", "options"}
     missing = {"benchmarks", "methods"} - set(config)
     if unknown or missing:
         raise ConfigError(f"{path}: it lacks {sorted(missing)} and has {sorted(unknown)}, which nothing reads.")
     return config
 
 
-def plan(args: CompareArguments) -> list[Run]:
+def read_yaml(path: Path) -> dict:
+    import yaml
+
+    config = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    base = config.pop("base", None)
+    return config if base is None else merge(read_yaml(path.parent / base), config)
+
+
+def merge(below: dict, above: dict) -> dict:
+    """Two mappings of mappings in one: where both have a value, the one above wins; null takes away what is below."""
+    merged = dict(below)
+    for name, value in above.items():
+        both = isinstance(value, dict) and isinstance(below.get(name), dict)
+        merged[name] = merge(below[name], value) if both else value
+        if value is None:
+            del merged[name]
+    return merged
+
+
+def folder_of(args: CompareArguments) -> Path:
+    return Path(args.output_dir or Path("out", Path(args.config).stem))
+
+
+def plan(args: CompareArguments, config: dict) -> list[Run]:
     """All runs of the table."""
-    config = read_config(args.config)
-    folder = Path(args.output_dir or Path("out", Path(args.config).stem))
-    runs = []
+    folder, runs = folder_of(args), []
     for seed in args.seeds or config.get("seeds", [0]):
         for benchmark, of_benchmark in config["benchmarks"].items():
             if benchmark not in BENCHMARKS:
@@ -123,7 +143,7 @@ def plan(args: CompareArguments) -> list[Run]:
                     **of_benchmark,
                     "method": preset,
                     **(of_method or {}),
-                    **of_both.get(method, {}),
+                    **of_both.get(method, of_both.get(preset, {})),
                     "benchmark": benchmark,
                     "seed": seed,
                 }
@@ -157,10 +177,12 @@ def split_options(run: Run) -> tuple[list[dict], dict]:
 def make_method(run: Run) -> MethodConfig:
     preset = run.options["method"]
     _, options = split_options(run)
+    peft = options.pop("peft", None)  # another technique in the same method
     unknown = sorted(options.keys() - accepted(preset))
     if unknown and "lora" not in accepted(preset):  # what PEFT's LoRA takes, PEFT checks
         raise ConfigError(f"{run.method} on {run.benchmark}: there is no option {unknown[0]!r}.")
-    return METHODS[preset](**options)
+    method = METHODS[preset](**options)
+    return method if peft is None else replace(method, peft=peft)
 
 
 def accepted(preset: str) -> set[str]:
@@ -426,10 +448,8 @@ def main():
 
     (args,) = HfArgumentParser(CompareArguments).parse_args_into_dataclasses()
     try:
-        runs = plan(args)
-        folder = Path(args.output_dir or Path("out", Path(args.config).stem))
-        results = Path(args.results or folder / "results.csv")
-        rows = run_all(runs, results, args.num_workers)
+        results = Path(args.results or folder_of(args) / "results.csv")
+        rows = run_all(plan(args, read_config(args.config)), results, args.num_workers)
     except (ConfigError, OSError) as error:
         raise SystemExit(f"error: {error}") from error
     table = make_table(rows)

@@ -11,6 +11,8 @@ scikit-learn's handwritten digits are never trained on, they only measure the fr
 Needs torch 2.9 or newer for its Muon optimizer. Repeat with (11 minutes on 2 CPU cores, rendering included):
 
     python recipes/pretrain_glyphs.py --output_dir hf_clpeft/assets/vit-tiny-glyphs
+
+`--architecture` trains another kind of network the same way, to compare kinds of backbones.
 """
 
 import math
@@ -20,6 +22,7 @@ import unicodedata
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 import matplotlib
 import numpy as np
@@ -33,7 +36,18 @@ from sklearn.datasets import load_digits
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import train_test_split
 from torch import nn
-from transformers import HfArgumentParser, ViTConfig, ViTImageProcessor, ViTModel, set_seed
+from transformers import (
+    ConvNextConfig,
+    ConvNextModel,
+    Dinov2Config,
+    Dinov2Model,
+    HfArgumentParser,
+    PreTrainedModel,
+    ViTConfig,
+    ViTImageProcessor,
+    ViTModel,
+    set_seed,
+)
 
 
 # Computer Modern has its own encoding outside the ASCII letters, so only A-Z and a-z are taken from it.
@@ -46,7 +60,7 @@ EXCLUDED = (
     r"|PER MILLE|PER TEN|BRAILLE|BOX DRAWINGS|HEXAGRAM|DOMINO|DIE FACE|MAHJONG|TETRAGRAM|BLOCK|QUADRANT|COMBINING"
 )
 MIN_STYLES, MERGE_ABOVE = 6, 0.93  # fewest fonts that draw a character, and the likeness that makes two of them one
-HIDDEN = 128  # width of the ViT
+HIDDEN = 128  # width of the feature
 CONTENT, BANK = 36, 48  # a glyph's longer side, and the side of its picture in the bank
 SDF_STEP = 1 / 16  # distances are stored as uint8 in steps of 1/16 pixel
 # Matrix (32, 8) that resizes one axis from 8 to 32 pixels like Pillow's bicubic filter.
@@ -58,6 +72,9 @@ class GlyphArguments:
     """Arguments of the glyph pre-training."""
 
     output_dir: str = field(metadata={"help": "Folder for config, weights and image processor."})
+    architecture: Literal["vit", "vit_small", "dinov2", "convnext"] = field(
+        default="vit", metadata={"help": "6 layers; 3 with MLPs half as wide; blocks as in DINOv2; a ConvNet."}
+    )
     steps: int = field(default=1500, metadata={"help": "Number of optimizer steps."})
     batch_size: int = field(default=128, metadata={"help": "Glyphs per step."})
     muon_learning_rate: float = field(default=0.02, metadata={"help": "Peak rate of Muon, for the layers' matrices."})
@@ -214,7 +231,7 @@ def digit_images(domain: str = "scanned") -> torch.Tensor:
 
 
 @torch.no_grad()
-def evaluate(model: ViTModel) -> dict[str, float]:
+def evaluate(model: PreTrainedModel) -> dict[str, float]:
     """Measure the frozen [CLS] feature on the digits, a fifth of them held out.
 
     Returns the accuracy of a linear probe (`probe`); of sending each picture to the one of five tasks of two digits
@@ -223,7 +240,7 @@ def evaluate(model: ViTModel) -> dict[str, float]:
     device, domains, features = next(model.parameters()).device, ["scanned", "inverted", "rotated", "textured"], {}
     for domain in domains:
         chunks = digit_images(domain).split(256)
-        features[domain] = torch.cat([model(c.to(device)).last_hidden_state[:, 0].cpu() for c in chunks]).numpy()
+        features[domain] = torch.cat([feature_of(model, c.to(device)).cpu() for c in chunks]).numpy()
     target, x = load_digits().target, features["scanned"]
     train, test = train_test_split(np.arange(len(target)), test_size=0.2, stratify=target, random_state=0)
     probe = LogisticRegression(max_iter=5000).fit(x[train], target[train])
@@ -243,6 +260,26 @@ def evaluate(model: ViTModel) -> dict[str, float]:
     return {name: round(float(value), 4) for name, value in metrics.items()}
 
 
+def make_model(architecture: str) -> PreTrainedModel:
+    """A small network for images of 32 x 32 pixels."""
+    if architecture == "convnext":
+        shape = {"hidden_sizes": [32, 64, 96, HIDDEN], "depths": [2, 2, 4, 2], "patch_size": 2}
+        return ConvNextModel(ConvNextConfig(image_size=32, **shape))
+    small = architecture == "vit_small"
+    shape = {"image_size": 32, "patch_size": 8, "hidden_size": HIDDEN, "num_attention_heads": 4}
+    shape |= {"num_hidden_layers": 3 if small else 6, "layer_norm_eps": 1e-6, "initializer_range": 0.1}
+    if architecture == "dinov2":
+        return Dinov2Model(Dinov2Config(layerscale_value=0.1, **shape))
+    config = ViTConfig(intermediate_size=(2 if small else 4) * HIDDEN, **shape)
+    return ViTModel(config, add_pooling_layer=False)
+
+
+def feature_of(model: PreTrainedModel, pixel_values: torch.Tensor) -> torch.Tensor:
+    """[CLS], or the mean over all places of a ConvNet: of shape `(batch, HIDDEN)`."""
+    outputs = model(pixel_values).last_hidden_state
+    return outputs.mean(dim=(2, 3)) if outputs.dim() == 4 else outputs[:, 0]
+
+
 def main() -> None:
     """Render the glyphs, train the ViT on them, measure it on the digits and save it."""
     args = HfArgumentParser(GlyphArguments).parse_args_into_dataclasses()[0]
@@ -257,9 +294,7 @@ def main() -> None:
     half_width = 2 * inside.sum((1, 2)) / (inside > 0).sum((1, 2)).clamp(min=1)  # a stroke's mean depth is half of it
     sampling = torch.bincount(labels)[labels].float().rsqrt()  # a class with 4 times the glyphs is seen twice as often
 
-    config = ViTConfig(image_size=32, patch_size=8, hidden_size=HIDDEN, intermediate_size=4 * HIDDEN)
-    config.update({"num_hidden_layers": 6, "num_attention_heads": 4, "layer_norm_eps": 1e-6, "initializer_range": 0.1})
-    model = ViTModel(config, add_pooling_layer=False).to(device)
+    model = make_model(args.architecture).to(device)
     sizes = {"char": len(classes), "turn": 4, "polarity": 2, "texture": 2, "sketch": 64}
     heads = nn.ModuleDict({name: nn.Linear(HIDDEN, size) for name, size in sizes.items()}).to(device)
     matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and "layer" in name]
@@ -279,7 +314,7 @@ def main() -> None:
         strength = 0.2 + 0.8 * min(1.0, step / (args.ramp_ratio * args.steps))
         index = torch.multinomial(sampling, args.batch_size, replacement=True)
         batch = augment(bank[index], half_width[index], strength)
-        feature = model(batch["pixel_values"]).last_hidden_state[:, 0]
+        feature = feature_of(model, batch["pixel_values"])
         upright = batch["turn"] == 0  # a turned character may be another one, so only upright ones are named
         cosine = {name: F.linear(F.normalize(feature), F.normalize(head.weight)) for name, head in heads.items()}
         logits = args.char_scale * cosine["char"][upright]

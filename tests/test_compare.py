@@ -7,10 +7,14 @@ import sys
 from pathlib import Path
 
 import pytest
+from compare import CompareArguments, chains_of, check_same, make_table, plan, read_config, read_yaml, run_all
+from sweep import read_sweep
+
+from hf_clpeft import ConfigError
 
 
 REPO = Path(__file__).parents[1]
-sys.path.append(str(REPO / "recipes"))
+
 CONFIG = """
 seeds: [0, 1]
 options: {num_train_epochs: 2}
@@ -23,11 +27,6 @@ methods:
 """
 
 
-def run(*options):
-    command = [sys.executable, str(REPO / "recipes" / "compare.py"), *map(str, options)]
-    return subprocess.run(command, capture_output=True, text=True)
-
-
 @pytest.fixture
 def config(tmp_path):
     path = tmp_path / "tiny.yaml"
@@ -35,34 +34,48 @@ def config(tmp_path):
     return path
 
 
-def test_a_table_is_finished_by_the_command_that_began_it(config, tmp_path):
-    first = run("--config", config, "--num_workers", 2, "--seeds", 0)
-    assert first.returncode == 0, first.stderr[-2000:]
-    done = run("--config", config)
+def rows_of(path):
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_two_methods_of_the_small_table_are_measured_in_two_processes():
+    path = REPO / "recipes" / "configs" / "digits.yaml"
+    command = [sys.executable, str(REPO / "recipes" / "compare.py"), "--config", str(path), "--num_workers", "2"]
+    command += ["--methods", "s_lora", "ncm", "--benchmarks", "digits", "--seeds", "0"]
+    done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
-    assert "6 runs, of which 3 stand in out/tiny/results.csv already" in done.stdout
-    with open("out/tiny/results.csv", newline="") as file:
-        rows = list(csv.DictReader(file))
-    assert [(row["method"], row["seed"]) for row in rows] == [
-        (name, str(seed)) for name in ("linear_probe", "s_lora", "s_lora, gaussian") for seed in (0, 1)
-    ]
-    for row in rows:
-        assert 0.5 < float(row["average_accuracy"]) <= 1 and len(row["weight_hash"]) == 64
-        assert int(row["images_seen"]) == (0 if row["method"] == "linear_probe" else 256)
-        assert len(json.loads(row["accuracy_matrix"])) == 2 and "torch" in json.loads(row["versions"])
-    table = Path("out/tiny/results.md").read_text()
-    assert table.index("| s_lora |") < table.index("| s_lora, gaussian |") < table.index("| linear_probe |")
-    assert " ± " in table
+    ncm, s_lora = rows_of("out/digits/results.csv")
+    assert (ncm["method"], s_lora["method"]) == ("ncm", "s_lora")
+    assert float(s_lora["average_accuracy"]) > 0.95 > float(ncm["average_accuracy"]) - 0.02
+    assert int(s_lora["images_seen"]) == 14370 and int(ncm["images_seen"]) == 0
+    assert s_lora["weight_hash"].startswith("e7afa38e4187") and "torch" in json.loads(s_lora["versions"])
+    assert len(json.loads(s_lora["accuracy_matrix"])) == 5 and s_lora["backbone"] == "hf-clpeft/vit-tiny-glyphs"
+    table = Path("out/digits/results.md").read_text()
+    assert table.index("| s_lora |") < table.index("| ncm |") and table in done.stdout
     for what in ("curves", "parameters", "routing", "matrix_digits"):
-        assert Path(f"out/tiny/results_{what}.png").read_bytes()[:4] == b"\x89PNG"
+        assert Path(f"out/digits/results_{what}.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_a_table_is_finished_where_it_was_left(config, tmp_path, capsys):
+    args, results = CompareArguments(str(config)), tmp_path / "results.csv"
+    runs = plan(args, read_config(args.config))
+    run_all([run for run in runs if run.seed == 0], results, num_workers=1)
+    before = results.read_text().splitlines()
+    rows = run_all(runs, results, num_workers=1)
+    assert "6 runs, of which 3 stand in" in capsys.readouterr().out
+    assert set(before) < set(results.read_text().splitlines())
+    assert [(row["method"], int(row["seed"])) for row in rows] == [(run.method, run.seed) for run in runs]
+    table = make_table(rows)
+    assert " ± " in table and "## digits" in table
+    taken = [row for row in rows if row["method"] == "s_lora, gaussian"]
+    assert all(row["images_seen"] == rows[0]["images_seen"] for row in taken)
 
 
 def test_rows_that_were_measured_with_other_options_are_not_passed_off(config, tmp_path):
-    from compare import CompareArguments, check_same, plan
 
-    from hf_clpeft import ConfigError
-
-    runs = plan(CompareArguments(str(config)))
+    args = CompareArguments(str(config))
+    runs = plan(args, read_config(args.config))
     row = {"options": json.dumps({**runs[0].options, "num_train_epochs": 5})}
     with pytest.raises(ConfigError, match="with num_train_epochs=5, not 2. Delete that row"):
         check_same(runs[0], row, tmp_path / "results.csv")
@@ -85,19 +98,18 @@ def test_rows_that_were_measured_with_other_options_are_not_passed_off(config, t
     ],
 )
 def test_a_file_that_cannot_work_is_refused_before_anything_is_learnt(text, message, tmp_path):
-    from compare import CompareArguments, plan, run_all
-
-    from hf_clpeft import ConfigError
 
     (tmp_path / "wrong.yaml").write_text(text)
     with pytest.raises(ConfigError, match=message):
-        run_all(plan(CompareArguments(str(tmp_path / "wrong.yaml"))), tmp_path / "results.csv", 1)
+        args = CompareArguments(str(tmp_path / "wrong.yaml"))
+        run_all(plan(args, read_config(args.config)), tmp_path / "results.csv", 1)
 
 
-def test_every_file_of_the_repo_can_be_planned():
-    from compare import CompareArguments, chains_of, plan
+@pytest.mark.parametrize("path", sorted((REPO / "recipes" / "configs").rglob("*.yaml")), ids=lambda path: path.stem)
+def test_every_file_of_the_repo_can_be_planned(path):
 
-    paths = [*(REPO / "recipes" / "configs").rglob("*.yaml")]
-    assert len(paths) > 1
-    for path in paths:
-        assert chains_of(plan(CompareArguments(str(path))), {})
+    config = read_yaml(path)
+    if "benchmarks" not in config:
+        return  # others stand on top of it
+    read = read_sweep if "series" in config else read_config
+    assert chains_of(plan(CompareArguments(str(path)), read(str(path))), {})

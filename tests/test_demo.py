@@ -24,16 +24,19 @@ from hf_clpeft import (
     ContinualTrainer,
     ContinualTrainingArguments,
     TaskStream,
+    ncm,
     s_lora,
+    s_lora_mix,
 )
 from hf_clpeft.bundled import DIGITS_MODEL, bundled_folder
 from hf_clpeft.cli.demo import demo as demo_command
+from hf_clpeft.demo import views
 from hf_clpeft.demo.app import build_demo
 from hf_clpeft.demo.batching import Batcher
 from hf_clpeft.demo.handlers import Handlers
 from hf_clpeft.demo.models import Models
 from hf_clpeft.demo.pictures import PictureError
-from hf_clpeft.demo.teaching import sort_pictures
+from hf_clpeft.demo.teaching import sort_pictures, teach
 
 
 EXAMPLES = sorted((bundled_folder(DIGITS_MODEL) / "examples").glob("*.png"))
@@ -363,3 +366,21 @@ def test_a_pool_can_be_shown_too(learnt):
     assert details["label"] in learnt.model.config.classes and len(bars["data"]) == 10 and "together" in verdict
     assert handlers.look_inside(3, str(SEVEN))[3]["data"][-1][2] == "your picture"
     build_demo(learnt.args.output_dir, teaching=True)
+
+
+def test_a_model_whose_pictures_go_to_no_expert_is_refused(tmp_path):
+    make_trainer(ncm(), tmp_path).learn_stream(TaskStream.class_incremental(pattern_dataset(), num_tasks=2))
+    with pytest.raises(ConfigError, match="of the method ncm, in which no expert takes a picture"):
+        Models(str(tmp_path))
+
+
+def test_a_mixed_model_says_who_judged_and_cannot_be_taught(tmp_path):
+    make_trainer(s_lora_mix(mix=2), tmp_path).learn_stream(
+        TaskStream.class_incremental(pattern_dataset(), num_tasks=2)
+    )
+    models = Models(str(tmp_path))
+    (found,) = models.served.predict(pattern_dataset()["test"][0]["image"], top_k=5)
+    assert "Judged by the router and the experts of <b>class" in views.verdict(found, models.served, 0.05)
+    assert views.prototype_points(models.served) is not None
+    with pytest.raises(ConfigError, match="weighs the classes of all tasks against each other"):
+        teach(models, "", {"new": [Image.new("RGB", (32, 32))] * 5})

@@ -31,7 +31,8 @@ class Models:
         backbone (`str`, *optional*): Where the backbone is now, when not where it was.
 
     Raises:
-        [`ConfigError`]: The model has learnt no task yet. Otherwise as [`ContinualModel.from_pretrained`].
+        [`ConfigError`]: The model has learnt no task yet, or has no experts that judge. Otherwise as
+            [`ContinualModel.from_pretrained`].
 
     Attributes:
         served ([`ContinualModel`]): The model of whoever has taught nothing: that of the key `""`.
@@ -54,6 +55,12 @@ class Models:
         self.served = ContinualModel.from_pretrained(source, backbone=backbone, revision=revision).to(device)
         if not self.served.config.tasks:
             raise ConfigError(f"{source} has learnt no task yet, so there is nothing to show.")
+        method = self.served.config.method
+        if not method.uses_experts:
+            raise ConfigError(
+                f"{source} is of the method {method.name}, in which no expert takes a picture; the demo shows how "
+                "pictures find theirs. Try it with `hf-clpeft predict`."
+            )
         self.batcher = Batcher()
         self._kept: OrderedDict[tuple[str, int | None], ContinualModel] = OrderedDict()
         self._home = TemporaryDirectory(prefix="hf-clpeft-")

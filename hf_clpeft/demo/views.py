@@ -24,7 +24,7 @@ def introduction(model: ContinualModel, source: str) -> str:
     experts = {
         "per_task": "each task left a tiny expert behind, and every picture finds its own",
         "pool": "all tasks trained a pool of tiny experts, of which every picture selects a few",
-        "single": "all tasks trained the same tiny expert",
+        "single": "one tiny expert was trained on all tasks",
     }[config.method.experts]
     return (
         '<div id="intro"><h1>Which expert takes your picture?</h1>'
@@ -68,6 +68,9 @@ def verdict(prediction: Prediction, model: ContinualModel, reject_rate: float, c
         sentences = [f"Judged by {', '.join(f'<b>{escape(name)}</b>' for name in selected)} together."]
     elif chosen and nearest != prediction.expert:
         sentences.append(f"Its own route leads to {escape(names[nearest])}.")
+    elif model.config.method.classifier == "both":
+        judges = [f"<b>{escape(names[name])}</b>" for name in list(prediction.experts)[: model.config.method.mix]]
+        sentences = [f"Judged by the router and the experts of {', '.join(judges)} together."]
     elif len(distances) > 1 and distances[1] > 0:
         margin = 1 - distances[0] / distances[1]
         sure = "clear" if margin >= 0.2 else "a close call" if margin < 0.05 else "fairly clear"

@@ -340,7 +340,7 @@ def print_reports(reports: list[StreamReport], picture: str | Path) -> None:
         table.add_row(
             report.method,
             *(f"{100 * summary[name]:.1f}" if name in summary else "–" for name in measures),
-            f"{report.expert_parameters[-1]:,}",
+            f"{max(report.expert_parameters):,}",
             f"{sum(sum(parts.values()) for parts in report.seconds):.0f}",
         )
     Console().print(table)
