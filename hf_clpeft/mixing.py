@@ -5,14 +5,15 @@ import torch
 from .routing.gaussian import log_sum_exp
 
 
-# The covariance is estimated from the images whose classes it separates, so that the router is too sure of itself.
-ROUTER_WEIGHT = 0.5
+# The covariance is estimated from the images whose classes it separates, so that the router is too sure of itself. Chosen
+# on held-out training images of PACS, Caltech-101 and CIFAR-10, where 1/2 is at most a point worse.
+ROUTER_WEIGHT = 0.25
 
 
 def mix(
     logits: torch.Tensor, selection: torch.Tensor, scores: torch.Tensor, owners: torch.Tensor, classes: torch.Tensor
 ) -> torch.Tensor:
-    """Logits of every class: half the router's log-likelihood plus the expert's logit.
+    """Logits of every class: a quarter of the router's log-likelihood plus the expert's logit.
 
     It is a product of two classifiers. The router compares the classes of all tasks; an expert knows those of its own
     better. A class that several of the selected experts know gets the sum of what they say, as probabilities add up;
@@ -36,7 +37,7 @@ def mix(
     >>> from hf_clpeft.mixing import mix
 
     >>> logits = torch.tensor([[[0.0, 2.0, -torch.inf], [-torch.inf, -torch.inf, 1.0]]])
-    >>> scores = torch.tensor([[-2.0, -2.0, -4.0]])
+    >>> scores = torch.tensor([[-4.0, -4.0, -8.0]])
     >>> mix(logits, torch.tensor([[0, 1]]), scores, torch.tensor([0, 0, 1]), torch.tensor([0, 1, 2]))
     tensor([[-1.,  1., -1.]])
 
