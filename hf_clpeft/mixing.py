@@ -5,8 +5,8 @@ import torch
 from .routing.gaussian import log_sum_exp
 
 
-# The covariance is estimated from the images whose classes it separates, so that the router is too sure of itself. Chosen
-# on held-out training images of PACS, Caltech-101 and CIFAR-10, where 1/2 is at most a point worse.
+# The covariance is estimated from the images whose classes it separates, so that the router is too sure of itself.
+# Chosen on held-out training images of PACS, Caltech-101 and CIFAR-10, where 1/2 is at most a point worse.
 ROUTER_WEIGHT = 0.25
 
 

@@ -6,7 +6,7 @@
 The file names `seeds`, `benchmarks` and `methods`. An entry holds options of the recipes (see `s_lora.py --help`)
 and of the preset; options that hold for all runs stand under `options`, those of one method on one benchmark under
 `methods` of the benchmark. `experts_from` names a method whose experts are taken over, not trained again; `base`
-another file, on top of which this one stands. A seed decides the order of classes, the draw of weights and that of
+other files, on top of which this one stands. A seed decides the order of classes, the draw of weights and that of
 batches.
 
 Results go into the CSV run by run. What stands there already is not run again, and a run that was killed goes on after
@@ -103,8 +103,10 @@ def read_yaml(path: Path) -> dict:
     import yaml
 
     config = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    base = config.pop("base", None)
-    return config if base is None else merge(read_yaml(path.parent / base), config)
+    bases, below = config.pop("base", []), {}
+    for base in [bases] if isinstance(bases, str) else bases:
+        below = merge(below, read_yaml(path.parent / base))
+    return merge(below, config)
 
 
 def merge(below: dict, above: dict) -> dict:
@@ -136,11 +138,10 @@ def plan(args: CompareArguments, config: dict) -> list[Run]:
                 if not chosen or (args.benchmarks is not None and benchmark not in args.benchmarks):
                     continue
                 preset = (of_method or {}).get("method", method)
-                suited = BENCHMARKS[benchmark].options_for(preset)
+                # What is meant for all methods is given to those that have it.
+                common = {**BENCHMARKS[benchmark].options_for(preset), **config.get("options", {}), **of_benchmark}
                 options = {
-                    **{name: value for name, value in suited.items() if name in COMMON or name in accepted(preset)},
-                    **config.get("options", {}),
-                    **of_benchmark,
+                    **{name: value for name, value in common.items() if name in COMMON or name in accepted(preset)},
                     "method": preset,
                     **(of_method or {}),
                     **of_both.get(method, of_both.get(preset, {})),
@@ -177,12 +178,14 @@ def split_options(run: Run) -> tuple[list[dict], dict]:
 def make_method(run: Run) -> MethodConfig:
     preset = run.options["method"]
     _, options = split_options(run)
-    peft = options.pop("peft", None)  # another technique in the same method
+    # What a preset fixes may be changed here, for example its PEFT technique.
+    changed = {
+        f.name: options.pop(f.name) for f in fields(MethodConfig) if f.name in options.keys() - accepted(preset)
+    }
     unknown = sorted(options.keys() - accepted(preset))
     if unknown and "lora" not in accepted(preset):  # what PEFT's LoRA takes, PEFT checks
         raise ConfigError(f"{run.method} on {run.benchmark}: there is no option {unknown[0]!r}.")
-    method = METHODS[preset](**options)
-    return method if peft is None else replace(method, peft=peft)
+    return replace(METHODS[preset](**options), **changed)
 
 
 def accepted(preset: str) -> set[str]:

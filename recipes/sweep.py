@@ -22,7 +22,7 @@ from hf_clpeft.plots import plot_series
 def read_sweep(path: str) -> dict:
     """The YAML file as one for a comparison: every point of a series a method of its own."""
     config = read_yaml(Path(path))
-    missing = {"benchmarks", "series", "x"} - set(config)
+    missing = {name for name in ("benchmarks", "series", "x") if not config.get(name)}
     unknown = set(config) - {"seeds", "benchmarks", "methods", "series", "options", "x", "measures"}
     if unknown or missing:
         raise ConfigError(f"{path}: it lacks {sorted(missing)} and has {sorted(unknown)}, which nothing reads.")
