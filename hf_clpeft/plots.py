@@ -104,7 +104,8 @@ def plot_series(
 
     Args:
         panels (`dict`): Title to lines; name of a line to its places, of length `n`, and values of shape `(runs, n)`
-            in [0, 1]. A line that is known at its last place alone becomes a level to compare with.
+            in [0, 1]. What is known at its last place alone, or lies at 0 of a logarithmic axis, becomes a level to
+            compare with.
         path (`str` or `Path`): PNG file to write.
         xlabel (`str`), ylabel (`str`): Texts of the axes.
         log_x (`bool`, *optional*, defaults to `False`): Logarithmic places.
@@ -131,7 +132,8 @@ def plot_series(
             style = {"color": f"C{names.index(name) % 10}", "label": name}
             style["linestyle"] = ("-", "--", ":")[names.index(name) // 10 % 3]
             mean, spread = 100 * values.mean(axis=0), 100 * values.std(axis=0)
-            if len(places) > 1 and np.isfinite(mean).sum() == 1:
+            nowhere = log_x and not any(places)
+            if nowhere or (len(places) > 1 and np.isfinite(mean).sum() == 1):
                 axis.axhline(mean[-1], linewidth=1, **style)
                 continue
             marker = "os^Dv"[names.index(name) // 10 % 5]

@@ -419,7 +419,7 @@ def draw(rows: list[dict], stem: Path) -> list[Path]:
             values = np.array([curve_of(row) for row in found])
             curves[benchmark][method] = (np.arange(1, values.shape[1] + 1), values)
             accuracy = np.array(values_of(found, "average_accuracy"))[:, None]
-            parameters = max(1.0, statistics.mean(values_of(found, "trained_parameters")))
+            parameters = statistics.mean(values_of(found, "trained_parameters"))
             points[benchmark][method] = (np.array([parameters]), accuracy)
             if routing := values_of(found, "routing_accuracy"):
                 bars[benchmark][method] = routing

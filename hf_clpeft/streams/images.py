@@ -185,14 +185,11 @@ class TaskImages(torch.utils.data.Dataset):
             "index": torch.from_numpy(indices),
         }
 
-    def loader(
-        self, batch_size: int, rows: Sequence[int] | None = None, shuffle: bool = False, num_workers: int = 0
-    ) -> torch.utils.data.DataLoader:
-        """A loader of whole batches of all images, or of some rows in their order."""
+    def loader(self, num_workers: int = 0, **batches) -> torch.utils.data.DataLoader:
+        """A loader of whole batches, with `batch_size` and perhaps `rows`, or with a `batch_sampler`."""
+        rows = batches.pop("rows", None)
         images = self if rows is None else torch.utils.data.Subset(self, rows)
-        return torch.utils.data.DataLoader(
-            images, batch_size=batch_size, shuffle=shuffle, num_workers=num_workers, collate_fn=_same
-        )
+        return torch.utils.data.DataLoader(images, num_workers=num_workers, collate_fn=_same, **batches)
 
 
 def _same(batch):

@@ -70,6 +70,14 @@ class ContinualTrainingArguments:
             "the one in output_dir, else the one in the repo that is pushed to, else none."
         },
     )
+    save_steps: int = field(
+        default=500,
+        metadata={
+            "help": "Save the state inside a task every so many optimizer steps, to go on there; 0: only when the "
+            "process is asked to stop (SIGTERM, SIGINT)."
+        },
+    )
+    save_total_limit: int = field(default=2, metadata={"help": "How many of these states to keep."})
     experts_from: str | None = field(
         default=None,
         metadata={
@@ -103,10 +111,11 @@ class ContinualTrainingArguments:
     disable_tqdm: bool = field(default=False, metadata={"help": "Show no progress bars."})
 
     def __post_init__(self):
-        for name in ("num_train_epochs", "train_batch_size", "eval_batch_size", "gradient_accumulation_steps"):
+        counts = ("num_train_epochs", "train_batch_size", "eval_batch_size", "gradient_accumulation_steps")
+        for name in (*counts, "save_total_limit"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name}={getattr(self, name)} must be 1 or more.")
-        for name in ("learning_rate", "head_learning_rate", "weight_decay", "max_grad_norm"):
+        for name in ("learning_rate", "head_learning_rate", "weight_decay", "max_grad_norm", "save_steps"):
             if not getattr(self, name) >= 0:
                 raise ConfigError(f"{name}={getattr(self, name)} must be 0 or more.")
         if not 0 <= self.warmup_ratio <= 1:

@@ -39,7 +39,8 @@ def extract(
     position = torch.full((len(images),), -1)
     position[rows] = torch.arange(len(rows))
     features = None
-    loader = images.loader(args.eval_batch_size, rows=rows.tolist(), num_workers=args.dataloader_num_workers)
+    batches = {"batch_size": args.eval_batch_size, "rows": rows.tolist()}
+    loader = images.loader(args.dataloader_num_workers, **batches)
     loader = accelerator.prepare_data_loader(loader)
     silent = args.disable_tqdm or not accelerator.is_main_process
     for batch in tqdm(loader, desc=desc, disable=silent, leave=False):

@@ -1,6 +1,7 @@
 """What every recipe shares: its command line, building stream, model and trainer from it, and the closing table."""
 
 import os
+import shlex
 import sys
 import urllib.error
 import urllib.request
@@ -21,6 +22,7 @@ from ..progress import disable_progress_bars
 from ..report import PLOT_NAME, StreamReport
 from ..streams import BENCHMARKS, StreamError, TaskStream, load_benchmark
 from .arguments import ContinualTrainingArguments
+from .steps import TrainingStopped
 from .trainer import ContinualTrainer, cpu_only
 
 
@@ -143,8 +145,19 @@ def run_recipe(method_arguments: type, make_method: Callable[..., MethodConfig],
         report = learn(stream_args.load(), backbone_args, training_args, make_method(**asdict(method_args)))
     except (BackboneError, ConfigError, ExpertError, HubError, OSError, StreamError) as error:
         raise SystemExit(f"error: {error}") from error
+    except TrainingStopped:
+        print(f"Stopped, and all is saved. Go on with: {resuming_command()}", flush=True)
+        raise SystemExit(0) from None
     print_reports([report], Path(training_args.output_dir, PLOT_NAME))
     return report
+
+
+def resuming_command() -> str:
+    """The command line of this program with what makes it go on."""
+    argv = list(sys.argv)
+    if not any(word.startswith("--resume_from_checkpoint") for word in argv):
+        argv += ["--resume_from_checkpoint", "auto"]
+    return shlex.join([Path(sys.executable).name, *argv])
 
 
 def learn(

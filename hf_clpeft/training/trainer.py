@@ -2,6 +2,7 @@
 
 import logging
 import math
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -24,10 +25,12 @@ from ..streams import Task, TaskImages, TaskStream, cache_images
 from ..streams.images import augment
 from ..versions import library_versions
 from .arguments import ContinualTrainingArguments
+from .checkpoints import Checkpoints, Progress
 from .evaluation import Evaluator
 from .experts_from import Donor
 from .features import extract_queries
 from .probe import fit_probe
+from .steps import StepLoop, TrainingStopped, agree, stopping_on_signals
 
 
 logger = logging.getLogger(__name__)
@@ -103,7 +106,9 @@ class ContinualTrainer:
             model.config.license = self.args.license
         self._tests: dict[int, Task] = {}  # tasks that can be tested, by position in the model
         self._seen: list[tuple[Task, TaskImages]] = []  # training images, for methods that train on all tasks at once
-        self._step = 0
+        self._step = 0  # optimizer steps so far, as trackers count them
+        self.stop = threading.Event()  # set from outside to end training where it can go on
+        self._checkpoints = self._open_checkpoints()
         self._donor = None if self.args.experts_from is None else Donor(self.args.experts_from, model)
         self._outbox = self._open_outbox() if self.args.push_to_hub and self.accelerator.is_main_process else None
 
@@ -118,16 +123,20 @@ class ContinualTrainer:
 
         Raises:
             [`ConfigError`]: The model has learnt a task of this name with other classes.
+            [`TrainingStopped`]: The process got SIGTERM or SIGINT, and all that is needed to go on is saved.
         """
         self.report.stream, self.report.dataset = stream.name, stream.dataset
         learnt = {known.name: position for position, known in enumerate(self.model.config.tasks)}
-        for task in stream:
-            if task.name in learnt:
-                self._take_up(task, learnt[task.name])
-            elif self.model.config.method.joint and task is not stream[-1]:
-                self._postpone(task)
-            else:
-                self.learn(task)
+        with stopping_on_signals(self.stop):
+            for task in stream:
+                if agree(self.stop, self.accelerator):
+                    raise TrainingStopped
+                if task.name in learnt:
+                    self._take_up(task, learnt[task.name])
+                elif self.model.config.method.joint and task is not stream[-1]:
+                    self._postpone(task)
+                else:
+                    self.learn(task)
         if self.args.report_to != "none":
             self.accelerator.end_training()
         return self.report
@@ -245,56 +254,41 @@ class ContinualTrainer:
 
     def _train(self, learner: TaskLearner, images: TaskImages, queries: torch.Tensor | None) -> None:
         """Trains the experts and the head rows of one task; query features are computed in every step if not given."""
-        from transformers import get_scheduler
-
         if len(learner.classes) == 1:
             return  # nothing to be told from: the loss is zero, whatever the weights are
         args, accelerator, transform = self.args, self.accelerator, self.model.backbone.transform
-        expert = learner.expert_parameters()
-        groups = [
-            {"params": expert, "lr": args.learning_rate},
-            {"params": list(learner.head.parameters()), "lr": args.head_learning_rate},
-        ]
-        if args.optim == "adamw":
-            optimizer = torch.optim.AdamW(groups, weight_decay=args.weight_decay)
-        else:
-            optimizer = torch.optim.SGD(groups, momentum=0.9, weight_decay=args.weight_decay)
-        loader = images.loader(args.train_batch_size, shuffle=True, num_workers=args.dataloader_num_workers)
-        module, optimizer, loader = accelerator.prepare(learner, optimizer, loader)
-        steps = args.num_train_epochs * -(-len(loader) // args.gradient_accumulation_steps)
-        scheduler = accelerator.prepare(
-            get_scheduler(args.lr_scheduler_type, optimizer, round(args.warmup_ratio * steps), steps)
-        )
+        loop = StepLoop(learner, images, accelerator, args, self._checkpoints, self._made_with(), self._step)
         bar = tqdm(
-            total=steps,
+            total=loop.num_steps,
             desc=f"Training {learner.config.name} ({learner.config.title})",
             disable=args.disable_tqdm or not accelerator.is_main_process,
             leave=False,
         )
-        module.train()
-        done = 0
-        for _ in range(args.num_train_epochs):
-            for batch in loader:
-                with accelerator.accumulate(module):
-                    pixel_values = augment(transform.normalize(batch["pixels"]), args.augmentation)
-                    loss, _ = module(pixel_values, batch["label"], self._query(pixel_values, batch, queries))
-                    accelerator.backward(loss)
-                    if accelerator.sync_gradients and args.max_grad_norm:
-                        accelerator.clip_grad_norm_([*expert, *learner.head.parameters()], args.max_grad_norm)
-                    optimizer.step()
-                    scheduler.step()
-                    optimizer.zero_grad()
-                if accelerator.sync_gradients:
-                    bar.update()
-                    done += 1
-                    if self.on_step is not None:
-                        self.on_step(done, steps)
-                    self._step += 1
-                    if self._step % args.logging_steps == 0:
-                        bar.set_postfix(loss=f"{loss.item():.3f}")
-                        self.accelerator.log({"train/loss": loss.item()}, step=self._step)
+
+        def loss_of(module: torch.nn.Module, batch: dict) -> torch.Tensor:
+            pixel_values = augment(transform.normalize(batch["pixels"]), args.augmentation)
+            return module(pixel_values, batch["label"], self._query(pixel_values, batch, queries))[0]
+
+        def after_step(progress: Progress, loss: torch.Tensor) -> None:
+            bar.update(progress.step - bar.n)
+            if self.on_step is not None:
+                self.on_step(progress.step, loop.num_steps)
+            self._step = progress.logged
+            if self._step % args.logging_steps == 0:
+                bar.set_postfix(loss=f"{loss.item():.3f}")
+                accelerator.log({"train/loss": loss.item()}, step=self._step)
+
+        loop.run(loss_of, after_step, self.stop)
         bar.close()
-        learner.eval()
+
+    def _made_with(self) -> dict:
+        """What a checkpoint inside a task depends on besides the arguments."""
+        config = self.model.config
+        return {
+            "method": vars(config.method),
+            "backbone": [config.backbone.weight_hash, config.backbone.image_size],
+            "tasks": [task.name for task in config.tasks],
+        }
 
     def _query(self, pixel_values: torch.Tensor, batch: dict, queries: torch.Tensor | None) -> torch.Tensor | None:
         """Query features of a training batch, for methods whose loss needs them."""
@@ -369,8 +363,16 @@ class ContinualTrainer:
             except OSError as error:
                 hint = "Mend that, and go on after the last saved task with --resume_from_checkpoint auto."
                 raise OSError(error.errno, f"{error.strerror}. {hint}") from error
+            self._checkpoints.clear()
             self._push()
         self.accelerator.wait_for_everyone()
+
+    def _open_checkpoints(self) -> Checkpoints:
+        args, accelerator = self.args, self.accelerator
+        found = Checkpoints(args.output_dir, args.save_total_limit, accelerator.process_index)
+        if args.resume_from_checkpoint is None:  # a new run, whatever another one has left in its folder
+            found.clear()
+        return found
 
     def _open_outbox(self) -> Outbox:
         """Checks before any work is done that the model can be pushed, and pushes what a killed run could not."""

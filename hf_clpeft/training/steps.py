@@ -1,0 +1,208 @@
+"""The optimizer steps of one task, which go on where a checkpoint left them."""
+
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+from accelerate import Accelerator
+
+from ..learners import TaskLearner
+from ..streams import TaskImages
+from .arguments import ContinualTrainingArguments
+from .batches import EpochBatches
+from .checkpoints import Checkpoints, Progress, pack_optimizer, set_random_state, unpack_optimizer
+
+
+# What may differ between the run that wrote a checkpoint and the one that goes on with it.
+FREE = {
+    "dataloader_num_workers",
+    "disable_tqdm",
+    "eval_batch_size",
+    "experts_from",
+    "forward_transfer",
+    "hub_model_id",
+    "hub_private_repo",
+    "hub_revision",
+    "hub_token",
+    "license",
+    "logging_steps",
+    "output_dir",
+    "push_to_hub",
+    "report_to",
+    "resume_from_checkpoint",
+    "run_name",
+    "save_steps",
+    "save_total_limit",
+}
+STOP_STEPS = 10  # how often several processes agree on whether one of them was asked to stop
+
+
+class TrainingStopped(KeyboardInterrupt):
+    """Training was asked to stop, and did so where it can go on."""
+
+
+class StepLoop:
+    """Trains what a learner holds.
+
+    Args:
+        learner ([`TaskLearner`]): Expert and head rows.
+        images ([`TaskImages`]): What to train on.
+        accelerator (`accelerate.Accelerator`): Shares out the images.
+        args ([`ContinualTrainingArguments`]): How to train.
+        checkpoints ([`Checkpoints`]): Where to save the state, and to find it.
+        made_with (`dict`): What a checkpoint depends on besides the arguments.
+        logged (`int`, *optional*, defaults to 0): Optimizer steps of the tasks before.
+    """
+
+    def __init__(
+        self,
+        learner: TaskLearner,
+        images: TaskImages,
+        accelerator: Accelerator,
+        args: ContinualTrainingArguments,
+        checkpoints: Checkpoints,
+        made_with: dict,
+        logged: int = 0,
+    ):
+        from transformers import get_scheduler
+
+        self.learner, self.accelerator, self.args, self.checkpoints = learner, accelerator, args, checkpoints
+        expert, head = learner.expert_parameters(), list(learner.head.parameters())
+        self._trained = [*expert, *head]
+        groups = [{"params": expert, "lr": args.learning_rate}, {"params": head, "lr": args.head_learning_rate}]
+        if args.optim == "adamw":
+            optimizer = torch.optim.AdamW(groups, weight_decay=args.weight_decay)
+        else:
+            optimizer = torch.optim.SGD(groups, momentum=0.9, weight_decay=args.weight_decay)
+        several = accelerator.num_processes > 1
+        self.batches = EpochBatches(len(images), args.train_batch_size, args.seed, fill=several)
+        loader = images.loader(batch_sampler=self.batches, num_workers=args.dataloader_num_workers)
+        self.module, self.optimizer, self.loader = accelerator.prepare(learner, optimizer, loader)
+        self.num_steps = args.num_train_epochs * -(-len(self.batches) // args.gradient_accumulation_steps)
+        scheduler = get_scheduler(
+            args.lr_scheduler_type, self.optimizer, round(args.warmup_ratio * self.num_steps), self.num_steps
+        )
+        self.scheduler = accelerator.prepare(scheduler)
+        chosen = {name: value for name, value in vars(args).items() if name not in FREE}
+        sizes = {"images": len(images), "num_processes": accelerator.num_processes}
+        self.progress = Progress(learner.config.name, {**chosen, **sizes, **made_with}, logged=logged)
+
+    def run(
+        self,
+        loss_of: Callable[[torch.nn.Module, dict], torch.Tensor],
+        after_step: Callable[[Progress, torch.Tensor], None],
+        stop: threading.Event,
+    ) -> None:
+        """Makes all steps that are left.
+
+        Args:
+            loss_of (callable): Takes the prepared learner and a batch, gives the loss.
+            after_step (callable): Told after each optimizer step how far it is, and the loss.
+            stop (`threading.Event`): Set from outside to stop after the step that is being made.
+
+        Raises:
+            [`TrainingStopped`]: It was set.
+        """
+        restore_random = self._restore()
+        accelerator, args, progress = self.accelerator, self.args, self.progress
+        self.module.train()
+        while progress.epoch < args.num_train_epochs:
+            self.batches.epoch, self.batches.start = progress.epoch, progress.batch
+            for batch in self.loader:
+                restore_random()  # once there is a batch: making a loader draws from the generators
+                restore_random = _nothing
+                with accelerator.accumulate(self.module):
+                    loss = loss_of(self.module, batch)
+                    accelerator.backward(loss)
+                    if accelerator.sync_gradients and args.max_grad_norm:
+                        accelerator.clip_grad_norm_(self._trained, args.max_grad_norm)
+                    self.optimizer.step()
+                    self.scheduler.step()
+                    self.optimizer.zero_grad()
+                progress.batch += 1
+                if accelerator.sync_gradients:
+                    progress.step, progress.logged = progress.step + 1, progress.logged + 1
+                    after_step(progress, loss)
+                    self._save_or_stop(stop)
+            progress.epoch, progress.batch = progress.epoch + 1, 0
+        self.learner.eval()
+
+    def _save_or_stop(self, stop: threading.Event) -> None:
+        progress, every = self.progress, self.args.save_steps
+        if progress.step == self.num_steps:
+            return
+        alone = self.accelerator.num_processes == 1
+        stopping = (alone or progress.step % STOP_STEPS == 0) and agree(stop, self.accelerator)
+        if stopping or (every and progress.step % every == 0):
+            self._save()
+        if stopping:
+            raise TrainingStopped
+
+    def _save(self) -> None:
+        tensors, optimizer = pack_optimizer(self.optimizer)
+        weights = {f"weights.{name}": value for name, value in self._weights().items()}
+        scaler = self.accelerator.scaler
+        values = {
+            "optimizer": optimizer,
+            "scheduler": {name: value for name, value in self.scheduler.state_dict().items() if name != "lr_lambdas"},
+            "scaler": None if scaler is None else scaler.state_dict(),
+        }
+        self.checkpoints.save(self.progress, weights | tensors, values, self.accelerator.wait_for_everyone)
+
+    def _restore(self) -> Callable[[], None]:
+        """Goes back to the newest checkpoint of the task, if any. Gives what sets the random generators to it."""
+        found = self.checkpoints.latest(self.progress)
+        if found is None:
+            return _nothing
+        self.progress, tensors, values, random_state = found
+        with torch.no_grad():
+            for name, parameter in self._weights().items():
+                parameter.copy_(tensors[f"weights.{name}"])
+        self.optimizer.load_state_dict(unpack_optimizer(tensors, values["optimizer"]))
+        self.scheduler.load_state_dict({**self.scheduler.state_dict(), **values["scheduler"]})
+        if values["scaler"] is not None:
+            self.accelerator.scaler.load_state_dict(values["scaler"])
+        if self.progress.batch < len(self.batches):
+            return lambda: set_random_state(*random_state)
+        self.progress.epoch, self.progress.batch = self.progress.epoch + 1, 0
+        set_random_state(*random_state)  # the epoch to come makes its loader as it would have
+        return _nothing
+
+    def _weights(self) -> dict[str, torch.nn.Parameter]:
+        return {name: value for name, value in self.learner.named_parameters() if value.requires_grad}
+
+
+def _nothing() -> None:
+    pass
+
+
+def agree(stop: threading.Event, accelerator: Accelerator) -> bool:
+    """Whether any process was asked to stop: they must all do so at the same place."""
+    if accelerator.num_processes == 1:
+        return stop.is_set()
+    asked = torch.tensor(float(stop.is_set()), device=accelerator.device)
+    return bool(accelerator.reduce(asked, "sum") > 0)
+
+
+@contextmanager
+def stopping_on_signals(stop: threading.Event) -> Iterator[None]:
+    """Lets SIGTERM and SIGINT set an event inside this context; a second one ends the process as usual.
+
+    Signals can be caught in the main thread only; in others nothing changes.
+    """
+    before = {}
+
+    def ask(number, frame):
+        stop.set()
+        signal.signal(number, before[number])
+
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGTERM, signal.SIGINT):
+            before[number] = signal.signal(number, ask)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

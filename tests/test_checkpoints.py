@@ -1,0 +1,160 @@
+"""Inside a task, too, a run goes on as if nothing had happened."""
+
+import json
+import logging
+import random
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import BACKBONE, make_trainer, pattern_dataset
+
+from hf_clpeft import ContinualModel, ContinualTrainer, TaskStream, l2l, s_lora, s_prompts
+from hf_clpeft.training.batches import EpochBatches
+from hf_clpeft.training.checkpoints import random_state, set_random_state
+from hf_clpeft.training.steps import TrainingStopped
+
+
+OPTIONS = {"augmentation": "crop_flip", "save_steps": 2, "train_batch_size": 5, "resume_from_checkpoint": "auto"}
+
+
+@pytest.fixture(scope="module")
+def stream():
+    return TaskStream.class_incremental(pattern_dataset(per_class=6), num_tasks=2)
+
+
+def outcome(folder):
+    config = json.loads(Path(folder, "config.json").read_text())
+    return config["files"], json.loads(Path(folder, "metrics.json").read_text())["accuracy_matrix"]
+
+
+def begin(method, folder, stop_after, **options):
+    """Trains until so many optimizer steps are done, then dies without a word."""
+    steps = []
+
+    def die(done, total):
+        steps.append(done)
+        if len(steps) == stop_after:
+            raise RuntimeError("killed")
+
+    trainer = make_trainer(method, folder, **{**OPTIONS, **options})
+    trainer.on_step = die
+    return trainer
+
+
+def resume(method, folder, **options):
+    there = Path(folder, "config.json").is_file()
+    model = ContinualModel.from_pretrained(folder) if there else ContinualModel.from_backbone(BACKBONE, method)
+    return ContinualTrainer(model, make_trainer(method, folder, **{**OPTIONS, **options}).args)
+
+
+# 12 images in batches of 5: three steps an epoch, the last one of a part; two epochs, six steps a task.
+@pytest.mark.parametrize("stop_after", [1, 3, 4, 5, 6, 9, 11])
+@pytest.mark.parametrize("method", [s_lora(k=2), l2l(pool_size=4, top_n=2)], ids=lambda method: method.name)
+def test_a_run_that_died_inside_a_task_ends_like_one_that_did_not(method, stop_after, stream, tmp_path):
+    make_trainer(method, tmp_path / "whole", **OPTIONS).learn_stream(stream)
+    with pytest.raises(RuntimeError, match="killed"):
+        begin(method, tmp_path / "pieces", stop_after).learn_stream(stream)
+    steps = []
+    trainer = resume(method, tmp_path / "pieces")
+    trainer.on_step = lambda done, total: steps.append(done)
+    trainer.learn_stream(stream)
+    assert outcome(tmp_path / "pieces") == outcome(tmp_path / "whole")
+    saved = (stop_after % 6 - 1) // 2 * 2 if stop_after % 6 else 4  # a step whose state was saved before it died
+    assert steps[0] == saved + 1
+    assert not (tmp_path / "pieces" / "checkpoints").exists()
+
+
+@pytest.mark.parametrize("options", [{"optim": "sgd"}, {"gradient_accumulation_steps": 2, "save_steps": 1}])
+def test_other_optimizers_and_accumulated_batches_go_on_too(options, stream, tmp_path):
+    method = s_prompts(prompt_length=2, k=2)
+    make_trainer(method, tmp_path / "whole", **{**OPTIONS, **options}).learn_stream(stream)
+    with pytest.raises(RuntimeError, match="killed"):
+        begin(method, tmp_path / "pieces", 3, **options).learn_stream(stream)
+    resume(method, tmp_path / "pieces", **options).learn_stream(stream)
+    assert outcome(tmp_path / "pieces") == outcome(tmp_path / "whole")
+
+
+def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(stream, tmp_path, caplog):
+    method = s_lora(k=2)
+    make_trainer(method, tmp_path / "whole", **OPTIONS).learn_stream(stream)
+    with pytest.raises(RuntimeError):
+        begin(method, tmp_path / "pieces", 5).learn_stream(stream)
+    older, newest = sorted((tmp_path / "pieces" / "checkpoints").iterdir())
+    file = newest / "state.safetensors"
+    file.write_bytes(file.read_bytes()[:-4] + b"oops")
+    steps = []
+    trainer = resume(method, tmp_path / "pieces")
+    trainer.on_step = lambda done, total: steps.append(done)
+    with caplog.at_level(logging.WARNING):
+        trainer.learn_stream(stream)
+    assert steps[0] == 3 and "is damaged (state.safetensors is not what was written)" in caplog.text
+    assert outcome(tmp_path / "pieces") == outcome(tmp_path / "whole")
+
+
+def test_a_checkpoint_of_another_run_is_not_gone_on_with(stream, tmp_path):
+    with pytest.raises(RuntimeError):
+        begin(s_lora(k=2), tmp_path / "run", 5).learn_stream(stream)
+    shutil.copytree(tmp_path / "run", tmp_path / "fresh")
+    for folder, options in (("run", {"learning_rate": 1e-3}), ("fresh", {"resume_from_checkpoint": None})):
+        steps = []
+        trainer = make_trainer(s_lora(k=2), tmp_path / folder, **{**OPTIONS, **options})
+        trainer.on_step = lambda done, total, steps=steps: steps.append(done)
+        trainer.learn(stream[0])
+        assert steps[0] == 1
+
+
+def test_asked_to_stop_it_saves_and_goes_on_from_there(stream, tmp_path):
+    method, options = s_lora(k=2), {"save_steps": 0}
+    make_trainer(method, tmp_path / "whole", **{**OPTIONS, **options}).learn_stream(stream)
+    trainer = make_trainer(method, tmp_path / "pieces", **{**OPTIONS, **options})
+    trainer.on_step = lambda done, total: trainer.stop.set() if done == 3 else None
+    with pytest.raises(TrainingStopped):
+        trainer.learn_stream(stream)
+    resume(method, tmp_path / "pieces", **options).learn_stream(stream)
+    assert outcome(tmp_path / "pieces") == outcome(tmp_path / "whole")
+
+
+def test_a_signal_ends_a_recipe_with_the_command_that_goes_on(tmp_path):
+    import signal
+    import subprocess
+    import sys
+
+    repo = Path(__file__).parents[1]
+    command = [sys.executable, str(repo / "recipes" / "s_lora.py"), "--benchmark", "digits", "--disable_tqdm"]
+    command += ["--output_dir", str(tmp_path / "out"), "--save_steps", "1", "--num_train_epochs", "50"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    while not list(tmp_path.glob("out/checkpoints/task-*")):
+        assert process.poll() is None, process.stderr.read()
+    process.send_signal(signal.SIGTERM)
+    output, errors = process.communicate(timeout=60)
+    assert process.returncode == 0, errors[-2000:]
+    assert output.strip().endswith("--resume_from_checkpoint auto") and "s_lora.py" in output
+
+
+def test_the_newest_states_are_kept(stream, tmp_path):
+    with pytest.raises(RuntimeError):
+        begin(s_lora(k=2), tmp_path, 6, save_steps=1, save_total_limit=3).learn(stream[0])
+    kept = [path.name for path in sorted((tmp_path / "checkpoints").iterdir())]
+    assert kept == ["task-000-00000003", "task-000-00000004", "task-000-00000005"]
+
+
+def test_random_generators_go_on_where_they_were():
+    state = random_state()
+    drawn = torch.rand(3).tolist(), np.random.rand(3).tolist(), random.random()
+    text = json.dumps(state[1])
+    set_random_state(state[0], json.loads(text))
+    assert (torch.rand(3).tolist(), np.random.rand(3).tolist(), random.random()) == drawn
+
+
+def test_every_epoch_has_each_image_once_and_an_order_of_its_own():
+    batches = EpochBatches(num_images=11, batch_size=4, seed=0)
+    orders = []
+    for batches.epoch in range(3):
+        orders.append([index for batch in batches for index in batch])
+        assert sorted(orders[-1]) == list(range(11))
+    assert orders[0] != orders[1] != orders[2]
+    filled = list(EpochBatches(num_images=3, batch_size=8, seed=0, fill=True))
+    assert len(filled) == 1 and filled[0] == (filled[0][:3] * 3)[:8]
