@@ -8,8 +8,12 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from filelock import FileLock, Timeout
 
-STAGING, READY = ".saving", ".saved"
+from .config import ConfigError
+
+
+STAGING, READY, LOCK = ".saving", ".saved", ".lock"
 REMOVED = ".removed.json"
 
 
@@ -61,6 +65,41 @@ def changing(folder: str | Path) -> Iterator[Path]:
         ) from error
     finally:
         shutil.rmtree(folder / STAGING, ignore_errors=True)
+
+
+@contextmanager
+def locked(folder: str | Path) -> Iterator[None]:
+    """Keeps other processes out of a folder inside this context; the lock of a process that dies is free at once.
+
+    Args:
+        folder (`str` or `Path`): Made if needed.
+
+    Raises:
+        [`ConfigError`]: Another process has it.
+
+    Example:
+
+    ```py
+    >>> from hf_clpeft.folder import locked
+
+    >>> with locked("out"):
+    ...     pass
+
+    ```
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / LOCK, timeout=0)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise ConfigError(
+            f"Another run is writing into {folder}. Wait for it, stop it, or choose another output_dir."
+        ) from None
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def remove_with(staging: Path, paths: Iterable[str]) -> None:

@@ -11,10 +11,10 @@ import pytest
 import torch
 from conftest import BACKBONE, make_trainer, pattern_dataset
 
-from hf_clpeft import ContinualModel, ContinualTrainer, TaskStream, l2l, s_lora, s_prompts
+from hf_clpeft import ConfigError, ContinualModel, ContinualTrainer, TaskStream, l2l, s_lora, s_prompts
 from hf_clpeft.training.batches import EpochBatches
 from hf_clpeft.training.checkpoints import random_state, set_random_state
-from hf_clpeft.training.steps import TrainingStopped
+from hf_clpeft.training.steps import TrainingError, TrainingStopped
 
 
 OPTIONS = {"augmentation": "crop_flip", "save_steps": 2, "train_batch_size": 5, "resume_from_checkpoint": "auto"}
@@ -158,3 +158,31 @@ def test_every_epoch_has_each_image_once_and_an_order_of_its_own():
     assert orders[0] != orders[1] != orders[2]
     filled = list(EpochBatches(num_images=3, batch_size=8, seed=0, fill=True))
     assert len(filled) == 1 and filled[0] == (filled[0][:3] * 3)[:8]
+
+
+def test_a_loss_that_is_not_finite_ends_the_task_and_leaves_the_model_as_it_was(stream, tmp_path):
+    trainer = make_trainer(s_lora(k=2), tmp_path, **OPTIONS)
+    trainer.learn(stream[0])
+    before = outcome(tmp_path)
+    trainer.args.learning_rate = float("inf")
+    with pytest.raises(TrainingError, match="loss of task-001 was not finite at step .* Lower learning_rate"):
+        trainer.learn(stream[1])
+    assert outcome(tmp_path) == before and len(ContinualModel.from_pretrained(tmp_path).config.tasks) == 1
+    resume(s_lora(k=2), tmp_path).learn(stream[1])
+    assert len(ContinualModel.from_pretrained(tmp_path).config.tasks) == 2
+
+
+def test_two_runs_in_one_folder_are_refused(stream, tmp_path):
+    trainer = make_trainer(s_lora(k=2), tmp_path, **OPTIONS)
+    other = make_trainer(s_lora(k=2), tmp_path)
+    refused = []
+
+    def meanwhile(done, total):
+        with pytest.raises(ConfigError, match="Another run is writing into"):
+            other.learn(stream[1])
+        refused.append(done)
+
+    trainer.on_step = meanwhile
+    trainer.learn(stream[0])
+    assert refused and len(other.model.config.tasks) == 0
+    other.learn(stream[1])

@@ -1,14 +1,16 @@
 """Decoding, resizing, caching, augmenting."""
 
+import logging
+
 import numpy as np
 import pytest
 import torch
-from datasets import Dataset, DatasetDict, Image
+from datasets import Dataset, Image
 from PIL import Image as PILImage
 
 from hf_clpeft import StreamError, TaskStream
 from hf_clpeft.streams import cache_images
-from hf_clpeft.streams.images import AUGMENTATIONS, augment
+from hf_clpeft.streams.images import AUGMENTATIONS, augment, decode
 
 
 def test_resizing_then_normalising_is_what_the_processor_does(backbone):
@@ -56,17 +58,36 @@ def test_streamed_images_are_the_same_as_downloaded_ones(backbone, patterns, tmp
     assert caches[0].labels.tolist() == caches[1].labels.tolist()
 
 
-@pytest.mark.parametrize("streaming", [False, True])
-def test_an_unreadable_image_names_data_set_split_and_row(backbone, patterns, streaming, tmp_path):
+@pytest.fixture
+def broken(patterns, tmp_path):
+    """Folder of a data set in which rows 13 and 14, of the second task, are truncated."""
     train = patterns["train"].cast_column("image", Image(decode=False)).to_list()
-    train[13]["image"]["bytes"] = train[13]["image"]["bytes"][:60]  # truncated
-    broken = Dataset.from_list(train, features=patterns["train"].features)
-    DatasetDict(train=broken, test=patterns["test"])["train"].to_parquet(tmp_path / "data" / "train.parquet")
+    for row in (13, 14):
+        train[row]["image"]["bytes"] = train[row]["image"]["bytes"][:60]
+    Dataset.from_list(train, features=patterns["train"].features).to_parquet(tmp_path / "data" / "train.parquet")
     patterns["test"].to_parquet(tmp_path / "data" / "test.parquet")
-    stream = TaskStream.class_incremental(str(tmp_path / "data"), num_tasks=2, streaming=streaming)
+    return str(tmp_path / "data")
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_unreadable_images_name_data_set_split_and_rows(backbone, broken, streaming):
+    stream = TaskStream.class_incremental(broken, num_tasks=2, streaming=streaming)
     cache_images(stream[0].train, backbone.transform)
-    with pytest.raises(StreamError, match=r"split 'train', row 13: the image cannot be decoded"):
-        cache_images(stream[1].train, backbone.transform)
+    message = r"split 'train', row 13: the image cannot be decoded .*row 14: .*These are 2 of 12 images"
+    with pytest.raises(StreamError, match=message):
+        cache_images(stream[1].train, backbone.transform, max_bad_images=1)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_as_many_unreadable_images_as_allowed_are_left_out(backbone, broken, streaming, caplog):
+    stream = TaskStream.class_incremental(broken, num_tasks=2, streaming=streaming)
+    with caplog.at_level(logging.WARNING):
+        images = cache_images(stream[1].train, backbone.transform, max_bad_images=2)
+    assert "Leaving out 2 of 12 images" in caplog.text and "row 14" in caplog.text
+    assert len(images) == 10 and images.labels.min() == 0
+    whole = [decode(encoded) for encoded, _, row in stream[1].train if row not in (13, 14)]
+    wanted = torch.from_numpy(backbone.transform.resize(whole))
+    assert torch.equal(images.__getitems__(range(10))["pixels"], wanted)
 
 
 @pytest.mark.parametrize("augmentation", AUGMENTATIONS)

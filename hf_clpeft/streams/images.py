@@ -1,6 +1,7 @@
 """Pictures to pixels: decoded and resized once, kept on disk, normalised and augmented on the device."""
 
 import io
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -9,12 +10,15 @@ import PIL.Image
 import PIL.ImageOps
 import torch
 from datasets import Dataset, Features, Value, concatenate_datasets
-from datasets.exceptions import DatasetGenerationError
 
 from .source import StreamError
 from .task import Split
 
 
+logger = logging.getLogger(__name__)
+
+BAD = -1  # label of an image that cannot be decoded
+LISTED = 5  # such images that a message lists
 AUGMENTATIONS = ("none", "flip", "crop_flip")
 
 
@@ -199,7 +203,7 @@ def _same(batch):
 _FEATURES = Features({"pixels": Value("binary"), "label": Value("int64")})
 
 
-def cache_images(split: Split, transform: ImageTransform) -> TaskImages:
+def cache_images(split: Split, transform: ImageTransform, max_bad_images: int = 0) -> TaskImages:
     """Decodes and resizes the images of a split, once, into an Arrow file in the cache of `datasets`.
 
     A second call, in this run or a later one, finds the file.
@@ -207,12 +211,14 @@ def cache_images(split: Split, transform: ImageTransform) -> TaskImages:
     Args:
         split ([`Split`]): Encoded images.
         transform ([`ImageTransform`]): How to resize them.
+        max_bad_images (`int`, *optional*, defaults to 0): Leave out at most so many that cannot be decoded, with a
+            warning that lists them.
 
     Returns:
         [`TaskImages`]
 
     Raises:
-        [`StreamError`]: An image cannot be decoded. Names the data set, the split and the row.
+        [`StreamError`]: More images cannot be decoded. Names the data set, the split and the rows.
 
     Example:
 
@@ -232,7 +238,6 @@ def cache_images(split: Split, transform: ImageTransform) -> TaskImages:
         "image_column": split.image_column,
         "label_column": split.label_column,
         "labels": split.labels,
-        "title": split.title,
     }
     if isinstance(split.dataset, Dataset):
         cached = split.dataset.map(
@@ -248,10 +253,8 @@ def cache_images(split: Split, transform: ImageTransform) -> TaskImages:
         rows = split.dataset.map(
             _to_pixels, batched=True, batch_size=64, fn_kwargs=arguments, remove_columns=split.dataset.column_names
         )
-        try:
-            cached = Dataset.from_generator(_rows, gen_kwargs={"rows": rows}, features=_FEATURES)
-        except DatasetGenerationError as error:
-            raise error.__cause__ if isinstance(error.__cause__, StreamError) else error from error
+        cached = Dataset.from_generator(_rows, gen_kwargs={"rows": rows}, features=_FEATURES)
+    cached = _without_bad(cached, split.title, max_bad_images)
     size = transform.resize([PIL.Image.new("RGB", (8, 8))]).shape[1:]
     return TaskImages(cached, size)
 
@@ -260,17 +263,33 @@ def _rows(rows):
     yield from rows
 
 
-def _to_pixels(batch, transform, image_column, label_column, labels, title):
-    images = []
+def _to_pixels(batch, transform, image_column, label_column, labels):
+    images, problems = [], []
     for encoded, row in zip(batch[image_column], batch["row"], strict=True):
         try:
             images.append(decode(encoded))
-        except Exception as error:
-            raise StreamError(
-                f"{title}, row {row}: the image cannot be decoded ({error}). Drop it with "
-                f"`dataset.select(i for i in range(len(dataset)) if i != {row})`."
-            ) from error
+            problems.append(None)
+        except Exception as error:  # Pillow raises anything from OSError to struct.error on broken files
+            problems.append(f"row {row}: the image cannot be decoded ({error})".encode())
+    resized = iter(transform.resize(images) if images else ())
+    numbers = [labels[value] for value in batch[label_column]]
     return {
-        "pixels": [image.tobytes() for image in transform.resize(images)],
-        "label": [labels[value] for value in batch[label_column]],
+        "pixels": [next(resized).tobytes() if problem is None else problem for problem in problems],
+        "label": [number if problem is None else BAD for number, problem in zip(numbers, problems, strict=True)],
     }
+
+
+def _without_bad(images: Dataset, title: str, most: int) -> Dataset:
+    labels = np.asarray(images["label"][:])
+    bad = np.flatnonzero(labels == BAD)
+    if not len(bad):
+        return images
+    listed = "; ".join(row.decode() for row in images.select(bad[:LISTED])["pixels"])
+    listed += "; ..." if len(bad) > LISTED else ""
+    if len(bad) > most or len(bad) == len(labels):
+        raise StreamError(
+            f"{title}, {listed}. These are {len(bad)} of {len(labels)} images. Mend or drop them (`dataset.select`), "
+            f"or leave out up to so many with --max_bad_images {len(bad)}."
+        )
+    logger.warning("%s, %s. Leaving out %d of %d images.", title, listed, len(bad), len(labels))
+    return images.select(np.flatnonzero(labels != BAD))

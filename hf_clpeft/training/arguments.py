@@ -59,6 +59,9 @@ class ContinualTrainingArguments:
             "in every step from augmented ones; where the loss needs them (L2P, L2L)."
         },
     )
+    max_bad_images: int = field(
+        default=0, metadata={"help": "Leave out at most so many images of a split that cannot be decoded."}
+    )
     forward_transfer: bool = field(
         default=False,
         metadata={"help": "Also evaluate each task just before it is learnt, if its classes are known by then."},
@@ -92,7 +95,7 @@ class ContinualTrainingArguments:
         default=None, metadata={"help": "Repo to push to; default: one named after output_dir."}
     )
     hub_token: str | None = field(
-        default=None, metadata={"help": "Token to push with; default: as logged in. It is stored nowhere."}
+        default=None, repr=False, metadata={"help": "Token to push with; default: as logged in. It is stored nowhere."}
     )
     hub_private_repo: bool | None = field(
         default=None, metadata={"help": "Whether a new repo is private; default: as its owner has set."}
@@ -115,7 +118,14 @@ class ContinualTrainingArguments:
         for name in (*counts, "save_total_limit"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name}={getattr(self, name)} must be 1 or more.")
-        for name in ("learning_rate", "head_learning_rate", "weight_decay", "max_grad_norm", "save_steps"):
+        for name in (
+            "learning_rate",
+            "head_learning_rate",
+            "weight_decay",
+            "max_grad_norm",
+            "save_steps",
+            "max_bad_images",
+        ):
             if not getattr(self, name) >= 0:
                 raise ConfigError(f"{name}={getattr(self, name)} must be 0 or more.")
         if not 0 <= self.warmup_ratio <= 1:

@@ -22,7 +22,7 @@ from ..progress import disable_progress_bars
 from ..report import PLOT_NAME, StreamReport
 from ..streams import BENCHMARKS, StreamError, TaskStream, load_benchmark
 from .arguments import ContinualTrainingArguments
-from .steps import TrainingStopped
+from .steps import TrainingError, TrainingStopped
 from .trainer import ContinualTrainer, cpu_only
 
 
@@ -143,7 +143,7 @@ def run_recipe(method_arguments: type, make_method: Callable[..., MethodConfig],
         stream_args, backbone_args, training_args, method_args = parse(groups, argv, method=make_method.__name__)
         require_hub(stream_args, backbone_args)
         report = learn(stream_args.load(), backbone_args, training_args, make_method(**asdict(method_args)))
-    except (BackboneError, ConfigError, ExpertError, HubError, OSError, StreamError) as error:
+    except (BackboneError, ConfigError, ExpertError, HubError, OSError, StreamError, TrainingError) as error:
         raise SystemExit(f"error: {error}") from error
     except TrainingStopped:
         print(f"Stopped, and all is saved. Go on with: {resuming_command()}", flush=True)

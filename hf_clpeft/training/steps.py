@@ -39,6 +39,10 @@ FREE = {
 STOP_STEPS = 10  # how often several processes agree on whether one of them was asked to stop
 
 
+class TrainingError(RuntimeError):
+    """Training cannot go on as it was asked to. What was learnt before is untouched."""
+
+
 class TrainingStopped(KeyboardInterrupt):
     """Training was asked to stop, and did so where it can go on."""
 
@@ -85,6 +89,7 @@ class StepLoop:
             args.lr_scheduler_type, self.optimizer, round(args.warmup_ratio * self.num_steps), self.num_steps
         )
         self.scheduler = accelerator.prepare(scheduler)
+        self._unusable = torch.zeros((), dtype=torch.bool, device=accelerator.device)
         chosen = {name: value for name, value in vars(args).items() if name not in FREE}
         sizes = {"images": len(images), "num_processes": accelerator.num_processes}
         self.progress = Progress(learner.config.name, {**chosen, **sizes, **made_with}, logged=logged)
@@ -104,6 +109,7 @@ class StepLoop:
 
         Raises:
             [`TrainingStopped`]: It was set.
+            [`TrainingError`]: The loss is not finite.
         """
         restore_random = self._restore()
         accelerator, args, progress = self.accelerator, self.args, self.progress
@@ -121,6 +127,7 @@ class StepLoop:
                     self.optimizer.step()
                     self.scheduler.step()
                     self.optimizer.zero_grad()
+                self._unusable |= ~loss.detach().isfinite()
                 progress.batch += 1
                 if accelerator.sync_gradients:
                     progress.step, progress.logged = progress.step + 1, progress.logged + 1
@@ -131,14 +138,27 @@ class StepLoop:
 
     def _save_or_stop(self, stop: threading.Event) -> None:
         progress, every = self.progress, self.args.save_steps
-        if progress.step == self.num_steps:
+        last = progress.step == self.num_steps
+        due = last or (every and progress.step % every == 0)
+        if due or progress.step % self.args.logging_steps == 0:  # looking at it waits for the device
+            self._check_finite()
+        if last:
             return
         alone = self.accelerator.num_processes == 1
         stopping = (alone or progress.step % STOP_STEPS == 0) and agree(stop, self.accelerator)
-        if stopping or (every and progress.step % every == 0):
+        if stopping or due:
+            self._check_finite()
             self._save()
         if stopping:
             raise TrainingStopped
+
+    def _check_finite(self) -> None:
+        if self._unusable:
+            raise TrainingError(
+                f"The loss of {self.progress.task} was not finite at step {self.progress.step} or just before. The "
+                "model is as it was after the task before. Lower learning_rate or head_learning_rate, or train in "
+                "bf16 or float32 if this was fp16."
+            )
 
     def _save(self) -> None:
         tensors, optimizer = pack_optimizer(self.optimizer)

@@ -14,6 +14,7 @@ from accelerate.utils import DataLoaderConfiguration, broadcast_object_list, set
 from tqdm.auto import tqdm
 
 from ..config import ConfigError
+from ..folder import locked
 from ..hub.errors import HubError
 from ..hub.outbox import Outbox
 from ..hub.push import PushTarget
@@ -108,7 +109,9 @@ class ContinualTrainer:
         self._seen: list[tuple[Task, TaskImages]] = []  # training images, for methods that train on all tasks at once
         self._step = 0  # optimizer steps so far, as trackers count them
         self.stop = threading.Event()  # set from outside to end training where it can go on
-        self._checkpoints = self._open_checkpoints()
+        self._checkpoints = Checkpoints(
+            self.args.output_dir, self.args.save_total_limit, self.accelerator.process_index
+        )
         self._donor = None if self.args.experts_from is None else Donor(self.args.experts_from, model)
         self._outbox = self._open_outbox() if self.args.push_to_hub and self.accelerator.is_main_process else None
 
@@ -122,12 +125,14 @@ class ContinualTrainer:
             [`StreamReport`]: Of all tasks of the model.
 
         Raises:
-            [`ConfigError`]: The model has learnt a task of this name with other classes.
+            [`ConfigError`]: The model has learnt a task of this name with other classes, or another run is writing
+                into `output_dir`.
+            [`TrainingError`]: The loss is not finite; the model is as it was after the task before.
             [`TrainingStopped`]: The process got SIGTERM or SIGINT, and all that is needed to go on is saved.
         """
         self.report.stream, self.report.dataset = stream.name, stream.dataset
         learnt = {known.name: position for position, known in enumerate(self.model.config.tasks)}
-        with stopping_on_signals(self.stop):
+        with self._alone(), stopping_on_signals(self.stop):
             for task in stream:
                 if agree(self.stop, self.accelerator):
                     raise TrainingStopped
@@ -136,7 +141,7 @@ class ContinualTrainer:
                 elif self.model.config.method.joint and task is not stream[-1]:
                     self._postpone(task)
                 else:
-                    self.learn(task)
+                    self._learn(task)
         if self.args.report_to != "none":
             self.accelerator.end_training()
         return self.report
@@ -151,7 +156,26 @@ class ContinualTrainer:
 
         Returns:
             [`StreamReport`]: Of all tasks of the model.
+
+        Raises:
+            [`ConfigError`]: Another run is writing into `output_dir`.
+            [`TrainingError`]: The loss is not finite; the model is as it was.
         """
+        with self._alone():
+            return self._learn(task)
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Keeps other runs out of the folder, and its checkpoints out of this run, if it is a new one."""
+        if not self.accelerator.is_main_process:
+            yield
+            return
+        with locked(self.args.output_dir):
+            if self.args.resume_from_checkpoint is None:
+                self._checkpoints.clear()
+            yield
+
+    def _learn(self, task: Task) -> StreamReport:
         args, method, seconds = self.args, self.model.config.method, {}
         owner = len(self.model.config.tasks)
         with _timed(seconds, "images"):
@@ -213,7 +237,7 @@ class ContinualTrainer:
     def _images(self, split) -> TaskImages:
         """Resized images of a split; the main process writes the Arrow file, the others find it."""
         with self.accelerator.main_process_first():
-            return cache_images(split, self.model.backbone.transform)
+            return cache_images(split, self.model.backbone.transform, self.args.max_bad_images)
 
     def _fit(self, learner: TaskLearner, images: TaskImages, seconds: dict[str, float]) -> None:
         """Fills the learner: by training, from a model that has learnt the task, or, for a probe, at once."""
@@ -366,13 +390,6 @@ class ContinualTrainer:
             self._checkpoints.clear()
             self._push()
         self.accelerator.wait_for_everyone()
-
-    def _open_checkpoints(self) -> Checkpoints:
-        args, accelerator = self.args, self.accelerator
-        found = Checkpoints(args.output_dir, args.save_total_limit, accelerator.process_index)
-        if args.resume_from_checkpoint is None:  # a new run, whatever another one has left in its folder
-            found.clear()
-        return found
 
     def _open_outbox(self) -> Outbox:
         """Checks before any work is done that the model can be pushed, and pushes what a killed run could not."""
