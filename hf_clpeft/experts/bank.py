@@ -127,6 +127,10 @@ class ExpertBank(torch.nn.Module):
         self._clear_slot()
         return expert
 
+    def abandon(self) -> None:
+        """Takes what is being trained out of the slot, and forgets it."""
+        self._empty_slot()
+
     def remove(self, name: str) -> None:
         """Takes an expert out, of the slot too; those behind it move up."""
         index = self.names.index(name)

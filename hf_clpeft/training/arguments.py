@@ -73,6 +73,10 @@ class ContinualTrainingArguments:
             "the one in output_dir, else the one in the repo that is pushed to, else none."
         },
     )
+    task_parallel: bool = field(
+        default=False,
+        metadata={"help": "Where every task has its own expert: train as many at a time as there are processes."},
+    )
     save_steps: int = field(
         default=500,
         metadata={

@@ -35,8 +35,14 @@ FREE = {
     "run_name",
     "save_steps",
     "save_total_limit",
+    "task_parallel",
 }
 STOP_STEPS = 10  # how often several processes agree on whether one of them was asked to stop
+
+
+def chosen(args: ContinualTrainingArguments) -> dict:
+    """The arguments that decide what training gives."""
+    return {name: value for name, value in vars(args).items() if name not in FREE}
 
 
 class TrainingError(RuntimeError):
@@ -90,9 +96,8 @@ class StepLoop:
         )
         self.scheduler = accelerator.prepare(scheduler)
         self._unusable = torch.zeros((), dtype=torch.bool, device=accelerator.device)
-        chosen = {name: value for name, value in vars(args).items() if name not in FREE}
         sizes = {"images": len(images), "num_processes": accelerator.num_processes}
-        self.progress = Progress(learner.config.name, {**chosen, **sizes, **made_with}, logged=logged)
+        self.progress = Progress(learner.config.name, {**chosen(args), **sizes, **made_with}, logged=logged)
 
     def run(
         self,
@@ -124,9 +129,10 @@ class StepLoop:
                     accelerator.backward(loss)
                     if accelerator.sync_gradients and args.max_grad_norm:
                         accelerator.clip_grad_norm_(self._trained, args.max_grad_norm)
-                    self.optimizer.step()
-                    self.scheduler.step()
-                    self.optimizer.zero_grad()
+                    if accelerator.sync_gradients:
+                        self.optimizer.step()
+                        self.scheduler.step()
+                        self.optimizer.zero_grad()
                 self._unusable |= ~loss.detach().isfinite()
                 progress.batch += 1
                 if accelerator.sync_gradients:

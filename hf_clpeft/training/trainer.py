@@ -5,7 +5,7 @@ import math
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import numpy as np
 import torch
@@ -30,8 +30,9 @@ from .checkpoints import Checkpoints, Progress
 from .evaluation import Evaluator
 from .experts_from import Donor
 from .features import extract_queries
+from .parallel import LocalAccelerator, ParallelExperts, check_independent
 from .probe import fit_probe
-from .steps import StepLoop, TrainingStopped, agree, stopping_on_signals
+from .steps import StepLoop, TrainingStopped, agree, chosen, stopping_on_signals
 
 
 logger = logging.getLogger(__name__)
@@ -112,6 +113,7 @@ class ContinualTrainer:
         self._checkpoints = Checkpoints(
             self.args.output_dir, self.args.save_total_limit, self.accelerator.process_index
         )
+        self._parallel = ParallelExperts(self.args.output_dir, model, {**chosen(self.args), **self._made_with()})
         self._donor = None if self.args.experts_from is None else Donor(self.args.experts_from, model)
         self._outbox = self._open_outbox() if self.args.push_to_hub and self.accelerator.is_main_process else None
 
@@ -133,6 +135,8 @@ class ContinualTrainer:
         self.report.stream, self.report.dataset = stream.name, stream.dataset
         learnt = {known.name: position for position, known in enumerate(self.model.config.tasks)}
         with self._alone(), stopping_on_signals(self.stop):
+            if self.args.task_parallel:
+                self._train_in_parallel(stream)
             for task in stream:
                 if agree(self.stop, self.accelerator):
                     raise TrainingStopped
@@ -142,6 +146,8 @@ class ContinualTrainer:
                     self._postpone(task)
                 else:
                     self._learn(task)
+            if self.accelerator.is_main_process:
+                self._parallel.clear()
         if self.args.report_to != "none":
             self.accelerator.end_training()
         return self.report
@@ -167,12 +173,12 @@ class ContinualTrainer:
     @contextmanager
     def _alone(self) -> Iterator[None]:
         """Keeps other runs out of the folder, and its checkpoints out of this run, if it is a new one."""
-        if not self.accelerator.is_main_process:
-            yield
-            return
-        with locked(self.args.output_dir):
-            if self.args.resume_from_checkpoint is None:
+        main = self.accelerator.is_main_process
+        with locked(self.args.output_dir) if main else nullcontext():
+            if main and self.args.resume_from_checkpoint is None:
                 self._checkpoints.clear()
+                self._parallel.clear()
+            self.accelerator.wait_for_everyone()
             yield
 
     def _learn(self, task: Task) -> StreamReport:
@@ -217,6 +223,23 @@ class ContinualTrainer:
             self._tests[position] = task
             self.evaluator.add(task.name, self._images(task.test))
 
+    def _train_in_parallel(self, stream: TaskStream) -> None:
+        """Trains the experts of all tasks to come, every process its own ones; they are taken up in order later."""
+        check_independent(self.model.config.method, stream, self.accelerator.mixed_precision)
+        local, rank, args = LocalAccelerator(self.accelerator), self.accelerator.process_index, self.args
+        checkpoints = Checkpoints(self._parallel.folder / f".rank-{rank}", args.save_total_limit)
+        for position, task in self._parallel.todo(stream, rank, self.accelerator.num_processes):
+            if self.stop.is_set():
+                raise TrainingStopped
+            seconds, images = {}, cache_images(task.train, self.model.backbone.transform, args.max_bad_images)
+            set_seed(args.seed + position)
+            learner = self.model.start_task(task.name, task.classes, task.domain)
+            with _timed(seconds, "train"):
+                self._train(learner, images, None, local, checkpoints)
+            self._parallel.put(learner, seconds["train"])
+        self.model.bank.abandon()
+        self.accelerator.wait_for_everyone()
+
     def _postpone(self, task: Task) -> None:
         """Makes a task known whose images are trained on later, together with those of others."""
         train, stored, position = self._images(task.train), self._bytes_beside_experts(), len(self.model.config.tasks)
@@ -242,7 +265,7 @@ class ContinualTrainer:
     def _fit(self, learner: TaskLearner, images: TaskImages, seconds: dict[str, float]) -> None:
         """Fills the learner: by training, from a model that has learnt the task, or, for a probe, at once."""
         method, queries, name = self.model.config.method, None, learner.config.name
-        if self._donor is not None and self._donor.give(learner, seconds):
+        if any(giver.give(learner, seconds) for giver in (self._parallel, self._donor) if giver is not None):
             return
         probe = isinstance(learner, FrozenLearner) and method.classifier == "head"
         if probe or (method.experts == "pool" and self.args.cache_query_features):
@@ -253,7 +276,7 @@ class ContinualTrainer:
                 fit_probe(learner.head, queries, learner.targets.cpu()[torch.from_numpy(images.labels)])
         elif not isinstance(learner, FrozenLearner):
             with _timed(seconds, "train"):
-                self._train(learner, images, queries)
+                self._train(learner, images, queries, self.accelerator, self._checkpoints)
 
     def _teach_router(self, task: Task, images: TaskImages) -> None:
         """Adds the query features of all training images to the router."""
@@ -276,22 +299,30 @@ class ContinualTrainer:
             fitted = [prototypes, fit_thresholds(query, len(prototypes), seed=self.args.seed)]
         return tuple(broadcast_object_list(fitted))
 
-    def _train(self, learner: TaskLearner, images: TaskImages, queries: torch.Tensor | None) -> None:
+    def _train(
+        self,
+        learner: TaskLearner,
+        images: TaskImages,
+        queries: torch.Tensor | None,
+        accelerator: Accelerator | LocalAccelerator,
+        checkpoints: Checkpoints,
+    ) -> None:
         """Trains the experts and the head rows of one task; query features are computed in every step if not given."""
         if len(learner.classes) == 1:
             return  # nothing to be told from: the loss is zero, whatever the weights are
-        args, accelerator, transform = self.args, self.accelerator, self.model.backbone.transform
-        loop = StepLoop(learner, images, accelerator, args, self._checkpoints, self._made_with(), self._step)
+        args, transform = self.args, self.model.backbone.transform
+        loop = StepLoop(learner, images, accelerator, args, checkpoints, self._made_with(), self._step)
         bar = tqdm(
             total=loop.num_steps,
             desc=f"Training {learner.config.name} ({learner.config.title})",
-            disable=args.disable_tqdm or not accelerator.is_main_process,
+            disable=args.disable_tqdm or not self.accelerator.is_main_process,
             leave=False,
         )
 
         def loss_of(module: torch.nn.Module, batch: dict) -> torch.Tensor:
             pixel_values = augment(transform.normalize(batch["pixels"]), args.augmentation)
-            return module(pixel_values, batch["label"], self._query(pixel_values, batch, queries))[0]
+            with accelerator.autocast():
+                return module(pixel_values, batch["label"], self._query(pixel_values, batch, queries))[0]
 
         def after_step(progress: Progress, loss: torch.Tensor) -> None:
             bar.update(progress.step - bar.n)
@@ -300,7 +331,7 @@ class ContinualTrainer:
             self._step = progress.logged
             if self._step % args.logging_steps == 0:
                 bar.set_postfix(loss=f"{loss.item():.3f}")
-                accelerator.log({"train/loss": loss.item()}, step=self._step)
+                self.accelerator.log({"train/loss": loss.item()}, step=self._step)
 
         loop.run(loss_of, after_step, self.stop)
         bar.close()
@@ -309,9 +340,8 @@ class ContinualTrainer:
         """What a checkpoint inside a task depends on besides the arguments."""
         config = self.model.config
         return {
-            "method": vars(config.method),
+            "method": {name: value for name, value in vars(config.method).items() if name != "head"},
             "backbone": [config.backbone.weight_hash, config.backbone.image_size],
-            "tasks": [task.name for task in config.tasks],
         }
 
     def _query(self, pixel_values: torch.Tensor, batch: dict, queries: torch.Tensor | None) -> torch.Tensor | None:

@@ -1,0 +1,140 @@
+"""Training of experts that do not depend on each other, every process its own tasks."""
+
+import json
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from ..config import ConfigError, MethodConfig, read_json
+from ..experts import Expert
+from ..folder import changing
+from ..learners import ExpertLearner, TaskLearner
+from ..modeling import ContinualModel
+from ..streams import Task, TaskStream
+
+
+FOLDER = ".parallel"
+HEAD_NAME, RUN_NAME = "head.safetensors", "run.json"
+
+
+class ParallelExperts:
+    """Where processes leave the experts that they have trained, until the model takes them up in order.
+
+    Args:
+        output_dir (`str` or `Path`): Folder of the run.
+        model ([`ContinualModel`]): The model that takes them up.
+        made_with (`dict`): What must not differ between the run that trained them and the one that takes them up.
+    """
+
+    def __init__(self, output_dir: str | Path, model: ContinualModel, made_with: dict):
+        self.folder, self.model = Path(output_dir, FOLDER), model
+        self.made_with = json.loads(json.dumps(made_with))
+
+    def todo(self, stream: TaskStream, rank: int, num_processes: int) -> list[tuple[int, Task]]:
+        """Positions and tasks that a process has to train: every so many of those that nobody has learnt yet."""
+        learnt = {task.name for task in self.model.config.tasks}
+        tasks = [task for task in stream if task.name not in learnt]
+        numbered = list(enumerate(tasks, start=len(learnt)))[rank::num_processes]
+        return [(position, task) for position, task in numbered if not self._has(task.name)]
+
+    def _has(self, task: str) -> bool:
+        path = self.folder / task / RUN_NAME
+        return path.is_file() and read_json(path)["made_with"] == self.made_with
+
+    def put(self, learner: ExpertLearner, seconds: float) -> None:
+        """Keeps what a learner has trained, as a whole or not at all."""
+        name = learner.config.name
+        with changing(self.folder / name) as staging:
+            Expert.from_peft_model(name, learner.peft_model).save(staging)
+            rows = {key: value.detach().cpu().contiguous() for key, value in learner.head.state_dict().items()}
+            save_file(rows, staging / HEAD_NAME)
+            text = json.dumps({"seconds": seconds, "made_with": self.made_with})
+            (staging / RUN_NAME).write_text(text, encoding="utf-8")
+
+    def give(self, learner: TaskLearner, seconds: dict[str, float]) -> bool:
+        """Fills what a task would train; as [`Donor.give`]."""
+        folder = self.folder / learner.config.name
+        if not isinstance(learner, ExpertLearner) or not self._has(learner.config.name):
+            return False
+        Expert.load(learner.config.name, folder).copy_to(learner.peft_model)
+        learner.head.load_state_dict(load_file(folder / HEAD_NAME))
+        seconds["train"] = read_json(folder / RUN_NAME)["seconds"]
+        return True
+
+    def clear(self) -> None:
+        """Removes all; the model has them."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def check_independent(method: MethodConfig, stream: TaskStream, mixed_precision: str) -> None:
+    """Raises [`ConfigError`] unless every expert of a stream can be trained without those before it."""
+    if method.experts != "per_task" or not method.mask_logits:
+        raise ConfigError(f"task_parallel needs an expert per task and masked logits; {method.name} has not.")
+    names = [label for task in stream for label in task.classes]
+    if method.head == "shared" and len(set(names)) < len(names):
+        raise ConfigError("task_parallel needs head='per_task' where tasks share classes: their rows would be shared.")
+    if mixed_precision == "fp16":
+        raise ConfigError("task_parallel trains in float32 or bf16; choose another mixed_precision than fp16.")
+
+
+class LocalAccelerator:
+    """As much of `accelerate.Accelerator` as [`StepLoop`] needs, for one process among others that trains alone.
+
+    Args:
+        accelerator (`accelerate.Accelerator`): Of all processes: gives the device and the precision.
+    """
+
+    num_processes, process_index, scaler = 1, 0, None
+
+    def __init__(self, accelerator):
+        self.device, self.autocast = accelerator.device, accelerator.autocast
+        self.gradient_accumulation_steps = accelerator.gradient_accumulation_steps
+        self.sync_gradients, self.last_batch = True, False
+        self._batches = 0
+
+    def prepare(self, *things):
+        """Puts loaders on the device; everything else is used as it is."""
+        prepared = [
+            _OnDevice(thing, self) if isinstance(thing, torch.utils.data.DataLoader) else thing for thing in things
+        ]
+        return prepared[0] if len(prepared) == 1 else tuple(prepared)
+
+    @contextmanager
+    def accumulate(self, module: torch.nn.Module) -> Iterator[None]:
+        """Counts batches until an optimizer step is due."""
+        self._batches += 1
+        self.sync_gradients = self._batches % self.gradient_accumulation_steps == 0 or self.last_batch
+        if self.sync_gradients:
+            self._batches = 0
+        yield
+
+    def backward(self, loss: torch.Tensor) -> None:
+        """Adds a batch's share to the gradients."""
+        (loss / self.gradient_accumulation_steps).backward()
+
+    def clip_grad_norm_(self, parameters, norm: float) -> None:
+        """Clips gradients."""
+        torch.nn.utils.clip_grad_norm_(parameters, norm)
+
+    def wait_for_everyone(self) -> None:
+        """There is nobody to wait for."""
+
+
+class _OnDevice:
+    """A loader whose batches come on the device, and which knows its last one."""
+
+    def __init__(self, loader: torch.utils.data.DataLoader, accelerator: LocalAccelerator):
+        self.loader, self.accelerator = loader, accelerator
+
+    def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
+        batches = iter(self.loader)
+        batch = next(batches, None)
+        while batch is not None:
+            following = next(batches, None)
+            self.accelerator.last_batch = following is None
+            yield {name: tensor.to(self.accelerator.device) for name, tensor in batch.items()}
+            batch = following
