@@ -1,5 +1,6 @@
 """A folder that changes as a whole or not at all, whenever the process is killed."""
 
+import errno
 import hashlib
 import json
 import os
@@ -18,7 +19,7 @@ REMOVED = ".removed.json"
 
 
 @contextmanager
-def changing(folder: str | Path) -> Iterator[Path]:
+def changing(folder: str | Path, num_bytes: int = 0) -> Iterator[Path]:
     """Gives an empty folder to write into; its files go to `folder` together, when the context ends without an error.
 
     What is written is complete on disk before its folder is renamed, and that rename is the moment of change: a
@@ -26,6 +27,7 @@ def changing(folder: str | Path) -> Iterator[Path]:
 
     Args:
         folder (`str` or `Path`): Made if needed. Files of other names in it stay.
+        num_bytes (`int`, *optional*, defaults to 0): How much will be written; looked for before anything is.
 
     Yields:
         `Path`: Where to write. Paths inside are those in `folder`.
@@ -52,6 +54,9 @@ def changing(folder: str | Path) -> Iterator[Path]:
         settle(folder)
         staging = folder / STAGING
         shutil.rmtree(staging, ignore_errors=True)  # of a process that was killed
+        free = shutil.disk_usage(folder).free
+        if free < num_bytes:
+            raise OSError(errno.ENOSPC, f"{os.strerror(errno.ENOSPC)}: {num_bytes:,} bytes needed, {free:,} free")
         staging.mkdir()
         yield staging
         for path in _files(staging):

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save
 from .config import CONFIG_NAME, ConfigError, ContinualConfig, TaskConfig, read_json
 from .experts import Expert
 from .experts.naming import rename_old_keys
-from .folder import changing, hash_file, remove_with
+from .folder import changing, hash_file, remove_with, settle
 from .hub.card import CARD_NAME, make_card
 from .report import METRICS_NAME, REPORT_FILES, StreamReport
 from .versions import library_versions
@@ -39,16 +39,24 @@ def save_model(model: "ContinualModel", folder: str | Path) -> None:
         `OSError`: It cannot be written; what was there before is untouched.
     """
     folder, config = Path(folder), model.config
-    with changing(folder) as staging:
-        there = _files_of(folder)
+    settle(folder)
+    there, unchanged = _files_of(folder), model.unchanged_experts
+    changed = {
+        name: model.bank[index]
+        for index, name in enumerate(model.bank.names)
+        if name not in unchanged or not unchanged[name].items() <= there.items()
+    }
+    tensors = [*model.router.state_dict().values(), *model.heads.state_dict().values()]
+    num_bytes = sum(tensor.nbytes for tensor in tensors) + sum(
+        4 * expert.num_parameters for expert in changed.values()
+    )
+    with changing(folder, num_bytes) as staging:
         config.files = {}
-        for index, name in enumerate(model.bank.names):
-            files = model.unchanged_experts.get(name)
-            if files is None or not files.items() <= there.items():
-                model.bank[index].save(staging / EXPERTS_FOLDER / name)
-                files = {path: hash_file(staging / path) for path in expert_files(name)}
-                model.unchanged_experts[name] = files
-            config.files |= files
+        for name, expert in changed.items():
+            expert.save(staging / EXPERTS_FOLDER / name)
+            unchanged[name] = {path: hash_file(staging / path) for path in expert_files(name)}
+        for name in model.bank.names:
+            config.files |= unchanged[name]
         _write(staging / ROUTER_NAME, model.router.state_dict())
         _write(staging / HEADS_NAME, _head_rows(model))
         model.backbone.processor.save_pretrained(staging)

@@ -16,6 +16,7 @@ def run(method: str, folder: str, repo_id: str | None) -> None:
         train_batch_size=16,
         disable_tqdm=True,
         resume_from_checkpoint="auto",
+        save_steps=2,
         push_to_hub=repo_id is not None,
         hub_model_id=repo_id,
         hub_token="hf_alice",

@@ -186,3 +186,25 @@ def test_two_runs_in_one_folder_are_refused(stream, tmp_path):
     trainer.learn(stream[0])
     assert refused and len(other.model.config.tasks) == 0
     other.learn(stream[1])
+
+
+def test_a_batch_that_does_not_fit_into_memory_is_added_up_in_parts(stream, tmp_path, monkeypatch, caplog):
+    experts, largest = [], 2
+    for folder, room in (("roomy", 100), ("tight", largest)):
+        trainer = make_trainer(s_lora(k=2), tmp_path / folder, train_batch_size=8, gradient_accumulation_steps=2)
+        query = trainer._query
+
+        def scarce(pixel_values, batch, queries, query=query, room=room):
+            if len(pixel_values) > room:
+                raise torch.OutOfMemoryError
+            return query(pixel_values, batch, queries)
+
+        monkeypatch.setattr(trainer, "_query", scarce)
+        trainer.learn(stream[0])
+        experts.append(trainer.model.bank[0].tensors)
+    assert "batches in 4 parts" in caplog.text
+    for key, tensor in experts[0].items():
+        torch.testing.assert_close(tensor, experts[1][key], atol=1e-3, rtol=1e-3)
+    monkeypatch.setattr(trainer, "_query", lambda *_: scarce(torch.zeros(3), {}, None))
+    with pytest.raises(TrainingError, match="too little memory for a batch of 8 images"):
+        trainer.learn(stream[1])

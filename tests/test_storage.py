@@ -1,5 +1,6 @@
 """A model's folder: changed as a whole or not at all, and loaded as a whole or not at all."""
 
+import errno
 import json
 import os
 import pickle
@@ -86,7 +87,7 @@ def test_saving_writes_the_new_expert_and_not_the_old_ones(tmp_path):
 
 
 def test_the_folder_holds_json_and_safetensors_and_the_reports(saved):
-    names = {str(path.relative_to(saved)) for path in saved.rglob("*") if path.is_file()}
+    names = {str(path.relative_to(saved)) for path in saved.rglob("*") if path.is_file()} - {".lock"}
     experts = {
         f"experts/task-00{i}/{n}" for i in range(3) for n in ("adapter_config.json", "adapter_model.safetensors")
     }
@@ -285,3 +286,13 @@ def test_an_expert_from_before_the_renaming_of_vit_is_renamed(saved):
     edit_json(folder / "adapter_config.json", target_modules=["query", "value"])
     found = ContinualModel.from_pretrained(saved).bank[1].tensors
     assert found.keys() == expected.keys() and all(torch.equal(found[key], expected[key]) for key in expected)
+
+
+def test_too_little_space_is_seen_before_anything_is_written(learnt, tmp_path, monkeypatch):
+    from shutil import disk_usage
+
+    usage = disk_usage(tmp_path)
+    monkeypatch.setattr("hf_clpeft.folder.shutil.disk_usage", lambda path: usage._replace(free=1000))
+    with pytest.raises(OSError, match="No space left on device: [0-9,]+ bytes needed, 1,000 free") as refused:
+        learnt.model.save_pretrained(tmp_path / "model")
+    assert refused.value.errno == errno.ENOSPC and not list((tmp_path / "model").iterdir())

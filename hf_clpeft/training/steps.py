@@ -1,5 +1,6 @@
 """The optimizer steps of one task, which go on where a checkpoint left them."""
 
+import logging
 import signal
 import threading
 from collections.abc import Callable, Iterator
@@ -14,6 +15,8 @@ from .arguments import ContinualTrainingArguments
 from .batches import EpochBatches
 from .checkpoints import Checkpoints, Progress, pack_optimizer, set_random_state, unpack_optimizer
 
+
+logger = logging.getLogger(__name__)
 
 # What may differ between the run that wrote a checkpoint and the one that goes on with it.
 FREE = {
@@ -95,6 +98,7 @@ class StepLoop:
             args.lr_scheduler_type, self.optimizer, round(args.warmup_ratio * self.num_steps), self.num_steps
         )
         self.scheduler = accelerator.prepare(scheduler)
+        self._num_parts = 1  # in which a batch passes the device
         self._unusable = torch.zeros((), dtype=torch.bool, device=accelerator.device)
         sizes = {"images": len(images), "num_processes": accelerator.num_processes}
         self.progress = Progress(learner.config.name, {**chosen(args), **sizes, **made_with}, logged=logged)
@@ -114,7 +118,7 @@ class StepLoop:
 
         Raises:
             [`TrainingStopped`]: It was set.
-            [`TrainingError`]: The loss is not finite.
+            [`TrainingError`]: The loss is not finite, or a batch does not fit into memory.
         """
         restore_random = self._restore()
         accelerator, args, progress = self.accelerator, self.args, self.progress
@@ -125,15 +129,14 @@ class StepLoop:
                 restore_random()  # once there is a batch: making a loader draws from the generators
                 restore_random = _nothing
                 with accelerator.accumulate(self.module):
-                    loss = loss_of(self.module, batch)
-                    accelerator.backward(loss)
+                    loss = self._backward(loss_of, batch)
                     if accelerator.sync_gradients and args.max_grad_norm:
                         accelerator.clip_grad_norm_(self._trained, args.max_grad_norm)
                     if accelerator.sync_gradients:
                         self.optimizer.step()
                         self.scheduler.step()
                         self.optimizer.zero_grad()
-                self._unusable |= ~loss.detach().isfinite()
+                self._unusable |= ~loss.isfinite()
                 progress.batch += 1
                 if accelerator.sync_gradients:
                     progress.step, progress.logged = progress.step + 1, progress.logged + 1
@@ -141,6 +144,31 @@ class StepLoop:
                     self._save_or_stop(stop)
             progress.epoch, progress.batch = progress.epoch + 1, 0
         self.learner.eval()
+
+    def _backward(self, loss_of: Callable, batch: dict) -> torch.Tensor:
+        """Adds the gradients of a batch, in as many parts as the memory of the device needs. Gives the loss."""
+        before = [None if parameter.grad is None else parameter.grad.clone() for parameter in self._trained]
+        while True:
+            try:
+                loss = torch.zeros((), device=self.accelerator.device)
+                count = len(batch["label"])
+                for part in _cut(batch, -(-count // self._num_parts)):
+                    share = loss_of(self.module, part) * (len(part["label"]) / count)
+                    self.accelerator.backward(share)
+                    loss += share.detach()
+                return loss
+            except torch.OutOfMemoryError as error:
+                if self.accelerator.num_processes > 1 or self._num_parts >= count:
+                    raise TrainingError(
+                        f"The device has too little memory for a batch of {count} images. Lower train_batch_size and "
+                        "raise gradient_accumulation_steps as much: the batch stays the same in effect."
+                    ) from error
+            self._num_parts *= 2
+            logger.warning("Out of memory: going on with batches in %d parts, added up.", self._num_parts)
+            for parameter, gradient in zip(self._trained, before, strict=True):
+                parameter.grad = gradient
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
 
     def _save_or_stop(self, stop: threading.Event) -> None:
         progress, every = self.progress, self.args.save_steps
@@ -202,6 +230,11 @@ class StepLoop:
 
 def _nothing() -> None:
     pass
+
+
+def _cut(batch: dict[str, torch.Tensor], size: int) -> Iterator[dict[str, torch.Tensor]]:
+    for start in range(0, len(batch["label"]), size):
+        yield {name: tensor[start : start + size] for name, tensor in batch.items()}
 
 
 def agree(stop: threading.Event, accelerator: Accelerator) -> bool:
