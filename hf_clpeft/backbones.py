@@ -5,6 +5,7 @@ import hashlib
 import inspect
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 
 from .bundled import bundled_folder
@@ -149,6 +150,19 @@ class Backbone(torch.nn.Module):
         if outputs.dim() == 4:
             return outputs.mean(dim=(2, 3))
         return outputs[:, 0] if self._has_cls else outputs.mean(dim=1)
+
+    @torch.no_grad()
+    def features(self, images: Sequence) -> np.ndarray:
+        """Features of images as they come, for example for [`TaskStream.from_batches`].
+
+        Args:
+            images (sequence of `PIL.Image.Image`): Images of any size.
+
+        Returns:
+            `float32` array of shape `(len(images), hidden_size)`.
+        """
+        pixels = torch.from_numpy(self.transform.resize(images)).to(self.device)
+        return self(self.transform.normalize(pixels).to(self.model.dtype)).float().cpu().numpy()
 
     def _center(self, output) -> torch.Tensor:
         """Features behind an earlier layer, as the layer norm that follows the last would centre them."""

@@ -1,11 +1,14 @@
 """The ordered tasks that a model learns one after another."""
 
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+from datasets import ClassLabel, Dataset, DatasetDict, Features, Image
 
+from .drift import DriftDetector
 from .source import ImageSource, StreamError, find_test_split, load_source
 from .task import Task, split_of
 
@@ -102,6 +105,30 @@ class TaskStream(Sequence):
         tasks = (sides.task(i, [classes[c] for c in group]) for i, group in enumerate(groups))
         return cls(tasks, sides.stream_name, sides.hub_id)
 
+    @staticmethod
+    def from_batches(
+        batches: Iterable[dict[str, list]],
+        features_of: Callable[[list], np.ndarray],
+        detector: DriftDetector | None = None,
+        test_size: float = 0.2,
+        name: str = "stream",
+    ) -> "BorderlessStream":
+        """Tasks without borders: a new one begins where images stop being like those of the one before.
+
+        Args:
+            batches (iterable of `dict`): Images as they come: `image`, a list of `PIL.Image.Image`, and `label`, a
+                list of names of classes.
+            features_of (callable): Takes a list of images, gives their query features `(images, hidden_size)`; for
+                example [`Backbone.features`].
+            detector ([`DriftDetector`], *optional*): Finds the borders; it states its rate of false alarms.
+            test_size (`float`, *optional*, defaults to 0.2): Share of each task's images held out for testing.
+            name (`str`, *optional*, defaults to `"stream"`): Name for tables and cards.
+
+        Returns:
+            [`BorderlessStream`]: To iterate over once, for example by [`ContinualTrainer.learn_stream`].
+        """
+        return BorderlessStream(batches, features_of, detector or DriftDetector(), test_size, name)
+
     @classmethod
     def domain_incremental(
         cls,
@@ -158,6 +185,69 @@ class TaskStream(Sequence):
             sides.stream_name,
             sides.hub_id,
         )
+
+
+class BorderlessStream:
+    """Tasks that are found while their images come; see [`TaskStream.from_batches`].
+
+    A task is given out once the next one has begun, or the images have ended. Until then its images are in memory.
+
+    Example:
+
+    ```py
+    >>> import numpy as np
+    >>> from PIL import Image
+    >>> from hf_clpeft import TaskStream
+
+    >>> dark, light = ([Image.new("L", (8, 8), value) for value in pair] * 100 for pair in ((20, 30), (200, 210)))
+    >>> def features_of(images):
+    ...     values = np.array([[np.asarray(image).mean() / 255] for image in images])
+    ...     return np.hstack([values, 1 - values])
+    >>> batches = [{"image": dark + light, "label": ["a", "b"] * 200}]
+    >>> [len(task.train.dataset) for task in TaskStream.from_batches(batches, features_of, test_size=0)]
+    [200, 200]
+
+    ```
+    """
+
+    dataset = None
+
+    def __init__(self, batches, features_of, detector: DriftDetector, test_size: float, name: str):
+        self.batches, self.features_of, self.detector = batches, features_of, detector
+        self.test_size, self.name = test_size, name
+
+    def __iter__(self) -> Iterator[Task]:
+        count, images, labels, features = 0, [], [], []
+        for batch in self.batches:
+            images += batch["image"]
+            labels += map(str, batch["label"])
+            ahead = list(self.features_of(batch["image"]))
+            while ahead:
+                drift = self.detector.update(np.stack(ahead))
+                if drift is None:
+                    features += ahead
+                    break
+                border = len(features) + drift.after - drift.since
+                yield self._task(count, images[:border], labels[:border])
+                ahead = [*features, *ahead][border:]
+                count, images, labels, features = count + 1, images[border:], labels[border:], []
+                self.detector.reset()
+        yield self._task(count, images, labels)
+
+    def _task(self, count: int, images: list, labels: list[str]) -> Task:
+        names = list(dict.fromkeys(labels))
+        columns = Features({"image": Image(), "label": ClassLabel(names=names)})
+        numbers = [names.index(label) for label in labels]
+        rows = Dataset.from_dict({"image": images, "label": numbers}, columns)
+        # Every so many images of a class; one that has strayed over a border alone stays in training.
+        held_out, seen = np.zeros(len(rows), dtype=bool), Counter()
+        for i, number in enumerate(numbers):
+            seen[number] += 1
+            held_out[i] = int(seen[number] * self.test_size) > int((seen[number] - 1) * self.test_size)
+        sides = DatasetDict(train=rows.select(np.flatnonzero(~held_out)))
+        if held_out.any():
+            sides["test"] = rows.select(np.flatnonzero(held_out))
+        return load_task(sides, f"task-{count:03d}", test_size=0)
 
 
 def load_task(dataset, name: str, domain: str | None = None, **options) -> Task:

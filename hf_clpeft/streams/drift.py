@@ -1,0 +1,114 @@
+"""Where one task ends and the next begins, found in the images themselves."""
+
+from typing import NamedTuple
+
+import numpy as np
+
+
+BETS = np.linspace(0.05, 0.95, 19)  # exponents of the power bets
+BOLD = 2  # of these, one that wins on p-values below 0.15
+
+
+class Drift(NamedTuple):
+    """A new task has begun.
+
+    Args:
+        after (`int`): How many images of the last update it took to be sure.
+        since (`int`): How many images belong to the new task already, most likely; the last one is the `after`-th.
+    """
+
+    after: int
+    since: int
+
+
+class DriftDetector:
+    """Tells when images stop being like those that a task began with, with a stated rate of false alarms.
+
+    The first images of a task are its reference: half of them give k-means centres, the rest say how far from them the
+    task's images lie. Each further image gets a conformal p-value, its rank among all distances so far, and the
+    Shiryaev-Roberts procedure bets against these being uniform. As long as images are exchangeable, there are
+    `false_alarm_every` of them before a false alarm, on average, or more, whatever their distribution.
+
+    Args:
+        reference_size (`int`, *optional*, defaults to 100): How many images make the reference.
+        false_alarm_every (`int`, *optional*, defaults to 10,000): See above. A larger number sees drift later.
+        k (`int`, *optional*, defaults to 5): Centres.
+        seed (`int`, *optional*, defaults to 0): Seed of k-means and of breaking ties.
+
+    Source: Vovk et al., "Retrain or not retrain: conformal test martingales for change-point detection", arXiv
+    2102.10439; power bets: Vovk, Gammerman, Shafer, "Algorithmic Learning in a Random World", section 8.2.
+
+    Example:
+
+    ```py
+    >>> import numpy as np
+    >>> from hf_clpeft.streams.drift import DriftDetector
+
+    >>> rng = np.random.default_rng(0)
+    >>> before, after = (rng.normal(0, 1, (300, 8)) + 5 * np.eye(8)[i] for i in (0, 1))
+    >>> detector = DriftDetector()
+    >>> detector.update(before) is None, detector.update(after).since < 10
+    (True, True)
+
+    ```
+    """
+
+    def __init__(self, reference_size: int = 100, false_alarm_every: int = 10_000, k: int = 5, seed: int = 0):
+        if reference_size < 4 * k:
+            raise ValueError(f"reference_size={reference_size} must be at least four times k={k}.")
+        if false_alarm_every < 2:
+            raise ValueError(f"false_alarm_every={false_alarm_every} must be 2 or more.")
+        self.reference_size, self.false_alarm_every, self.k, self.seed = reference_size, false_alarm_every, k, seed
+        self.reset()
+
+    def reset(self) -> None:
+        """Forgets everything: the next image is the first of a new task."""
+        self._rng = np.random.default_rng(self.seed)
+        self._reference: list[np.ndarray] = []
+        self._centres = None
+        self._distances: list[float] = []  # sorted
+        self._evidence = np.zeros(len(BETS))
+        self._rise, self._since = 1.0, 0
+
+    def update(self, features: np.ndarray) -> Drift | None:
+        """Looks at further images.
+
+        Args:
+            features (array of shape `(images, hidden_size)`): Query features, in the order in which images came.
+
+        Returns:
+            [`Drift`], *optional*: That a new task has begun; `None` if not. Call [`~DriftDetector.reset`] then.
+        """
+        features = features / np.maximum(np.linalg.norm(features, axis=1, keepdims=True), 1e-12)
+        for number, row in enumerate(features, start=1):
+            if self._centres is None:
+                self._reference.append(row)
+                if len(self._reference) == self.reference_size:
+                    self._fit()
+                continue
+            distance = self._distance(row)
+            smaller = np.searchsorted(self._distances, distance, side="left")
+            not_larger = np.searchsorted(self._distances, distance, side="right")
+            larger, same = len(self._distances) - not_larger, not_larger - smaller
+            p = (larger + self._rng.uniform() * (same + 1)) / (len(self._distances) + 1)
+            self._distances.insert(int(not_larger), distance)
+            bets = BETS * max(p, 1e-12) ** (BETS - 1)
+            self._evidence = (self._evidence + 1) * bets
+            # Where a bold bet began to win is, most likely, where the new task began.
+            self._rise = max(self._rise, 1) * bets[BOLD]
+            self._since = self._since + 1 if self._rise > 1 else 0
+            if self._evidence.mean() >= self.false_alarm_every:
+                return Drift(number, self._since)
+        return None
+
+    def _fit(self) -> None:
+        from sklearn.cluster import KMeans
+
+        reference = self._rng.permutation(np.stack(self._reference))
+        fitted, rest = np.split(reference, [len(reference) // 2])
+        self._centres = KMeans(self.k, n_init=3, random_state=self.seed).fit(fitted).cluster_centers_
+        self._distances = sorted(self._distance(row) for row in rest)
+        self._reference = []
+
+    def _distance(self, row: np.ndarray) -> float:
+        return float(np.linalg.norm(self._centres - row, axis=1).min())
