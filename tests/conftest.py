@@ -123,6 +123,12 @@ def make_trainer(method, folder="out", **options):
     return ContinualTrainer(ContinualModel.from_backbone(BACKBONE, method), args)
 
 
+def outcome(folder):
+    """What a run ends with: every file by its hash, and the accuracy matrix."""
+    config = json.loads(Path(folder, "config.json").read_text())
+    return config["files"], json.loads(Path(folder, "metrics.json").read_text())["accuracy_matrix"]
+
+
 @pytest.fixture
 def saved(learnt, tmp_path):
     """A copy of the learnt model's folder, to be broken."""

@@ -1,14 +1,13 @@
 """Killed at any moment, a run goes on as if nothing had happened, and nobody ever sees half a task."""
 
-import json
 import multiprocessing
 import os
 import random
 import time
-from pathlib import Path
 
 import killable
 import pytest
+from conftest import outcome
 
 from hf_clpeft import ContinualModel
 
@@ -24,11 +23,6 @@ def start(*args):
     process = _processes.Process(target=killable.run, args=args)
     process.start()
     return process
-
-
-def outcome(folder):
-    config = json.loads(Path(folder, "config.json").read_text())
-    return config["files"], json.loads(Path(folder, "metrics.json").read_text())["accuracy_matrix"]
 
 
 @pytest.mark.parametrize("method", killable.METHODS)

@@ -1,10 +1,7 @@
 """Experts that do not depend on each other are trained by as many processes as there are."""
 
-import json
-from pathlib import Path
-
 import pytest
-from conftest import make_trainer, pattern_dataset
+from conftest import make_trainer, outcome, pattern_dataset
 
 from hf_clpeft import ConfigError, TaskStream, l2l, s_lora, s_prompts
 from hf_clpeft.training.parallel import ParallelExperts
@@ -16,11 +13,6 @@ OPTIONS = {"augmentation": "crop_flip", "train_batch_size": 5}
 @pytest.fixture(scope="module")
 def stream():
     return TaskStream.class_incremental(pattern_dataset(num_classes=6), num_tasks=3)
-
-
-def outcome(folder):
-    config = json.loads(Path(folder, "config.json").read_text())
-    return config["files"], json.loads(Path(folder, "metrics.json").read_text())["accuracy_matrix"]
 
 
 @pytest.mark.parametrize("options", [{}, {"gradient_accumulation_steps": 2}, {"mixed_precision": "bf16"}], ids=str)
