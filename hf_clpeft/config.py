@@ -7,11 +7,14 @@ import json
 import re
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from types import UnionType
+from typing import get_args, get_origin, get_type_hints
 
 
 CONFIG_NAME = "config.json"
 FORMAT_VERSION = 1
 LARGEST_JSON = 4 * 2**20  # bytes; a model of 5,000 tasks needs less
+LARGEST_POOL = 10_000  # experts
 ONE_EXPERT = "all-tasks"  # name of the expert of methods that have just one
 
 
@@ -53,6 +56,43 @@ def check_path(path: str) -> str:
     if not re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9._-]*(/[A-Za-z0-9_-][A-Za-z0-9._-]*)*", path):
         raise ConfigError(f"Path {path!r} must be relative and stay inside the model's folder.")
     return path
+
+
+def check_types(config) -> None:
+    """Raises [`ConfigError`] unless every field of a dataclass holds what its annotation says.
+
+    Example:
+
+    ```py
+    >>> from hf_clpeft.config import BackboneConfig
+
+    >>> BackboneConfig("vit", image_size="big", weight_hash="0f3c")
+    Traceback (most recent call last):
+        ...
+    hf_clpeft.config.ConfigError: image_size='big' must be int.
+
+    ```
+    """
+    for name, hint in get_type_hints(type(config)).items():
+        value = getattr(config, name)
+        if not _fits(value, hint):
+            shown = repr(value) if len(repr(value)) <= 80 else f"{repr(value)[:77]}..."
+            raise ConfigError(f"{name}={shown} must be {getattr(hint, '__name__', hint)}.")
+
+
+def _fits(value, hint) -> bool:
+    origin, arguments = get_origin(hint), get_args(hint)
+    if origin is UnionType:
+        return any(_fits(value, choice) for choice in arguments)
+    if origin is list:
+        return isinstance(value, list) and all(_fits(item, arguments[0]) for item in value)
+    if origin is dict:
+        return isinstance(value, dict) and all(
+            _fits(k, arguments[0]) and _fits(v, arguments[1]) for k, v in value.items()
+        )
+    if hint in (int, float):  # True is no number, and 1 is a float
+        return isinstance(value, int | hint) and not isinstance(value, bool)
+    return isinstance(value, hint)
 
 
 @dataclass
@@ -127,12 +167,13 @@ class MethodConfig:
     mask_logits: bool = True
 
     def __post_init__(self):
+        check_types(self)
         for name, allowed in _CHOICES.items():
             if getattr(self, name) not in allowed:
                 raise ConfigError(f"{name}={getattr(self, name)!r} is not one of {', '.join(allowed)}.")
         if isinstance(self.k, str) and self.k.isdigit():  # as it comes from a command line
             self.k = int(self.k)
-        if self.k != "auto" and (not isinstance(self.k, int) or self.k < 1):
+        if self.k != "auto" and (isinstance(self.k, str) or self.k < 1):
             raise ConfigError(f"k={self.k!r} must be a whole number of prototypes per task, 1 or more, or 'auto'.")
         layers = self.route_layers
         if 0 in layers or layers != sorted(set(layers)):
@@ -216,6 +257,8 @@ class MethodConfig:
             raise ConfigError(f"projection_size={self.projection_size} must be 1 or more.")
 
     def _check_pool(self) -> None:
+        if not 1 <= self.pool_size <= LARGEST_POOL:
+            raise ConfigError(f"pool_size={self.pool_size} must be between 1 and {LARGEST_POOL:,}.")
         if not 1 <= self.top_n <= self.pool_size:
             raise ConfigError(f"top_n={self.top_n} must be between 1 and pool_size={self.pool_size}.")
         if not self.pull >= 0:
@@ -265,6 +308,9 @@ class BackboneConfig:
     weight_hash: str
     revision: str | None = None
 
+    def __post_init__(self):
+        check_types(self)
+
 
 @dataclass
 class TaskConfig:
@@ -297,6 +343,7 @@ class TaskConfig:
     source: str | None = None
 
     def __post_init__(self):
+        check_types(self)
         check_task_name(self.name)
         if not self.classes or len(set(self.classes)) < len(self.classes):
             raise ConfigError(f"Task {self.name!r} needs classes, each once; got {self.classes}.")
@@ -349,6 +396,7 @@ class ContinualConfig:
     format_version: int = FORMAT_VERSION
 
     def __post_init__(self):
+        check_types(self)
         names = [task.name for task in self.tasks]
         if len(set(names)) < len(names):
             raise ConfigError(f"Two tasks have the same name: {names}.")

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from . import metrics
-from .config import ConfigError, TaskConfig
+from .config import ConfigError, TaskConfig, check_types
 from .plots import plot_report
 
 
@@ -50,9 +50,9 @@ class StreamReport:
         experts (`list[str]`): Titles of the tasks, or the experts of the pool.
         routing_confusion (`list[list[int]]`): Images of task j (row) sent to each of `experts`, after the last task.
             From a pool every image selects several: the selection histogram of each task. Zeros where not measured.
-        expert_parameters (`list[int]`): Trained parameters of each task's expert.
-        head_parameters (`list[int]`): Trained parameters of each task's head rows.
-        stored_bytes (`list[int]`): Bytes that each task added to the model: expert, head rows, prototypes.
+        expert_parameters (`list[float]`): Trained parameters of each task's expert.
+        head_parameters (`list[float]`): Trained parameters of each task's head rows.
+        stored_bytes (`list[float]`): Bytes that each task added to the model: expert, head rows, prototypes.
         train_images_per_second (`list[float]`): Training throughput of each task.
         seconds (`list[dict[str, float]]`): Wall-clock time of each task by part.
         untrained_accuracy (`list[float]`): Expected accuracy of an untrained classifier on each task, 1 / classes.
@@ -83,9 +83,9 @@ class StreamReport:
     oracle_accuracy: list[float] = field(default_factory=list)
     experts: list[str] = field(default_factory=list)
     routing_confusion: list[list[int]] = field(default_factory=list)
-    expert_parameters: list[int] = field(default_factory=list)
-    head_parameters: list[int] = field(default_factory=list)
-    stored_bytes: list[int] = field(default_factory=list)
+    expert_parameters: list[float] = field(default_factory=list)
+    head_parameters: list[float] = field(default_factory=list)
+    stored_bytes: list[float] = field(default_factory=list)
     train_images_per_second: list[float] = field(default_factory=list)
     seconds: list[dict[str, float]] = field(default_factory=list)
     untrained_accuracy: list[float] = field(default_factory=list)
@@ -157,9 +157,13 @@ class StreamReport:
             report = cls(**values)
             if report.tasks != [task.name for task in tasks]:
                 raise ConfigError(f"it is about the tasks {report.tasks}, but the model has learnt others.")
-            lengths = {len(getattr(report, name)) for name in (*COSTS, "accuracy_matrix", "titles")}
-            if lengths != {len(tasks)} or {len(row) for row in report.accuracy_matrix} != {len(tasks)}:
+            check_types(report)
+            lists = [getattr(report, name) for name in (*COSTS, "accuracy_matrix", "titles")]
+            lists += [*report.accuracy_matrix, *filter(None, [report.oracle_accuracy, report.routing_confusion])]
+            if {len(values) for values in lists} - {len(tasks)}:
                 raise ConfigError(f"its lists are not all {len(tasks)} tasks long.")
+            if {len(row) for row in report.routing_confusion} - {len(report.experts)}:
+                raise ConfigError(f"its routing_confusion has no column for each of {len(report.experts)} experts.")
             report.summary()
         except (TypeError, ValueError, AttributeError) as error:
             raise ConfigError(f"{METRICS_NAME} cannot be used: {error}") from error

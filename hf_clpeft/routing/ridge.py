@@ -38,13 +38,13 @@ class RidgeRouter(ClassRouter):
 
     def __init__(self, query_size: int, projection_size: int = 10_000):
         super().__init__(query_size)
-        # The same for everybody, so that models of different origin can be merged.
-        projection = torch.randn(query_size, projection_size, generator=torch.Generator().manual_seed(0))
-        self.register_buffer("projection", projection)
-        self.register_buffer("gram", torch.zeros(projection_size, projection_size))
-        self.register_buffer("moments", torch.zeros(0, projection_size))  # sum of the random features of each entry
+        self.projection_size = projection_size
+        # Nothing is as large as it will be before there is a task, or a file that is.
+        self.register_buffer("projection", torch.zeros(query_size, 0))
+        self.register_buffer("gram", torch.zeros(0, 0))
+        self.register_buffer("moments", torch.zeros(0, 0))  # sum of the random features of each entry
         self.register_buffer("penalty", torch.tensor(1.0))
-        self.register_buffer("_weights", torch.zeros(0, projection_size), persistent=False)
+        self.register_buffer("_weights", torch.zeros(0, 0), persistent=False)
 
     def scores(self, query: torch.Tensor) -> torch.Tensor:
         return self._random_features(query) @ self._weights.T
@@ -59,7 +59,17 @@ class RidgeRouter(ClassRouter):
     def _random_features(self, features: torch.Tensor) -> torch.Tensor:
         return torch.relu(features.to(self.projection) @ self.projection)
 
+    def _unfold(self) -> None:
+        """Makes room for the sums."""
+        if not self.projection.shape[1]:
+            # The same for everybody, so that models of different origin can be merged.
+            shape, generator = (self.query_size, self.projection_size), torch.Generator().manual_seed(0)
+            self.projection = torch.randn(shape, generator=generator).to(self.projection)
+            self.gram = self.gram.new_zeros(self.projection_size, self.projection_size)
+            self.moments = self.moments.new_zeros(0, self.projection_size)
+
     def _add_sums(self, features: torch.Tensor, residuals: torch.Tensor, entries: torch.Tensor) -> None:
+        self._unfold()
         hidden = self._random_features(features)
         targets = torch.nn.functional.one_hot(entries).to(hidden)
         self._append({"moments": targets.T @ hidden})
@@ -68,13 +78,14 @@ class RidgeRouter(ClassRouter):
         self._derive()
 
     def _merge_sums(self, other: "RidgeRouter") -> None:
+        self._unfold()
         self._append({"moments": other.moments})
         self.gram = self.gram + other.gram.to(self.gram)
         self.penalty = other.penalty.to(self.penalty)
         self._derive()
 
     def _shapes(self, entries: int) -> dict[str, tuple[int, ...]]:
-        size = self.projection.shape[1]
+        size = self.projection_size if entries else 0
         return {
             "projection": (self.query_size, size),
             "gram": (size, size),
@@ -83,6 +94,8 @@ class RidgeRouter(ClassRouter):
         }
 
     def _derive(self) -> None:
+        if not len(self.moments):
+            return
         gram = self.gram.double().cpu()
         gram.diagonal().add_(self.penalty.item())
         self._weights = torch.linalg.solve(gram, self.moments.double().cpu().T).T.to(self.gram)
