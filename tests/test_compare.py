@@ -68,8 +68,11 @@ def test_a_table_is_finished_where_it_was_left(config, tmp_path, capsys):
     assert [(row["method"], int(row["seed"])) for row in rows] == [(run.method, run.seed) for run in runs]
     table = make_table(rows)
     assert " ± " in table and "## digits" in table
-    taken = [row for row in rows if row["method"] == "s_lora, gaussian"]
-    assert all(row["images_seen"] == rows[0]["images_seen"] for row in taken)
+    seen = {
+        name: {int(row["images_seen"]) for row in rows if row["method"] == name}
+        for name in read_yaml(config)["methods"]
+    }
+    assert seen == {"s_lora": {256}, "s_lora, gaussian": {256}, "linear_probe": {0}}
 
 
 def test_rows_that_were_measured_with_other_options_are_not_passed_off(config, tmp_path):
