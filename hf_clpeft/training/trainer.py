@@ -132,6 +132,11 @@ class ContinualTrainer:
             [`TrainingError`]: The loss is not finite; the model is as it was after the task before.
             [`TrainingStopped`]: The process got SIGTERM or SIGINT, and all that is needed to go on is saved.
         """
+        if not isinstance(stream, TaskStream) and (self.args.task_parallel or self.model.config.method.joint):
+            raise ConfigError(
+                "task_parallel and methods that train jointly must know all tasks beforehand; this stream finds them "
+                "while its images come."
+            )
         self.report.stream, self.report.dataset = stream.name, stream.dataset
         learnt = {known.name: position for position, known in enumerate(self.model.config.tasks)}
         with self._alone(), stopping_on_signals(self.stop):
