@@ -196,6 +196,7 @@ def load_backbone(
     revision: str | None = None,
     image_size: int | None = None,
     dtype: str | torch.dtype = "float32",
+    attn_implementation: str | None = None,
     **hub_options,
 ) -> Backbone:
     """Loads and freezes a vision transformer of `transformers`.
@@ -206,6 +207,7 @@ def load_backbone(
         image_size (`int`, *optional*): Side of the square input in pixels. Other than the checkpoint's, its position
             embeddings are interpolated here, once.
         dtype (`str` or `torch.dtype`, *optional*, defaults to `"float32"`): `"float32"`, `"bfloat16"` or `"float16"`.
+        attn_implementation (`str`, *optional*): What computes attention, as in `transformers`; by default it chooses.
         hub_options: `token`, `cache_dir`, `local_files_only`.
 
     Returns:
@@ -248,6 +250,7 @@ def load_backbone(
         dtype=torch.float32,
         output_loading_info=True,
         use_safetensors=True,  # a pickle could run code
+        attn_implementation=attn_implementation,
         **where,
         **extra,
     )

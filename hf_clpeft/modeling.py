@@ -79,7 +79,8 @@ class ContinualModel(torch.nn.Module):
         Args:
             name_or_path (`str`): Repo id or folder of the backbone.
             method ([`MethodConfig`]): A preset of [`hf_clpeft.methods`], or your own.
-            options: `revision`, `image_size`, `dtype`, `token`, `cache_dir`, `local_files_only`; see
+            options: `revision`, `image_size`, `dtype`, `attn_implementation`, `token`, `cache_dir`,
+                `local_files_only`; see
                 [`load_backbone`].
 
         Returns:
@@ -425,6 +426,7 @@ class ContinualModel(torch.nn.Module):
         backbone: str | Backbone | None = None,
         revision: str | None = None,
         dtype: str | torch.dtype = "float32",
+        attn_implementation: str | None = None,
         **hub_options,
     ) -> "ContinualModel":
         """Loads a model from a folder or the Hub, whole or not at all. Only safetensors and JSON are read.
@@ -435,6 +437,7 @@ class ContinualModel(torch.nn.Module):
             backbone (`str` or [`Backbone`], *optional*): Where the backbone is now, when not where it was.
             revision (`str`, *optional*): Branch, tag or commit of the repo, for example `"task-003"`.
             dtype (`str` or `torch.dtype`, *optional*, defaults to `"float32"`): Type of the backbone's weights.
+            attn_implementation (`str`, *optional*): What computes attention, as in `transformers`.
             hub_options: `token`, `cache_dir`, `local_files_only`.
 
         Returns:
@@ -456,8 +459,9 @@ class ContinualModel(torch.nn.Module):
         if not isinstance(backbone, Backbone):
             if not local and backbone is None:
                 _check_repo_id(config.backbone.name_or_path, name_or_path)
-            where = {"revision": config.backbone.revision, "image_size": config.backbone.image_size, "dtype": dtype}
-            backbone = load_backbone(backbone or config.backbone.name_or_path, **where, **hub_options)
+            where = {"revision": config.backbone.revision, "image_size": config.backbone.image_size}
+            how = {"dtype": dtype, "attn_implementation": attn_implementation}
+            backbone = load_backbone(backbone or config.backbone.name_or_path, **where, **how, **hub_options)
         if backbone.config.weight_hash != config.backbone.weight_hash:
             raise BackboneError(
                 f"The weights of backbone {backbone.config.name_or_path!r} hash to "

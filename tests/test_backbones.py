@@ -58,6 +58,13 @@ def test_half_precision_changes_features_little_and_the_hash_not_at_all(backbone
     assert similarity.min() > 0.99
 
 
+def test_attention_can_be_computed_in_another_way_with_the_same_features(backbone):
+    eager = load_backbone(BACKBONE, attn_implementation="eager")
+    images = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    assert eager.model.config._attn_implementation == "eager" != backbone.model.config._attn_implementation
+    torch.testing.assert_close(eager(images), backbone(images))
+
+
 def test_the_hash_follows_weights_and_not_their_names(backbone):
     layers = torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.Linear(3, 2))
     renamed = torch.nn.ModuleDict({"b": layers[1], "a": layers[0]})
