@@ -4,6 +4,7 @@ from .benchmarks import BENCHMARKS, Benchmark, load_benchmark
 from .images import ImageTransform, TaskImages, cache_images
 from .source import ImageSource, StreamError
 from .stream import TaskStream, load_task
+from .streamed import StreamedImages, open_images
 from .task import Split, Task
 
 
@@ -14,10 +15,12 @@ __all__ = [
     "ImageTransform",
     "Split",
     "StreamError",
+    "StreamedImages",
     "Task",
     "TaskImages",
     "TaskStream",
     "cache_images",
     "load_benchmark",
     "load_task",
+    "open_images",
 ]

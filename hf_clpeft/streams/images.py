@@ -47,6 +47,11 @@ class ImageTransform:
     def __init__(self, processor):
         self.processor = processor
 
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Channels, height and width of a resized image."""
+        return self.resize([PIL.Image.new("RGB", (8, 8))]).shape[1:]
+
     def resize(self, images: Sequence[PIL.Image.Image]) -> np.ndarray:
         """Resizes (and crops, if the processor does) RGB images.
 
@@ -241,7 +246,7 @@ def cache_images(split: Split, transform: ImageTransform, max_bad_images: int = 
     }
     if isinstance(split.dataset, Dataset):
         cached = split.dataset.map(
-            _to_pixels,
+            to_pixels,
             batched=True,
             batch_size=64,
             fn_kwargs=arguments,
@@ -251,19 +256,19 @@ def cache_images(split: Split, transform: ImageTransform, max_bad_images: int = 
         )
     else:
         rows = split.dataset.map(
-            _to_pixels, batched=True, batch_size=64, fn_kwargs=arguments, remove_columns=split.dataset.column_names
+            to_pixels, batched=True, batch_size=64, fn_kwargs=arguments, remove_columns=split.dataset.column_names
         )
         cached = Dataset.from_generator(_rows, gen_kwargs={"rows": rows}, features=_FEATURES)
     cached = _without_bad(cached, split.title, max_bad_images)
-    size = transform.resize([PIL.Image.new("RGB", (8, 8))]).shape[1:]
-    return TaskImages(cached, size)
+    return TaskImages(cached, transform.shape)
 
 
 def _rows(rows):
     yield from rows
 
 
-def _to_pixels(batch, transform, image_column, label_column, labels):
+def to_pixels(batch: dict, transform: ImageTransform, image_column: str, label_column: str, labels: dict) -> dict:
+    """Columns `pixels` and `label` of encoded rows; where one cannot be decoded, why, and [`BAD`]."""
     images, problems = [], []
     for encoded, row in zip(batch[image_column], batch["row"], strict=True):
         try:

@@ -1,5 +1,6 @@
 """One split of an image data set, with its columns found, its rows numbered and its labels checked."""
 
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ from datasets import (
     load_dataset_builder,
     load_from_disk,
 )
+from datasets.packaged_modules.parquet.parquet import Parquet
 
 
 LABEL_NAMES = ("label", "labels", "fine_label", "class", "target")
@@ -35,6 +37,8 @@ class ImageSource:
         image_column (`str`, *optional*): Column of type `datasets.Image`. Found when there is exactly one.
         label_column (`str`, *optional*): Column of class labels. Found by its usual names or its type `ClassLabel`.
         domain_column (`str`, *optional*): Column of domains, only for domain-incremental streams.
+        reopen (callable, *optional*): Opens the same split with only some `columns`, or only the rows that pass
+            `filters`, so that the others are not read; where the files allow it.
 
     Raises:
         [`StreamError`]: A column cannot be found or has the wrong type, or a row has no label.
@@ -54,7 +58,7 @@ class ImageSource:
     ```
     """
 
-    def __init__(self, dataset, name, split, image_column=None, label_column=None, domain_column=None):
+    def __init__(self, dataset, name, split, image_column=None, label_column=None, domain_column=None, reopen=None):
         self.title = f"data set {name!r}, split {split!r}"
         self.streaming = isinstance(dataset, IterableDataset)
         features = dataset._resolve_features().features if self.streaming else dataset.features
@@ -63,19 +67,37 @@ class ImageSource:
         self.domain_column = domain_column
         if domain_column is not None and domain_column not in features:
             raise StreamError(f"{self.title} has no column {domain_column!r}; its columns are {list(features)}.")
-        columns = [self.image_column, self.label_column] + ([domain_column] if domain_column else [])
-        dataset = dataset.select_columns(list(dict.fromkeys(columns)))
-        dataset = dataset.cast_column(self.image_column, Image(decode=False))
-        if self.streaming:
-            dataset = dataset.map(_number_row, with_indices=True)
-        else:
-            dataset = dataset.add_column("row", np.arange(len(dataset)))
-        self.dataset = dataset
+        self.reopen = reopen
+        self.dataset = self._narrow(dataset)
         self._label_feature = features[self.label_column]
         self._domain_feature = features[domain_column] if domain_column else None
         self._values: dict[str, np.ndarray] = {}
         self.class_names = self._names(self.label_column, self._label_feature)
         self.domain_names = self._names(domain_column, self._domain_feature) if domain_column else []
+
+    def _narrow(self, dataset, rows: np.ndarray | None = None):
+        """The columns that are needed, images encoded, rows numbered: one after the other unless it is told how."""
+        columns = [self.image_column, self.label_column] + ([self.domain_column] if self.domain_column else [])
+        dataset = dataset.select_columns(list(dict.fromkeys(columns)))
+        dataset = dataset.cast_column(self.image_column, Image(decode=False))
+        if self.streaming:
+            return dataset.map(_number_row, with_indices=True, fn_kwargs={"rows": rows})
+        return dataset.add_column("row", np.arange(len(dataset)))
+
+    def stream(self, wanted: dict[str, list]) -> tuple[IterableDataset, bool]:
+        """Rows of a streaming source with one of the wanted values in each of some columns, and whether there are any.
+
+        Parquet files are not read where their statistics say that they have none; of others, every row is looked at.
+
+        Args:
+            wanted (`dict[str, list]`): Values by column.
+        """
+        if self.reopen is None:
+            dataset = self.dataset.filter(_Keep({column: set(values) for column, values in wanted.items()}))
+            return dataset, any(True for _ in dataset)
+        mask = np.logical_and.reduce([np.isin(self.values(column), values) for column, values in wanted.items()])
+        filters = [(column, "in", values) for column, values in wanted.items()]
+        return self._narrow(self.reopen(filters=filters), np.flatnonzero(mask)), bool(mask.any())
 
     def _find_image_column(self, features, column):
         images = [name for name, feature in features.items() if isinstance(feature, Image)]
@@ -103,7 +125,8 @@ class ImageSource:
     def values(self, column: str) -> np.ndarray:
         """All values of one column, in row order. A streaming source is read once for it, without decoding images."""
         if column not in self._values:
-            rows = self.dataset.select_columns([column])
+            dataset = self.dataset if self.reopen is None else self.reopen(columns=[column])
+            rows = dataset.select_columns([column])
             values = [row[column] for row in rows] if self.streaming else rows[:][column]
             missing = next((i for i, value in enumerate(values) if value is None or value == -1), None)
             if missing is not None:
@@ -142,8 +165,18 @@ class ImageSource:
         return set(self._codes(self.domain_column, self._domain_feature, domains))
 
 
-def _number_row(row, index):
-    return {"row": index}
+def _number_row(row, index, rows):
+    return {"row": index if rows is None else int(rows[index])}
+
+
+class _Keep:
+    """A filter that can be pickled, so that `datasets` can fingerprint it."""
+
+    def __init__(self, wanted: dict[str, set]):
+        self.wanted = wanted
+
+    def __call__(self, row):
+        return all(row[column] in values for column, values in self.wanted.items())
 
 
 def load_source(
@@ -186,11 +219,14 @@ def load_source(
         return ImageSource(dataset[split], type(dataset).__name__, split, **columns)
     if Path(dataset, "dataset_dict.json").is_file():
         return load_source(load_from_disk(dataset), split, **columns)
+    open_split = partial(load_dataset, str(dataset), name, split=split, revision=revision, streaming=streaming)
+
     try:
-        loaded = load_dataset(str(dataset), name, split=split, revision=revision, streaming=streaming)
+        loaded = open_split()
+        can_skip = streaming and isinstance(load_dataset_builder(str(dataset), name, revision=revision), Parquet)
     except ValueError as error:
         raise StreamError(f"Data set {str(dataset)!r}, split {split!r} cannot be loaded: {error}") from error
-    return ImageSource(loaded, str(dataset), split, **columns)
+    return ImageSource(loaded, str(dataset), split, **columns, reopen=open_split if can_skip else None)
 
 
 def find_test_split(dataset, name: str | None = None, revision: str | None = None) -> str | None:

@@ -99,10 +99,11 @@ def split_of(
     wanted_domains = source.domains_of(domains) if domains is not None else None
     title = source.title + (f", domain {', '.join(domains)}" if domains is not None else "")
     if source.streaming:
-        keep = _Keep(source.label_column, set(labels), source.domain_column, wanted_domains)
-        dataset = source.dataset.filter(keep)
+        wanted = {source.label_column: list(labels)}
+        if domains is not None:
+            wanted[source.domain_column] = list(wanted_domains)
+        dataset, found = source.stream(wanted)
         dataset = dataset if max_samples is None else dataset.take(max_samples)
-        empty = next(iter(dataset.select_columns(["row"])), None) is None
     else:
         mask = np.isin(source.values(source.label_column), list(labels))
         if wanted_domains is not None:
@@ -112,20 +113,7 @@ def split_of(
         indices = np.flatnonzero(mask)
         if max_samples is not None and max_samples < len(indices):
             indices = np.sort(np.random.default_rng(seed).choice(indices, max_samples, replace=False))
-        dataset, empty = source.dataset.select(indices), not len(indices)
-    if empty:
+        dataset, found = source.dataset.select(indices), len(indices)
+    if not found:
         raise StreamError(f"{title} has no image of {', '.join(classes[:10])}: the task would be empty.")
     return Split(dataset, source.image_column, source.label_column, labels, title)
-
-
-class _Keep:
-    """A filter that can be pickled, so that `datasets` can fingerprint it."""
-
-    def __init__(self, label_column, labels, domain_column, domains):
-        self.label_column, self.labels = label_column, labels
-        self.domain_column, self.domains = domain_column, domains
-
-    def __call__(self, row):
-        return row[self.label_column] in self.labels and (
-            self.domains is None or row[self.domain_column] in self.domains
-        )

@@ -62,6 +62,13 @@ class ContinualTrainingArguments:
     max_bad_images: int = field(
         default=0, metadata={"help": "Leave out at most so many images of a split that cannot be decoded."}
     )
+    cache_size_gb: float | None = field(
+        default=None,
+        metadata={
+            "help": "Keep the resized training images of a task on disk only if they take at most so many GB; others "
+            "are read and decoded anew in every epoch. Default: no limit."
+        },
+    )
     forward_transfer: bool = field(
         default=False,
         metadata={"help": "Also evaluate each task just before it is learnt, if its classes are known by then."},
@@ -132,6 +139,8 @@ class ContinualTrainingArguments:
         ):
             if not getattr(self, name) >= 0:
                 raise ConfigError(f"{name}={getattr(self, name)} must be 0 or more.")
+        if self.cache_size_gb is not None and not self.cache_size_gb > 0:
+            raise ConfigError(f"cache_size_gb={self.cache_size_gb} must be more than 0.")
         if not 0 <= self.warmup_ratio <= 1:
             raise ConfigError(f"warmup_ratio={self.warmup_ratio} must be between 0 and 1.")
         if self.report_to not in ("tensorboard", "wandb", "trackio", "none"):

@@ -1,8 +1,13 @@
 """The order in which a task's training images are seen: fixed by seed and epoch, so that it can go on anywhere."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import torch
+from accelerate import Accelerator
+from accelerate.data_loader import DataLoaderShard
+
+from ..streams import StreamedImages, TaskImages
+from .arguments import ContinualTrainingArguments
 
 
 class EpochBatches(torch.utils.data.Sampler[list[int]]):
@@ -48,3 +53,105 @@ class EpochBatches(torch.utils.data.Sampler[list[int]]):
             order = torch.cat([order, order.repeat(-(-missing // self.num_images))[:missing]])
         for start in range(self.start * self.batch_size, len(order), self.batch_size):
             yield order[start : start + self.batch_size].tolist()
+
+
+class CachedBatches:
+    """Batches of images on disk.
+
+    Args:
+        images ([`TaskImages`]): What to train on.
+        args ([`ContinualTrainingArguments`]): Batch size, seed, workers.
+        accelerator (`accelerate.Accelerator`): How many processes there are.
+
+    Attributes:
+        loader (`torch.utils.data.DataLoader`): To be replaced by what Accelerate makes of it.
+    """
+
+    def __init__(self, images: TaskImages, args: ContinualTrainingArguments, accelerator):
+        several = accelerator.num_processes > 1
+        self._order = EpochBatches(len(images), args.train_batch_size, args.seed, fill=several)
+        self.loader = images.loader(batch_sampler=self._order, num_workers=args.dataloader_num_workers)
+
+    def __len__(self) -> int:
+        return len(self._order)
+
+    def read(self, epoch: int, start: int, position: dict | None) -> Iterable[dict[str, torch.Tensor]]:
+        """Batches of an epoch, the first `start` of them left out."""
+        self._order.epoch, self._order.start = epoch, start
+        return self.loader
+
+    def position(self, start: int) -> None:
+        """Nothing but `start` is needed to go on."""
+
+
+class StreamedBatches:
+    """Batches of images that are read anew in every epoch, each process reading its own share.
+
+    Args:
+        images ([`StreamedImages`]): What to train on.
+        args ([`ContinualTrainingArguments`]): Batch size, seed.
+        accelerator (`accelerate.Accelerator`): Which process this is.
+    """
+
+    loader = None  # nothing for Accelerate to prepare: the images are shared already
+
+    def __init__(self, images: StreamedImages, args: ContinualTrainingArguments, accelerator):
+        self._images, self._accelerator, self._seed = images, accelerator, args.seed
+        self._share = {"rank": accelerator.process_index, "num_processes": accelerator.num_processes}
+        self._batch_size = args.train_batch_size // accelerator.num_processes
+        self._positions: dict[int, dict] = {}
+        most = len(images)
+        if accelerator.num_processes > 1:
+            most, least = self._agree(images.count_share(**self._share, seed=args.seed))
+            if not least:
+                images.share_row_by_row()
+                most, _ = self._agree(images.count_share(**self._share, seed=args.seed))
+        self._num_batches = -(-most // self._batch_size)
+
+    def _agree(self, count: int) -> tuple[int, int]:
+        counts = self._accelerator.gather(torch.tensor([count], device=self._accelerator.device))
+        return int(counts.max()), int(counts.min())
+
+    def __len__(self) -> int:
+        return self._num_batches
+
+    def read(self, epoch: int, start: int, position: dict | None) -> Iterable[dict[str, torch.Tensor]]:
+        """Batches of an epoch from `start` on, which is where `position` is."""
+        self._positions = {start: position}
+        batches = _Batches(self._numbered(epoch, start, position))
+        if isinstance(self._accelerator, Accelerator):
+            # No generators to synchronise: that would draw from this process's own.
+            return DataLoaderShard(batches, device=self._accelerator.device, batch_size=None, rng_types=[])
+        return self._accelerator.prepare(torch.utils.data.DataLoader(batches, batch_size=None))
+
+    def position(self, start: int) -> dict | None:
+        """What [`~StreamedBatches.read`] needs to go on after so many batches."""
+        return self._positions.get(start)
+
+    def _numbered(self, epoch: int, number: int, position: dict | None) -> Iterator[dict[str, torch.Tensor]]:
+        """As many batches for every process: one that has fewer images begins its own again."""
+        while number < self._num_batches:
+            for batch, after in self._images.read(self._batch_size, self._seed, epoch, position, **self._share):
+                number += 1
+                # The loader is some batches ahead of who uses them.
+                self._positions = {at: where for at, where in self._positions.items() if at > number - 8}
+                self._positions[number] = after
+                yield batch
+                if number == self._num_batches:
+                    return
+            position = None
+
+
+class _Batches(torch.utils.data.IterableDataset):
+    """What a loader takes: batches made elsewhere, once."""
+
+    def __init__(self, batches: Iterator[dict[str, torch.Tensor]]):
+        self._batches = batches
+
+    def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
+        return self._batches
+
+
+def make_batches(images: TaskImages | StreamedImages, args: ContinualTrainingArguments, accelerator):
+    """[`CachedBatches`] or [`StreamedBatches`], whichever the images need."""
+    return (StreamedBatches if isinstance(images, StreamedImages) else CachedBatches)(images, args, accelerator)

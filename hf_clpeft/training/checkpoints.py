@@ -63,24 +63,28 @@ class Checkpoints:
     def __post_init__(self):
         self.folder = Path(self.output_dir, FOLDER)
 
-    def save(self, progress: Progress, tensors: dict[str, torch.Tensor], values: dict, wait) -> None:
-        """Writes a checkpoint: the main process what all share, every process its random state.
+    def save(
+        self, progress: Progress, tensors: dict[str, torch.Tensor], values: dict, position: dict | None, wait
+    ) -> None:
+        """Writes a checkpoint: the main process what all share, every process its random state and its position.
 
         Args:
             progress ([`Progress`]): How far it is.
             tensors (`dict[str, torch.Tensor]`): Weights and the optimizer's state.
             values (`dict`): What is not a tensor, ready for JSON.
+            position (`dict`, *optional*): Where in the images this process is, ready for JSON.
             wait (callable): Waits for the other processes.
         """
         path = self.folder / f"{progress.task}-{progress.step:08d}"
-        beside = path.with_name(f".{path.name}")  # random states, until all are there
+        beside = path.with_name(f".{path.name}")  # what is each process's own, until all are there
         if self.rank == 0:
             shutil.rmtree(beside, ignore_errors=True)
             beside.mkdir(parents=True)
         wait()
         random_tensors, random_values = random_state()
-        save_file(random_tensors, beside / f"random-{self.rank}.safetensors")
-        (beside / f"random-{self.rank}.json").write_text(json.dumps(random_values), encoding="utf-8")
+        save_file(random_tensors, beside / f"rank-{self.rank}.safetensors")
+        text = json.dumps({"random": random_values, "position": position})
+        (beside / f"rank-{self.rank}.json").write_text(text, encoding="utf-8")
         wait()
         if self.rank == 0:
             with changing(path) as staging:
@@ -98,7 +102,7 @@ class Checkpoints:
                 shutil.rmtree(old)
         wait()
 
-    def latest(self, wanted: Progress) -> tuple[Progress, dict[str, torch.Tensor], dict, tuple] | None:
+    def latest(self, wanted: Progress) -> tuple[Progress, dict[str, torch.Tensor], dict, dict | None, tuple] | None:
         """The newest whole checkpoint of a task. A damaged one is passed over with a warning.
 
         Args:
@@ -118,11 +122,9 @@ class Checkpoints:
                 damaged = [name for name, digest in content["files"].items() if hash_file(path / name) != digest]
                 if damaged:
                     raise ValueError(f"{damaged[0]} is not what was written")
-                random_state = (
-                    load_file(path / f"random-{self.rank}.safetensors"),
-                    json.loads((path / f"random-{self.rank}.json").read_text(encoding="utf-8")),
-                )
-                return progress, load_file(path / TENSORS_NAME), content["values"], random_state
+                own = json.loads((path / f"rank-{self.rank}.json").read_text(encoding="utf-8"))
+                random_state = load_file(path / f"rank-{self.rank}.safetensors"), own["random"]
+                return progress, load_file(path / TENSORS_NAME), content["values"], own["position"], random_state
             except (OSError, ValueError, KeyError, TypeError) as error:
                 logger.warning("The checkpoint %s is damaged (%s); going on with the one before.", path, error)
         return None

@@ -10,9 +10,9 @@ import torch
 from accelerate import Accelerator
 
 from ..learners import TaskLearner
-from ..streams import TaskImages
+from ..streams import StreamedImages, TaskImages
 from .arguments import ContinualTrainingArguments
-from .batches import EpochBatches
+from .batches import make_batches
 from .checkpoints import Checkpoints, Progress, pack_optimizer, set_random_state, unpack_optimizer
 
 
@@ -61,7 +61,7 @@ class StepLoop:
 
     Args:
         learner ([`TaskLearner`]): Expert and head rows.
-        images ([`TaskImages`]): What to train on.
+        images ([`TaskImages`] or [`StreamedImages`]): What to train on.
         accelerator (`accelerate.Accelerator`): Shares out the images.
         args ([`ContinualTrainingArguments`]): How to train.
         checkpoints ([`Checkpoints`]): Where to save the state, and to find it.
@@ -72,7 +72,7 @@ class StepLoop:
     def __init__(
         self,
         learner: TaskLearner,
-        images: TaskImages,
+        images: TaskImages | StreamedImages,
         accelerator: Accelerator,
         args: ContinualTrainingArguments,
         checkpoints: Checkpoints,
@@ -89,10 +89,8 @@ class StepLoop:
             optimizer = torch.optim.AdamW(groups, weight_decay=args.weight_decay)
         else:
             optimizer = torch.optim.SGD(groups, momentum=0.9, weight_decay=args.weight_decay)
-        several = accelerator.num_processes > 1
-        self.batches = EpochBatches(len(images), args.train_batch_size, args.seed, fill=several)
-        loader = images.loader(batch_sampler=self.batches, num_workers=args.dataloader_num_workers)
-        self.module, self.optimizer, self.loader = accelerator.prepare(learner, optimizer, loader)
+        self.batches = make_batches(images, args, accelerator)
+        self.module, self.optimizer, self.batches.loader = accelerator.prepare(learner, optimizer, self.batches.loader)
         self.num_steps = args.num_train_epochs * -(-len(self.batches) // args.gradient_accumulation_steps)
         scheduler = get_scheduler(
             args.lr_scheduler_type, self.optimizer, round(args.warmup_ratio * self.num_steps), self.num_steps
@@ -120,12 +118,11 @@ class StepLoop:
             [`TrainingStopped`]: It was set.
             [`TrainingError`]: The loss is not finite, or a batch does not fit into memory.
         """
-        restore_random = self._restore()
+        restore_random, position = self._restore()
         accelerator, args, progress = self.accelerator, self.args, self.progress
         self.module.train()
         while progress.epoch < args.num_train_epochs:
-            self.batches.epoch, self.batches.start = progress.epoch, progress.batch
-            for batch in self.loader:
+            for batch in self.batches.read(progress.epoch, progress.batch, position):
                 restore_random()  # once there is a batch: making a loader draws from the generators
                 restore_random = _nothing
                 with accelerator.accumulate(self.module):
@@ -142,7 +139,7 @@ class StepLoop:
                     progress.step, progress.logged = progress.step + 1, progress.logged + 1
                     after_step(progress, loss)
                     self._save_or_stop(stop)
-            progress.epoch, progress.batch = progress.epoch + 1, 0
+            progress.epoch, progress.batch, position = progress.epoch + 1, 0, None
         self.learner.eval()
 
     def _backward(self, loss_of: Callable, batch: dict) -> torch.Tensor:
@@ -203,14 +200,19 @@ class StepLoop:
             "scheduler": {name: value for name, value in self.scheduler.state_dict().items() if name != "lr_lambdas"},
             "scaler": None if scaler is None else scaler.state_dict(),
         }
-        self.checkpoints.save(self.progress, weights | tensors, values, self.accelerator.wait_for_everyone)
+        position = self.batches.position(self.progress.batch)
+        self.checkpoints.save(self.progress, weights | tensors, values, position, self.accelerator.wait_for_everyone)
 
-    def _restore(self) -> Callable[[], None]:
-        """Goes back to the newest checkpoint of the task, if any. Gives what sets the random generators to it."""
+    def _restore(self) -> tuple[Callable[[], None], dict | None]:
+        """Goes back to the newest checkpoint of the task, if any.
+
+        Returns:
+            What sets the random generators to it, and where in the images it was.
+        """
         found = self.checkpoints.latest(self.progress)
         if found is None:
-            return _nothing
-        self.progress, tensors, values, random_state = found
+            return _nothing, None
+        self.progress, tensors, values, position, random_state = found
         with torch.no_grad():
             for name, parameter in self._weights().items():
                 parameter.copy_(tensors[f"weights.{name}"])
@@ -219,10 +221,10 @@ class StepLoop:
         if values["scaler"] is not None:
             self.accelerator.scaler.load_state_dict(values["scaler"])
         if self.progress.batch < len(self.batches):
-            return lambda: set_random_state(*random_state)
+            return lambda: set_random_state(*random_state), position
         self.progress.epoch, self.progress.batch = self.progress.epoch + 1, 0
         set_random_state(*random_state)  # the epoch to come makes its loader as it would have
-        return _nothing
+        return _nothing, None
 
     def _weights(self) -> dict[str, torch.nn.Parameter]:
         return {name: value for name, value in self.learner.named_parameters() if value.requires_grad}

@@ -22,7 +22,7 @@ from ..learners import FrozenLearner, TaskLearner
 from ..modeling import ContinualModel
 from ..report import StreamReport
 from ..routing.prototypes import fit_prototypes, fit_thresholds
-from ..streams import Task, TaskImages, TaskStream, cache_images
+from ..streams import StreamedImages, Task, TaskImages, TaskStream, cache_images, open_images
 from ..streams.images import augment
 from ..versions import library_versions
 from .arguments import ContinualTrainingArguments
@@ -190,7 +190,7 @@ class ContinualTrainer:
         args, method, seconds = self.args, self.model.config.method, {}
         owner = len(self.model.config.tasks)
         with _timed(seconds, "images"):
-            train = self._images(task.train)
+            train = self._training_images(task.train)
             test = None if task.test is None else self._images(task.test)
         with _timed(seconds, "forward_transfer"):
             before = self._evaluate_before(task, test)
@@ -223,7 +223,7 @@ class ContinualTrainer:
                 f"stream it has {list(task.classes)} (domain {task.domain}). Go on with the same stream."
             )
         if self.model.config.method.joint:
-            self._seen.append((task, self._images(task.train)))
+            self._seen.append((task, self._training_images(task.train)))
         if task.test is not None:
             self._tests[position] = task
             self.evaluator.add(task.name, self._images(task.test))
@@ -236,7 +236,7 @@ class ContinualTrainer:
         for position, task in self._parallel.todo(stream, rank, self.accelerator.num_processes):
             if self.stop.is_set():
                 raise TrainingStopped
-            seconds, images = {}, cache_images(task.train, self.model.backbone.transform, args.max_bad_images)
+            seconds, images = {}, self._open(task.train)
             set_seed(args.seed + position)
             learner = self.model.start_task(task.name, task.classes, task.domain)
             with _timed(seconds, "train"):
@@ -247,13 +247,17 @@ class ContinualTrainer:
 
     def _postpone(self, task: Task) -> None:
         """Makes a task known whose images are trained on later, together with those of others."""
-        train, stored, position = self._images(task.train), self._bytes_beside_experts(), len(self.model.config.tasks)
+        train, stored, position = (
+            self._training_images(task.train),
+            self._bytes_beside_experts(),
+            len(self.model.config.tasks),
+        )
         learner = self.model.start_task(task.name, task.classes, task.domain)
         self.model.finish_task(learner, len(train))
         self._note_costs(learner, train, {}, stored)
         self._take_up(task, position)
 
-    def _join(self, task: Task, train: TaskImages) -> TaskImages:
+    def _join(self, task: Task, train: TaskImages | StreamedImages) -> TaskImages | StreamedImages:
         """What to train on: the task's images, or, jointly, those of all tasks, labelled by the model's classes."""
         if not self.model.config.method.joint:
             return train
@@ -267,13 +271,28 @@ class ContinualTrainer:
         with self.accelerator.main_process_first():
             return cache_images(split, self.model.backbone.transform, self.args.max_bad_images)
 
-    def _fit(self, learner: TaskLearner, images: TaskImages, seconds: dict[str, float]) -> None:
+    def _training_images(self, split) -> TaskImages | StreamedImages:
+        with self.accelerator.main_process_first():
+            images = self._open(split)
+        if isinstance(images, StreamedImages) and self.model.config.method.joint:
+            raise ConfigError(
+                f"{split.title}: {len(images)} images do not fit into cache_size_gb={self.args.cache_size_gb}, and "
+                f"{self.model.config.method.name}, which trains on all tasks at once, needs them on disk."
+            )
+        return images
+
+    def _open(self, split) -> TaskImages | StreamedImages:
+        args = self.args
+        return open_images(split, self.model.backbone.transform, args.max_bad_images, args.cache_size_gb, args.seed)
+
+    def _fit(self, learner: TaskLearner, images: TaskImages | StreamedImages, seconds: dict[str, float]) -> None:
         """Fills the learner: by training, from a model that has learnt the task, or, for a probe, at once."""
         method, queries, name = self.model.config.method, None, learner.config.name
         if any(giver.give(learner, seconds) for giver in (self._parallel, self._donor) if giver is not None):
             return
         probe = isinstance(learner, FrozenLearner) and method.classifier == "head"
-        if probe or (method.experts == "pool" and self.args.cache_query_features):
+        streamed = isinstance(images, StreamedImages)
+        if probe or (method.experts == "pool" and self.args.cache_query_features and not streamed):
             with _timed(seconds, "queries"):
                 queries = extract_queries(images, self.model, self.accelerator, self.args, desc=f"Querying {name}")
         if probe:
@@ -283,8 +302,9 @@ class ContinualTrainer:
             with _timed(seconds, "train"):
                 self._train(learner, images, queries, self.accelerator, self._checkpoints)
 
-    def _teach_router(self, task: Task, images: TaskImages) -> None:
-        """Adds the query features of all training images to the router."""
+    def _teach_router(self, task: Task, images: TaskImages | StreamedImages) -> None:
+        """Adds the query features of all training images to the router, or of a sample where they are not on disk."""
+        images = images.sample if isinstance(images, StreamedImages) else images
         query = extract_queries(images, self.model, self.accelerator, self.args, desc=f"Querying {task.name}")
         router, classes = self.model.router, self.model.config.classes
         if self.model.config.method.knows_classes:
@@ -307,7 +327,7 @@ class ContinualTrainer:
     def _train(
         self,
         learner: TaskLearner,
-        images: TaskImages,
+        images: TaskImages | StreamedImages,
         queries: torch.Tensor | None,
         accelerator: Accelerator | LocalAccelerator,
         checkpoints: Checkpoints,
@@ -395,7 +415,9 @@ class ContinualTrainer:
         modules = (self.model.router, self.model.heads) if self.model.config.tasks else ()
         return sum(tensor.nbytes for module in modules for tensor in module.state_dict().values())
 
-    def _note_costs(self, learner: TaskLearner, images: TaskImages, seconds: dict[str, float], stored: int) -> None:
+    def _note_costs(
+        self, learner: TaskLearner, images: TaskImages | StreamedImages, seconds: dict[str, float], stored: int
+    ) -> None:
         report, model, method = self.report, self.model, self.model.config.method
         first = len(model.config.tasks) == 1
         trained = [*model.bank] if method.experts == "pool" else [*model.bank][-1:]
