@@ -4,8 +4,8 @@
 
 The file is one of `recipes/compare.py` with `series` in place of `methods`: what is varied stands under `vary` of a
 series, several options in step. `experts_from` names the series itself, whose first point then gives its experts to
-the others, or an earlier one, whose points give theirs one by one. `x` is the option, or the column of the CSV, on the
-horizontal axis of the plots; `measures` is what they show, in a plot each.
+the others; an earlier one, whose points give theirs one by one; or a method that stands in the output folder. `x` is
+the option, or the column of the CSV, on the horizontal axis of the plots; `measures` is what they show, a plot each.
 
 All else is as in `recipes/compare.py`: parallel with `--num_workers`, and what the CSV has is not run again.
 """
@@ -44,7 +44,9 @@ def points_of(config: dict) -> dict[str, dict[str, dict]]:
             series[name][label] = {**entry, **dict(zip(vary, values, strict=True))}
             if giver == name:
                 source = next(iter(series[name]))
-            elif giver is not None:
+            elif giver not in series:
+                source = giver
+            else:
                 twin = list(series[giver])[number]  # the point at the same place, or who gave that one its experts
                 source = series[giver][twin].get("experts_from", twin)
             if giver is not None and source != label:

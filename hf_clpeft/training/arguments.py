@@ -84,6 +84,10 @@ class ContinualTrainingArguments:
         default=False,
         metadata={"help": "Where every task has its own expert: train as many at a time as there are processes."},
     )
+    ddp_timeout: int = field(
+        default=1800,
+        metadata={"help": "Seconds that processes wait for one that does not answer before the run ends."},
+    )
     save_steps: int = field(
         default=500,
         metadata={
@@ -126,7 +130,7 @@ class ContinualTrainingArguments:
 
     def __post_init__(self):
         counts = ("num_train_epochs", "train_batch_size", "eval_batch_size", "gradient_accumulation_steps")
-        for name in (*counts, "save_total_limit"):
+        for name in (*counts, "save_total_limit", "ddp_timeout"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name}={getattr(self, name)} must be 1 or more.")
         for name in (

@@ -7,6 +7,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields
+from datetime import timedelta
 from pathlib import Path
 from typing import Literal
 
@@ -189,7 +190,7 @@ def learn(
     """
     from accelerate import PartialState
 
-    state = PartialState(cpu=cpu_only())
+    state = PartialState(cpu=cpu_only(), timeout=timedelta(seconds=training_args.ddp_timeout))
     if training_args.disable_tqdm or not state.is_main_process:
         disable_progress_bars()
     with state.main_process_first():

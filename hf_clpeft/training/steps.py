@@ -21,6 +21,7 @@ logger = logging.getLogger(__name__)
 # What may differ between the run that wrote a checkpoint and the one that goes on with it.
 FREE = {
     "dataloader_num_workers",
+    "ddp_timeout",
     "disable_tqdm",
     "eval_batch_size",
     "experts_from",
@@ -245,6 +246,21 @@ def agree(stop: threading.Event, accelerator: Accelerator) -> bool:
         return stop.is_set()
     asked = torch.tensor(float(stop.is_set()), device=accelerator.device)
     return bool(accelerator.reduce(asked, "sum") > 0)
+
+
+@contextmanager
+def explaining_lost_processes(accelerator: Accelerator) -> Iterator[None]:
+    """Says what it means when waiting for another process fails. What torch raises then is any `RuntimeError`."""
+    try:
+        yield
+    except RuntimeError as error:
+        words = ("gloo", "NCCL", "Timed out", "timed out", "Connection closed")
+        if accelerator.num_processes == 1 or not any(word in str(error) for word in words):
+            raise
+        raise TrainingError(
+            "Another process has died, or has not answered for ddp_timeout seconds; if it said why, that stands "
+            "above. Go on with --resume_from_checkpoint auto."
+        ) from error
 
 
 @contextmanager

@@ -6,11 +6,12 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from datetime import timedelta
 
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DataLoaderConfiguration, broadcast_object_list, set_seed
+from accelerate.utils import DataLoaderConfiguration, InitProcessGroupKwargs, broadcast_object_list, set_seed
 from tqdm.auto import tqdm
 
 from ..config import ConfigError
@@ -32,7 +33,7 @@ from .experts_from import Donor
 from .features import extract_queries
 from .parallel import LocalAccelerator, ParallelExperts, check_independent
 from .probe import fit_probe
-from .steps import StepLoop, TrainingStopped, agree, chosen, stopping_on_signals
+from .steps import StepLoop, TrainingStopped, agree, chosen, explaining_lost_processes, stopping_on_signals
 
 
 logger = logging.getLogger(__name__)
@@ -83,6 +84,7 @@ class ContinualTrainer:
             gradient_accumulation_steps=self.args.gradient_accumulation_steps,
             log_with=None if self.args.report_to == "none" else self.args.report_to,
             project_dir=self.args.output_dir,
+            kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(seconds=self.args.ddp_timeout))],
             # A batch is a total that processes share: results do not depend on how many there are.
             dataloader_config=DataLoaderConfiguration(
                 split_batches=True, use_seedable_sampler=True, data_seed=self.args.seed
@@ -129,7 +131,8 @@ class ContinualTrainer:
         Raises:
             [`ConfigError`]: The model has learnt a task of this name with other classes, or another run is writing
                 into `output_dir`.
-            [`TrainingError`]: The loss is not finite; the model is as it was after the task before.
+            [`TrainingError`]: The loss is not finite, or another process is gone; the model is as it was after the
+                task before.
             [`TrainingStopped`]: The process got SIGTERM or SIGINT, and all that is needed to go on is saved.
         """
         if not isinstance(stream, TaskStream) and (self.args.task_parallel or self.model.config.method.joint):
@@ -139,7 +142,7 @@ class ContinualTrainer:
             )
         self.report.stream, self.report.dataset = stream.name, stream.dataset
         learnt = {known.name: position for position, known in enumerate(self.model.config.tasks)}
-        with self._alone(), stopping_on_signals(self.stop):
+        with self._alone(), stopping_on_signals(self.stop), explaining_lost_processes(self.accelerator):
             if self.args.task_parallel:
                 self._train_in_parallel(stream)
             for task in stream:
@@ -170,9 +173,9 @@ class ContinualTrainer:
 
         Raises:
             [`ConfigError`]: Another run is writing into `output_dir`.
-            [`TrainingError`]: The loss is not finite; the model is as it was.
+            [`TrainingError`]: The loss is not finite, or another process is gone; the model is as it was.
         """
-        with self._alone():
+        with self._alone(), explaining_lost_processes(self.accelerator):
             return self._learn(task)
 
     @contextmanager
