@@ -6,6 +6,8 @@ import os
 import shutil
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from conftest import make_trainer, pattern_dataset, vouch
@@ -13,6 +15,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from hf_clpeft import BackboneError, ConfigError, ContinualModel, ExpertError, TaskStream, l2p, s_lora, s_lora_mix
+from hf_clpeft.streams import StreamError, cache_images
+from hf_clpeft.streams.source import load_source
+from hf_clpeft.streams.task import split_of
 
 
 EXAMPLES = int(os.environ.get("HF_CLPEFT_FUZZ", 60))  # for each method
@@ -76,13 +81,16 @@ def mutate_bytes(path: Path, data) -> None:
     path.write_bytes(bytes(content))
 
 
-@settings(
+fuzzed = settings(
     max_examples=EXAMPLES,
     deadline=None,
     derandomize="HF_CLPEFT_FUZZ" not in os.environ,
     database=None,
     suppress_health_check=list(HealthCheck),
 )
+
+
+@fuzzed
 @given(data=st.data())
 def test_a_mutated_model_is_refused_or_whole(folder, backbone, data):
     work = Path(shutil.copytree(folder, "mutated", dirs_exist_ok=True))
@@ -103,3 +111,44 @@ def test_a_mutated_model_is_refused_or_whole(folder, backbone, data):
     assert output.logits.shape == (2, len(model.config.classes))
     assert model.config.expert_names == model.bank.names
     model.save_pretrained("again")
+
+
+@pytest.fixture(scope="module")
+def parquet(tmp_path_factory):
+    path = tmp_path_factory.mktemp("rows") / "train.parquet"
+    pattern_dataset()["train"].to_parquet(path)
+    return path
+
+
+PICTURES = st.none() | st.binary(max_size=64)
+LABELS = st.none() | st.integers(-3, 7) | st.integers(-(2**63), 2**63 - 1)
+
+
+@fuzzed
+@given(data=st.data())
+def test_mutated_rows_are_refused_or_left_out(parquet, backbone, data):
+    table = pq.read_table(parquet)
+    rows = table.to_pylist()
+    for _ in range(data.draw(st.integers(1, 3))):
+        row = data.draw(st.sampled_from(rows))
+        if data.draw(st.booleans()):
+            row["label"] = data.draw(LABELS)
+        elif data.draw(st.booleans()):
+            row["image"] = data.draw(
+                st.none() | st.fixed_dictionaries({"bytes": PICTURES, "path": st.none() | st.text(max_size=8)})
+            )
+        else:
+            picture = bytearray(row["image"]["bytes"])
+            picture[data.draw(st.integers(0, len(picture) - 1))] ^= data.draw(st.integers(1, 255))
+            row["image"]["bytes"] = bytes(picture)
+    path = Path("rows", "train.parquet")
+    path.parent.mkdir(exist_ok=True)
+    pq.write_table(pa.Table.from_pylist(rows, table.schema), path)
+    streaming = data.draw(st.booleans())
+    try:
+        source = load_source("rows", "train", streaming=streaming)
+        for classes in (source.class_names[:2], source.class_names[2:]):
+            images = cache_images(split_of(source, classes), backbone.transform, max_bad_images=3)
+            assert set(images.labels.tolist()) <= {0, 1} and len(images.__getitems__([0])["pixels"])
+    except StreamError:
+        return

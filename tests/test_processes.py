@@ -1,15 +1,23 @@
 """Several processes: killed together or one by one they go on as if nothing had happened, and none waits for ever."""
 
+import json
+import logging
 import multiprocessing
 import os
 import random
 import signal
 import socket
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import killable
 import pytest
-from conftest import outcome
+from accelerate.utils import DistributedType
+from conftest import make_trainer, outcome
+
+from hf_clpeft import s_lora
 
 
 KILLS = int(os.environ.get("HF_CLPEFT_KILLS", 4)) // 4  # for each kind of images
@@ -19,9 +27,13 @@ _processes.set_forkserver_preload(
 )
 
 
-def start(*args, **options):
+def free_port():
     with socket.create_server(("127.0.0.1", 0)) as server:
-        port = server.getsockname()[1]
+        return server.getsockname()[1]
+
+
+def start(*args, **options):
+    port = free_port()
     processes = [
         _processes.Process(target=killable.run_together, args=(rank, 2, port, *args), kwargs=options)
         for rank in (0, 1)
@@ -68,3 +80,41 @@ def test_a_process_that_does_not_answer_ends_the_run_with_what_to_do(tmp_path, c
     assert processes[0].exitcode == 1
     assert "has not answered for ddp_timeout seconds" in capfd.readouterr().err
     processes[1].kill()
+
+
+# As much of SLURM as the recipe asks for: two nodes, both on this machine.
+SRUN = """#!/bin/sh
+SLURM_NODEID=1 "$@" & other=$!
+SLURM_NODEID=0 "$@" || { kill $other; exit 1; }
+wait $other
+"""
+SCONTROL = """#!/bin/sh
+echo 127.0.0.1
+echo second
+"""
+
+
+def test_the_slurm_recipe_trains_on_two_nodes(tmp_path):
+    recipes = Path(__file__).parents[1] / "recipes"
+    for name, text in (("srun", SRUN), ("scontrol", SCONTROL)):
+        path = tmp_path / name
+        path.write_text(text)
+        path.chmod(0o755)
+    environment = {**os.environ, "PATH": f"{tmp_path}:{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    environment |= {"SLURM_NNODES": "2", "SLURM_JOB_NODELIST": "first,second", "MAIN_PORT": str(free_port())}
+    environment |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    command = ["bash", recipes / "slurm.sbatch", recipes / "s_lora.py", "--benchmark", "digits", "--disable_tqdm"]
+    command += ["--num_train_epochs", "1", "--max_train_samples_per_task", "32", "--output_dir", tmp_path / "out"]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr[-3000:]
+    metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    assert metrics["environment"]["num_processes"] == 2 and len(metrics["accuracy_matrix"]) == 5
+
+
+@pytest.mark.parametrize("name", ["FSDP", "DEEPSPEED"])
+def test_a_configuration_that_shards_models_is_accepted_and_shares_out_batches(name, tmp_path, monkeypatch, caplog):
+    monkeypatch.setenv(f"ACCELERATE_USE_{name}", "true")
+    with caplog.at_level(logging.WARNING):
+        trainer = make_trainer(s_lora(), tmp_path)
+    assert f"{name} has nothing to shard here" in caplog.text
+    assert trainer.accelerator.distributed_type == DistributedType.NO

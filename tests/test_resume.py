@@ -2,12 +2,13 @@
 
 import json
 import shutil
+import time
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import BACKBONE, pattern_dataset
+from conftest import BACKBONE, outcome, pattern_dataset
 
 from hf_clpeft import (
     ConfigError,
@@ -15,6 +16,7 @@ from hf_clpeft import (
     ContinualTrainer,
     ContinualTrainingArguments,
     MethodConfig,
+    StreamError,
     TaskStream,
     s_lora,
 )
@@ -22,6 +24,7 @@ from hf_clpeft.training.recipe import BackboneArguments, learn
 
 
 METHOD, BARE = s_lora(k=2), BackboneArguments(backbone=BACKBONE)
+CLASSES = [f"class {i}" for i in range(6)]
 ARGS = ContinualTrainingArguments(
     num_train_epochs=1, train_batch_size=8, disable_tqdm=True, resume_from_checkpoint="auto"
 )
@@ -118,3 +121,33 @@ def test_a_method_with_sets_and_tuples_is_the_same_method_when_it_comes_back(str
     learn(stream[:1], BARE, args, method)
     other = MethodConfig("s", {"peft_type": "LORA", "r": 1, "target_modules": ("q_proj", "v_proj")}, k=1)
     assert learn(stream[:2], BARE, args, other).measured() == [0, 1]
+
+
+def test_data_that_vanish_in_the_middle_end_the_run_and_it_goes_on_once_they_are_back(tmp_path):
+    data, away = tmp_path / "data", tmp_path / "away"
+    for side, rows in pattern_dataset(6).items():
+        rows.to_parquet(data / f"{side}.parquet")
+
+    def stream():
+        return TaskStream.class_incremental(str(data), num_tasks=3, streaming=True, class_order=CLASSES)
+
+    learn(stream(), BARE, replace(ARGS, output_dir="whole"), METHOD)
+    half_gone = stream()
+    learn(half_gone[:1], BARE, replace(ARGS, output_dir="pieces"), METHOD)
+    data.rename(away)
+    with pytest.raises(StreamError, match=r"split 'test' cannot be read to its end: .*test.parquet"):
+        learn(half_gone, BARE, replace(ARGS, output_dir="pieces"), METHOD)
+    assert len(ContinualModel.from_pretrained("pieces").config.tasks) == 1
+    away.rename(data)
+    learn(stream(), BARE, replace(ARGS, output_dir="pieces"), METHOD)
+    assert outcome("pieces") == outcome("whole")
+
+
+def test_a_clock_that_jumps_changes_nothing(stream, monkeypatch):
+    learn(stream, BARE, replace(ARGS, output_dir="whole"), METHOD)
+    right, hours = time.time, iter([7 * 24, -48])
+    for count in (1, 3):
+        ahead = 3600 * next(hours)
+        monkeypatch.setattr(time, "time", lambda ahead=ahead: right() + ahead)
+        learn(stream[:count], BARE, replace(ARGS, output_dir="pieces", save_steps=1), METHOD)
+    assert outcome("pieces") == outcome("whole")

@@ -10,6 +10,7 @@ import PIL.Image
 import PIL.ImageOps
 import torch
 from datasets import Dataset, Features, Value, concatenate_datasets
+from datasets.exceptions import DatasetGenerationError
 
 from .source import StreamError
 from .task import Split
@@ -223,7 +224,8 @@ def cache_images(split: Split, transform: ImageTransform, max_bad_images: int = 
         [`TaskImages`]
 
     Raises:
-        [`StreamError`]: More images cannot be decoded. Names the data set, the split and the rows.
+        [`StreamError`]: More images cannot be decoded: it names the data set, the split and the rows. Or a stream
+            ends in an error.
 
     Example:
 
@@ -258,7 +260,10 @@ def cache_images(split: Split, transform: ImageTransform, max_bad_images: int = 
         rows = split.dataset.map(
             to_pixels, batched=True, batch_size=64, fn_kwargs=arguments, remove_columns=split.dataset.column_names
         )
-        cached = Dataset.from_generator(_rows, gen_kwargs={"rows": rows}, features=_FEATURES)
+        try:
+            cached = Dataset.from_generator(_rows, gen_kwargs={"rows": rows}, features=_FEATURES)
+        except DatasetGenerationError as error:
+            raise StreamError(f"{split.title} cannot be read to its end: {error.__cause__}") from error
     cached = _without_bad(cached, split.title, max_bad_images)
     return TaskImages(cached, transform.shape)
 

@@ -7,7 +7,6 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields
-from datetime import timedelta
 from pathlib import Path
 from typing import Literal
 
@@ -23,8 +22,9 @@ from ..progress import disable_progress_bars
 from ..report import PLOT_NAME, StreamReport
 from ..streams import BENCHMARKS, StreamError, TaskStream, load_benchmark
 from .arguments import ContinualTrainingArguments
-from .steps import TrainingError, TrainingStopped
-from .trainer import ContinualTrainer, cpu_only
+from .processes import TrainingError, join_processes
+from .steps import TrainingStopped
+from .trainer import ContinualTrainer
 
 
 OFFLINE_OPTION = "--benchmark digits"
@@ -188,9 +188,7 @@ def learn(
     Raises:
         [`ConfigError`]: The model to go on with was made with other options.
     """
-    from accelerate import PartialState
-
-    state = PartialState(cpu=cpu_only(), timeout=timedelta(seconds=training_args.ddp_timeout))
+    state = join_processes(training_args.ddp_timeout)
     if training_args.disable_tqdm or not state.is_main_process:
         disable_progress_bars()
     with state.main_process_first():

@@ -14,6 +14,7 @@ from ..streams import StreamedImages, TaskImages
 from .arguments import ContinualTrainingArguments
 from .batches import make_batches
 from .checkpoints import Checkpoints, Progress, pack_optimizer, set_random_state, unpack_optimizer
+from .processes import TrainingError, agree
 
 
 logger = logging.getLogger(__name__)
@@ -47,10 +48,6 @@ STOP_STEPS = 10  # how often several processes agree on whether one of them was 
 def chosen(args: ContinualTrainingArguments) -> dict:
     """The arguments that decide what training gives."""
     return {name: value for name, value in vars(args).items() if name not in FREE}
-
-
-class TrainingError(RuntimeError):
-    """Training cannot go on as it was asked to. What was learnt before is untouched."""
 
 
 class TrainingStopped(KeyboardInterrupt):
@@ -238,29 +235,6 @@ def _nothing() -> None:
 def _cut(batch: dict[str, torch.Tensor], size: int) -> Iterator[dict[str, torch.Tensor]]:
     for start in range(0, len(batch["label"]), size):
         yield {name: tensor[start : start + size] for name, tensor in batch.items()}
-
-
-def agree(stop: threading.Event, accelerator: Accelerator) -> bool:
-    """Whether any process was asked to stop: they must all do so at the same place."""
-    if accelerator.num_processes == 1:
-        return stop.is_set()
-    asked = torch.tensor(float(stop.is_set()), device=accelerator.device)
-    return bool(accelerator.reduce(asked, "sum") > 0)
-
-
-@contextmanager
-def explaining_lost_processes(accelerator: Accelerator) -> Iterator[None]:
-    """Says what it means when waiting for another process fails. What torch raises then is any `RuntimeError`."""
-    try:
-        yield
-    except RuntimeError as error:
-        words = ("gloo", "NCCL", "Timed out", "timed out", "Connection closed")
-        if accelerator.num_processes == 1 or not any(word in str(error) for word in words):
-            raise
-        raise TrainingError(
-            "Another process has died, or has not answered for ddp_timeout seconds; if it said why, that stands "
-            "above. Go on with --resume_from_checkpoint auto."
-        ) from error
 
 
 @contextmanager

@@ -6,12 +6,11 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from datetime import timedelta
 
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DataLoaderConfiguration, InitProcessGroupKwargs, broadcast_object_list, set_seed
+from accelerate.utils import DataLoaderConfiguration, broadcast_object_list, set_seed
 from tqdm.auto import tqdm
 
 from ..config import ConfigError
@@ -33,7 +32,8 @@ from .experts_from import Donor
 from .features import extract_queries
 from .parallel import LocalAccelerator, ParallelExperts, check_independent
 from .probe import fit_probe
-from .steps import StepLoop, TrainingStopped, agree, chosen, explaining_lost_processes, stopping_on_signals
+from .processes import agree, cpu_only, explaining_lost_processes, join_processes
+from .steps import StepLoop, TrainingStopped, chosen, stopping_on_signals
 
 
 logger = logging.getLogger(__name__)
@@ -78,13 +78,13 @@ class ContinualTrainer:
     ):
         self.args = args or ContinualTrainingArguments()
         self.on_step = on_step
+        join_processes(self.args.ddp_timeout)
         self.accelerator = Accelerator(
             cpu=cpu_only(),
             mixed_precision=self.args.mixed_precision,
             gradient_accumulation_steps=self.args.gradient_accumulation_steps,
             log_with=None if self.args.report_to == "none" else self.args.report_to,
             project_dir=self.args.output_dir,
-            kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(seconds=self.args.ddp_timeout))],
             # A batch is a total that processes share: results do not depend on how many there are.
             dataloader_config=DataLoaderConfiguration(
                 split_batches=True, use_seedable_sampler=True, data_seed=self.args.seed
@@ -486,12 +486,6 @@ class ContinualTrainer:
             "num_processes": self.accelerator.num_processes,
             "mixed_precision": self.accelerator.mixed_precision,
         }
-
-
-def cpu_only() -> bool:
-    """Whether this machine has no accelerator. Accelerate must be told, or several processes on the CPU would not find
-    each other and each would learn everything alone."""
-    return torch.accelerator.current_accelerator() is None
 
 
 @contextmanager

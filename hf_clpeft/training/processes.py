@@ -1,0 +1,64 @@
+"""What processes that train together have to agree on: how they began, when to stop, and that one of them is gone."""
+
+import logging
+import os
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+
+import torch
+from accelerate import Accelerator, PartialState
+
+
+logger = logging.getLogger(__name__)
+
+
+class TrainingError(RuntimeError):
+    """Training cannot go on as it was asked to. What was learnt before is untouched."""
+
+
+def cpu_only() -> bool:
+    """Whether this machine has no accelerator. Accelerate must be told, or several processes on the CPU would not find
+    each other and each would learn everything alone."""
+    return torch.accelerator.current_accelerator() is None
+
+
+def join_processes(ddp_timeout: int) -> PartialState:
+    """Makes this process one of those that `accelerate launch` started, if it did.
+
+    Args:
+        ddp_timeout (`int`): Seconds after which one that does not answer ends the run.
+
+    Returns:
+        `accelerate.PartialState`
+    """
+    for name in ("FSDP", "DEEPSPEED"):
+        if os.environ.get(f"ACCELERATE_USE_{name}", "false").lower() in ("true", "1"):
+            # An expert is a few thousand parameters: cut in pieces, it could only be saved in pieces.
+            os.environ[f"ACCELERATE_USE_{name}"] = "false"
+            logger.warning("%s has nothing to shard here: the backbone is frozen. Sharing out batches alone.", name)
+    return PartialState(cpu=cpu_only(), timeout=timedelta(seconds=ddp_timeout))
+
+
+def agree(stop: threading.Event, accelerator: Accelerator) -> bool:
+    """Whether any process was asked to stop: they must all do so at the same place."""
+    if accelerator.num_processes == 1:
+        return stop.is_set()
+    asked = torch.tensor(float(stop.is_set()), device=accelerator.device)
+    return bool(accelerator.reduce(asked, "sum") > 0)
+
+
+@contextmanager
+def explaining_lost_processes(accelerator: Accelerator) -> Iterator[None]:
+    """Says what it means when waiting for another process fails. What torch raises then is any `RuntimeError`."""
+    try:
+        yield
+    except RuntimeError as error:
+        words = ("gloo", "NCCL", "Timed out", "timed out", "Connection closed")
+        if accelerator.num_processes == 1 or not any(word in str(error) for word in words):
+            raise
+        raise TrainingError(
+            "Another process has died, or has not answered for ddp_timeout seconds; if it said why, that stands "
+            "above. Go on with --resume_from_checkpoint auto."
+        ) from error
