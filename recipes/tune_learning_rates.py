@@ -54,7 +54,10 @@ def main():
         writer = csv.writer(file)
         writer.writerow(["accuracy", "learning_rate", "head_learning_rate"])
         writer.writerows(trials)
-    print("best: {:.4f} with --learning_rate {:g} --head_learning_rate {:g}".format(*max(trials)))
+    # Of equal ones the middle: as far as can be from what is too little and what is too much.
+    best = sorted(trial for trial in trials if trial[0] == max(trials)[0])
+    best = best[(len(best) - 1) // 2]
+    print("best: {:.4f} with --learning_rate {:g} --head_learning_rate {:g}".format(*best))
 
 
 if __name__ == "__main__":
