@@ -61,8 +61,9 @@ class CompareArguments:
     methods: list[str] | None = field(default=None, metadata={"help": "Only these methods of the file."})
     benchmarks: list[str] | None = field(default=None, metadata={"help": "Only these benchmarks of the file."})
     seeds: list[int] | None = field(default=None, metadata={"help": "Other seeds than the file's."})
-    num_workers: int = field(
-        default=1, metadata={"help": "Runs at a time: processes, each on a GPU if there are any."}
+    num_workers: int | None = field(
+        default=None,
+        metadata={"help": "Runs at a time, each in a process of its own. Default: one for each GPU, or 2 without."},
     )
 
 
@@ -244,8 +245,9 @@ def row_of(run: Run, report: StreamReport, training: ContinualTrainingArguments,
     }
 
 
-def run_all(runs: list[Run], results: Path, num_workers: int) -> list[dict]:
+def run_all(runs: list[Run], results: Path, num_workers: int | None) -> list[dict]:
     """Runs what the CSV does not have yet. Gives its rows, those of these runs, in their order."""
+    num_workers = num_workers or torch.cuda.device_count() or 2
     rows = {key_of(row): row for row in read_rows(results)}
     for run in runs:
         check_same(run, rows.get(run.key), results)

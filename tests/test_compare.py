@@ -41,7 +41,7 @@ def rows_of(path):
 
 def test_two_methods_of_the_small_table_are_measured_in_two_processes():
     path = REPO / "recipes" / "configs" / "digits.yaml"
-    command = [sys.executable, str(REPO / "recipes" / "compare.py"), "--config", str(path), "--num_workers", "2"]
+    command = [sys.executable, str(REPO / "recipes" / "compare.py"), "--config", str(path)]
     command += ["--methods", "s_lora", "ncm", "--benchmarks", "digits", "--seeds", "0"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
