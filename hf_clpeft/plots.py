@@ -122,7 +122,7 @@ def plot_series(
     ```
     """
     from matplotlib.figure import Figure
-    from matplotlib.ticker import MaxNLocator
+    from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator, NullLocator
 
     names = list(dict.fromkeys(name for lines in panels.values() for name in lines))
     figure = Figure(figsize=(5 * len(panels) + 2, 4.2), layout="constrained", dpi=120)
@@ -140,7 +140,11 @@ def plot_series(
             axis.errorbar(places, mean, spread if len(values) > 1 else None, marker=marker, markersize=4, **style)
         axis.set(title=_plain(title), xlabel=xlabel, ylabel=f"{ylabel}, %", xscale="log" if log_x else "linear")
         axis.spines[["top", "right"]].set_visible(False)
-        if not log_x:
+        if log_x:
+            axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axis.xaxis.set_major_formatter(EngFormatter(sep=""))
+            axis.xaxis.set_minor_locator(NullLocator())
+        else:
             axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     drawn = {label: handle for axis in axes for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)}
     figure.legend([drawn[name] for name in names], names, loc="outside right upper", fontsize=8)
