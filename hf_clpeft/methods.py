@@ -218,7 +218,7 @@ def s_lora_mix(r: int = 1, mix: int = 3, head: str = "auto", route_layer: Layers
 
     Query features are taken with the first task's expert, behind the last two layers unless `route_layer` says others.
     [`GaussianRouter`] finds the likeliest tasks; the experts of the first `mix` judge the image in one pass through
-    the bank, and their logits are added to the router's class scores: see [`hf_clpeft.mixing`].
+    the bank, and their log-probabilities are added to the router's class scores: see [`hf_clpeft.mixing`].
 
     Args:
         r (`int`, *optional*, defaults to 1): Rank.

@@ -144,8 +144,13 @@ def test_experts_add_to_what_the_router_says_of_their_own_classes_alone():
     scores, selection = torch.tensor([[-3.0, -1.0, -2.0, -0.5]]), torch.tensor([[1, 0]])
     logits = torch.tensor([[[1.0, 7.0, 9.0], [2.0, 3.0, 9.0]]])  # of a shared head, which has a say about everything
     found = mix(logits, selection, scores, owners, classes)
-    zero = torch.logsumexp(torch.tensor([1.0 + ROUTER_WEIGHT * -2.0, 2.0 + ROUTER_WEIGHT * -3.0]), dim=0)
-    torch.testing.assert_close(found, torch.tensor([[zero, 3.0 + ROUTER_WEIGHT * -1.0, -torch.inf]]))
+    of_first = torch.tensor([2.0, 3.0]).log_softmax(dim=0)  # of classes 0 and 1; task 1 knows one class, and is sure
+    zero = torch.logsumexp(
+        torch.stack([torch.tensor(ROUTER_WEIGHT * -2.0), of_first[0] + ROUTER_WEIGHT * -3.0]), dim=0
+    )
+    torch.testing.assert_close(found, torch.tensor([[zero, of_first[1] + ROUTER_WEIGHT * -1.0, -torch.inf]]))
+    shifted = logits + torch.tensor([5.0, -7.0])[None, :, None]  # experts that never met have no common scale
+    torch.testing.assert_close(mix(shifted, selection, scores, owners, classes), found)
 
 
 def test_a_model_says_which_statistics_do_not_fit(tmp_path):
