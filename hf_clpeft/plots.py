@@ -144,7 +144,7 @@ def plot_series(
             axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
             axis.xaxis.set_major_formatter(EngFormatter(sep=""))
             axis.xaxis.set_minor_locator(NullLocator())
-        else:
+        elif not any(isinstance(place, str) for places, _ in lines.values() for place in places):
             axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     drawn = {label: handle for axis in axes for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)}
     figure.legend([drawn[name] for name in names], names, loc="outside right upper", fontsize=8)

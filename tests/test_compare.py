@@ -6,11 +6,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from compare import CompareArguments, chains_of, check_same, make_table, plan, read_config, read_yaml, run_all
 from sweep import draw, line_of, points_of, read_sweep
 
 from hf_clpeft import ConfigError
+from hf_clpeft.plots import plot_series
 
 
 REPO = Path(__file__).parents[1]
@@ -151,3 +153,12 @@ def test_a_sweep_that_cannot_work_is_refused(line, tmp_path):
     (tmp_path / "wrong.yaml").write_text(SWEEP.replace("x: route_layer", line))
     with pytest.raises(ConfigError, match="lacks"):
         read_sweep(str(tmp_path / "wrong.yaml"))
+
+
+def test_places_that_have_names_keep_them_on_the_axis(monkeypatch):
+    drawn = []
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda figure, path: drawn.append(figure))
+    plot_series({"digits": {"s_lora": (["1", "20", "auto"], np.array([[0.5, 0.7, 0.6]]))}}, "k.png", "k", "routing")
+    (figure,) = drawn
+    figure.canvas.draw()
+    assert [label.get_text() for label in figure.axes[0].get_xticklabels()] == ["1", "20", "auto"]
