@@ -138,9 +138,10 @@ def plot_series(
                 continue
             marker = "os^Dv"[names.index(name) // 10 % 5]
             axis.errorbar(places, mean, spread if len(values) > 1 else None, marker=marker, markersize=4, **style)
-        axis.set(title=_plain(title), xlabel=xlabel, ylabel=f"{ylabel}, %", xscale="log" if log_x else "linear")
+        axis.set(title=_plain(title), xlabel=xlabel, ylabel=f"{ylabel}, %")
         axis.spines[["top", "right"]].set_visible(False)
         if log_x:
+            axis.set_xscale("log")
             axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
             axis.xaxis.set_major_formatter(EngFormatter(sep=""))
             axis.xaxis.set_minor_locator(NullLocator())
