@@ -131,6 +131,18 @@ def test_ridge_is_that_of_scikit_learn():
     np.testing.assert_allclose(router(query).scores, wanted, atol=1e-3)
 
 
+@pytest.mark.parametrize("seed", range(5))
+def test_rounding_of_the_gram_matrix_is_not_fitted(seed, monkeypatch):
+    monkeypatch.setattr("hf_clpeft.routing.ridge.choose_penalty", lambda features, targets: 1e-8)
+    generator = torch.Generator().manual_seed(seed)
+    centres = torch.randn(2, 32, generator=generator)
+    numbers = torch.arange(2).repeat(100)
+    features = 10 * (centres[numbers] + 0.3 * torch.randn(200, 32, generator=generator))
+    router = RidgeRouter(query_size=32, projection_size=1000)
+    router.add(features[:100], numbers[:100])
+    assert (router.class_scores(router.scores(features[100:])).argmax(dim=1) == numbers[100:]).float().mean() > 0.95
+
+
 def test_log_sum_exp_is_that_of_torch():
     scores = torch.randn(5, 6, generator=torch.Generator().manual_seed(0))
     found = log_sum_exp(scores, torch.tensor([1, 0, 1, 1, 2, 0]))

@@ -97,7 +97,9 @@ class RidgeRouter(ClassRouter):
         if not len(self.moments):
             return
         gram = self.gram.double().cpu()
-        gram.diagonal().add_(self.penalty.item())
+        # Of fewer images than random features the Gram matrix is singular but for rounding, which must not be fitted.
+        rounding = torch.finfo(self.gram.dtype).eps * gram.trace().item()
+        gram.diagonal().add_(max(self.penalty.item(), rounding))
         self._weights = torch.linalg.solve(gram, self.moments.double().cpu().T).T.to(self.gram)
 
 
