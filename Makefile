@@ -20,7 +20,7 @@ demo: $(VENV)/installed  ## learn five tasks of handwritten digits one after ano
 	$(BIN)/python recipes/demo.py --output_dir out/demo
 
 test: $(VENV)/installed  ## run the tests, offline
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist loadfile
 
 quality: $(VENV)/installed  ## check style
 	$(BIN)/ruff check .
