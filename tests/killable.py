@@ -1,10 +1,12 @@
 """A run that a test starts in a process of its own, kills, and starts again."""
 
 import os
+from pathlib import Path
 
 import torch
 
 from hf_clpeft import ContinualTrainingArguments, l2l, load_benchmark, s_lora
+from hf_clpeft.training.processes import TrainingError
 from hf_clpeft.training.recipe import BackboneArguments, learn
 
 
@@ -17,7 +19,11 @@ def run_together(rank: int, num_processes: int, port: int, *args, **options) -> 
     place |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     os.environ.update({name: str(value) for name, value in place.items()})
     torch.set_num_threads(1)
-    run(*args, **options)
+    try:
+        run(*args, **options)
+    except TrainingError as error:
+        Path(f"error-{rank}").write_text(str(error))
+        raise
 
 
 def run(method: str, folder: str, repo_id: str | None = None, **options) -> None:

@@ -117,6 +117,7 @@ def serve(hub: Hub | None = None, port: int = 0) -> Iterator[Hub]:
     """
     hub = hub or Hub()
     options = {"http": _Protocol, "ws": "none", "lifespan": "off", "log_config": None, "timeout_graceful_shutdown": 1}
+    options["timeout_keep_alive"] = 600  # a client that is slow may use a connection just when it is closed
     server = uvicorn.Server(uvicorn.Config(application(hub), **options))
     with socket.socket(proto=socket.IPPROTO_TCP) as listener:  # asyncio sends at once only if it sees the protocol
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
