@@ -142,7 +142,8 @@ def plot_series(
         axis.spines[["top", "right"]].set_visible(False)
         if log_x:
             axis.set_xscale("log")
-            axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            low, high = axis.get_xlim()
+            axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 200 * low else (1,)))
             axis.xaxis.set_major_formatter(EngFormatter(sep=""))
             axis.xaxis.set_minor_locator(NullLocator())
         elif not any(isinstance(place, str) for places, _ in lines.values() for place in places):
