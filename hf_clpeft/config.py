@@ -108,8 +108,8 @@ class MethodConfig:
             expert. `"first"`: the first task alone trains one. `"none"`: the backbone stays as it is.
         router (`str`, *optional*, defaults to `"prototypes"`): What chooses experts by query features:
             `"prototypes"` ([`PrototypeRouter`], the paper's), or the owner of the likeliest class by `"gaussian"`
-            ([`GaussianRouter`]), `"class_means"` ([`ClassMeanRouter`]) or `"ridge"` ([`RidgeRouter`]). A pool has its
-            keys, and a single expert needs none.
+            ([`GaussianRouter`]), `"class_means"` ([`ClassMeanRouter`]) or `"ridge"` ([`RidgeRouter`]), or by one that
+            you have put into [`hf_clpeft.routing.ROUTERS`]. A pool has its keys, and a single expert needs none.
         classifier (`str`, *optional*, defaults to `"head"`): What names the class: the trained `"head"`; the
             `"router"`, if it knows classes, on query features alone; or `"both"`: see [`hf_clpeft.mixing`].
         mix (`int`, *optional*, defaults to 1): How many experts judge an image, the likeliest ones, in one pass
@@ -120,7 +120,8 @@ class MethodConfig:
         k (`int` or `"auto"`, *optional*, defaults to 5): Prototypes (k-means centres) per task; 5 in the paper
             (arXiv 2406.03216). `"auto"` chooses on features held out of each task's training images.
         head (`str`, *optional*, defaults to `"auto"`): `"shared"` (one row per class), `"per_task"` (one row per task
-            and class) or `"auto"`: shared when tasks bring new classes, per task when they bring new domains.
+            and class) or `"auto"`: shared when tasks bring new classes and prototypes choose the expert, else per
+            task: a router that knows classes has compared those of different tasks already.
         query_with_first_expert (`bool`, *optional*, defaults to `False`): Take query features with the first task's
             expert active (the ++ variants) instead of the frozen backbone.
         route_layer (`int` or `list[int]`, *optional*): Take query features behind this layer, so that routing needs
@@ -275,7 +276,6 @@ class MethodConfig:
 _BEYOND_PLAIN_LORA = ("use_dora", "rank_pattern", "alpha_pattern", "lora_bias", "modules_to_save")
 _CHOICES = {
     "experts": ("per_task", "pool", "single", "first", "none"),
-    "router": ("prototypes", "gaussian", "class_means", "ridge"),
     "classifier": ("head", "router", "both"),
     "head": ("auto", "shared", "per_task"),
     "readout": ("cls", "prompts"),
@@ -402,6 +402,8 @@ class ContinualConfig:
             raise ConfigError(f"Two tasks have the same name: {names}.")
         if self.classes != list(dict.fromkeys(label for task in self.tasks for label in task.classes)):
             raise ConfigError("classes are not those of the tasks in order of appearance.")
+        for name in self.removed:
+            check_task_name(name)
         for path in self.files:
             check_path(path)
 

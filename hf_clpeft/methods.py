@@ -213,7 +213,7 @@ def sequential_lora(r: int = 1, **lora) -> MethodConfig:
     return MethodConfig("sequential_lora", _lora(r, lora), experts="single", head="shared", mask_logits=False)
 
 
-def s_lora_mix(r: int = 1, mix: int = 3, head: str = "auto", route_layer: Layers = None, **lora) -> MethodConfig:
+def s_lora_mix(r: int = 1, mix: int = 3, route_layer: Layers = None, **lora) -> MethodConfig:
     """S-LoRA-Mix: a Gaussian router, on query features of two depths, and several experts judge every image.
 
     Query features are taken with the first task's expert, behind the last two layers unless `route_layer` says others.
@@ -223,7 +223,6 @@ def s_lora_mix(r: int = 1, mix: int = 3, head: str = "auto", route_layer: Layers
     Args:
         r (`int`, *optional*, defaults to 1): Rank.
         mix (`int`, *optional*, defaults to 3): Experts that judge an image.
-        head (`str`, *optional*, defaults to `"auto"`): See [`MethodConfig`].
         route_layer (`int` or `list[int]`, *optional*): Default: the last two.
         lora: As for [`s_lora`].
 
@@ -242,7 +241,8 @@ def s_lora_mix(r: int = 1, mix: int = 3, head: str = "auto", route_layer: Layers
     """
     options = {"query_with_first_expert": True, "router": "gaussian", "classifier": "both", "mix": mix}
     layers = [-2, -1] if route_layer is None else route_layer
-    return MethodConfig("s_lora_mix", _lora(r, lora), head=head, route_layer=layers, **options)
+    # An expert judges among its own classes alone.
+    return MethodConfig("s_lora_mix", _lora(r, lora), head="per_task", route_layer=layers, **options)
 
 
 def ncm(route_layer: Layers = None) -> MethodConfig:

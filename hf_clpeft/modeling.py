@@ -20,7 +20,7 @@ from .learners import ExpertLearner, FrozenLearner, PoolLearner, TaskLearner, ro
 from .mixing import mix
 from .prediction import ContinualOutput, Prediction, read_output
 from .report import StreamReport
-from .routing import ClassMeanRouter, GaussianRouter, KeyRouter, PrototypeRouter, RidgeRouter, Routing
+from .routing import Routing, find_router
 from .storage import load_into, save_model
 from .streams.images import open_image
 
@@ -67,7 +67,7 @@ class ContinualModel(torch.nn.Module):
         if not 1 <= self.query_layers[0] <= self.query_layers[-1] <= count:
             raise ConfigError(f"route_layer={method.route_layer}, but the backbone has {count} layers.")
         self.bank = ExpertBank(backbone)
-        self.router = _make_router(method, self.query_size)
+        self.router = find_router(method).from_method(method, self.query_size)
         self.heads = Heads(backbone.hidden_size, shared=method.head == "shared")
         self.report: StreamReport | None = None
         self.unchanged_experts: dict[str, dict[str, str]] = {}  # their files since they were last saved or loaded
@@ -290,7 +290,8 @@ class ContinualModel(torch.nn.Module):
             raise ConfigError(f"The model has unlearnt a task {name!r}; give the new one another name.")
         method, task = self.config.method, TaskConfig(name, list(classes), domain)
         if method.head == "auto":
-            self.heads.shared = domain is None
+            # Where classes have been compared by the router already, rows of other tasks can only mislead.
+            self.heads.shared = domain is None and not method.knows_classes
         known = list(dict.fromkeys([*self.config.classes, *classes]))
         trained, targets = rows_to_train(known if method.joint else classes, known, method.mask_logits)
         rows = (task, self.heads.start(trained), trained, targets)
@@ -477,15 +478,6 @@ class ContinualModel(torch.nn.Module):
         model = cls(backbone, config)
         load_into(model, folder)
         return model
-
-
-def _make_router(method: MethodConfig, query_size: int) -> torch.nn.Module:
-    if method.experts == "pool":
-        return KeyRouter(query_size, method.pool_size, method.top_n)
-    if method.router == "ridge":
-        return RidgeRouter(query_size, method.projection_size)
-    routers = {"prototypes": PrototypeRouter, "gaussian": GaussianRouter, "class_means": ClassMeanRouter}
-    return routers[method.router](query_size)
 
 
 # Else `transformers.pipeline` would say, wrongly, that it does not support this model.

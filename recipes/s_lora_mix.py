@@ -14,9 +14,6 @@ from hf_clpeft.training.recipe import run_recipe
 class SLoraMixArguments:
     r: int = field(default=1, metadata={"help": "Rank of the LoRA adapters."})
     mix: int = field(default=3, metadata={"help": "Experts that judge an image."})
-    head: str = field(
-        default="auto", metadata={"help": "shared, per_task, or auto: shared if tasks bring new classes."}
-    )
     route_layer: list[int] | None = field(
         default=None, metadata={"help": "Take query features behind these layers; default: the last two."}
     )

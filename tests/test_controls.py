@@ -180,7 +180,7 @@ def test_experts_that_do_not_fit_are_not_taken_over(stream, tmp_path):
 @pytest.mark.parametrize(
     "make, message",
     [
-        (lambda: s_lora(router="nearest"), "router='nearest' is not one of"),
+        (lambda: ContinualModel.from_backbone(BACKBONE, s_lora(router="nearest")), "There is no router 'nearest'"),
         (lambda: s_lora_mix(mix=0), "mix=0 must be 1 or more"),
         (lambda: s_lora(route_layer=[3, 2]), r"route_layer=\[3, 2\] must be layers"),
         (lambda: method(experts="pool", router="gaussian"), "do not go with experts='pool'"),

@@ -6,8 +6,9 @@ from importlib.resources import files
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from ..config import ContinualConfig
+from ..config import ContinualConfig, MethodConfig
 from ..report import StreamReport
+from ..routing import ROUTERS, find_router
 
 
 CARD_NAME = "README.md"
@@ -19,12 +20,6 @@ EXPERTS = {
     "single": "one PEFT expert that all of them trained",
     "first": "one PEFT expert that the first of them trained",
     "none": "no expert: the backbone stays as it was",
-}
-ROUTERS = {
-    "prototypes": "nearest prototype",
-    "gaussian": "Gaussian per class, one covariance",
-    "class_means": "nearest class mean",
-    "ridge": "ridge regression on random features",
 }
 REPO_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
@@ -63,7 +58,7 @@ def make_card(
     backbone_id = config.backbone.name_or_path if REPO_ID.fullmatch(config.backbone.name_or_path) else None
     on_the_hub = REPO_ID.fullmatch(repo_id) is not None
     name = repo_id.split("/")[-1] if on_the_hub else f"{method.name} on {stream}"
-    revision = f", revision `{config.backbone.revision[:12]}`" if config.backbone.revision else ""
+    revision = f", revision `{_plain(config.backbone.revision[:12])}`" if config.backbone.revision else ""
     data = ModelCardData(
         library_name=LIBRARY,
         license=config.license,
@@ -76,7 +71,6 @@ def make_card(
     )
     columns, rows = _table(config, report)
     measured = len(report.measured()) if report is not None else 0
-    router = "nearest keys" if method.experts == "pool" else ROUTERS[method.router] if method.routed else "none"
     card = ModelCard.from_template(
         data,
         template_path=str(files("hf_clpeft") / "assets" / TEMPLATE),
@@ -86,13 +80,13 @@ def make_card(
         plain_peft=bool(backbone_id and on_the_hub and config.expert_names and technique != "PROMPT_TUNING"),
         backbone_id=backbone_id,
         expert_names=config.expert_names,
-        method=method.name,
+        method=_plain(method.name),
         experts=EXPERTS[method.experts].format(**vars(method)),
         backbone=f"[{backbone_id}](https://huggingface.co/{backbone_id}){revision}" if backbone_id else "a local one",
         image_size=config.backbone.image_size,
-        weight_hash=config.backbone.weight_hash[:12],
-        peft=", ".join(f"{key} = {value}" for key, value in method.peft.items()) or "none",
-        router=router,
+        weight_hash=_plain(config.backbone.weight_hash[:12]),
+        peft=_plain(", ".join(f"{key} = {value}" for key, value in method.peft.items()) or "none"),
+        router=_router(method),
         head=method.head.replace("_", " ") if method.classifier != "router" else "none: the router names the class",
         stream=_plain(stream),
         scenario=_scenario(config),
@@ -104,10 +98,18 @@ def make_card(
         routed=method.experts == "per_task",
         rejects=method.routed and not method.knows_classes,
         routing=_percent(summary["routing_accuracy"]) if "routing_accuracy" in summary else None,
-        license=config.license,
+        license=_plain(config.license),
     )
     card.content += "\n"
     return card
+
+
+def _router(method: MethodConfig) -> str:
+    if not method.routed and method.experts != "pool":
+        return "none"
+    # Whoever combines or pushes a model need not have its router at hand.
+    known = method.experts == "pool" or method.router in ROUTERS
+    return find_router(method).title if known else _plain(method.router)
 
 
 def _eval_results(report: StreamReport | None, summary: dict[str, float]) -> list[EvalResult] | None:

@@ -4,16 +4,20 @@ from .classes import ClassMeanRouter, ClassRouter
 from .gaussian import GaussianRouter
 from .keys import KeyRouter
 from .prototypes import PrototypeRouter
+from .registry import ROUTERS, find_router
 from .ridge import RidgeRouter
-from .routing import Routing
+from .routing import Router, Routing
 
 
 __all__ = [
+    "ROUTERS",
     "ClassMeanRouter",
     "ClassRouter",
     "GaussianRouter",
     "KeyRouter",
     "PrototypeRouter",
     "RidgeRouter",
+    "Router",
     "Routing",
+    "find_router",
 ]

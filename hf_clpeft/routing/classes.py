@@ -4,14 +4,17 @@ from abc import ABC, abstractmethod
 
 import torch
 
-from .prototypes import Routing
+from .routing import Router, Routing
 
 
-class ClassRouter(torch.nn.Module, ABC):
+class ClassRouter(Router, ABC):
     """Sends an image to the owner of its likeliest class. With no experts at all it is a classifier.
 
     It keeps one *entry* per class and task: the mean of the entry's L2-normalised query features and their number, and
     whatever sums a subclass needs besides. No image is kept, and the order in which tasks arrive does not matter.
+
+    A subclass says how well an entry fits (`scores`), what that means for classes (`class_scores`) and as a distance
+    (`to_distances`); `recipes/tutorials/new_router.py` is one.
 
     Args:
         query_size (`int`): Width of query features.
@@ -44,7 +47,7 @@ class ClassRouter(torch.nn.Module, ABC):
         means = normalized.new_zeros(len(numbers), self.query_size).index_add(0, entries, normalized) / counts[:, None]
         owners = torch.full_like(numbers, self.num_owners)
         self._append({"prototypes": means, "counts": counts, "owners": owners, "classes": numbers})
-        self._add_sums(features, normalized - means[entries], entries)
+        self.add_sums(features, normalized - means[entries], entries)
 
     def merge(self, other: "ClassRouter", numbers: list[int]) -> None:
         """Adds all tasks of another router of the same kind, as if they had been learnt here.
@@ -56,7 +59,7 @@ class ClassRouter(torch.nn.Module, ABC):
         renumbered = torch.tensor(numbers, device=other.classes.device)[other.classes]
         columns = {"prototypes": other.prototypes, "counts": other.counts, "classes": renumbered}
         self._append({**columns, "owners": other.owners + self.num_owners})
-        self._merge_sums(other)
+        self.merge_sums(other)
 
     def load(self, tensors: dict[str, torch.Tensor], num_tasks: int, num_classes: int) -> None:
         """Takes over what `state_dict` gave.
@@ -74,7 +77,7 @@ class ClassRouter(torch.nn.Module, ABC):
             raise ValueError(f"it holds {sorted(tensors)}, not {sorted(own)}, or numbers of another type.")
         entries = (len(tensors["owners"]),)
         shapes = {"prototypes": (*entries, self.query_size), "counts": entries, "owners": entries, "classes": entries}
-        shapes |= self._shapes(*entries)
+        shapes |= self.shapes(*entries)
         wrong = [key for key, shape in shapes.items() if tuple(tensors[key].shape) != shape]
         if wrong:
             raise ValueError(f"{wrong[0]} has shape {tuple(tensors[wrong[0]].shape)}, not {shapes[wrong[0]]}.")
@@ -86,7 +89,7 @@ class ClassRouter(torch.nn.Module, ABC):
             raise ValueError("a class has no images.")
         for key, tensor in tensors.items():
             setattr(self, key, tensor.to(own[key]))
-        self._derive()
+        self.derive()
 
     def forward(self, query: torch.Tensor) -> Routing:
         """Routes a batch.
@@ -100,7 +103,7 @@ class ClassRouter(torch.nn.Module, ABC):
         scores = self.scores(query)
         best = scores.new_full((len(scores), self.num_owners), -torch.inf)
         best = best.scatter_reduce(1, self.owners.expand_as(scores), scores, reduce="amax")
-        distances = self._distance(best)
+        distances = self.to_distances(best)
         distance, selection = distances.min(dim=1)
         return Routing(selection, distance, distances, scores)
 
@@ -120,7 +123,7 @@ class ClassRouter(torch.nn.Module, ABC):
         """How well each entry fits: of shape `(batch, entries)`, higher is better."""
 
     @abstractmethod
-    def _distance(self, scores: torch.Tensor) -> torch.Tensor:
+    def to_distances(self, scores: torch.Tensor) -> torch.Tensor:
         """The same as distances, 0 or more."""
 
     def _append(self, columns: dict[str, torch.Tensor]) -> None:
@@ -130,17 +133,26 @@ class ClassRouter(torch.nn.Module, ABC):
 
     # What a subclass keeps besides
 
-    def _add_sums(self, features: torch.Tensor, residuals: torch.Tensor, entries: torch.Tensor) -> None:
-        """Adds a task: its features, those after L2-normalisation less the mean of their entry, and the entries."""
-        self._derive()
+    def add_sums(self, features: torch.Tensor, residuals: torch.Tensor, entries: torch.Tensor) -> None:
+        """Adds the images of a task to what is kept besides.
 
-    def _merge_sums(self, other: "ClassRouter") -> None:
-        self._derive()
+        Args:
+            features (`torch.Tensor` of shape `(images, query_size)`, `float64`): Query features.
+            residuals (`torch.Tensor` of shape `(images, query_size)`, `float64`): The same, L2-normalised, less the
+                mean of their entry.
+            entries (integer `torch.Tensor` of shape `(images,)`): Entry of each, counted from the task's first.
+        """
+        self.derive()
 
-    def _shapes(self, entries: int) -> dict[str, tuple[int, ...]]:
+    def merge_sums(self, other: "ClassRouter") -> None:
+        """Adds what another router of the same kind keeps besides."""
+        self.derive()
+
+    def shapes(self, entries: int) -> dict[str, tuple[int, ...]]:
+        """Shapes of the buffers that are kept besides, where there are so many entries."""
         return {}
 
-    def _derive(self) -> None:
+    def derive(self) -> None:
         """Brings what follows from the sums up to date."""
 
 
@@ -167,6 +179,8 @@ class ClassMeanRouter(ClassRouter):
     ```
     """
 
+    title = "nearest class mean"
+
     def scores(self, query: torch.Tensor) -> torch.Tensor:
         query = torch.nn.functional.normalize(query.to(self.prototypes), dim=-1)
         return query @ torch.nn.functional.normalize(self.prototypes, dim=-1).T
@@ -179,5 +193,5 @@ class ClassMeanRouter(ClassRouter):
         norms = sums.new_zeros(shape[1], self.query_size).index_add(0, self.classes, sums).norm(dim=-1)
         return scores.new_zeros(shape).index_add(1, self.classes, weighted) / norms
 
-    def _distance(self, scores: torch.Tensor) -> torch.Tensor:
+    def to_distances(self, scores: torch.Tensor) -> torch.Tensor:
         return 1 - scores

@@ -35,6 +35,8 @@ class GaussianRouter(ClassRouter):
     ```
     """
 
+    title = "Gaussian per class, one covariance"
+
     def __init__(self, query_size: int):
         super().__init__(query_size)
         self.register_buffer("scatter", torch.zeros(query_size, query_size))
@@ -50,21 +52,21 @@ class GaussianRouter(ClassRouter):
     def class_scores(self, scores: torch.Tensor) -> torch.Tensor:
         return log_sum_exp(scores, self.classes)
 
-    def _distance(self, scores: torch.Tensor) -> torch.Tensor:
+    def to_distances(self, scores: torch.Tensor) -> torch.Tensor:
         return (-2 * scores).sqrt()
 
-    def _add_sums(self, features: torch.Tensor, residuals: torch.Tensor, entries: torch.Tensor) -> None:
+    def add_sums(self, features: torch.Tensor, residuals: torch.Tensor, entries: torch.Tensor) -> None:
         self.scatter = self.scatter + (residuals.T @ residuals).to(self.scatter)
-        self._derive()
+        self.derive()
 
-    def _merge_sums(self, other: "GaussianRouter") -> None:
+    def merge_sums(self, other: "GaussianRouter") -> None:
         self.scatter = self.scatter + other.scatter.to(self.scatter)
-        self._derive()
+        self.derive()
 
-    def _shapes(self, entries: int) -> dict[str, tuple[int, ...]]:
+    def shapes(self, entries: int) -> dict[str, tuple[int, ...]]:
         return {"scatter": (self.query_size, self.query_size)}
 
-    def _derive(self) -> None:
+    def derive(self) -> None:
         freedom = max(1, int(self.counts.sum()) - len(self.counts))
         covariance = shrink(self.scatter.double().cpu() / freedom, freedom)
         whitening = torch.linalg.inv(torch.linalg.cholesky(covariance)).T

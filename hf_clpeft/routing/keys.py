@@ -2,10 +2,11 @@
 
 import torch
 
-from .routing import Routing
+from ..config import MethodConfig
+from .routing import Router, Routing
 
 
-class KeyRouter(torch.nn.Module):
+class KeyRouter(Router):
     """Sends an image to the experts of a pool whose keys are nearest to its query features.
 
     Args:
@@ -29,11 +30,17 @@ class KeyRouter(torch.nn.Module):
     ```
     """
 
+    title = "nearest keys"
+
     def __init__(self, query_size: int, pool_size: int, top_n: int):
         super().__init__()
         self.keys = torch.nn.Parameter(torch.empty(pool_size, query_size), requires_grad=False)
         self.top_n = top_n
         self.reset_parameters()
+
+    @classmethod
+    def from_method(cls, method: MethodConfig, query_size: int) -> "KeyRouter":
+        return cls(query_size, method.pool_size, method.top_n)
 
     def reset_parameters(self) -> None:
         """Draws the keys anew."""

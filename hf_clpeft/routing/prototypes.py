@@ -3,7 +3,7 @@
 import numpy as np
 import torch
 
-from .routing import Routing
+from .routing import Router, Routing
 
 
 CANDIDATES = (1, 2, 5, 10, 20, 50, 100, 200)
@@ -12,7 +12,7 @@ FOLDS = 5
 FARTHEST = 2.0  # between two points of the unit sphere
 
 
-class PrototypeRouter(torch.nn.Module):
+class PrototypeRouter(Router):
     """Sends an image to the owner of the nearest prototype.
 
     Prototypes are k-means centres of a task's L2-normalised query features; distances are Euclidean. Routing is per
@@ -41,6 +41,8 @@ class PrototypeRouter(torch.nn.Module):
 
     ```
     """
+
+    title = "nearest prototype"
 
     def __init__(self, query_size: int):
         super().__init__()

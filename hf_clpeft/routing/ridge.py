@@ -2,6 +2,7 @@
 
 import torch
 
+from ..config import MethodConfig
 from .classes import ClassRouter
 
 
@@ -36,6 +37,8 @@ class RidgeRouter(ClassRouter):
     ```
     """
 
+    title = "ridge regression on random features"
+
     def __init__(self, query_size: int, projection_size: int = 10_000):
         super().__init__(query_size)
         self.projection_size = projection_size
@@ -46,6 +49,10 @@ class RidgeRouter(ClassRouter):
         self.register_buffer("penalty", torch.tensor(1.0))
         self.register_buffer("_weights", torch.zeros(0, 0), persistent=False)
 
+    @classmethod
+    def from_method(cls, method: MethodConfig, query_size: int) -> "RidgeRouter":
+        return cls(query_size, method.projection_size)
+
     def scores(self, query: torch.Tensor) -> torch.Tensor:
         return self._random_features(query) @ self._weights.T
 
@@ -53,7 +60,7 @@ class RidgeRouter(ClassRouter):
         # Targets of a class are the sum of those of its entries, and the regression is linear in them.
         return scores.new_zeros(len(scores), int(self.classes.max()) + 1).index_add(1, self.classes, scores)
 
-    def _distance(self, scores: torch.Tensor) -> torch.Tensor:
+    def to_distances(self, scores: torch.Tensor) -> torch.Tensor:
         return (1 - scores).clamp(min=0)
 
     def _random_features(self, features: torch.Tensor) -> torch.Tensor:
@@ -68,23 +75,23 @@ class RidgeRouter(ClassRouter):
             self.gram = self.gram.new_zeros(self.projection_size, self.projection_size)
             self.moments = self.moments.new_zeros(0, self.projection_size)
 
-    def _add_sums(self, features: torch.Tensor, residuals: torch.Tensor, entries: torch.Tensor) -> None:
+    def add_sums(self, features: torch.Tensor, residuals: torch.Tensor, entries: torch.Tensor) -> None:
         self._unfold()
         hidden = self._random_features(features)
         targets = torch.nn.functional.one_hot(entries).to(hidden)
         self._append({"moments": targets.T @ hidden})
         self.gram = self.gram + hidden.T @ hidden
         self.penalty = self.penalty.new_tensor(choose_penalty(hidden.double().cpu(), targets.double().cpu()))
-        self._derive()
+        self.derive()
 
-    def _merge_sums(self, other: "RidgeRouter") -> None:
+    def merge_sums(self, other: "RidgeRouter") -> None:
         self._unfold()
         self._append({"moments": other.moments})
         self.gram = self.gram + other.gram.to(self.gram)
         self.penalty = other.penalty.to(self.penalty)
-        self._derive()
+        self.derive()
 
-    def _shapes(self, entries: int) -> dict[str, tuple[int, ...]]:
+    def shapes(self, entries: int) -> dict[str, tuple[int, ...]]:
         size = self.projection_size if entries else 0
         return {
             "projection": (self.query_size, size),
@@ -93,7 +100,7 @@ class RidgeRouter(ClassRouter):
             "penalty": (),
         }
 
-    def _derive(self) -> None:
+    def derive(self) -> None:
         if not len(self.moments):
             return
         gram = self.gram.double().cpu()

@@ -1,8 +1,10 @@
-"""What every router says about a batch."""
+"""What every router is, and what it says about a batch."""
 
 from typing import NamedTuple
 
 import torch
+
+from ..config import MethodConfig
 
 
 class Routing(NamedTuple):
@@ -26,3 +28,26 @@ class Routing(NamedTuple):
         """The same with all images at one expert, and no other."""
         one = self.selection if self.selection.dim() == 1 else self.selection[:, :1]
         return self._replace(selection=torch.full_like(one, expert))
+
+
+class Router(torch.nn.Module):
+    """Finds the experts of images by their query features, image by image.
+
+    Attributes:
+        title (`str`): How it does so, in a few words for model cards.
+    """
+
+    title = "unknown"
+
+    @classmethod
+    def from_method(cls, method: MethodConfig, query_size: int) -> "Router":
+        """A router that knows no task yet.
+
+        Args:
+            method ([`MethodConfig`]): May say more about it.
+            query_size (`int`): Width of query features.
+
+        Returns:
+            [`Router`]
+        """
+        return cls(query_size)
