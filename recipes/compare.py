@@ -30,7 +30,8 @@ import torch
 from hf_clpeft import METHODS, ConfigError, ContinualTrainingArguments, MethodConfig, StreamReport, TaskStream
 from hf_clpeft.plots import plot_bars, plot_comparison, plot_series
 from hf_clpeft.streams import BENCHMARKS
-from hf_clpeft.training.recipe import BackboneArguments, StreamArguments, learn
+from hf_clpeft.training.options import BackboneArguments, StreamArguments
+from hf_clpeft.training.recipe import learn
 
 
 GROUPS = (StreamArguments, BackboneArguments, ContinualTrainingArguments)

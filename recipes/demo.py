@@ -9,7 +9,9 @@ from pathlib import Path
 from hf_clpeft import ContinualTrainingArguments, s_lora, s_prompts, sequential_lora
 from hf_clpeft.plots import plot_comparison
 from hf_clpeft.streams import BENCHMARKS
-from hf_clpeft.training.recipe import BackboneArguments, StreamArguments, learn, parse, print_reports
+from hf_clpeft.training.console import print_reports
+from hf_clpeft.training.options import BackboneArguments, StreamArguments, parse
+from hf_clpeft.training.recipe import learn
 
 
 def main():
@@ -21,7 +23,7 @@ def main():
         training = replace(training, output_dir=str(folder / method.name))
         reports.append(learn(stream_args.load(), backbone, training, method))
     plot_comparison(reports, folder / "demo.png")
-    print_reports(reports, folder / "demo.png")
+    print_reports(reports, f"picture: {folder / 'demo.png'}", f"next: hf-clpeft demo {folder / 's_lora'}")
 
 
 if __name__ == "__main__":

@@ -7,7 +7,8 @@ accelerate launch recipes/l2p.py --benchmark digits   # offline, on what comes w
 from dataclasses import dataclass, field
 
 from hf_clpeft import l2p
-from hf_clpeft.training.recipe import PoolArguments, run_recipe
+from hf_clpeft.training.options import PoolArguments
+from hf_clpeft.training.recipe import run_recipe
 
 
 @dataclass

@@ -7,7 +7,8 @@ accelerate launch recipes/s_lora.py --benchmark digits   # offline, on what come
 from dataclasses import dataclass, field
 
 from hf_clpeft import s_lora
-from hf_clpeft.training.recipe import PrototypeArguments, run_recipe
+from hf_clpeft.training.options import PrototypeArguments
+from hf_clpeft.training.recipe import run_recipe
 
 
 @dataclass

@@ -7,7 +7,8 @@ accelerate launch recipes/s_prompts.py --benchmark digits   # offline, on what c
 from dataclasses import dataclass, field
 
 from hf_clpeft import s_prompts
-from hf_clpeft.training.recipe import PrototypeArguments, run_recipe
+from hf_clpeft.training.options import PrototypeArguments
+from hf_clpeft.training.recipe import run_recipe
 
 
 @dataclass

@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Literal
 
 from hf_clpeft import METHODS, ContinualTrainingArguments, Task, TaskStream
-from hf_clpeft.training.recipe import BackboneArguments, StreamArguments, learn, parse
+from hf_clpeft.training.options import BackboneArguments, StreamArguments, parse
+from hf_clpeft.training.recipe import learn
 
 
 @dataclass

@@ -6,8 +6,9 @@ from pathlib import Path
 import torch
 
 from hf_clpeft import ContinualTrainingArguments, l2l, load_benchmark, s_lora
+from hf_clpeft.training.options import BackboneArguments
 from hf_clpeft.training.processes import TrainingError
-from hf_clpeft.training.recipe import BackboneArguments, learn
+from hf_clpeft.training.recipe import learn
 
 
 METHODS = {"s_lora": s_lora(k=5), "l2l": l2l(pool_size=4, top_n=2)}

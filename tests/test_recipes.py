@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from hf_clpeft import ConfigError, ContinualTrainingArguments
-from hf_clpeft.training.recipe import BackboneArguments, StreamArguments, parse
+from hf_clpeft.training.options import BackboneArguments, StreamArguments, parse
 
 
 REPO = Path(__file__).parents[1]
@@ -36,7 +36,7 @@ def test_a_recipe_learns_a_benchmark_and_prints_a_table(script, tmp_path):
 def test_the_demo_ends_with_a_table_and_a_picture(tmp_path):
     done = run("demo.py", "--output_dir", tmp_path, "--num_tasks", "2", "--disable_tqdm", *QUICK)
     assert done.returncode == 0, done.stderr[-2000:]
-    assert all(f" {name} " in done.stdout for name in ("s_lora", "s_prompts", "sequential_lora"))
+    assert all(f"\n{name} " in done.stdout for name in ("s_lora", "s_prompts", "sequential_lora"))
     assert (tmp_path / "demo.png").is_file() and str(tmp_path / "demo.png") in done.stdout
 
 

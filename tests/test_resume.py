@@ -20,7 +20,8 @@ from hf_clpeft import (
     TaskStream,
     s_lora,
 )
-from hf_clpeft.training.recipe import BackboneArguments, learn
+from hf_clpeft.training.options import BackboneArguments
+from hf_clpeft.training.recipe import learn
 
 
 METHOD, BARE = s_lora(k=2), BackboneArguments(backbone=BACKBONE)

@@ -1,5 +1,7 @@
 """Tasks out of data sets, and what is said when there are none in them."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 from conftest import pattern_dataset, pattern_rows
@@ -111,6 +113,16 @@ def test_a_task_may_keep_all_images_for_training():
     rows = Dataset.from_dict({"image": pattern_rows(1)["image"], "label": ["cat"] * 6})
     task = load_task(DatasetDict(train=rows), name="cats", test_size=0)
     assert task.classes == ("cat",) and task.test is None and len(list(task.train)) == 6
+
+
+def test_a_folder_with_one_class_folder_is_one_class_and_one_with_none_is_refused(patterns, tmp_path):
+    for place in ("new/robin", "flat"):
+        Path(place).mkdir(parents=True)
+        for i in range(3):
+            patterns["train"][i]["image"].save(Path(place, f"{i}.png"))
+    assert load_task("new", name="october", test_size=0).classes == ("robin",)
+    with pytest.raises(StreamError, match="flat holds pictures, but no class: .* flat/robin/1.jpg"):
+        load_task("flat", name="october", test_size=0)
 
 
 def test_an_empty_task_is_refused():

@@ -220,13 +220,26 @@ def load_source(
     if Path(dataset, "dataset_dict.json").is_file():
         return load_source(load_from_disk(dataset), split, **columns)
     open_split = partial(load_dataset, str(dataset), name, split=split, revision=revision, streaming=streaming)
-
     try:
         loaded = open_split()
         can_skip = streaming and isinstance(load_dataset_builder(str(dataset), name, revision=revision), Parquet)
     except ValueError as error:
         raise StreamError(f"Data set {str(dataset)!r}, split {split!r} cannot be loaded: {error}") from error
+    if Path(dataset).is_dir() and set(loaded.features or ()) == {"image"}:
+        loaded = _with_single_class(open_split, dataset)
     return ImageSource(loaded, str(dataset), split, **columns, reopen=open_split if can_skip else None)
+
+
+def _with_single_class(open_split, folder: str | Path):
+    """A folder of pictures with one class folder, which `datasets` takes for no class."""
+    loaded = open_split(drop_labels=False)
+    (label,) = loaded.features["label"].names
+    if label in (Path(folder).name, *TEST_SPLITS, "train"):
+        raise StreamError(
+            f"{folder} holds pictures, but no class: put those of each class into a folder with its name, "
+            f"{Path(folder, 'robin', '1.jpg')}."
+        )
+    return loaded
 
 
 def find_test_split(dataset, name: str | None = None, revision: str | None = None) -> str | None:

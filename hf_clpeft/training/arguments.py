@@ -126,7 +126,9 @@ class ContinualTrainingArguments:
     dataloader_num_workers: int = field(
         default=0, metadata={"help": "Processes that read resized images ahead; 0 reads them in the training process."}
     )
-    disable_tqdm: bool = field(default=False, metadata={"help": "Show no progress bars."})
+    disable_tqdm: bool = field(
+        default=False, metadata={"help": "Show no progress bars, and no table after each task."}
+    )
 
     def __post_init__(self):
         counts = ("num_train_epochs", "train_batch_size", "eval_batch_size", "gradient_accumulation_steps")

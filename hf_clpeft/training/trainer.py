@@ -3,7 +3,6 @@
 import logging
 import math
 import threading
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 
@@ -24,9 +23,10 @@ from ..report import StreamReport
 from ..routing.prototypes import fit_prototypes, fit_thresholds
 from ..streams import StreamedImages, Task, TaskImages, TaskStream, cache_images, open_images
 from ..streams.images import augment
-from ..versions import library_versions
 from .arguments import ContinualTrainingArguments
 from .checkpoints import Checkpoints, Progress
+from .console import print_task, waiting
+from .costs import bytes_beside_experts, describe_environment, note_costs, timed
 from .evaluation import Evaluator
 from .experts_from import Donor
 from .features import extract_queries
@@ -105,9 +105,10 @@ class ContinualTrainer:
             for task in model.config.tasks:
                 model.report.add_task(task.name, task.title)
         self.report = model.report
-        self.report.environment = self._environment()
+        self.report.environment = describe_environment(model, self.accelerator, self.args.seed)
         if self.args.license is not None:
             model.config.license = self.args.license
+        self._shows = self.accelerator.is_main_process and not self.args.disable_tqdm
         self._tests: dict[int, Task] = {}  # tasks that can be tested, by position in the model
         self._seen: list[tuple[Task, TaskImages]] = []  # training images, for methods that train on all tasks at once
         self._step = 0  # optimizer steps so far, as trackers count them
@@ -192,27 +193,29 @@ class ContinualTrainer:
     def _learn(self, task: Task) -> StreamReport:
         args, method, seconds = self.args, self.model.config.method, {}
         owner = len(self.model.config.tasks)
-        with _timed(seconds, "images"):
+        with timed(seconds, "images"):
             train = self._training_images(task.train)
             test = None if task.test is None else self._images(task.test)
-        with _timed(seconds, "forward_transfer"):
+        with timed(seconds, "forward_transfer"):
             before = self._evaluate_before(task, test)
         set_seed(args.seed + owner)
         learner = self.model.start_task(task.name, task.classes, task.domain)
-        images, stored = self._join(task, train), self._bytes_beside_experts()
+        images, stored = self._join(task, train), bytes_beside_experts(self.model)
         self._fit(learner, images, seconds)
         self.model.finish_task(learner, len(train))
         if method.routed:
-            with _timed(seconds, "router"):
+            with timed(seconds, "router"):
                 self._teach_router(task, train)
         elif method.experts == "single":
             self.evaluator.expert_changed()
-        self._note_costs(learner, images, seconds, stored)
-        with _timed(seconds, "evaluate"):
+        note_costs(self.report, self.model, learner, len(images), self.args, seconds, stored)
+        with timed(seconds, "evaluate"):
             if test is not None:
                 self._tests[owner] = task
                 self.evaluator.add(task.name, test)
             self._evaluate(before)
+        if self._shows:
+            print_task(self.report)
         self._save()
         self.accelerator.free_memory()
         return self.report
@@ -242,7 +245,7 @@ class ContinualTrainer:
             seconds, images = {}, self._open(task.train)
             set_seed(args.seed + position)
             learner = self.model.start_task(task.name, task.classes, task.domain)
-            with _timed(seconds, "train"):
+            with timed(seconds, "train"):
                 self._train(learner, images, None, local, checkpoints)
             self._parallel.put(learner, seconds["train"])
         self.model.bank.abandon()
@@ -250,14 +253,11 @@ class ContinualTrainer:
 
     def _postpone(self, task: Task) -> None:
         """Makes a task known whose images are trained on later, together with those of others."""
-        train, stored, position = (
-            self._training_images(task.train),
-            self._bytes_beside_experts(),
-            len(self.model.config.tasks),
-        )
+        train, position = self._training_images(task.train), len(self.model.config.tasks)
+        stored = bytes_beside_experts(self.model)
         learner = self.model.start_task(task.name, task.classes, task.domain)
         self.model.finish_task(learner, len(train))
-        self._note_costs(learner, train, {}, stored)
+        note_costs(self.report, self.model, learner, len(train), self.args, {}, stored)
         self._take_up(task, position)
 
     def _join(self, task: Task, train: TaskImages | StreamedImages) -> TaskImages | StreamedImages:
@@ -296,13 +296,13 @@ class ContinualTrainer:
         probe = isinstance(learner, FrozenLearner) and method.classifier == "head"
         streamed = isinstance(images, StreamedImages)
         if probe or (method.experts == "pool" and self.args.cache_query_features and not streamed):
-            with _timed(seconds, "queries"):
+            with timed(seconds, "queries"):
                 queries = extract_queries(images, self.model, self.accelerator, self.args, desc=f"Querying {name}")
         if probe:
-            with _timed(seconds, "probe"):
+            with timed(seconds, "probe"), waiting(f"Fitting the head of {name}", self._shows):
                 fit_probe(learner.head, queries, learner.targets.cpu()[torch.from_numpy(images.labels)])
         elif not isinstance(learner, FrozenLearner):
-            with _timed(seconds, "train"):
+            with timed(seconds, "train"):
                 self._train(learner, images, queries, self.accelerator, self._checkpoints)
 
     def _teach_router(self, task: Task, images: TaskImages | StreamedImages) -> None:
@@ -310,11 +310,12 @@ class ContinualTrainer:
         images = images.sample if isinstance(images, StreamedImages) else images
         query = extract_queries(images, self.model, self.accelerator, self.args, desc=f"Querying {task.name}")
         router, classes = self.model.router, self.model.config.classes
-        if self.model.config.method.knows_classes:
-            numbers = torch.tensor([classes.index(label) for label in task.classes])
-            router.add(query, numbers[torch.from_numpy(images.labels)])
-        else:
-            router.add_prototypes(*self._fit_prototypes(query, task.name))
+        with waiting(f"Teaching the router {task.name}", self._shows):
+            if self.model.config.method.knows_classes:
+                numbers = torch.tensor([classes.index(label) for label in task.classes])
+                router.add(query, numbers[torch.from_numpy(images.labels)])
+            else:
+                router.add_prototypes(*self._fit_prototypes(query, task.name))
 
     def _fit_prototypes(self, query: torch.Tensor, name: str) -> tuple[torch.Tensor, torch.Tensor]:
         """Prototypes and thresholds, on one process for all."""
@@ -343,7 +344,7 @@ class ContinualTrainer:
         bar = tqdm(
             total=loop.num_steps,
             desc=f"Training {learner.config.name} ({learner.config.title})",
-            disable=args.disable_tqdm or not self.accelerator.is_main_process,
+            disable=not self._shows,
             leave=False,
         )
 
@@ -413,33 +414,6 @@ class ContinualTrainer:
         report.test_forwards_per_image = self.evaluator.forwards_per_image()
         self.accelerator.log({f"eval/{name}": value for name, value in report.summary().items()}, step=self._step)
 
-    def _bytes_beside_experts(self) -> int:
-        """Bytes of router and heads; none before the first task."""
-        modules = (self.model.router, self.model.heads) if self.model.config.tasks else ()
-        return sum(tensor.nbytes for module in modules for tensor in module.state_dict().values())
-
-    def _note_costs(
-        self, learner: TaskLearner, images: TaskImages | StreamedImages, seconds: dict[str, float], stored: int
-    ) -> None:
-        report, model, method = self.report, self.model, self.model.config.method
-        first = len(model.config.tasks) == 1
-        trained = [*model.bank] if method.experts == "pool" else [*model.bank][-1:]
-        expert = 0 if isinstance(learner, FrozenLearner) else sum(expert.num_parameters for expert in trained)
-        keys = model.router.keys.numel() if method.experts == "pool" else 0
-        head = 0 if method.classifier == "router" else sum(rows.numel() for rows in learner.head.parameters())
-        # Where tasks share experts, these were there before, unless this is the first task.
-        added = expert if first or method.experts == "per_task" else 0
-        report.add_task(
-            learner.config.name,
-            learner.config.title,
-            expert_parameters=expert + keys,
-            head_parameters=head,
-            stored_bytes=4 * added + self._bytes_beside_experts() - stored,
-            train_images_per_second=len(images) * self.args.num_train_epochs / (seconds.get("train") or math.nan),
-            untrained_accuracy=1 / len(learner.config.classes),
-            seconds=seconds,
-        )
-
     def _save(self) -> None:
         if self.accelerator.is_main_process:
             try:
@@ -475,21 +449,3 @@ class ContinualTrainer:
                 self._outbox.folder,
                 self.args.output_dir,
             )
-
-    def _environment(self) -> dict:
-        device = self.accelerator.device
-        return {
-            "backbone": vars(self.model.config.backbone),
-            "seed": self.args.seed,
-            "versions": library_versions(),
-            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
-            "num_processes": self.accelerator.num_processes,
-            "mixed_precision": self.accelerator.mixed_precision,
-        }
-
-
-@contextmanager
-def _timed(seconds: dict[str, float], part: str) -> Iterator[None]:
-    start = time.perf_counter()
-    yield
-    seconds[part] = round(time.perf_counter() - start, 3)

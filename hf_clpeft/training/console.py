@@ -1,0 +1,143 @@
+"""What a run says in the terminal: a plan before it, a table after every task, and one at the end."""
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+
+import numpy as np
+from tqdm.auto import tqdm
+
+from ..report import StreamReport
+
+
+@contextmanager
+def waiting(text: str, shows: bool) -> Iterator[None]:
+    """Shows a line while something takes its time that cannot say how far it is.
+
+    Args:
+        text (`str`): What is being done.
+        shows (`bool`): Whether to show anything at all.
+    """
+    with tqdm(desc=text, bar_format="{desc} ...", leave=False, disable=not shows):
+        yield
+
+
+def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence], caption: str | None = None) -> None:
+    """Prints a table: the first column to the left, all others to the right.
+
+    Args:
+        title (`str`): Heading.
+        columns (sequence of `str`): Names of the columns.
+        rows (iterable of sequences): Their values; text of strangers is shown as it is.
+        caption (`str`, *optional*): Line below.
+
+    Example:
+
+    ```py
+    >>> from hf_clpeft.training.console import print_table
+
+    >>> print_table("two tasks", ["task", "images"], [["task-000", 120], ["task-001", 80]])
+    two tasks
+    task       images
+    ─────────────────
+    task-000      120
+    task-001       80
+
+    ```
+    """
+    from rich.box import SIMPLE_HEAD
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(
+        box=SIMPLE_HEAD, title=Text(title), title_justify="left", title_style="bold", pad_edge=False, show_edge=False
+    )
+    for number, name in enumerate(columns):
+        table.add_column(name, justify="right" if number else "left", overflow="fold")
+    for row in rows:
+        table.add_row(*(Text(str(value)) for value in row))  # no markup: class names come from strangers
+    console = Console()
+    console.print(table)
+    if caption:
+        console.print(Text(f"\n{caption}"))
+
+
+def print_task(report: StreamReport) -> None:
+    """Prints how the last task went: what it can do, what all can do by now, and what it cost.
+
+    Args:
+        report ([`StreamReport`]): Of the model.
+    """
+    last, measured, summary = len(report.tasks) - 1, report.measured(), report.summary()
+    matrix, seconds = np.array(report.accuracy_matrix), report.seconds[-1]
+    rows = []
+    if last in measured:
+        own = [matrix[last, last], math.nan, math.nan]
+        if report.oracle_accuracy:
+            sent = report.routing_confusion[last]
+            own[1:] = sent[last] / max(1, sum(sent)), report.oracle_accuracy[last]
+        rows.append(["this task", *map(percent, own)])
+    if len(measured) > 1:
+        names = ("average_accuracy", "routing_accuracy", "oracle_accuracy")
+        rows.append([f"all {len(measured)} tasks", *(percent(summary.get(name, math.nan)) for name in names)])
+    cost = [f"{name.replace('_', ' ')} {value:.1f} s" for name, value in seconds.items() if value >= 0.05]
+    sizes = f"expert {report.expert_parameters[-1]:,} and head {report.head_parameters[-1]:,} parameters"
+    print_table(
+        f"{report.tasks[-1]} ({report.titles[-1]}) is learnt",
+        ["", "accuracy", "routing", "oracle"],
+        rows,
+        ", ".join([sizes, f"{report.stored_bytes[-1] / 1000:,.0f} kB", *cost]) + "\n",
+    )
+
+
+def print_reports(reports: list[StreamReport], *closing: str) -> None:
+    """Prints one row per report, on the main process.
+
+    Args:
+        reports (`list[StreamReport]`): Runs to set side by side.
+        closing (`str`): Lines that go below: where the results are, and what to do next.
+    """
+    from accelerate import PartialState
+
+    if not PartialState().is_main_process:
+        return
+    measures = {
+        "average_accuracy": "average",
+        "average_incremental_accuracy": "incremental",
+        "forgetting": "forgetting",
+        "routing_accuracy": "routing",
+        "oracle_accuracy": "oracle",
+    }
+    summaries = [report.summary() for report in reports]
+    print_table(
+        f"{reports[0].stream}: accuracy after {len(reports[0].tasks)} tasks, every image routed by itself",
+        ["method", *measures.values(), "expert", "sec"],
+        [
+            [
+                report.method,
+                *(percent(summary.get(name, math.nan)) for name in measures),
+                f"{max(report.expert_parameters):,}",
+                f"{sum(sum(parts.values()) for parts in report.seconds):.0f}",
+            ]
+            for report, summary in zip(reports, summaries, strict=True)
+        ],
+    )
+    for line in closing:
+        print(line, flush=True)
+
+
+def percent(value: float) -> str:
+    """A share in percent, with one digit; a dash if it was not measured.
+
+    Example:
+
+    ```py
+    >>> from hf_clpeft.training.console import percent
+
+    >>> percent(0.1234), percent(float("nan"))
+    ('12.3', '–')
+
+    ```
+    """
+    return "–" if math.isnan(value) else f"{100 * value:.1f}"

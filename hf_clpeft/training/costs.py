@@ -1,0 +1,86 @@
+"""What a task has cost, and what it takes to repeat the numbers."""
+
+import math
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from accelerate import Accelerator
+
+from ..learners import FrozenLearner, TaskLearner
+from ..modeling import ContinualModel
+from ..report import StreamReport
+from ..versions import library_versions
+from .arguments import ContinualTrainingArguments
+
+
+@contextmanager
+def timed(seconds: dict[str, float], part: str) -> Iterator[None]:
+    """Notes how long something takes.
+
+    Args:
+        seconds (`dict[str, float]`): Where to note it.
+        part (`str`): Under which name.
+    """
+    start = time.perf_counter()
+    yield
+    seconds[part] = round(time.perf_counter() - start, 3)
+
+
+def bytes_beside_experts(model: ContinualModel) -> int:
+    """Bytes of router and heads; none before the first task."""
+    modules = (model.router, model.heads) if model.config.tasks else ()
+    return sum(tensor.nbytes for module in modules for tensor in module.state_dict().values())
+
+
+def note_costs(
+    report: StreamReport,
+    model: ContinualModel,
+    learner: TaskLearner,
+    num_images: int,
+    args: ContinualTrainingArguments,
+    seconds: dict[str, float],
+    stored: int,
+) -> None:
+    """Opens the report's row of the task that a model has just learnt.
+
+    Args:
+        report ([`StreamReport`]): Where to note it.
+        model ([`ContinualModel`]): Has learnt the task.
+        learner ([`TaskLearner`]): What was trained.
+        num_images (`int`): Training images.
+        args ([`ContinualTrainingArguments`]): How it was trained.
+        seconds (`dict[str, float]`): Of [`timed`].
+        stored (`int`): [`bytes_beside_experts`] before the task.
+    """
+    method, first = model.config.method, len(model.config.tasks) == 1
+    trained = [*model.bank] if method.experts == "pool" else [*model.bank][-1:]
+    expert = 0 if isinstance(learner, FrozenLearner) else sum(expert.num_parameters for expert in trained)
+    keys = model.router.keys.numel() if method.experts == "pool" else 0
+    head = 0 if method.classifier == "router" else sum(rows.numel() for rows in learner.head.parameters())
+    # Where tasks share experts, these were there before, unless this is the first task.
+    added = expert if first or method.experts == "per_task" else 0
+    report.add_task(
+        learner.config.name,
+        learner.config.title,
+        expert_parameters=expert + keys,
+        head_parameters=head,
+        stored_bytes=4 * added + bytes_beside_experts(model) - stored,
+        train_images_per_second=num_images * args.num_train_epochs / (seconds.get("train") or math.nan),
+        untrained_accuracy=1 / len(learner.config.classes),
+        seconds=seconds,
+    )
+
+
+def describe_environment(model: ContinualModel, accelerator: Accelerator, seed: int) -> dict:
+    """Backbone, seed, versions and device of a run, ready for JSON."""
+    device = accelerator.device
+    return {
+        "backbone": vars(model.config.backbone),
+        "seed": seed,
+        "versions": library_versions(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "num_processes": accelerator.num_processes,
+        "mixed_precision": accelerator.mixed_precision,
+    }

@@ -1,0 +1,183 @@
+"""The options of a recipe's command line that are neither the method's nor the trainer's, and how they are read."""
+
+import sys
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Literal
+
+from ..bundled import BUNDLED_BACKBONES
+from ..config import ConfigError
+from ..streams import BENCHMARKS, TaskStream, load_benchmark
+
+
+@dataclass
+class StreamArguments:
+    """Which tasks to learn: a named benchmark, or any data set split by class or by domain."""
+
+    benchmark: str | None = field(
+        default=None,
+        metadata={"help": f"One of {', '.join(BENCHMARKS)}. Default: split_cifar100, unless --dataset is given."},
+    )
+    dataset: str | None = field(
+        default=None,
+        metadata={"help": "Hub id or folder (Parquet or ImageFolder); with --benchmark, another copy of its data."},
+    )
+    dataset_name: str | None = field(default=None, metadata={"help": "Configuration of the data set."})
+    dataset_revision: str | None = field(default=None, metadata={"help": "Commit of the data set's repo."})
+    streaming: bool = field(default=False, metadata={"help": "Read rows as they are needed, without a full download."})
+    scenario: Literal["class", "domain"] = field(
+        default="class", metadata={"help": "With --dataset: tasks bring new classes, or the same in new domains."}
+    )
+    num_tasks: int | None = field(default=None, metadata={"help": "Number of tasks (by class only)."})
+    class_order_seed: int | None = field(default=None, metadata={"help": "Shuffle the order of classes."})
+    train_split: str | None = field(default=None, metadata={"help": "Name of the split to learn."})
+    test_split: str | None = field(default=None, metadata={"help": "Name of the split to test on; found if left out."})
+    image_column: str | None = field(default=None, metadata={"help": "Column of images; found if left out."})
+    label_column: str | None = field(default=None, metadata={"help": "Column of labels; found if left out."})
+    domain_column: str | None = field(default=None, metadata={"help": "Column of domains (by domain only)."})
+    max_train_samples_per_task: int | None = field(default=None, metadata={"help": "Use at most so many images."})
+    max_test_samples_per_task: int | None = field(default=None, metadata={"help": "Use at most so many images."})
+
+    def load(self) -> TaskStream:
+        """Builds the stream."""
+        options = {
+            "name": self.dataset_name,
+            "revision": self.dataset_revision,
+            "num_tasks": self.num_tasks,
+            "seed": self.class_order_seed,
+        }
+        for name in ("train_split", "test_split", "image_column", "label_column", "domain_column", "streaming"):
+            options[name] = getattr(self, name)
+        for name in ("max_train_samples_per_task", "max_test_samples_per_task"):
+            options[name] = getattr(self, name)
+        options = {name: value for name, value in options.items() if value not in (None, False)}
+        if self.benchmark is not None:
+            return load_benchmark(self.benchmark, dataset=self.dataset, **options)
+        if self.scenario == "class":
+            return TaskStream.class_incremental(self.dataset, **options)
+        return TaskStream.domain_incremental(self.dataset, **options)
+
+
+@dataclass
+class BackboneArguments:
+    """Which frozen model to learn on."""
+
+    backbone: str = field(
+        default="google/vit-base-patch16-224-in21k",
+        metadata={"help": f"Repo id or folder; {', '.join(BUNDLED_BACKBONES)} comes with the package."},
+    )
+    backbone_revision: str | None = field(default=None, metadata={"help": "Commit of the backbone's repo."})
+    image_size: int | None = field(default=None, metadata={"help": "Side of the input in pixels, if not its own."})
+    dtype: Literal["float32", "bfloat16", "float16"] = field(
+        default="float32", metadata={"help": "Type of the frozen weights."}
+    )
+    attn_implementation: str | None = field(
+        default=None,
+        metadata={
+            "help": "What computes attention, as in transformers: sdpa, eager, flash_attention_2, ... Training in "
+            "bfloat16 on a CPU is much faster with eager."
+        },
+    )
+
+
+@dataclass
+class RunArguments:
+    """What to do with all that."""
+
+    dry_run: bool = field(
+        default=False, metadata={"help": "Print the plan (tasks, classes, parameters, steps) and stop."}
+    )
+
+
+@dataclass
+class PrototypeArguments:
+    """How S-X methods route and classify."""
+
+    k: str = field(default="5", metadata={"help": "Prototypes per task, or auto: chosen on held-out features."})
+    router: Literal["prototypes", "gaussian", "class_means", "ridge"] = field(
+        default="prototypes",
+        metadata={"help": "What chooses experts: prototypes, as in the paper, or the owner of the likeliest class."},
+    )
+    head: str = field(
+        default="auto",
+        metadata={"help": "shared, per_task, or auto: shared where tasks bring new classes and prototypes route."},
+    )
+    route_layer: list[int] | None = field(
+        default=None,
+        metadata={"help": "Take query features behind this layer, or these side by side; default: behind the last."},
+    )
+
+
+@dataclass
+class PoolArguments:
+    """How L2X methods route and train their pool."""
+
+    pool_size: int = field(default=10, metadata={"help": "Experts in the pool."})
+    top_n: int = field(default=5, metadata={"help": "Experts that an image selects."})
+    pull: float = field(default=0.5, metadata={"help": "Weight of the loss that pulls selected keys towards queries."})
+    route_layer: list[int] | None = field(
+        default=None,
+        metadata={"help": "Take query features behind this layer, or these side by side; default: behind the last."},
+    )
+
+
+def parse(
+    groups: tuple[type, ...],
+    argv: list[str] | None = None,
+    default_benchmark: str = "split_cifar100",
+    method: str | None = None,
+) -> tuple:
+    """Parses a command line into dataclasses.
+
+    Args:
+        groups (tuple of dataclasses): Every field an option; [`StreamArguments`] among them.
+        argv (`list[str]`, *optional*): Default `sys.argv[1:]`.
+        default_benchmark (`str`, *optional*): The stream where neither `--benchmark` nor `--dataset` is given.
+        method (`str`, *optional*): Name of the method, for what suits it on the benchmark.
+
+    Returns:
+        One instance of each dataclass.
+
+    Raises:
+        [`ConfigError`]: The YAML file has an option that does not exist, or the benchmark does not.
+
+    Example:
+
+    ```py
+    >>> from hf_clpeft.training.options import BackboneArguments, StreamArguments, parse
+
+    >>> stream, backbone = parse((StreamArguments, BackboneArguments), ["--benchmark", "digits"])
+    >>> backbone.backbone
+    'hf-clpeft/vit-tiny-glyphs'
+
+    ```
+    """
+    from transformers import HfArgumentParser
+
+    argv = sys.argv[1:] if argv is None else argv
+    parser = HfArgumentParser(groups)
+    parser.add_argument("--config", help="YAML file of options; the command line wins over it.")
+    options = {f.name for group in groups for f in fields(group)}
+    given, _ = parser.parse_known_args(argv)
+    from_file = _read_yaml(given.config, options) if given.config else {}
+    benchmark = given.benchmark or from_file.get("benchmark")
+    if benchmark is None and not (given.dataset or from_file.get("dataset")):
+        benchmark = default_benchmark
+    if benchmark is not None and benchmark not in BENCHMARKS:
+        raise ConfigError(f"There is no benchmark {benchmark!r}; choose one of {', '.join(BENCHMARKS)}.")
+    suited = BENCHMARKS[benchmark].options_for(method) if benchmark is not None else {}
+    suited = {name: value for name, value in suited.items() if name in options}
+    parser.set_defaults(**suited, **{"benchmark": benchmark})
+    parser.set_defaults(**from_file)
+    *parsed, _ = parser.parse_args_into_dataclasses(argv, look_for_args_file=False)
+    return tuple(parsed)
+
+
+def _read_yaml(path: str, options: set[str]) -> dict:
+    import yaml
+
+    values = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
+    unknown = sorted(set(values) - options)
+    if unknown:
+        raise ConfigError(f"{path}: there is no option {unknown[0]!r}; see --help.")
+    return values

@@ -1,0 +1,126 @@
+"""What learning a stream will take, before any of it is done."""
+
+from dataclasses import dataclass
+
+from datasets import Dataset
+
+from ..learners import FrozenLearner
+from ..modeling import ContinualModel
+from ..streams import Split, Task, TaskStream
+from .arguments import ContinualTrainingArguments
+from .console import print_table
+
+
+@dataclass(frozen=True)
+class PlannedTask:
+    """What one task will take.
+
+    Args:
+        task ([`Task`]): The task.
+        learnt (`bool`): Whether the model knows it already.
+        train_images (`int`, *optional*): How many; `None` where only reading all of a streamed data set would tell.
+        test_images (`int`, *optional*): The same.
+        expert_parameters (`int`): What is trained of experts and keys.
+        head_parameters (`int`): What is trained of the head.
+        steps (`int`, *optional*): Optimizer steps; `None` where `train_images` is.
+    """
+
+    task: Task
+    learnt: bool
+    train_images: int | None
+    test_images: int | None
+    expert_parameters: int = 0
+    head_parameters: int = 0
+    steps: int | None = 0
+
+
+def make_plan(model: ContinualModel, stream: TaskStream, args: ContinualTrainingArguments) -> list[PlannedTask]:
+    """Plans what [`~ContinualTrainer.learn_stream`] would do. The model is of no use afterwards.
+
+    Args:
+        model ([`ContinualModel`]): New, or loaded with what it has learnt so far.
+        stream ([`TaskStream`]): The tasks.
+        args ([`ContinualTrainingArguments`]): How to train.
+
+    Returns:
+        `list[PlannedTask]`
+
+    Example:
+
+    ```py
+    >>> from hf_clpeft import ContinualModel, ContinualTrainingArguments, load_benchmark, s_lora
+    >>> from hf_clpeft.training.plan import make_plan
+
+    >>> model = ContinualModel.from_backbone("hf-clpeft/vit-tiny-glyphs", s_lora(r=1))
+    >>> args = ContinualTrainingArguments(num_train_epochs=5, train_batch_size=32)
+    >>> plan = make_plan(model, load_benchmark("digits"), args)
+    >>> plan[0].train_images, plan[0].expert_parameters, plan[0].steps
+    (288, 3072, 45)
+
+    ```
+    """
+    known, joint = {task.name for task in model.config.tasks}, model.config.method.joint
+    tasks, planned, images = list(stream), [], 0
+    for task in tasks:
+        counts = [count(split) for split in (task.train, task.test)]
+        if task.name in known:
+            planned.append(PlannedTask(task, True, *counts))
+            continue
+        learner = model.start_task(task.name, task.classes, task.domain)
+        experts = sum(parameter.numel() for parameter in learner.expert_parameters())
+        head = sum(parameter.numel() for parameter in learner.head.parameters())
+        images = None if counts[0] is None or images is None else images * joint + counts[0]
+        steps = None if images is None else args.num_train_epochs * steps_per_epoch(images, args)
+        if isinstance(learner, FrozenLearner) or len(learner.classes) == 1 or (joint and task is not tasks[-1]):
+            steps = 0
+        if model.config.method.classifier == "router":
+            head = 0
+        planned.append(PlannedTask(task, False, *counts, experts, head, steps))
+        model.finish_task(learner, 0)
+    return planned
+
+
+def count(split: Split | None) -> int | None:
+    """Images of a split, where they are known without reading them all."""
+    return len(split.dataset) if split is not None and isinstance(split.dataset, Dataset) else None
+
+
+def steps_per_epoch(images: int, args: ContinualTrainingArguments) -> int:
+    """Optimizer steps of one pass."""
+    batches = -(-images // args.train_batch_size)
+    return -(-batches // args.gradient_accumulation_steps)
+
+
+def print_plan(model: ContinualModel, stream: TaskStream, args: ContinualTrainingArguments) -> None:
+    """Prints the plan of a run."""
+    method, backbone = model.config.method, model.config.backbone
+    planned = make_plan(model, stream, args)
+    rows = [
+        [
+            task.task.name,
+            task.task.domain or ", ".join(task.task.classes),
+            number(task.train_images),
+            number(task.test_images),
+            *(
+                ["learnt", "", ""]
+                if task.learnt
+                else map(number, (task.expert_parameters, task.head_parameters, task.steps))
+            ),
+        ]
+        for task in planned
+    ]
+    steps = [task.steps for task in planned]
+    total = f"{sum(steps):,} steps" if None not in steps else "an unknown number of steps"
+    print_table(
+        f"{method.name} on {stream.name}: {len(planned)} tasks",
+        ["task", "classes or domain", "train", "test", "expert", "head", "steps"],
+        rows,
+        f"{total} of {args.train_batch_size} images; parameters are those that are trained.\n"
+        f"backbone: {backbone.name_or_path}, {backbone.image_size} px\n"
+        f"goes to: {args.output_dir}" + (f" and {args.push_repo} on the Hub" if args.push_repo else ""),
+    )
+
+
+def number(value: int | None) -> str:
+    """With thousands apart; a question mark if it is not known."""
+    return "?" if value is None else f"{value:,}"
