@@ -1,0 +1,43 @@
+"""The digits models: every method's recipe, run on the bundled benchmark, and pushed.
+
+python recipes/publish_digits.py me                                # me/s-lora-digits, ...: one commit and tag a task
+python recipes/publish_digits.py --output-dir hf_clpeft/assets     # pushes nothing: how those in the package were made
+
+What is there already is not learnt again. Minutes, on a CPU.
+"""
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from hf_clpeft.config import ContinualConfig, read_json
+from hf_clpeft.hub.card import CARD_NAME, make_card
+from hf_clpeft.report import METRICS_NAME, StreamReport
+
+
+METHODS = ["s_lora", "s_lora_pp", "s_prompts", "s_prompts_pp", "l2l", "l2p", "s_lora_mix"]
+
+
+def main(
+    namespace: Annotated[str | None, typer.Argument(help="Whose repos to push to; none: nothing is pushed.")] = None,
+    output_dir: Annotated[Path, typer.Option(help="Folder for the models.")] = Path("out/digits_models"),
+    method: Annotated[list[str], typer.Option(help="Only this method; may be given several times.")] = METHODS,
+):
+    for recipe in method:
+        name = f"{recipe.replace('_', '-')}-digits"
+        folder, repo_id = output_dir / name, f"{namespace or 'hf-clpeft'}/{name}"
+        script = Path(__file__).with_name(f"{recipe}.py")
+        options = ["--benchmark", "digits", "--output_dir", folder, "--resume_from_checkpoint", "auto"]
+        if namespace is not None:
+            options += ["--push_to_hub", "--hub_model_id", repo_id]
+        subprocess.run([sys.executable, script, *options], check=True)
+        config = ContinualConfig.load(folder)
+        report = StreamReport.from_dict(read_json(folder / METRICS_NAME), config.tasks)
+        make_card(config, report, repo_id).save(folder / CARD_NAME)  # for who has the folder, and looks for the repo
+
+
+if __name__ == "__main__":
+    typer.run(main)
