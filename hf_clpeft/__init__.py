@@ -1,6 +1,7 @@
 """hf_clpeft: continual learning with PEFT adapters on a frozen vision transformer.
 
-Names are imported when they are first used, so that `import hf_clpeft` costs nothing.
+The public names all stand here; `help(hf_clpeft.ContinualModel)` explains one, with an example. They are imported when
+they are first used, so that `import hf_clpeft` costs nothing.
 """
 
 from importlib import import_module
@@ -10,10 +11,18 @@ __version__ = "0.1.0"
 
 _MODULES = {
     "config": ["ConfigError", "ContinualConfig", "MethodConfig"],
-    "streams": ["StreamError", "Task", "TaskStream", "load_benchmark", "load_task"],
+    "streams": ["BENCHMARKS", "Benchmark", "StreamError", "Task", "TaskStream", "load_benchmark", "load_task"],
     "backbones": ["Backbone", "BackboneError", "load_backbone"],
     "experts": ["Expert", "ExpertBank", "ExpertError", "PromptTunedVisionModel"],
-    "routing": ["ClassMeanRouter", "GaussianRouter", "KeyRouter", "PrototypeRouter", "RidgeRouter"],
+    "routing": [
+        "ROUTERS",
+        "ClassMeanRouter",
+        "ClassRouter",
+        "GaussianRouter",
+        "KeyRouter",
+        "PrototypeRouter",
+        "RidgeRouter",
+    ],
     "heads": ["Heads"],
     "report": ["StreamReport"],
     "hub.errors": ["HubError"],
@@ -37,7 +46,7 @@ _MODULES = {
         "sequential_lora",
         "slda",
     ],
-    "training": ["ContinualTrainer", "ContinualTrainingArguments"],
+    "training": ["ContinualTrainer", "ContinualTrainingArguments", "TrainingError"],
 }
 _MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}
 

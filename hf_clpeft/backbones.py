@@ -19,7 +19,21 @@ CLS_NAMES = ("cls_token", "class_embedding", "class_token")
 
 
 class BackboneError(ValueError):
-    """A backbone that cannot be used, or is not the one that was asked for."""
+    """A backbone that cannot be used, or is not the one that was asked for.
+
+    Example:
+
+    ```py
+    >>> from hf_clpeft import BackboneError, load_backbone
+
+    >>> try:
+    ...     load_backbone("hf-clpeft/vit-tiny-glyphs", image_size=33)
+    ... except BackboneError as error:
+    ...     print(error)
+    image_size=33 is no multiple of the patch size 8; try 32.
+
+    ```
+    """
 
 
 class Backbone(torch.nn.Module):

@@ -6,7 +6,8 @@ from pathlib import Path
 
 BUNDLED_BACKBONES = {"hf-clpeft/vit-tiny-glyphs": "vit-tiny-glyphs"}
 DIGITS_MODEL = "hf-clpeft/s-lora-digits"
-BUNDLED_MODELS = {DIGITS_MODEL: "s-lora-digits"}
+METHODS = ("s-lora", "s-lora-pp", "s-prompts", "s-prompts-pp", "l2l", "l2p", "s-lora-mix")
+BUNDLED_MODELS = {f"hf-clpeft/{method}-digits": f"{method}-digits" for method in METHODS}
 """Repo ids, and their folder in `assets`."""
 
 

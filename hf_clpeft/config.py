@@ -19,7 +19,21 @@ ONE_EXPERT = "all-tasks"  # name of the expert of methods that have just one
 
 
 class ConfigError(ValueError):
-    """A configuration that cannot work. The message says which field, what it was and what it may be."""
+    """A configuration that cannot work. The message says which field, what it was and what it may be.
+
+    Example:
+
+    ```py
+    >>> from hf_clpeft import ConfigError, s_lora
+
+    >>> try:
+    ...     s_lora(k=0)
+    ... except ConfigError as error:
+    ...     print(error)
+    k=0 must be a whole number of prototypes per task, 1 or more, or 'auto'.
+
+    ```
+    """
 
 
 def check_task_name(name: str) -> str:

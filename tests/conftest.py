@@ -5,7 +5,10 @@ import hashlib
 import json
 import os
 import shutil
+import subprocess
+import sys
 import tempfile
+import zipfile
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -201,3 +204,21 @@ def letters(tmp_path_factory):
         paths.append(folder / f"{letter}-{face}.png")
         scan(drawing).save(paths[-1])
     return paths
+
+
+@pytest.fixture(scope="session")
+def source(tmp_path_factory):
+    """A copy of the repo: building writes into it."""
+    unneeded = shutil.ignore_patterns(".*", "out", "build", "*.egg-info")
+    return shutil.copytree(Path(__file__).parents[1], tmp_path_factory.mktemp("repo") / "source", ignore=unneeded)
+
+
+@pytest.fixture(scope="session")
+def wheel(source, tmp_path_factory):
+    """The built wheel, unpacked."""
+    folder = tmp_path_factory.mktemp("wheel")
+    options = ["--quiet", "--no-deps", "--no-build-isolation", "--wheel-dir", folder]
+    subprocess.run([sys.executable, "-m", "pip", "wheel", *options, source], check=True)
+    with zipfile.ZipFile(next(folder.glob("*.whl"))) as archive:
+        archive.extractall(folder / "site")
+    return folder / "site"

@@ -1,16 +1,13 @@
 """The Space: metadata that the Hub accepts, and an app that needs its own folder and the wheel, nothing else."""
 
 import os
-import shutil
 import socket
 import subprocess
 import sys
 import time
-import zipfile
 from pathlib import Path
 
 import gradio
-import pytest
 from gradio_client import Client, handle_file
 from huggingface_hub import SpaceCard
 
@@ -30,19 +27,6 @@ def test_the_front_matter_is_what_a_space_needs(hub):
     assert len(card.data.short_description) <= 60
     colours = {"red", "yellow", "green", "blue", "indigo", "purple", "pink", "gray"}
     assert {card.data.colorFrom, card.data.colorTo} <= colours
-
-
-@pytest.fixture(scope="module")
-def wheel(tmp_path_factory):
-    """The built wheel, unpacked."""
-    folder = tmp_path_factory.mktemp("wheel")
-    unneeded = shutil.ignore_patterns(".*", "out", "build", "*.egg-info")
-    source = shutil.copytree(ROOT, folder / "source", ignore=unneeded)  # building writes into it
-    options = ["--quiet", "--no-deps", "--no-build-isolation", "--wheel-dir", folder]
-    subprocess.run([sys.executable, "-m", "pip", "wheel", *options, source], check=True)
-    with zipfile.ZipFile(next(folder.glob("*.whl"))) as archive:
-        archive.extractall(folder / "site")
-    return folder / "site"
 
 
 def test_the_app_starts_from_its_folder_and_the_wheel(wheel, tmp_path):

@@ -10,7 +10,7 @@ from .common import AsJson, Token, show
 
 
 def push(
-    folder: Annotated[Path, typer.Argument(help="Folder of a model.", exists=True, file_okay=False)],
+    model: Annotated[str, typer.Argument(help="Folder of a model, or one that comes with the package.")],
     repo: Annotated[str | None, typer.Argument(help="Repo id; default: where the run was to be pushed.")] = None,
     private: Annotated[bool | None, typer.Option(help="Make a new repo private.")] = None,
     revision: Annotated[str | None, typer.Option(help="Branch; default: main.")] = None,
@@ -25,11 +25,16 @@ def push(
     """Push a model's folder as one commit; or, task by task, what a run could not push when it learnt it."""
     from dataclasses import replace
 
+    from ..bundled import BUNDLED_MODELS, bundled_folder
+    from ..config import ConfigError
     from ..folder import settle
     from ..hub.outbox import Outbox
     from ..hub.push import PushTarget, push_folder
 
     disable_progress_bars()
+    folder = bundled_folder(model) or Path(model)
+    if not folder.is_dir():
+        raise ConfigError(f"{model} is no folder, and none of {', '.join(BUNDLED_MODELS)}.")
     settle(folder)
     target, waited, address = None, 0, None
     if repo is not None:
@@ -41,4 +46,5 @@ def push(
         address = outbox.flush(target)
     if address is None or squash_history:
         address = push_folder(folder, target, message, squash_history=squash_history)
-    show({"repo": target.repo_id, "tasks that had waited": waited, "address": address}, as_json)
+    then = f"hf-clpeft demo {target.repo_id}"
+    show({"repo": target.repo_id, "tasks that had waited": waited, "address": address, "next": then}, as_json)

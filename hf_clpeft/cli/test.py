@@ -35,6 +35,7 @@ def test(as_json: AsJson = False):
         "device": str(model.device),
         "torch": torch.__version__,
         "seconds": round(time.perf_counter() - start, 1),
+        "next": "hf-clpeft demo",
     }
     show(results, as_json)
     if not all(value for value in results.values() if isinstance(value, bool)):

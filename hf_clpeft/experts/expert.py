@@ -20,7 +20,21 @@ ADAPTER = "default"  # the only adapter name we give PEFT; it is not part of any
 
 
 class ExpertError(ValueError):
-    """An expert that cannot be used whole. It is never used in part."""
+    """An expert that cannot be used whole. It is never used in part.
+
+    Example:
+
+    ```py
+    >>> from hf_clpeft import Expert, ExpertError
+
+    >>> try:
+    ...     Expert.load("task-000", "nowhere")
+    ... except ExpertError as error:
+    ...     print(error)
+    Expert 'task-000' lacks the file nowhere/adapter_config.json.
+
+    ```
+    """
 
 
 @dataclass(frozen=True)

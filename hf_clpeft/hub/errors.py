@@ -10,6 +10,16 @@ class HubError(RuntimeError):
     Args:
         message (`str`): What happened and what to do.
         transient (`bool`, *optional*, defaults to `False`): The same call may work a little later.
+
+    Example:
+
+    ```py
+    >>> from hf_clpeft import HubError
+
+    >>> HubError("The Hub cannot be reached.", transient=True).transient
+    True
+
+    ```
     """
 
     def __init__(self, message: str, transient: bool = False):

@@ -18,6 +18,16 @@ class ClassRouter(Router, ABC):
 
     Args:
         query_size (`int`): Width of query features.
+
+    Example:
+
+    ```py
+    >>> from hf_clpeft import ROUTERS, ClassRouter
+
+    >>> [name for name, router in ROUTERS.items() if issubclass(router, ClassRouter)]
+    ['gaussian', 'class_means', 'ridge']
+
+    ```
     """
 
     def __init__(self, query_size: int):

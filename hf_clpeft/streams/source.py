@@ -22,7 +22,21 @@ TEST_SPLITS = ("test", "validation", "valid", "val")
 
 
 class StreamError(ValueError):
-    """Data that cannot become a task. The message names the data set, the split and, where there is one, the row."""
+    """Data that cannot become a task. The message names the data set, the split and, where there is one, the row.
+
+    Example:
+
+    ```py
+    >>> from hf_clpeft import StreamError, load_benchmark
+
+    >>> try:
+    ...     load_benchmark("digits", num_tasks=11)
+    ... except StreamError as error:
+    ...     print(error)
+    data set 'DatasetDict', split 'train': 10 classes cannot make num_tasks=11 tasks; choose 1 to 10.
+
+    ```
+    """
 
 
 class ImageSource:

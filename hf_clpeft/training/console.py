@@ -38,10 +38,10 @@ def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence], ca
 
     >>> print_table("two tasks", ["task", "images"], [["task-000", 120], ["task-001", 80]])
     two tasks
-    task       images
-    ─────────────────
-    task-000      120
-    task-001       80
+    task      images
+    ────────────────
+    task-000     120
+    task-001      80
 
     ```
     """
@@ -50,11 +50,10 @@ def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence], ca
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(
-        box=SIMPLE_HEAD, title=Text(title), title_justify="left", title_style="bold", pad_edge=False, show_edge=False
-    )
+    narrow = {"pad_edge": False, "show_edge": False, "collapse_padding": True}
+    table = Table(box=SIMPLE_HEAD, title=Text(title), title_justify="left", title_style="bold", **narrow)
     for number, name in enumerate(columns):
-        table.add_column(name, justify="right" if number else "left", overflow="fold")
+        table.add_column(name, justify="right" if number else "left", overflow="fold", no_wrap=not number)
     for row in rows:
         table.add_row(*(Text(str(value)) for value in row))  # no markup: class names come from strangers
     console = Console()

@@ -15,7 +15,20 @@ logger = logging.getLogger(__name__)
 
 
 class TrainingError(RuntimeError):
-    """Training cannot go on as it was asked to. What was learnt before is untouched."""
+    """Training cannot go on as it was asked to. What was learnt before is untouched.
+
+    Example:
+
+    ```py
+    >>> from hf_clpeft import TrainingError
+
+    >>> raise TrainingError("The loss is not finite.")
+    Traceback (most recent call last):
+        ...
+    hf_clpeft.training.processes.TrainingError: The loss is not finite.
+
+    ```
+    """
 
 
 def cpu_only() -> bool:

@@ -10,8 +10,7 @@ import sys
 
 from datasets import ClassLabel, DatasetDict, concatenate_datasets
 
-from hf_clpeft import s_lora
-from hf_clpeft.streams import BENCHMARKS, Benchmark
+from hf_clpeft import BENCHMARKS, Benchmark, s_lora
 from hf_clpeft.streams.benchmarks import DIGITS_DEFAULTS
 from hf_clpeft.streams.digits import load_digits_dataset
 from hf_clpeft.training.options import PrototypeArguments

@@ -10,8 +10,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from hf_clpeft import MethodConfig, s_lora
-from hf_clpeft.routing import ROUTERS, ClassRouter
+from hf_clpeft import ROUTERS, ClassRouter, MethodConfig, s_lora
 from hf_clpeft.routing.gaussian import log_sum_exp
 from hf_clpeft.training.recipe import run_recipe
 
