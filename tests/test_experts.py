@@ -1,5 +1,7 @@
 """Experts in PEFT's own format, never loaded in part, and run in mixed batches as PEFT runs them alone."""
 
+import json
+
 import pytest
 import torch
 from conftest import BACKBONE
@@ -8,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModel
 
 from hf_clpeft import Expert, ExpertBank, ExpertError, PromptTunedVisionModel, load_backbone
-from hf_clpeft.experts.expert import make_peft_config
+from hf_clpeft.experts.expert import make_peft_config, make_peft_model
 
 
 LORA = {"peft_type": "LORA", "r": 2}
@@ -166,3 +168,21 @@ def test_a_truncated_file_is_an_error(bank, tmp_path):
 def test_an_unknown_technique_is_refused(fresh_backbone):
     with pytest.raises(ExpertError, match="PEFT cannot make a configuration"):
         make_peft_config({"peft_type": "TELEPATHY"}, fresh_backbone)
+
+
+@pytest.mark.parametrize(
+    "field, value, message",
+    [
+        ("target_modules", [None, "q_proj"], "target_modules mixes types"),
+        ("target_modules", [None], "PEFT cannot put a .* adapter on"),
+        ("alpha_pattern", None, "PEFT cannot put a .* adapter on"),
+        ("monteclora_config", {"": 0}, "adapter_config.json cannot be used"),
+    ],
+)
+def test_a_configuration_that_peft_stumbles_over_is_an_error(fresh_backbone, tmp_path, field, value, message):
+    config = make_peft_config({"peft_type": "LORA", "r": 1}, fresh_backbone)
+    Expert.from_peft_model("task-000", make_peft_model(fresh_backbone, config)).save(tmp_path)
+    path = tmp_path / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), field: value}))
+    with pytest.raises(ExpertError, match=message):
+        make_peft_model(load_backbone(BACKBONE), Expert.load("task-000", tmp_path).config)

@@ -133,7 +133,7 @@ def test_mutated_rows_are_refused_or_left_out(parquet, backbone, data):
         row = data.draw(st.sampled_from(rows))
         if data.draw(st.booleans()):
             row["label"] = data.draw(LABELS)
-        elif data.draw(st.booleans()):
+        elif not (row["image"] and row["image"]["bytes"]) or data.draw(st.booleans()):
             row["image"] = data.draw(
                 st.none() | st.fixed_dictionaries({"bytes": PICTURES, "path": st.none() | st.text(max_size=8)})
             )

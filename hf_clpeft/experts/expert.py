@@ -132,8 +132,11 @@ class Expert:
         try:
             read_json(Path(folder, CONFIG_NAME))
             config = PeftConfig.from_pretrained(str(folder))
-        except (KeyError, TypeError, ValueError) as error:
+        except Exception as error:  # PEFT raises anything, even RecursionError, on what somebody has tampered with
             raise ExpertError(f"{Path(folder, CONFIG_NAME)} cannot be used: {error}") from error
+        for field, value in vars(config).items():
+            if isinstance(value, set | list) and len({type(item) for item in value}) > 1:
+                raise ExpertError(f"{Path(folder, CONFIG_NAME)} cannot be used: {field} mixes types, {list(value)}.")
         config.inference_mode = False
         return cls(name, config, tensors)
 
@@ -165,7 +168,7 @@ def make_peft_config(arguments: dict, backbone: Backbone) -> PeftConfig:
     """
     try:
         config = get_peft_config(dict(arguments))
-    except (KeyError, TypeError, ValueError) as error:
+    except Exception as error:
         raise ExpertError(f"PEFT cannot make a configuration of {arguments}: {error}") from error
     config.base_model_name_or_path = backbone.config.name_or_path
     config.revision = backbone.config.revision
@@ -185,7 +188,7 @@ def make_peft_model(backbone: Backbone, config: PeftConfig) -> PeftModel:
         `peft.PeftModel`
 
     Raises:
-        [`ExpertError`]: A prompt has no place in a ConvNet.
+        [`ExpertError`]: A prompt has no place in a ConvNet, or PEFT cannot use the configuration on this backbone.
     """
     if config.is_prompt_learning and backbone.is_convnet:
         raise ExpertError(
@@ -194,4 +197,10 @@ def make_peft_model(backbone: Backbone, config: PeftConfig) -> PeftModel:
     make = PromptTunedVisionModel if config.is_prompt_learning else PeftModel
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")  # asked by PEFT, not us
-        return make(backbone.model, config, adapter_name=ADAPTER)
+        try:
+            return make(backbone.model, config, adapter_name=ADAPTER)
+        except Exception as error:
+            raise ExpertError(
+                f"PEFT cannot put a {config.peft_type} adapter on {backbone.config.name_or_path} ({error!r}). Check "
+                "the method's peft, or the adapter's adapter_config.json."
+            ) from error

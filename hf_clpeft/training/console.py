@@ -38,6 +38,7 @@ def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence], ca
 
     >>> print_table("two tasks", ["task", "images"], [["task-000", 120], ["task-001", 80]])
     two tasks
+    <BLANKLINE>
     task      images
     ────────────────
     task-000     120
@@ -50,14 +51,13 @@ def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence], ca
     from rich.table import Table
     from rich.text import Text
 
-    narrow = {"pad_edge": False, "show_edge": False, "collapse_padding": True}
-    table = Table(box=SIMPLE_HEAD, title=Text(title), title_justify="left", title_style="bold", **narrow)
+    table = Table(box=SIMPLE_HEAD, pad_edge=False, show_edge=False, collapse_padding=True)
     for number, name in enumerate(columns):
         table.add_column(name, justify="right" if number else "left", overflow="fold", no_wrap=not number)
     for row in rows:
         table.add_row(*(Text(str(value)) for value in row))  # no markup: class names come from strangers
     console = Console()
-    console.print(table)
+    console.print(Text(title, style="bold"), table, sep="\n\n")
     if caption:
         console.print(Text(f"\n{caption}"))
 

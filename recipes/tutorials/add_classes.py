@@ -10,9 +10,9 @@ import typer
 from hf_clpeft import ContinualModel, ContinualTrainer, ContinualTrainingArguments, load_task
 
 
-def main(repo_id: str, pictures: str, name: str):
+def main(repo_id: str, pictures: str, name: str, backbone: str | None = None):
     task = load_task(pictures, name=name)
-    model = ContinualModel.from_pretrained(repo_id)
+    model = ContinualModel.from_pretrained(repo_id, backbone=backbone)
     args = ContinualTrainingArguments(
         output_dir=repo_id.split("/")[-1],
         num_train_epochs=5,

@@ -8,8 +8,8 @@ import typer
 from hf_clpeft import combine
 
 
-def main(first: str, second: str, repo_id: str):
-    both = combine([first, second])
+def main(first: str, second: str, repo_id: str, backbone: str | None = None):
+    both = combine([first, second], backbone=backbone)
     for task in both.config.tasks:
         print(f"{task.name}: {task.title}, from {task.source}")
     both.push_to_hub(repo_id)
