@@ -38,7 +38,6 @@ def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence], ca
 
     >>> print_table("two tasks", ["task", "images"], [["task-000", 120], ["task-001", 80]])
     two tasks
-    <BLANKLINE>
     task      images
     ────────────────
     task-000     120
@@ -57,7 +56,8 @@ def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence], ca
     for row in rows:
         table.add_row(*(Text(str(value)) for value in row))  # no markup: class names come from strangers
     console = Console()
-    console.print(Text(title, style="bold"), table, sep="\n\n")
+    console.print(Text(title, style="bold"))
+    console.print(table)
     if caption:
         console.print(Text(f"\n{caption}"))
 
