@@ -22,9 +22,10 @@ demo: $(VENV)/installed  ## learn five tasks of handwritten digits one after ano
 test: $(VENV)/installed  ## run the tests, offline
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist loadfile
 
-quality: $(VENV)/installed  ## check style
+quality: $(VENV)/installed  ## check style and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 
 style: $(VENV)/installed  ## mend style
 	$(BIN)/ruff check --fix .

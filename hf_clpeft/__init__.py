@@ -5,6 +5,7 @@ they are first used, so that `import hf_clpeft` costs nothing.
 """
 
 from importlib import import_module
+from typing import Any
 
 
 __version__ = "0.1.0"
@@ -53,7 +54,7 @@ _MODULE_OF = {name: module for module, names in _MODULES.items() for name in nam
 __all__ = sorted(_MODULE_OF)
 
 
-def __getattr__(name: str):
+def __getattr__(name: str) -> Any:
     if name not in _MODULE_OF:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(f".{_MODULE_OF[name]}", __name__), name)

@@ -4,6 +4,7 @@ import copy
 import hashlib
 import inspect
 from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -11,6 +12,11 @@ import torch
 from .bundled import bundled_folder
 from .config import BackboneConfig
 from .streams.images import ImageTransform
+
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+    from transformers.image_processing_utils import BaseImageProcessor
 
 
 QUERY_VALUE_NAMES = (("q_proj", "v_proj"), ("query", "value"), ("q_lin", "v_lin"), ("q", "v"), ("qkv", "qkv"))
@@ -58,7 +64,7 @@ class Backbone(torch.nn.Module):
     ```
     """
 
-    def __init__(self, model, processor, config: BackboneConfig):
+    def __init__(self, model: "PreTrainedModel", processor: "BaseImageProcessor", config: BackboneConfig):
         super().__init__()
         self.model = model.requires_grad_(False).eval()
         self.processor = processor
@@ -178,7 +184,7 @@ class Backbone(torch.nn.Module):
         pixels = torch.from_numpy(self.transform.resize(images)).to(self.device)
         return self(self.transform.normalize(pixels).to(self.model.dtype)).float().cpu().numpy()
 
-    def _center(self, output) -> torch.Tensor:
+    def _center(self, output: torch.Tensor | tuple) -> torch.Tensor:
         """Features behind an earlier layer, as the layer norm that follows the last would centre them."""
         features = self.pool(output[0] if isinstance(output, tuple) else output)
         return features - features.mean(dim=-1, keepdim=True)
@@ -193,9 +199,12 @@ class Backbone(torch.nn.Module):
         path = self._path_of_layers().split(".")
         model = container = _shallow_copy(self.model)
         for name in path[:-1]:
-            container._modules[name] = _shallow_copy(container._modules[name])
-            container = container._modules[name]
-        container._modules[path[-1]] = container._modules[path[-1]][:num_layers]
+            inner = _shallow_copy(container.get_submodule(name))
+            container._modules[name] = inner
+            container = inner
+        layers = container.get_submodule(path[-1])
+        assert isinstance(layers, torch.nn.ModuleList)
+        container._modules[path[-1]] = layers[:num_layers]
         return model
 
 
@@ -211,7 +220,7 @@ def load_backbone(
     image_size: int | None = None,
     dtype: str | torch.dtype = "float32",
     attn_implementation: str | None = None,
-    **hub_options,
+    **hub_options: Any,
 ) -> Backbone:
     """Loads and freezes a vision transformer of `transformers`.
 
@@ -247,7 +256,7 @@ def load_backbone(
 
     bundled = bundled_folder(name_or_path)
     source = str(bundled or name_or_path)
-    where = {"revision": None if bundled else revision, **hub_options}
+    where: dict[str, Any] = {"revision": None if bundled else revision, **hub_options}
     try:
         config = AutoConfig.from_pretrained(source, **where)
     except (OSError, ValueError) as error:
@@ -256,7 +265,8 @@ def load_backbone(
             "repo id or folder where you have it."
         ) from error
     # The pooler is neither part of the [CLS] feature nor of many checkpoints.
-    accepted = inspect.signature(MODEL_MAPPING[type(config)].__init__).parameters
+    model_class: Any = MODEL_MAPPING[type(config)]
+    accepted = inspect.signature(model_class.__init__).parameters
     extra = {"add_pooling_layer": False} if "add_pooling_layer" in accepted else {}
     model, loaded = AutoModel.from_pretrained(
         source,
@@ -313,18 +323,18 @@ def hash_weights(model: torch.nn.Module) -> str:
     return hashlib.sha256("".join(sorted(digests)).encode()).hexdigest()
 
 
-def _input_size(processor) -> int:
+def _input_size(processor: Any) -> int:
     size = processor.crop_size if getattr(processor, "do_center_crop", False) else processor.size
     return int(size.get("height") or size.get("shortest_edge"))
 
 
-def _set_image_size(model, processor, image_size: int) -> None:
+def _set_image_size(model: "PreTrainedModel", processor: Any, image_size: int) -> None:
     """Interpolates position embeddings to `image_size` for good, and lets the processor resize to it."""
     patch_size, embeddings = getattr(model.config, "patch_size", 1), getattr(model, "embeddings", None)
     if image_size < patch_size or image_size % patch_size:
         near = max(patch_size, round(image_size / patch_size) * patch_size)
         raise BackboneError(f"image_size={image_size} is no multiple of the patch size {patch_size}; try {near}.")
-    if hasattr(embeddings, "position_embeddings") and image_size != model.config.image_size:
+    if embeddings is not None and hasattr(embeddings, "position_embeddings") and image_size != model.config.image_size:
         patches = torch.zeros(1, (image_size // patch_size) ** 2 + 1, model.config.hidden_size)
         with torch.no_grad():
             positions = embeddings.interpolate_pos_encoding(patches, image_size, image_size)

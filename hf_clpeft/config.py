@@ -8,7 +8,7 @@ import re
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import UnionType
-from typing import get_args, get_origin, get_type_hints
+from typing import Any, get_args, get_origin, get_type_hints
 
 
 CONFIG_NAME = "config.json"
@@ -72,7 +72,7 @@ def check_path(path: str) -> str:
     return path
 
 
-def check_types(config) -> None:
+def check_types(config: object) -> None:
     """Raises [`ConfigError`] unless every field of a dataclass holds what its annotation says.
 
     Example:
@@ -94,7 +94,7 @@ def check_types(config) -> None:
             raise ConfigError(f"{name}={shown} must be {getattr(hint, '__name__', hint)}.")
 
 
-def _fits(value, hint) -> bool:
+def _fits(value: object, hint: Any) -> bool:
     origin, arguments = get_origin(hint), get_args(hint)
     if origin is UnionType:
         return any(_fits(value, choice) for choice in arguments)
@@ -181,7 +181,7 @@ class MethodConfig:
     readout: str = "cls"
     mask_logits: bool = True
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check_types(self)
         for name, allowed in _CHOICES.items():
             if getattr(self, name) not in allowed:
@@ -322,7 +322,7 @@ class BackboneConfig:
     weight_hash: str
     revision: str | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check_types(self)
 
 
@@ -356,7 +356,7 @@ class TaskConfig:
     num_train_images: int = 0
     source: str | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check_types(self)
         check_task_name(self.name)
         if not self.classes or len(set(self.classes)) < len(self.classes):
@@ -409,7 +409,7 @@ class ContinualConfig:
     versions: dict[str, str] = field(default_factory=dict)
     format_version: int = FORMAT_VERSION
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check_types(self)
         names = [task.name for task in self.tasks]
         if len(set(names)) < len(names):

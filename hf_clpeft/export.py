@@ -2,6 +2,7 @@
 
 import copy
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
@@ -11,6 +12,9 @@ from .experts import Expert, ExpertError
 from .experts.expert import make_peft_model
 from .modeling import ContinualModel
 
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 TOLERANCE = 1e-4  # of the largest logit, or of 1
 
@@ -86,7 +90,7 @@ def export_merged(model: ContinualModel, task: str, folder: str | Path) -> None:
     if dtype != torch.float32:
         raise ExpertError(f"A merged model is written in float32, and this one is in {dtype}; load it in float32.")
     with torch.random.fork_rng(devices=[]):  # what is drawn for weights that are then overwritten changes no training
-        classifier = _make_classifier(model, model.config.tasks[number].classes)
+        classifier: Any = _make_classifier(model, model.config.tasks[number].classes)
         _merge(model, expert, classifier)
     _write_rows(model, number, classifier.classifier)
     _check_logits(model, number, classifier)
@@ -111,7 +115,7 @@ def _expert_index(model: ContinualModel, number: int) -> int:
     return number if model.config.method.experts == "per_task" else 0
 
 
-def _make_classifier(model: ContinualModel, classes: list[str]) -> torch.nn.Module:
+def _make_classifier(model: ContinualModel, classes: list[str]) -> "PreTrainedModel":
     """A classifier around a copy of the frozen backbone, on the CPU; its rows are random."""
     from transformers import AutoModelForImageClassification
 
@@ -128,8 +132,9 @@ def _make_classifier(model: ContinualModel, classes: list[str]) -> torch.nn.Modu
     return classifier
 
 
-def _merge(model: ContinualModel, expert: Expert, classifier: torch.nn.Module) -> None:
-    backbone = Backbone(classifier.base_model, model.backbone.processor, model.backbone.config)
+def _merge(model: ContinualModel, expert: Expert, classifier: "PreTrainedModel") -> None:
+    bare = cast("PreTrainedModel", classifier.base_model)
+    backbone = Backbone(bare, model.backbone.processor, model.backbone.config)
     peft_model = make_peft_model(backbone, expert.config)
     expert.copy_to(peft_model)
     peft_model.merge_and_unload()

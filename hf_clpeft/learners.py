@@ -2,8 +2,10 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from typing import Any
 
 import torch
+from peft import PeftModel
 
 from .backbones import Backbone
 from .config import TaskConfig
@@ -20,6 +22,8 @@ class TaskLearner(torch.nn.Module, ABC):
         classes (`list[int]`): Number of the class of each row.
         targets (`torch.Tensor` of shape `(len(config.classes),)`): Row of each class of the task.
     """
+
+    targets: torch.Tensor
 
     def __init__(self, config: TaskConfig, head: torch.nn.Linear, classes: list[int], targets: torch.Tensor):
         super().__init__()
@@ -50,7 +54,9 @@ class TaskLearner(torch.nn.Module, ABC):
         return torch.nn.functional.cross_entropy(logits.float(), self.targets[labels]) + penalty, logits
 
     @abstractmethod
-    def _features(self, pixel_values: torch.Tensor, query) -> tuple[torch.Tensor, torch.Tensor | float]:
+    def _features(
+        self, pixel_values: torch.Tensor, query: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor | float]:
         """What the head classifies, of shape `(batch, hidden_size)`, and what is added to the loss."""
 
 
@@ -61,7 +67,8 @@ class FrozenLearner(TaskLearner):
         """None."""
         return []
 
-    def _features(self, pixel_values: torch.Tensor, query: torch.Tensor) -> tuple[torch.Tensor, float]:
+    def _features(self, pixel_values: torch.Tensor, query: torch.Tensor | None) -> tuple[torch.Tensor, float]:
+        assert query is not None
         return query, 0.0
 
 
@@ -74,11 +81,11 @@ class ExpertLearner(TaskLearner):
         args: As for [`TaskLearner`].
     """
 
-    def __init__(self, peft_model, backbone: Backbone, *args):
+    def __init__(self, peft_model: PeftModel, backbone: Backbone, *args: Any):
         super().__init__(*args)
         self.peft_model, self.pool = peft_model, backbone.pool
 
-    def _features(self, pixel_values: torch.Tensor, query) -> tuple[torch.Tensor, float]:
+    def _features(self, pixel_values: torch.Tensor, query: torch.Tensor | None) -> tuple[torch.Tensor, float]:
         return self.pool(self.peft_model(pixel_values=pixel_values).last_hidden_state), 0.0
 
 
@@ -95,19 +102,22 @@ class PoolLearner(TaskLearner):
         args: As for [`TaskLearner`].
     """
 
-    def __init__(self, bank: ExpertBank, router: KeyRouter, readout: str, pull: float, *args):
+    def __init__(self, bank: ExpertBank, router: KeyRouter, readout: str, pull: float, *args: Any):
         super().__init__(*args)
         self.bank, self.router, self.readout, self.pull = bank, router, readout, pull
-        bank.table.rows.requires_grad_(True)
+        table: Any = bank.table  # nothing on a ConvNet
+        table.rows.requires_grad_(True)
         router.keys.requires_grad_(True)
 
     def finish(self) -> None:
         """Fixes the pool and its keys again."""
+        assert self.bank.table is not None
         for parameter in (self.bank.table.rows, self.router.keys):
             parameter.requires_grad_(False)
             parameter.grad = None
 
-    def _features(self, pixel_values: torch.Tensor, query: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def _features(self, pixel_values: torch.Tensor, query: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+        assert query is not None
         routing = self.router(query)
         features = self.bank(pixel_values, routing.selection, self.readout)
         return features, self.pull * routing.selection.shape[1] * routing.distance.mean()

@@ -1,6 +1,8 @@
 """The methods by name. A method is a preset of one configuration, never a class of its own."""
 
+from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 from .config import MethodConfig
 
@@ -14,7 +16,7 @@ def s_lora(
     head: str = "auto",
     route_layer: Layers = None,
     router: str = "prototypes",
-    **lora,
+    **lora: Any,
 ) -> MethodConfig:
     """S-LoRA: S-Prompts (arXiv 2207.12819) with LoRA in place of prompts; section 3 of arXiv 2406.03216.
 
@@ -48,7 +50,7 @@ def s_lora_pp(
     head: str = "auto",
     route_layer: Layers = None,
     router: str = "prototypes",
-    **lora,
+    **lora: Any,
 ) -> MethodConfig:
     """S-LoRA++: S-LoRA whose query features are taken with the first task's expert; arXiv 2406.03216.
 
@@ -98,7 +100,7 @@ def s_prompts(
 
     ```
     """
-    options = {"k": k, "head": head, "route_layer": route_layer, "router": router}
+    options: dict[str, Any] = {"k": k, "head": head, "route_layer": route_layer, "router": router}
     return MethodConfig("s_prompts", _prompt(prompt_length), **options)
 
 
@@ -132,7 +134,7 @@ def s_prompts_pp(
 
 
 def l2l(
-    r: int = 1, pool_size: int = 10, top_n: int = 5, pull: float = 0.5, route_layer: Layers = None, **lora
+    r: int = 1, pool_size: int = 10, top_n: int = 5, pull: float = 0.5, route_layer: Layers = None, **lora: Any
 ) -> MethodConfig:
     """L2L: L2P with LoRA in place of prompts; section 3 of arXiv 2406.03216.
 
@@ -157,7 +159,13 @@ def l2l(
 
     ```
     """
-    pool = {"experts": "pool", "pool_size": pool_size, "top_n": top_n, "pull": pull, "route_layer": route_layer}
+    pool: dict[str, Any] = {
+        "experts": "pool",
+        "pool_size": pool_size,
+        "top_n": top_n,
+        "pull": pull,
+        "route_layer": route_layer,
+    }
     return MethodConfig("l2l", _lora(r, lora), **pool)
 
 
@@ -186,11 +194,17 @@ def l2p(
 
     ```
     """
-    pool = {"experts": "pool", "pool_size": pool_size, "top_n": top_n, "pull": pull, "route_layer": route_layer}
+    pool: dict[str, Any] = {
+        "experts": "pool",
+        "pool_size": pool_size,
+        "top_n": top_n,
+        "pull": pull,
+        "route_layer": route_layer,
+    }
     return MethodConfig("l2p", _prompt(prompt_length), **pool, readout="prompts")
 
 
-def sequential_lora(r: int = 1, **lora) -> MethodConfig:
+def sequential_lora(r: int = 1, **lora: Any) -> MethodConfig:
     """The forgetting floor: one LoRA adapter and one head, fine-tuned on every task in turn, nothing masked.
 
     Args:
@@ -213,7 +227,7 @@ def sequential_lora(r: int = 1, **lora) -> MethodConfig:
     return MethodConfig("sequential_lora", _lora(r, lora), experts="single", head="shared", mask_logits=False)
 
 
-def s_lora_mix(r: int = 1, mix: int = 3, route_layer: Layers = None, **lora) -> MethodConfig:
+def s_lora_mix(r: int = 1, mix: int = 3, route_layer: Layers = None, **lora: Any) -> MethodConfig:
     """S-LoRA-Mix: a Gaussian router, on query features of two depths, and several experts judge every image.
 
     Query features are taken with the first task's expert, behind the last two layers unless `route_layer` says others.
@@ -239,7 +253,7 @@ def s_lora_mix(r: int = 1, mix: int = 3, route_layer: Layers = None, **lora) -> 
 
     ```
     """
-    options = {"query_with_first_expert": True, "router": "gaussian", "classifier": "both", "mix": mix}
+    options: dict[str, Any] = {"query_with_first_expert": True, "router": "gaussian", "classifier": "both", "mix": mix}
     layers = [-2, -1] if route_layer is None else route_layer
     # An expert judges among its own classes alone.
     return MethodConfig("s_lora_mix", _lora(r, lora), head="per_task", route_layer=layers, **options)
@@ -312,7 +326,7 @@ def ranpac(projection_size: int = 10_000, route_layer: Layers = None) -> MethodC
     return replace(_closed_form("ranpac", "ridge", route_layer), projection_size=projection_size)
 
 
-def ranpac_first(r: int = 1, projection_size: int = 10_000, route_layer: Layers = None, **lora) -> MethodConfig:
+def ranpac_first(r: int = 1, projection_size: int = 10_000, route_layer: Layers = None, **lora: Any) -> MethodConfig:
     """Control: RanPAC on features with the first task's expert, as its authors have it; arXiv 2307.02251.
 
     Args:
@@ -333,7 +347,11 @@ def ranpac_first(r: int = 1, projection_size: int = 10_000, route_layer: Layers 
 
     ```
     """
-    options = {"projection_size": projection_size, "route_layer": route_layer, "query_with_first_expert": True}
+    options: dict[str, Any] = {
+        "projection_size": projection_size,
+        "route_layer": route_layer,
+        "query_with_first_expert": True,
+    }
     return MethodConfig(
         "ranpac_first", _lora(r, lora), experts="first", router="ridge", classifier="router", **options
     )
@@ -358,7 +376,7 @@ def linear_probe() -> MethodConfig:
     return MethodConfig("linear_probe", {}, experts="none", joint=True, head="shared", mask_logits=False)
 
 
-def joint_lora(r: int = 1, **lora) -> MethodConfig:
+def joint_lora(r: int = 1, **lora: Any) -> MethodConfig:
     """The ceiling: one LoRA adapter and one head, trained on the images of all tasks at once.
 
     Args:
@@ -393,7 +411,7 @@ def _prompt(length: int) -> dict:
     return {"peft_type": "PROMPT_TUNING", "num_virtual_tokens": length}
 
 
-METHODS = {
+METHODS: dict[str, Callable[..., MethodConfig]] = {
     "s_lora": s_lora,
     "s_lora_pp": s_lora_pp,
     "s_prompts": s_prompts,

@@ -2,9 +2,11 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import PIL.Image
 import torch
+from peft import PeftConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES
 
 from .backbones import Backbone, BackboneError, load_backbone
@@ -67,13 +69,14 @@ class ContinualModel(torch.nn.Module):
         if not 1 <= self.query_layers[0] <= self.query_layers[-1] <= count:
             raise ConfigError(f"route_layer={method.route_layer}, but the backbone has {count} layers.")
         self.bank = ExpertBank(backbone)
-        self.router = find_router(method).from_method(method, self.query_size)
+        # What a router can do besides routing follows from the method.
+        self.router: Any = find_router(method).from_method(method, self.query_size)
         self.heads = Heads(backbone.hidden_size, shared=method.head == "shared")
         self.report: StreamReport | None = None
         self.unchanged_experts: dict[str, dict[str, str]] = {}  # their files since they were last saved or loaded
 
     @classmethod
-    def from_backbone(cls, name_or_path: str, method: MethodConfig, **options) -> "ContinualModel":
+    def from_backbone(cls, name_or_path: str, method: MethodConfig, **options: Any) -> "ContinualModel":
         """A model that has learnt nothing yet.
 
         Args:
@@ -152,6 +155,7 @@ class ContinualModel(torch.nn.Module):
             return self.heads(features, routing.selection)
         judges = [self.heads(features[:, n], routing.selection[:, n]) for n in range(features.shape[1])]
         router = self.router
+        assert routing.scores is not None
         return mix(torch.stack(judges, dim=1), routing.selection, routing.scores, router.owners, router.classes)
 
     def forward(self, pixel_values: torch.Tensor, expert: int | None = None) -> ContinualOutput:
@@ -298,6 +302,7 @@ class ContinualModel(torch.nn.Module):
         if not self._trains_experts():
             return FrozenLearner(*rows).to(self.device)
         peft_config = make_peft_config(method.peft, self.backbone)
+        learner: TaskLearner
         if method.experts == "pool":
             if not len(self.bank):
                 self._make_pool(peft_config)
@@ -316,7 +321,7 @@ class ContinualModel(torch.nn.Module):
         method, task = self.config.method, learner.config
         task.num_train_images = num_train_images
         method.head = "shared" if self.heads.shared else "per_task"
-        if method.experts == "pool":
+        if isinstance(learner, PoolLearner):
             learner.finish()
             self.unchanged_experts.clear()
         elif self._trains_experts():
@@ -333,7 +338,7 @@ class ContinualModel(torch.nn.Module):
         experts = self.config.method.experts
         return experts != "none" and not (experts == "first" and self.config.tasks)
 
-    def _make_pool(self, peft_config) -> None:
+    def _make_pool(self, peft_config: PeftConfig) -> None:
         self.router.reset_parameters()
         for name in self.config.expert_names:
             self.bank.start(name, peft_config)
@@ -397,7 +402,7 @@ class ContinualModel(torch.nn.Module):
         """
         save_model(self, folder)
 
-    def push_to_hub(self, repo_id: str, squash_history: bool = False, **options) -> str:
+    def push_to_hub(self, repo_id: str, squash_history: bool = False, **options: Any) -> str:
         """Puts the model on the Hub as one commit. Its latest task's name becomes a tag, if it is new.
 
         Args:
@@ -428,7 +433,7 @@ class ContinualModel(torch.nn.Module):
         revision: str | None = None,
         dtype: str | torch.dtype = "float32",
         attn_implementation: str | None = None,
-        **hub_options,
+        **hub_options: Any,
     ) -> "ContinualModel":
         """Loads a model from a folder or the Hub, whole or not at all. Only safetensors and JSON are read.
 
@@ -460,8 +465,8 @@ class ContinualModel(torch.nn.Module):
         if not isinstance(backbone, Backbone):
             if not local and backbone is None:
                 _check_repo_id(config.backbone.name_or_path, name_or_path)
-            where = {"revision": config.backbone.revision, "image_size": config.backbone.image_size}
-            how = {"dtype": dtype, "attn_implementation": attn_implementation}
+            where: dict[str, Any] = {"revision": config.backbone.revision, "image_size": config.backbone.image_size}
+            how: dict[str, Any] = {"dtype": dtype, "attn_implementation": attn_implementation}
             backbone = load_backbone(backbone or config.backbone.name_or_path, **where, **how, **hub_options)
         if backbone.config.weight_hash != config.backbone.weight_hash:
             raise BackboneError(

@@ -2,9 +2,13 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 MOST_COLUMNS = 4
 
@@ -226,7 +230,9 @@ def plot_throughput(rows: Sequence[dict], path: str | Path) -> None:
     figure.savefig(path)
 
 
-def draw_matrix(axis, values: np.ndarray, rows: Sequence[str], columns: Sequence[str], title: str, cmap: str) -> None:
+def draw_matrix(
+    axis: "Axes", values: np.ndarray, rows: Sequence[str], columns: Sequence[str], title: str, cmap: str
+) -> None:
     """Draws values in [0, 1] as a labelled table of coloured cells.
 
     Args:

@@ -81,15 +81,18 @@ def read_output(
     Returns:
         `list[Prediction]`: One per image.
     """
+    assert output.logits is not None and output.selection is not None and output.distances is not None
     scores, likeliest = output.logits.softmax(dim=1).topk(min(top_k, len(classes)))
     nearest_distances, nearest = output.distances.topk(min(top_k, len(experts)), largest=False)
     chosen = output.selection.reshape(len(scores), -1)[:, 0]
     distance = output.distances.gather(1, chosen[:, None])[:, 0]
     # Rounded, as 0.05 in float32 is not what Python calls 0.05.
-    typicality = [None] * len(scores) if typicality is None else [round(value, 2) for value in typicality.tolist()]
+    typicalities: list[float | None] = [None] * len(scores)
+    if typicality is not None:
+        typicalities = [round(value, 2) for value in typicality.tolist()]
     columns = (scores, likeliest, nearest_distances, nearest, chosen, distance)
     predictions = []
-    for *row, typical in zip(*(column.tolist() for column in columns), typicality, strict=True):
+    for *row, typical in zip(*(column.tolist() for column in columns), typicalities, strict=True):
         image_scores, image_classes, far, near, expert, its_distance = row
         rejected = typical is not None and typical < reject_rate
         predictions.append(

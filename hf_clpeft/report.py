@@ -5,6 +5,7 @@ import json
 import math
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -91,7 +92,7 @@ class StreamReport:
     untrained_accuracy: list[float] = field(default_factory=list)
     test_forwards_per_image: float = 0.0
 
-    def add_task(self, name: str, title: str, **costs) -> None:
+    def add_task(self, name: str, title: str, **costs: Any) -> None:
         """Opens a row and a column of the accuracy matrix.
 
         Args:
@@ -182,7 +183,7 @@ class StreamReport:
         plot_report(self.accuracy_matrix, self.routing_confusion, self.titles, self.experts, path, self.method)
 
 
-def _with_nan(value):
+def _with_nan(value: Any) -> Any:
     """`None` as it stands in JSON back to NaN."""
     if isinstance(value, list):
         return [math.nan if item is None else _with_nan(item) for item in value]

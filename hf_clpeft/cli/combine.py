@@ -15,7 +15,7 @@ def combine(
     as_json: AsJson = False,
     backbone: BackbonePath = None,
     token: Token = None,
-):
+) -> None:
     """Combine the experts of several models into one model; nothing is trained."""
     from ..hub.combine import combine as combine_models
 

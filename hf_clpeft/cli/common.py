@@ -1,11 +1,15 @@
 """What several commands share: their options, and how a result is shown."""
 
 import json
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from ..progress import disable_progress_bars
+
+
+if TYPE_CHECKING:
+    from ..modeling import ContinualModel
 
 
 Repo = Annotated[str, typer.Argument(help="Repo id, repo@revision, or folder of a model.")]
@@ -14,7 +18,7 @@ Token = Annotated[str | None, typer.Option(help="Token of the Hub; default: as l
 BackbonePath = Annotated[str | None, typer.Option("--backbone", help="Where the backbone is, if not where it was.")]
 
 
-def show(values, as_json: bool, title: str = "") -> None:
+def show(values: dict | list[dict], as_json: bool, title: str = "") -> None:
     """Prints a mapping as lines, or rows (a list of mappings) as a table; or either as JSON.
 
     Args:
@@ -45,7 +49,7 @@ def show(values, as_json: bool, title: str = "") -> None:
         Console().print(table)
 
 
-def load_model(repo: str, backbone: str | None, token: str | None):
+def load_model(repo: str, backbone: str | None, token: str | None) -> "ContinualModel":
     """Loads the [`ContinualModel`] that a command was given."""
     from ..hub.download import split_revision
     from ..modeling import ContinualModel

@@ -19,7 +19,7 @@ def demo(
     teaching: Annotated[
         bool, typer.Option(help="Let visitors teach new classes, each on a model of their own.")
     ] = True,
-):
+) -> None:
     """Try a model in the browser: upload, draw, look inside, teach it a new class. Needs no network."""
     from ..config import ConfigError
     from ..hub.download import split_revision

@@ -6,7 +6,7 @@ import platform
 from .common import AsJson, show
 
 
-def env(as_json: AsJson = False):
+def env(as_json: AsJson = False) -> None:
     """Print versions, device and Hub settings, to copy into a bug report."""
     import torch
     from huggingface_hub import constants

@@ -16,7 +16,7 @@ def export(
     as_json: AsJson = False,
     backbone: BackbonePath = None,
     token: Token = None,
-):
+) -> None:
     """Export one expert as a plain PEFT adapter, or merged into the backbone as a plain transformers classifier."""
     from ..export import export_adapter, export_merged
 

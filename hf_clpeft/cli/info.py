@@ -5,7 +5,7 @@ from pathlib import Path
 from .common import AsJson, Repo, Token, show
 
 
-def info(repo: Repo, as_json: AsJson = False, token: Token = None):
+def info(repo: Repo, as_json: AsJson = False, token: Token = None) -> None:
     """Show what a model has learnt, with what, and how well."""
     from ..bundled import bundled_folder
     from ..config import ContinualConfig, read_json

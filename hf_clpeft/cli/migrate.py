@@ -14,7 +14,7 @@ def migrate(
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write into.")],
     backbone: Annotated[str, typer.Option(help="Repo id or folder of the backbone that it adapts.")],
     as_json: AsJson = False,
-):
+) -> None:
     """Rename the weights of an old ViT adapter, so that all of them are used again."""
     from ..backbones import load_backbone
     from ..experts.naming import migrate_adapter

@@ -20,7 +20,7 @@ def predict(
     ] = None,
     top_k: Annotated[int, typer.Option(min=1, help="Likeliest classes and nearest experts to tell in JSON.")] = 1,
     token: Token = None,
-):
+) -> None:
     """Classify pictures: label, score, and the expert that each was routed to."""
     from dataclasses import asdict
 

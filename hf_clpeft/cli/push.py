@@ -21,7 +21,7 @@ def push(
     ] = False,
     token: Token = None,
     as_json: AsJson = False,
-):
+) -> None:
     """Push a model's folder as one commit; or, task by task, what a run could not push when it learnt it."""
     from dataclasses import replace
 

@@ -9,7 +9,7 @@ from ..progress import disable_progress_bars
 from .common import AsJson, show
 
 
-def test(as_json: AsJson = False):
+def test(as_json: AsJson = False) -> None:
     """Learn two tasks of digits with the bundled backbone, save, load and predict; needs no network."""
     import torch
 

@@ -2,8 +2,10 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import gradio as gr
+from gradio.events import Dependency
 from starlette.middleware import Middleware
 
 from ..bundled import DIGITS_MODEL, bundled_folder
@@ -18,9 +20,9 @@ from .teaching import FEWEST
 
 FILE_TYPES = [f".{name.lower()}" for name in (*FORMATS, "JPG", "TIF", "ZIP")]
 VISITORS = 64  # whose requests are answered at the same time
-SHARED = {"concurrency_limit": VISITORS}
+SHARED: dict[str, Any] = {"concurrency_limit": VISITORS}
 SYSTEM_FONTS = ("ui-sans-serif", "system-ui", "sans-serif")  # a page that asks nobody else for anything
-LAUNCH = {
+LAUNCH: dict[str, Any] = {
     "theme": gr.themes.Soft(primary_hue="blue", font=SYSTEM_FONTS, font_mono=("ui-monospace", "monospace")),
     "css_paths": Path(__file__).with_name("page.css"),
     "footer_links": ["api", "settings"],
@@ -95,7 +97,9 @@ def build_demo(
     return demo
 
 
-def _try_it(handlers: Handlers, key, examples: Sequence[Path], drawing: bool):
+def _try_it(
+    handlers: Handlers, key: gr.Textbox, examples: Sequence[Path], drawing: bool
+) -> tuple[Picture, gr.Dropdown]:
     model = handlers.models.served
     pool = model.config.method.experts == "pool"
     with gr.Row(equal_height=False):
@@ -157,16 +161,18 @@ def _try_it(handlers: Handlers, key, examples: Sequence[Path], drawing: bool):
     return picture, expert
 
 
-def _many_pictures(handlers: Handlers, key) -> None:
+def _many_pictures(handlers: Handlers, key: gr.Textbox) -> None:
     files = Files(file_count="multiple", file_types=FILE_TYPES, label="Pictures, or zip archives of pictures")
     classify = gr.Button("Classify", variant="primary")
-    widths = ["17%", "15%", "10%", "12%", "12%", "13%", "21%"]
+    widths: list[str | int] = ["17%", "15%", "10%", "12%", "12%", "13%", "21%"]
     table = gr.Dataframe(headers=TABLE, label="Predictions", interactive=False, wrap=True, column_widths=widths)
     sheet = gr.File(label="The same as CSV", interactive=False)
     classify.click(handlers.predict_files, [files, key], [table, sheet], api_name="predict_files", **SHARED)
 
 
-def _look_inside(handlers: Handlers, key, picture, tab):
+def _look_inside(
+    handlers: Handlers, key: gr.Textbox, picture: Picture, tab: gr.Tab
+) -> tuple[gr.Slider, gr.ScatterPlot]:
     model = handlers.models.served
     steps = len(model.config.tasks)
     step = gr.Slider(1, steps, value=steps, step=1, label="The model as it was after task", elem_id="step")
@@ -207,7 +213,7 @@ def _look_inside(handlers: Handlers, key, picture, tab):
     return step, plane
 
 
-def _teach_it(handlers: Handlers, key, drawing: bool):
+def _teach_it(handlers: Handlers, key: gr.Textbox, drawing: bool) -> Dependency:
     with gr.Row(equal_height=False):
         with gr.Column(min_width=300):
             gr.Markdown(
@@ -249,7 +255,7 @@ def _choices(model: ContinualModel) -> list[tuple[str, str]]:
     return [("the nearest, as routed", NEAREST), *((f"{title} ({name})", name) for name, title in named)]
 
 
-def _learnt_more(model: ContinualModel):
+def _learnt_more(model: ContinualModel) -> tuple[gr.Dropdown, gr.Slider, gr.ScatterPlot]:
     """The lists of a page whose visitor has taught a task."""
     steps = len(model.config.tasks)
     return (

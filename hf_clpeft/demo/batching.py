@@ -6,6 +6,7 @@ from collections import defaultdict
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from queue import SimpleQueue
+from typing import Any, TypeVar
 
 import PIL.Image
 
@@ -15,6 +16,7 @@ from ..prediction import Prediction
 
 LARGEST_BATCH = 64
 MOMENT = 0.02  # seconds
+T = TypeVar("T")
 
 
 class Batcher:
@@ -38,17 +40,17 @@ class Batcher:
     ```
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         self._waiting: SimpleQueue = SimpleQueue()
         threading.Thread(target=self._work, name="batcher", daemon=True).start()
 
-    def run(self, function: Callable):
+    def run(self, function: Callable[[], T]) -> T:
         """Calls a function of no arguments between two batches; returns what it returns, or raises what it raises."""
         future: Future = Future()
         self._waiting.put((function, None, future))
         return future.result()
 
-    def predict(self, model: ContinualModel, images: Sequence[PIL.Image.Image], **options) -> list[Prediction]:
+    def predict(self, model: ContinualModel, images: Sequence[PIL.Image.Image], **options: Any) -> list[Prediction]:
         """Classifies images of one visitor, together with those of others.
 
         Args:
@@ -59,7 +61,8 @@ class Batcher:
         Returns:
             `list[Prediction]`: One per image.
         """
-        job, futures = (model, tuple(sorted(options.items()))), []
+        job = (model, tuple(sorted(options.items())))
+        futures: list[Future] = []
         for image in images:  # one by one, so that a visitor with hundreds does not keep the others waiting
             futures.append(Future())
             self._waiting.put((job, image, futures[-1]))

@@ -5,29 +5,29 @@ which would let strangers look around in the server's network.
 """
 
 from pathlib import Path
+from typing import Any
 
 import gradio as gr
 from gradio.blocks import Block
 from gradio.utils import get_upload_folder, is_in_or_equal
 from gradio_client.utils import is_http_url_like
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 
-def _path_of(file) -> str | None:
+def _path_of(file: Any) -> str:
     """Path of a file that was really uploaded."""
-    if file is None:
-        return None
     if not file.path or not is_in_or_equal(file.path, get_upload_folder()) or not Path(file.path).is_file():
         raise gr.Error("Upload the file first.", print_exception=False)
     return file.path
 
 
-async def _never_fetch(component: Block, path: str | Path | None):
-    if path is not None and is_http_url_like(str(path)):
+async def _never_fetch(component: Block, url_or_file_path: str | Path | None) -> str | None:
+    if url_or_file_path is not None and is_http_url_like(str(url_or_file_path)):
         raise gr.Error("Links are not fetched: download the file, and upload it.", print_exception=False)
-    return await Block.async_move_resource_to_block_cache(component, path)
+    return await Block.async_move_resource_to_block_cache(component, url_or_file_path)
 
 
-def _paths_of(component: Block, payload) -> list[str] | None:
+def _paths_of(component: Block, payload: Any) -> list[str] | None:
     return None if payload is None else [_path_of(file) for file in payload.root]
 
 
@@ -42,9 +42,9 @@ class Picture(gr.Image):
     is_template = True  # in the browser it is its parent
     async_move_resource_to_block_cache = _never_fetch
 
-    def preprocess(self, payload) -> str | None:
+    def preprocess(self, payload: Any) -> str | None:
         """The path."""
-        return _path_of(payload)
+        return None if payload is None else _path_of(payload)
 
     def example_payload(self) -> dict:
         """For the documentation."""
@@ -81,18 +81,20 @@ class Canvas(gr.ImageEditor):
         """For the documentation."""
         return {"background": None, "layers": [], "composite": _example("drawing.png")}
 
-    def preprocess(self, payload) -> bytes | str | None:
+    def preprocess(self, payload: Any) -> bytes | str | None:  # type: ignore[override]  # raw, unlike its parent's
         """What was drawn."""
         if payload is None:
             return None
         blobs = self.blob_storage.pop(payload.id, None) if payload.id is not None else None
-        return blobs.composite if blobs is not None else _path_of(payload.composite)
+        if blobs is not None:
+            return blobs.composite
+        return None if payload.composite is None else _path_of(payload.composite)
 
 
-def textbox(label: str, example: str, **options) -> gr.Textbox:
+def textbox(label: str, example: str, **options: Any) -> gr.Textbox:
     """A text box with an example for the documentation."""
     box = gr.Textbox(label=label, **options)
-    box.example_payload = lambda: example
+    box.example_payload = lambda: example  # type: ignore[method-assign]
     return box
 
 
@@ -130,10 +132,10 @@ def take_brush(elem_id: str) -> str:
 class NeverFetch:
     """ASGI middleware: gradio's server would also fetch what is asked for as `/file=http…`."""
 
-    def __init__(self, app):
+    def __init__(self, app: ASGIApp):
         self.app = app
 
-    async def __call__(self, scope, receive, send):
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http" and ("/file=http" in scope["path"] or "/proxy=" in scope["path"]):
             await send({"type": "http.response.start", "status": 403, "headers": []})
             await send({"type": "http.response.body", "body": b"Not allowed"})

@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any, ParamSpec, TypeVar
 
 import gradio as gr
 import pandas as pd
@@ -18,6 +19,7 @@ from ..backbones import BackboneError
 from ..config import ConfigError
 from ..experts import ExpertError
 from ..hub.errors import HubError
+from ..modeling import ContinualModel
 from . import views
 from .drawing import scan
 from .models import Models
@@ -26,14 +28,16 @@ from .teaching import sort_pictures, teach
 
 
 NEAREST = "nearest"
+P = ParamSpec("P")
+R = TypeVar("R")
 TABLE = ["picture", "answer", "score", "expert", "distance", "typicality", "problem"]
 
 
-def friendly(method: Callable) -> Callable:
+def friendly(method: Callable[P, R]) -> Callable[P, R]:
     """Shows a visitor what the library says, and nothing of the server."""
 
     @functools.wraps(method)
-    def wrapper(*args, **kwargs):
+    def wrapper(*args: P.args, **kwargs: P.kwargs) -> R:
         try:
             return method(*args, **kwargs)
         except (PictureError, ConfigError, HubError, ExpertError, BackboneError) as error:
@@ -60,7 +64,9 @@ class Handlers:
     # Try it
 
     @friendly
-    def predict(self, picture: str | None, expert: str = NEAREST, key: str = ""):
+    def predict(
+        self, picture: str | None, expert: str = NEAREST, key: str = ""
+    ) -> tuple[str, dict[str, float] | None, dict, dict | None]:
         """Classify one picture. Its expert is the one with the nearest prototype, unless another is named.
 
         Args:
@@ -75,7 +81,7 @@ class Handlers:
         if not picture:  # it was taken off the page
             return "", None, gr.skip(), None
         model = self.models.get(key)
-        options = {"top_k": max(5, len(model.bank)), **self._reject(model)}
+        options: dict[str, Any] = {"top_k": max(5, len(model.bank)), **self._reject(model)}
         if expert and expert != NEAREST:
             options["expert"] = expert
         (found,) = self.models.batcher.predict(model, [open_picture(picture)], **options)
@@ -89,7 +95,7 @@ class Handlers:
         )
 
     @friendly
-    def scan_drawing(self, drawing) -> PIL.Image.Image:
+    def scan_drawing(self, drawing: bytes | str | None) -> PIL.Image.Image:
         """Scan a drawn digit down as the digits of the training data were.
 
         Args:
@@ -102,13 +108,13 @@ class Handlers:
             raise PictureError("There is nothing on the canvas yet: draw a digit first.")
         return scan(open_picture(drawing, "the drawing"))
 
-    def _reject(self, model) -> dict:
+    def _reject(self, model: ContinualModel) -> dict:
         return {"reject_rate": self.reject_rate} if model.can_reject else {}
 
     # Many pictures
 
     @friendly
-    def predict_files(self, files: list[str] | None, key: str = ""):
+    def predict_files(self, files: list[str] | None, key: str = "") -> tuple[pd.DataFrame, str]:
         """Classify many pictures at once, each by its own expert, all in shared batches.
 
         Args:
@@ -120,10 +126,12 @@ class Handlers:
         """
         if not files:
             raise PictureError("There is no file yet: add pictures or a zip archive of pictures.")
-        model, rows, batch = self.models.get(key), [], []
+        model = self.models.get(key)
+        rows: list[list] = []
+        batch: list[tuple[list, PIL.Image.Image]] = []
         options = self._reject(model)
 
-        def flush():
+        def flush() -> None:
             found = self.models.batcher.predict(model, [image for _, image in batch], **options)
             for (row, _), answer in zip(batch, found, strict=True):
                 row[1:6] = (
@@ -150,7 +158,9 @@ class Handlers:
     # Look inside
 
     @friendly
-    def look_inside(self, step: int, picture: str | None = None, key: str = ""):
+    def look_inside(
+        self, step: int, picture: str | None = None, key: str = ""
+    ) -> tuple[str, str, str, dict | None, dict[str, float] | None]:
         """The model as it was after a task: what it could do, where its prototypes lie, what it would have answered.
 
         Args:
@@ -181,7 +191,13 @@ class Handlers:
     # Teach it
 
     @friendly
-    def teach(self, name: str, files: list[str] | None, key: str = "", progress: gr.Progress = gr.Progress()):  # noqa: B008
+    def teach(
+        self,
+        name: str,
+        files: list[str] | None,
+        key: str = "",
+        progress: gr.Progress = gr.Progress(),  # noqa: B008
+    ) -> tuple[str, str, str]:
         """Teach new classes from a few pictures each: one more task, on a model of your own.
 
         Args:
@@ -200,7 +216,7 @@ class Handlers:
         return views.lesson(lesson, classes), lesson.key, archive
 
     @friendly
-    def add_drawing(self, drawing, files: list[str] | None):
+    def add_drawing(self, drawing: bytes | str | None, files: list[str] | None) -> list[str]:
         """Put a drawing among the pictures to teach from.
 
         Args:
@@ -215,7 +231,7 @@ class Handlers:
         return [*(files or []), _keep(png.getvalue(), f"drawing-{len(files or []) + 1}.png")]
 
     @friendly
-    def push(self, repo_id: str, token: str, key: str):
+    def push(self, repo_id: str, token: str, key: str) -> str:
         """Push the model that you taught to the Hub, in your name.
 
         Args:

@@ -4,8 +4,9 @@ import contextlib
 import io
 import re
 import zipfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 import numpy as np
 import PIL.Image
@@ -159,10 +160,12 @@ def read_uploads(paths: Sequence[str | Path]) -> Iterator[tuple[str, PIL.Image.I
 
     ```
     """
-    plan, count = [], 0
+    plan: list[tuple[Path, dict[zipfile.ZipInfo, str] | None]] = []
+    count = 0
     for path in map(Path, paths):
-        plan.append((path, _members(path) if _is_archive(path) else None))
-        count += 1 if plan[-1][1] is None else len(plan[-1][1])
+        members = _members(path) if _is_archive(path) else None
+        plan.append((path, members))
+        count += 1 if members is None else len(members)
         if count > MOST_FILES:
             raise PictureError(f"These are more than {MOST_FILES} pictures; choose fewer of them.")
     return _read(plan)
@@ -210,7 +213,9 @@ def _members(path: Path) -> dict[zipfile.ZipInfo, str]:
     return members
 
 
-def _read(plan):
+def _read(
+    plan: list[tuple[Path, dict[zipfile.ZipInfo, str] | None]],
+) -> Iterator[tuple[str, PIL.Image.Image | PictureError]]:
     for path, members in plan:
         if members is None:
             yield path.name, _attempt(open_picture, path)
@@ -220,14 +225,14 @@ def _read(plan):
                 yield name, _attempt(_open_member, archive, entry, name)
 
 
-def _attempt(read, *arguments):
+def _attempt(read: Callable[..., PIL.Image.Image], *arguments: Any) -> PIL.Image.Image | PictureError:
     try:
         return read(*arguments)
     except PictureError as error:
         return PictureError(str(error))  # anew, as the traceback of the old one keeps the whole file in memory
 
 
-def _open_member(archive, entry, name):
+def _open_member(archive: zipfile.ZipFile, entry: zipfile.ZipInfo, name: str) -> PIL.Image.Image:
     try:
         with archive.open(entry) as file:
             data = file.read(entry.file_size)  # which may be a lie, so never until the end

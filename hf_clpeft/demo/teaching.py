@@ -2,7 +2,7 @@
 
 import re
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -46,13 +46,13 @@ class Lesson:
 
 
 def sort_pictures(
-    name: str, uploads: Sequence[tuple[str, PIL.Image.Image | PictureError]], known: Sequence[str]
+    name: str, uploads: Iterable[tuple[str, PIL.Image.Image | PictureError]], known: Sequence[str]
 ) -> dict[str, list[PIL.Image.Image]]:
     """Which class each uploaded picture is of: of the folder it lies in, or of the given name.
 
     Args:
         name (`str`): Class of the pictures that lie in no folder.
-        uploads (sequence): Path inside its archive or folder, and picture, of each; see [`read_uploads`].
+        uploads (iterable): Path inside its archive or folder, and picture, of each; see [`read_uploads`].
         known (sequence of `str`): Classes that the model knows.
 
     Returns:

@@ -57,6 +57,7 @@ def verdict(prediction: Prediction, model: ContinualModel, reject_rate: float, c
     Returns:
         `str`: HTML, every name of a stranger escaped.
     """
+    assert prediction.expert is not None
     names = titles(model)
     label = escape(prediction.label if prediction.label is not None else NONE)
     score = "" if prediction.label is None else f"<small>{100 * prediction.score:.0f} %</small>"
@@ -167,12 +168,12 @@ def prototype_points(model: ContinualModel, query: torch.Tensor | None = None) -
     """
     names = list(titles(model).values())
     if model.config.method.experts == "pool":
-        points, owners = torch.nn.functional.normalize(model.router.keys, dim=-1), names
+        vectors, owners = torch.nn.functional.normalize(model.router.keys, dim=-1), names
     else:
-        points, owners = model.router.prototypes, [names[owner] for owner in model.router.owners.tolist()]
-    if len(points) < 2:
+        vectors, owners = model.router.prototypes, [names[owner] for owner in model.router.owners.tolist()]
+    if len(vectors) < 2:
         return None
-    points = points.detach().float().cpu().numpy()
+    points = vectors.detach().float().cpu().numpy()
     centre = points.mean(axis=0)
     _, _, axes = np.linalg.svd(points - centre, full_matrices=False)
     axes = axes[:2] * np.sign(axes[:2].sum(axis=1, keepdims=True))  # else a point more could mirror the map

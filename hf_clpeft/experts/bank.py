@@ -1,7 +1,8 @@
 """All experts of a model, and how a batch runs through them when every image has its own."""
 
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from peft import PeftConfig, PeftModel
@@ -108,15 +109,13 @@ class ExpertBank(torch.nn.Module):
         Returns:
             `peft.PeftModel`: Its trainable parameters are the expert's.
         """
-        if name in self.names:
-            self._put(self[self.names.index(name)])
-        else:
-            self._make_slot(config)
+        slot = self._put(self[self.names.index(name)]) if name in self.names else self._make_slot(config)
         self._in_slot = None  # from here on the slot holds nothing that is at rest
-        return self.slot
+        return slot
 
     def finish(self, name: str) -> Expert:
         """Moves the trained expert from the slot into the bank, replacing one of the same name."""
+        assert self.slot is not None
         expert = self._in_slot = Expert.from_peft_model(name, self.slot)
         if name not in self.names:
             self._keep(expert)
@@ -177,7 +176,7 @@ class ExpertBank(torch.nn.Module):
             `torch.Tensor` of shape `(batch, hidden_size)`.
         """
         form = "grouped" if self.table is None else self.table.form_for(selection, self.form)
-        if form == "grouped":
+        if self.table is None or form == "grouped":
             return self._run_grouped(pixel_values, selection, num_layers)
         with self._slot_disabled(), self.table.selected(selection, form, self._compute_dtype()):
             if readout == "cls":
@@ -186,7 +185,9 @@ class ExpertBank(torch.nn.Module):
         length = self.table.members.shape[1] * (selection.shape[1] if selection.dim() == 2 else 1)
         return tokens[:, 1 : 1 + length].mean(dim=1)
 
-    def _run_grouped(self, pixel_values: torch.Tensor, selection: torch.Tensor, num_layers) -> torch.Tensor:
+    def _run_grouped(
+        self, pixel_values: torch.Tensor, selection: torch.Tensor, num_layers: int | Sequence[int] | None
+    ) -> torch.Tensor:
         if selection.dim() == 2:
             raise ExpertError("Several experts for one image need LoRA, or prompts of one length.")
         if self.slot is not None and self._in_slot is None:
@@ -220,28 +221,34 @@ class ExpertBank(torch.nn.Module):
         self._configs.append(expert.config)
 
     def _make_table(self) -> LoraTable | PromptTable | None:
+        assert self.slot is not None
         if self.slot.peft_config[ADAPTER].is_prompt_learning:
             return PromptTable(self.backbone)
         return LoraTable.made_for(self.backbone, self.slot)
 
     def _pack(self, expert: Expert) -> tuple[torch.Tensor, float]:
+        assert self.table is not None
+        config: Any = expert.config  # fields differ from class to class; the table knows those that it needs
         try:
-            return self.table.pack(expert.config, expert.tensors)
+            return self.table.pack(config, expert.tensors)
         except ValueError as error:
             raise ExpertError(f"Expert {expert.name!r} does not fit a bank with {self.names[:1]}: {error}") from error
 
-    def _slot_disabled(self):
+    def _slot_disabled(self) -> AbstractContextManager[None]:
         return nullcontext() if self.slot is None else self.slot.disable_adapter()
 
-    def _put(self, expert: Expert) -> None:
-        if self.slot is None or not _alike(self.slot.peft_config[ADAPTER], expert.config):
-            self._make_slot(expert.config)
-        expert.copy_to(self.slot)
+    def _put(self, expert: Expert) -> PeftModel:
+        slot = self.slot
+        if slot is None or not _alike(slot.peft_config[ADAPTER], expert.config):
+            slot = self._make_slot(expert.config)
+        expert.copy_to(slot)
         self._in_slot = expert
+        return slot
 
-    def _make_slot(self, config: PeftConfig) -> None:
+    def _make_slot(self, config: PeftConfig) -> PeftModel:
         self._empty_slot()
-        self.slot = make_peft_model(self.backbone, config).to(self.backbone.device)
+        slot = self.slot = make_peft_model(self.backbone, config).to(self.backbone.device)
+        return slot
 
     def _clear_slot(self) -> None:
         """A backbone without PEFT's wrappers is faster; only grouped experts run in the slot."""

@@ -4,6 +4,7 @@ import copy
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import PeftConfig, PeftModel, get_peft_config, get_peft_model_state_dict, set_peft_model_state_dict
@@ -85,7 +86,7 @@ class Expert:
             [`ExpertError`]: A tensor has no home, a home gets no tensor, or shapes differ.
         """
         try:
-            result = set_peft_model_state_dict(peft_model, self.tensors, adapter_name=ADAPTER)
+            result: Any = set_peft_model_state_dict(peft_model, self.tensors, adapter_name=ADAPTER)
         except (RuntimeError, KeyError) as error:
             raise ExpertError(f"Expert {self.name!r} does not fit the backbone: {error}") from error
         homeless = [key for key in result.unexpected_keys if key != "prompt_embeddings"]
@@ -167,7 +168,7 @@ def make_peft_config(arguments: dict, backbone: Backbone) -> PeftConfig:
     ```
     """
     try:
-        config = get_peft_config(dict(arguments))
+        config: Any = get_peft_config(dict(arguments))  # fields differ from class to class
     except Exception as error:
         raise ExpertError(f"PEFT cannot make a configuration of {arguments}: {error}") from error
     config.base_model_name_or_path = backbone.config.name_or_path
@@ -194,7 +195,7 @@ def make_peft_model(backbone: Backbone, config: PeftConfig) -> PeftModel:
         raise ExpertError(
             f"{backbone.config.name_or_path} is a ConvNet without tokens, so prompts cannot be inserted."
         )
-    make = PromptTunedVisionModel if config.is_prompt_learning else PeftModel
+    make: type[PeftModel] = PromptTunedVisionModel if config.is_prompt_learning else PeftModel
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")  # asked by PEFT, not us
         try:

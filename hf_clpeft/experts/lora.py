@@ -58,6 +58,12 @@ class LoraTable(ExpertTable):
     Source: LoRA, arXiv 2106.09685.
     """
 
+    # What is selected, while something is.
+    _down: torch.Tensor | None
+    _up: torch.Tensor | None
+    _weights: torch.Tensor | None
+    _projected: torch.Tensor | None
+
     def __init__(self, backbone: Backbone, layers: dict[str, torch.nn.Linear], inputs: list[list[str]]):
         downs = sum(layer.in_features for layer in layers.values())
         super().__init__(downs + sum(layer.out_features for layer in layers.values()), backbone.device)
@@ -86,16 +92,16 @@ class LoraTable(ExpertTable):
         """
         layers = {
             f"base_model.model.{name}": module.base_layer
-            for name, module in peft_model.base_model.model.named_modules()
+            for name, module in peft_model.get_base_model().named_modules()
             if isinstance(module, LoraLayer)
         }
         config = peft_model.peft_config[ADAPTER]
         trained = sum(parameter.requires_grad for parameter in peft_model.parameters())
-        linear = all(type(layer) is torch.nn.Linear for layer in layers.values())
-        if not (_is_plain(config) and linear and trained == 2 * len(layers)):
+        linear = {key: layer for key, layer in layers.items() if type(layer) is torch.nn.Linear}
+        if not (_is_plain(config) and len(linear) == len(layers) and trained == 2 * len(layers)):
             return None
-        inputs = _shared_inputs(backbone, layers)
-        return inputs and cls(backbone, layers, inputs)
+        inputs = _shared_inputs(backbone, linear)
+        return cls(backbone, linear, inputs) if inputs else None
 
     def pack(self, config: LoraConfig, tensors: dict[str, torch.Tensor]) -> tuple[torch.Tensor, float]:
         """Cuts an expert into components.
@@ -171,12 +177,13 @@ class LoraTable(ExpertTable):
         """The columns that hold A, and those that hold B."""
         return rows[..., : self._num_down], rows[..., self._num_down :]
 
-    def _update(self, site: _Site, layer, args: tuple, output: torch.Tensor) -> torch.Tensor | None:
+    def _update(self, site: _Site, layer: torch.nn.Module, args: tuple, output: torch.Tensor) -> torch.Tensor | None:
         """Hook of a linear layer: adds what the selected experts say to its output."""
-        if self._down is None:
+        if self._down is None or self._up is None:
             return None
         if site.position == 0:
             self._projected = self._project(site.input, args[0].to(output.dtype))
+        assert self._projected is not None
         up = self._up[..., site.up]
         rank = up.shape[-2]
         down = self._projected[..., site.position * rank : (site.position + 1) * rank]
@@ -186,6 +193,7 @@ class LoraTable(ExpertTable):
 
     def _project(self, number: int, x: torch.Tensor) -> torch.Tensor:
         """x Aᵀ for all layers that read x, of shape `(batch, tokens, layers * rank)`."""
+        assert self._down is not None
         (count, width), start = self._inputs[number], self._starts[number]
         # The layers' A below one another: a view for one layer or rank 1, else a small copy.
         down = self._down[..., start : start + count * width].unflatten(-1, (count, width))
@@ -198,7 +206,9 @@ class LoraTable(ExpertTable):
 
 def _is_plain(config: PeftConfig) -> bool:
     """Whether every layer has the same rank and factor, and the update is nothing but B A."""
-    return config.peft_type == PeftType.LORA and not (config.use_dora or config.rank_pattern or config.alpha_pattern)
+    if config.peft_type != PeftType.LORA or not isinstance(config, LoraConfig):
+        return False
+    return not (config.use_dora or config.rank_pattern or config.alpha_pattern)
 
 
 def _shared_inputs(backbone: Backbone, layers: dict[str, torch.nn.Linear]) -> list[list[str]] | None:

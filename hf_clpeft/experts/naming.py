@@ -2,6 +2,7 @@
 
 import copy
 from pathlib import Path
+from typing import Any, cast
 
 from peft import PeftConfig
 from peft.tuners.tuners_utils import check_target_module_exists
@@ -67,7 +68,8 @@ def rename_old_keys(expert: Expert, backbone: Backbone) -> Expert:
     # A module's name when the expert was trained: PEFT's patterns were written for that.
     old_names = {name: name for name, _ in backbone.model.named_modules() if name}
     if keys != unwrapped:
-        backwards = [renaming.reverse_transform() for renaming in reversed(renamings)]
+        # The reverse of a renaming is one too, whatever its annotation says.
+        backwards = [cast(WeightRenaming, renaming.reverse_transform()) for renaming in reversed(renamings)]
         old_names = {name: rename_source_key(name, backwards, [])[0] for name in old_names}
     if unwrapped != list(expert.tensors):
         old_names = {name: f"{wrapper}.{old_name}" for name, old_name in old_names.items()}
@@ -143,16 +145,16 @@ def _rename_targets(config: PeftConfig, old_names: dict[str, str]) -> PeftConfig
     targets = [name for name, old_name in old_names.items() if check_target_module_exists(config, old_name)]
     if not targets:
         return config  # someone has renamed the targets already
-    config = copy.copy(config)
+    renamed: Any = copy.copy(config)  # fields differ from class to class
     short = {name.rpartition(".")[-1] for name in targets}
     named_so = [name for name in old_names if name.rpartition(".")[-1] in short]
-    config.target_modules = short if named_so == targets else set(targets)
+    renamed.target_modules = short if named_so == targets else set(targets)
     for field in ("exclude_modules", "layers_to_transform", "layers_pattern"):
-        if hasattr(config, field):
-            setattr(config, field, None)  # what they said is in the targets now
+        if hasattr(renamed, field):
+            setattr(renamed, field, None)  # what they said is in the targets now
     for field in ("rank_pattern", "alpha_pattern"):
-        pattern = getattr(config, field, None)
+        pattern = getattr(renamed, field, None)
         if pattern:
             keys = {name: get_pattern_key(pattern, old_names[name]) for name in targets}
-            setattr(config, field, {name: pattern[key] for name, key in keys.items() if key in pattern})
-    return config
+            setattr(renamed, field, {name: pattern[key] for name, key in keys.items() if key in pattern})
+    return renamed

@@ -6,12 +6,17 @@ inserted behind [CLS] in the output of the backbone's embedding layer; configura
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
 
 import torch
 from peft import PeftModel, PromptEmbedding, PromptTuningConfig
 
 from ..backbones import Backbone
 from .table import ExpertTable
+
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 def insert_prompt(tokens: torch.Tensor, prompt: torch.Tensor) -> torch.Tensor:
@@ -60,12 +65,20 @@ class PromptTunedVisionModel(PeftModel):
     ```
     """
 
-    def __init__(self, model, peft_config: PromptTuningConfig, adapter_name: str = "default", **kwargs):
+    base_model: "PreTrainedModel"
+
+    def __init__(
+        self,
+        model: "PreTrainedModel",
+        peft_config: PromptTuningConfig,
+        adapter_name: str = "default",
+        **kwargs: Any,
+    ):
         super().__init__(model, peft_config, adapter_name, **kwargs)
-        self._hook = model.embeddings.register_forward_hook(self._insert_prompt)
+        self._hook = model.get_submodule("embeddings").register_forward_hook(self._insert_prompt)
 
     def _setup_prompt_encoder(self, adapter_name: str) -> None:
-        config = self.peft_config[adapter_name]
+        config: Any = self.peft_config[adapter_name]  # fields differ from class to class
         config.num_transformer_submodules = 1
         if not hasattr(self, "prompt_encoder"):
             self.prompt_encoder = torch.nn.ModuleDict()
@@ -77,13 +90,14 @@ class PromptTunedVisionModel(PeftModel):
         self.prompt_encoder[adapter_name] = encoder.to(self.base_model.device)
         self.prompt_tokens[adapter_name] = torch.arange(config.num_virtual_tokens)
 
-    def _insert_prompt(self, module, inputs, tokens: torch.Tensor) -> torch.Tensor | None:
+    def _insert_prompt(self, module: torch.nn.Module, inputs: tuple, tokens: torch.Tensor) -> torch.Tensor | None:
         if self._adapters_disabled:
             return None
-        return insert_prompt(tokens, self.prompt_encoder[self.active_adapter].embedding.weight)
+        encoder: Any = self.prompt_encoder[self.active_adapter]
+        return insert_prompt(tokens, encoder.embedding.weight)
 
     @contextmanager
-    def disable_adapter(self):
+    def disable_adapter(self) -> Iterator[None]:
         """Runs the backbone without the prompt inside this context. PEFT's own version expects a language model."""
         was_disabled, self._adapters_disabled = self._adapters_disabled, True
         try:
@@ -110,7 +124,7 @@ class PromptTable(ExpertTable):
     def __init__(self, backbone: Backbone):
         super().__init__(backbone.hidden_size, backbone.device)
         self._prompt: torch.Tensor | None = None
-        backbone.model.embeddings.register_forward_hook(self._insert)
+        backbone.model.get_submodule("embeddings").register_forward_hook(self._insert)
 
     def pack(self, config: PromptTuningConfig, tensors: dict[str, torch.Tensor]) -> tuple[torch.Tensor, float]:
         """Cuts a prompt into tokens.
@@ -154,5 +168,5 @@ class PromptTable(ExpertTable):
         finally:
             self._prompt = None
 
-    def _insert(self, module, inputs, tokens: torch.Tensor) -> torch.Tensor | None:
+    def _insert(self, module: torch.nn.Module, inputs: tuple, tokens: torch.Tensor) -> torch.Tensor | None:
         return None if self._prompt is None else insert_prompt(tokens, self._prompt)

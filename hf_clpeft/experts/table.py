@@ -30,6 +30,9 @@ class ExpertTable(torch.nn.Module):
     ```
     """
 
+    scales: torch.Tensor
+    members: torch.Tensor
+
     def __init__(self, width: int, device: torch.device):
         super().__init__()
         self.rows = torch.nn.Parameter(torch.zeros(1, width, device=device), requires_grad=False)

@@ -113,7 +113,7 @@ def _router(method: MethodConfig) -> str:
 
 
 def _eval_results(report: StreamReport | None, summary: dict[str, float]) -> list[EvalResult] | None:
-    if not summary:
+    if report is None or not summary:
         return None
     return [
         EvalResult(

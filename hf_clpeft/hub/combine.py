@@ -1,8 +1,9 @@
 """Experts of several models in one model and one router."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from ..backbones import load_backbone
 from ..config import ConfigError, ContinualConfig, TaskConfig
@@ -12,7 +13,7 @@ from .download import split_revision
 
 
 # What must not differ, and where it stands in a configuration.
-ALIKE = {
+ALIKE: dict[str, Callable[[ContinualConfig], Any]] = {
     "backbone weights": lambda config: config.backbone.weight_hash,
     "backbone revision": lambda config: config.backbone.revision,
     "image size": lambda config: config.backbone.image_size,
@@ -22,7 +23,9 @@ ALIKE = {
 }
 
 
-def combine(sources: Sequence[str | Path | ContinualModel], backbone: str | None = None, **options) -> ContinualModel:
+def combine(
+    sources: Sequence[str | Path | ContinualModel], backbone: str | None = None, **options: Any
+) -> ContinualModel:
     """Puts the experts of several models into one; every image finds its own among all of them.
 
     Nothing is trained: experts, what routers know and head rows stay. Classes are merged by name. Where two
@@ -75,7 +78,7 @@ def combine(sources: Sequence[str | Path | ContinualModel], backbone: str | None
         classes=classes,
         license=first.license if len(licenses) == 1 else "other",
     )
-    where = {"revision": first.backbone.revision, "image_size": first.backbone.image_size}
+    where: dict[str, Any] = {"revision": first.backbone.revision, "image_size": first.backbone.image_size}
     combined = ContinualModel(load_backbone(backbone or first.backbone.name_or_path, **where, **options), config)
     combined.bank.extend(
         Expert(task.name, expert.config, expert.tensors)
@@ -86,8 +89,8 @@ def combine(sources: Sequence[str | Path | ContinualModel], backbone: str | None
         numbers = [classes.index(label) for label in model.config.classes]
         combined.router.merge(model.router, numbers)
         heads = model.heads
-        for *rows, old, alone in zip(heads.weights, heads.biases, heads.classes, heads.alone, strict=True):
-            combined.heads.write(*rows, [numbers[number] for number in old], alone)
+        for weight, bias, old, alone in zip(heads.weights, heads.biases, heads.classes, heads.alone, strict=True):
+            combined.heads.write(weight, bias, [numbers[number] for number in old], alone)
     return combined
 
 

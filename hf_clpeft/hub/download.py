@@ -1,6 +1,7 @@
 """From the Hub: the files that a model is loaded from, and no others."""
 
 from pathlib import Path
+from typing import Any
 
 from ..config import CONFIG_NAME, LARGEST_JSON, ConfigError, ContinualConfig
 from ..report import METRICS_NAME
@@ -94,7 +95,7 @@ def fetch_config(
         for name, size in sizes.items():
             if name.endswith(".json") and size > LARGEST_JSON:
                 raise ConfigError(f"{repo_id} holds {name} with {size:,} bytes; at most {LARGEST_JSON:,} are read.")
-        where = {"cache_dir": cache_dir, "revision": commit.resolved, "token": token}
+        where: dict[str, Any] = {"cache_dir": cache_dir, "revision": commit.resolved, "token": token}
         if METRICS_NAME in sizes:
             hf_hub_download(repo_id, METRICS_NAME, **where)
         folder = Path(hf_hub_download(repo_id, CONFIG_NAME, **where)).parent
@@ -110,7 +111,7 @@ def fetch_config(
     return folder
 
 
-def fetch_model(repo_id: str, revision: str | None = None, **hub_options) -> Path:
+def fetch_model(repo_id: str, revision: str | None = None, **hub_options: Any) -> Path:
     """Downloads the files that a model is loaded from.
 
     Args:

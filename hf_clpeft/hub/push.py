@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from ..config import CONFIG_NAME, ConfigError, ContinualConfig, read_json
 from ..report import METRICS_NAME, REPORT_FILES, StreamReport
@@ -133,6 +133,7 @@ def push_folder(
             create_pr=ready.create_pr,
         )
         if ready.create_pr:
+            assert commit.pr_url is not None
             return commit.pr_url
         if config.tasks:
             api.create_tag(ready.repo_id, tag=config.tasks[-1].name, revision=commit.oid, exist_ok=True)
@@ -154,7 +155,7 @@ class _Head:
 
 def _read_head(api: "HfApi", target: PushTarget, revision: str | None = None) -> _Head:
     revision = revision or (None if target.create_pr else target.revision)
-    info = api.repo_info(target.repo_id, revision=revision)
+    info: Any = api.repo_info(target.repo_id, revision=revision)
     files = {sibling.rfilename for sibling in info.siblings or []}
     if CONFIG_NAME not in files:
         return _Head(info.sha, files, None)

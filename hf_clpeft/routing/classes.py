@@ -1,6 +1,7 @@
 """Routers that know every class. What they keep are sums over query features, so that tasks add up in any order."""
 
 from abc import ABC, abstractmethod
+from typing import Self
 
 import torch
 
@@ -29,6 +30,11 @@ class ClassRouter(Router, ABC):
 
     ```
     """
+
+    prototypes: torch.Tensor
+    counts: torch.Tensor
+    owners: torch.Tensor
+    classes: torch.Tensor
 
     def __init__(self, query_size: int):
         super().__init__()
@@ -59,7 +65,7 @@ class ClassRouter(Router, ABC):
         self._append({"prototypes": means, "counts": counts, "owners": owners, "classes": numbers})
         self.add_sums(features, normalized - means[entries], entries)
 
-    def merge(self, other: "ClassRouter", numbers: list[int]) -> None:
+    def merge(self, other: Self, numbers: list[int]) -> None:
         """Adds all tasks of another router of the same kind, as if they had been learnt here.
 
         Args:
@@ -154,7 +160,7 @@ class ClassRouter(Router, ABC):
         """
         self.derive()
 
-    def merge_sums(self, other: "ClassRouter") -> None:
+    def merge_sums(self, other: Self) -> None:
         """Adds what another router of the same kind keeps besides."""
         self.derive()
 

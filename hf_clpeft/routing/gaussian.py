@@ -1,5 +1,7 @@
 """The likeliest class under Gaussians with one covariance: linear discriminant analysis, learnt task by task."""
 
+from typing import Self
+
 import torch
 
 from .classes import ClassRouter
@@ -36,6 +38,9 @@ class GaussianRouter(ClassRouter):
     """
 
     title = "Gaussian per class, one covariance"
+    scatter: torch.Tensor
+    _whitening: torch.Tensor
+    _centres: torch.Tensor
 
     def __init__(self, query_size: int):
         super().__init__(query_size)
@@ -59,7 +64,7 @@ class GaussianRouter(ClassRouter):
         self.scatter = self.scatter + (residuals.T @ residuals).to(self.scatter)
         self.derive()
 
-    def merge_sums(self, other: "GaussianRouter") -> None:
+    def merge_sums(self, other: Self) -> None:
         self.scatter = self.scatter + other.scatter.to(self.scatter)
         self.derive()
 

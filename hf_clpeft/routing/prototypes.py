@@ -1,9 +1,15 @@
 """Nearest k-means centre: the router of S-Prompts and S-LoRA."""
 
+from typing import TYPE_CHECKING
+
 import numpy as np
 import torch
 
 from .routing import Router, Routing
+
+
+if TYPE_CHECKING:
+    from sklearn.cluster import KMeans
 
 
 CANDIDATES = (1, 2, 5, 10, 20, 50, 100, 200)
@@ -43,6 +49,9 @@ class PrototypeRouter(Router):
     """
 
     title = "nearest prototype"
+    prototypes: torch.Tensor
+    owners: torch.Tensor
+    thresholds: torch.Tensor
 
     def __init__(self, query_size: int):
         super().__init__()
@@ -200,9 +209,9 @@ def fit_prototypes(features: torch.Tensor, k: int | str, seed: int = 0) -> torch
 
     ```
     """
-    k = choose_k(features, seed) if k == "auto" else k
+    count = choose_k(features, seed) if k == "auto" else int(k)
     normalized = torch.nn.functional.normalize(features.float(), dim=-1).cpu()
-    return torch.from_numpy(_k_means(normalized, min(k, len(normalized)), seed).cluster_centers_).float()
+    return torch.from_numpy(_k_means(normalized, min(count, len(normalized)), seed).cluster_centers_).float()
 
 
 def fit_thresholds(features: torch.Tensor, k: int, seed: int = 0) -> torch.Tensor:
@@ -292,7 +301,7 @@ def choose_k(features: torch.Tensor, seed: int = 0) -> int:
     return next(k for k, distance in zip(candidates, distances, strict=True) if distance <= 1.01 * min(distances))
 
 
-def _k_means(features: torch.Tensor, k: int, seed: int):
+def _k_means(features: torch.Tensor, k: int, seed: int) -> "KMeans":
     from sklearn.cluster import KMeans
 
     return KMeans(n_clusters=k, n_init=3, random_state=seed).fit(features.numpy())

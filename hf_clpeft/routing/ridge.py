@@ -1,5 +1,7 @@
 """Ridge regression on random features: RanPAC's classifier, learnt task by task."""
 
+from typing import Self
+
 import torch
 
 from ..config import MethodConfig
@@ -38,6 +40,11 @@ class RidgeRouter(ClassRouter):
     """
 
     title = "ridge regression on random features"
+    projection: torch.Tensor
+    gram: torch.Tensor
+    moments: torch.Tensor
+    penalty: torch.Tensor
+    _weights: torch.Tensor
 
     def __init__(self, query_size: int, projection_size: int = 10_000):
         super().__init__(query_size)
@@ -84,7 +91,7 @@ class RidgeRouter(ClassRouter):
         self.penalty = self.penalty.new_tensor(choose_penalty(hidden.double().cpu(), targets.double().cpu()))
         self.derive()
 
-    def merge_sums(self, other: "RidgeRouter") -> None:
+    def merge_sums(self, other: Self) -> None:
         self._unfold()
         self._append({"moments": other.moments})
         self.gram = self.gram + other.gram.to(self.gram)

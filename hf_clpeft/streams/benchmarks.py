@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 from .digits import load_digits_dataset
 from .stream import TaskStream
@@ -40,7 +41,7 @@ class Benchmark:
 
     def options_for(self, method: str | None = None) -> dict:
         """Options of the recipes that suit this benchmark and, if given, a method."""
-        return {**self.defaults, **self.tuned.get(method, {})}
+        return {**self.defaults, **({} if method is None else self.tuned.get(method, {}))}
 
 
 DIGITS_DEFAULTS = {
@@ -146,7 +147,7 @@ BENCHMARKS: dict[str, Benchmark] = {
 }
 
 
-def load_benchmark(name: str, **overrides) -> TaskStream:
+def load_benchmark(name: str, **overrides: Any) -> TaskStream:
     """The stream of a named benchmark.
 
     Args:

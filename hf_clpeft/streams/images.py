@@ -2,8 +2,9 @@
 
 import io
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import PIL.Image
@@ -15,6 +16,9 @@ from datasets.exceptions import DatasetGenerationError
 from .source import StreamError
 from .task import Split
 
+
+if TYPE_CHECKING:
+    from transformers.image_processing_utils import BaseImageProcessor
 
 logger = logging.getLogger(__name__)
 
@@ -45,8 +49,8 @@ class ImageTransform:
     ```
     """
 
-    def __init__(self, processor):
-        self.processor = processor
+    def __init__(self, processor: "BaseImageProcessor"):
+        self.processor: Any = processor  # fields differ from class to class
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -188,21 +192,21 @@ class TaskImages(torch.utils.data.Dataset):
         """A batch: `pixels` of shape `(batch, 3, height, width)`, `label` and `index` of shape `(batch,)`."""
         rows = self.dataset[list(indices)]["pixels"]
         pixels = np.stack([np.frombuffer(row, dtype=np.uint8).reshape(self.shape) for row in rows])
-        indices = np.asarray(indices)
+        index = np.asarray(indices)
         return {
             "pixels": torch.from_numpy(pixels),
-            "label": torch.from_numpy(self.labels[indices]),
-            "index": torch.from_numpy(indices),
+            "label": torch.from_numpy(self.labels[index]),
+            "index": torch.from_numpy(index),
         }
 
-    def loader(self, num_workers: int = 0, **batches) -> torch.utils.data.DataLoader:
+    def loader(self, num_workers: int = 0, **batches: Any) -> torch.utils.data.DataLoader:
         """A loader of whole batches, with `batch_size` and perhaps `rows`, or with a `batch_sampler`."""
         rows = batches.pop("rows", None)
         images = self if rows is None else torch.utils.data.Subset(self, rows)
         return torch.utils.data.DataLoader(images, num_workers=num_workers, collate_fn=_same, **batches)
 
 
-def _same(batch):
+def _same(batch: Any) -> Any:
     return batch
 
 
@@ -268,13 +272,14 @@ def cache_images(split: Split, transform: ImageTransform, max_bad_images: int = 
     return TaskImages(cached, transform.shape)
 
 
-def _rows(rows):
+def _rows(rows: Iterable[dict]) -> Iterator[dict]:
     yield from rows
 
 
 def to_pixels(batch: dict, transform: ImageTransform, image_column: str, label_column: str, labels: dict) -> dict:
     """Columns `pixels` and `label` of encoded rows; where one cannot be decoded, why, and [`BAD`]."""
-    images, problems = [], []
+    images: list[PIL.Image.Image] = []
+    problems: list[bytes | None] = []
     for encoded, row in zip(batch[image_column], batch["row"], strict=True):
         try:
             images.append(decode(encoded))

@@ -1,12 +1,16 @@
 """One split of an image data set, with its columns found, its rows numbered and its labels checked."""
 
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from datasets import (
     ClassLabel,
+    Dataset,
     DatasetDict,
+    Features,
     Image,
     IterableDataset,
     IterableDatasetDict,
@@ -72,7 +76,16 @@ class ImageSource:
     ```
     """
 
-    def __init__(self, dataset, name, split, image_column=None, label_column=None, domain_column=None, reopen=None):
+    def __init__(
+        self,
+        dataset: Dataset | IterableDataset,
+        name: str,
+        split: str,
+        image_column: str | None = None,
+        label_column: str | None = None,
+        domain_column: str | None = None,
+        reopen: Callable[..., IterableDataset] | None = None,
+    ):
         self.title = f"data set {name!r}, split {split!r}"
         self.streaming = isinstance(dataset, IterableDataset)
         features = dataset._resolve_features().features if self.streaming else dataset.features
@@ -89,7 +102,7 @@ class ImageSource:
         self.class_names = self._names(self.label_column, self._label_feature)
         self.domain_names = self._names(domain_column, self._domain_feature) if domain_column else []
 
-    def _narrow(self, dataset, rows: np.ndarray | None = None):
+    def _narrow(self, dataset: Dataset | IterableDataset, rows: np.ndarray | None = None) -> Dataset | IterableDataset:
         """The columns that are needed, images encoded, rows numbered: one after the other unless it is told how."""
         columns = [self.image_column, self.label_column] + ([self.domain_column] if self.domain_column else [])
         dataset = dataset.select_columns(list(dict.fromkeys(columns)))
@@ -113,11 +126,11 @@ class ImageSource:
         filters = [(column, "in", values) for column, values in wanted.items()]
         return self._narrow(self.reopen(filters=filters), np.flatnonzero(mask)), bool(mask.any())
 
-    def _find_image_column(self, features, column):
+    def _find_image_column(self, features: Features, column: str | None) -> str:
         images = [name for name, feature in features.items() if isinstance(feature, Image)]
         if column is None and len(images) == 1:
             return images[0]
-        if column in images:
+        if column is not None and column in images:
             return column
         if column in features:
             raise StreamError(
@@ -127,11 +140,11 @@ class ImageSource:
         wanted = f"no column {column!r}" if column else f"{len(images)} image columns"
         raise StreamError(f"{self.title} has {wanted}; set image_column to one of {images or list(features)}.")
 
-    def _find_label_column(self, features, column):
+    def _find_label_column(self, features: Features, column: str | None) -> str:
         if column is None:
             typed = [name for name, feature in features.items() if isinstance(feature, ClassLabel)]
             column = next((name for name in LABEL_NAMES if name in features), typed[0] if len(typed) == 1 else None)
-        if column not in features:
+        if column is None or column not in features:
             wanted = f"no column {column!r}" if column else "no column that is clearly the label"
             raise StreamError(f"{self.title} has {wanted}; set label_column to one of {list(features)}.")
         return column
@@ -151,12 +164,12 @@ class ImageSource:
             self._values[column] = np.asarray(values)
         return self._values[column]
 
-    def _names(self, column, feature):
+    def _names(self, column: str, feature: Any) -> list[str]:
         if isinstance(feature, ClassLabel):
             return list(feature.names)
         return [str(value) for value in sorted(set(self.values(column).tolist()))]
 
-    def _codes(self, column, feature, names: list[str]) -> dict:
+    def _codes(self, column: str, feature: Any, names: list[str]) -> dict:
         """Value in the column for each of the names: what a filter compares with."""
         if isinstance(feature, ClassLabel):
             return {feature.str2int(name): name for name in names}
@@ -176,10 +189,11 @@ class ImageSource:
         unknown = [name for name in domains if name not in self.domain_names]
         if unknown:
             raise StreamError(f"{self.title} has no domain {unknown[0]!r}; its domains are {self.domain_names}.")
+        assert self.domain_column is not None
         return set(self._codes(self.domain_column, self._domain_feature, domains))
 
 
-def _number_row(row, index, rows):
+def _number_row(row: dict, index: int, rows: np.ndarray | None) -> dict[str, int]:
     return {"row": index if rows is None else int(rows[index])}
 
 
@@ -189,17 +203,17 @@ class _Keep:
     def __init__(self, wanted: dict[str, set]):
         self.wanted = wanted
 
-    def __call__(self, row):
+    def __call__(self, row: dict) -> bool:
         return all(row[column] in values for column, values in self.wanted.items())
 
 
 def load_source(
-    dataset,
+    dataset: str | Path | DatasetDict | IterableDatasetDict,
     split: str,
     name: str | None = None,
     revision: str | None = None,
     streaming: bool = False,
-    **columns,
+    **columns: Any,
 ) -> ImageSource:
     """Opens one split of a data set: a Hub id, a folder of Parquet files, an ImageFolder, or one already loaded.
 
@@ -244,7 +258,9 @@ def load_source(
     return ImageSource(loaded, str(dataset), split, **columns, reopen=open_split if can_skip else None)
 
 
-def _with_single_class(open_split, folder: str | Path):
+def _with_single_class(
+    open_split: Callable[..., Dataset | IterableDataset], folder: str | Path
+) -> Dataset | IterableDataset:
     """A folder of pictures with one class folder, which `datasets` takes for no class."""
     loaded = open_split(drop_labels=False)
     (label,) = loaded.features["label"].names
@@ -256,7 +272,9 @@ def _with_single_class(open_split, folder: str | Path):
     return loaded
 
 
-def find_test_split(dataset, name: str | None = None, revision: str | None = None) -> str | None:
+def find_test_split(
+    dataset: str | Path | DatasetDict | IterableDatasetDict, name: str | None = None, revision: str | None = None
+) -> str | None:
     """Name of the split to test on, or `None` when the data set has only one.
 
     Example:

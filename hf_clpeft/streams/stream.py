@@ -4,16 +4,17 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any, overload
 
 import numpy as np
-from datasets import ClassLabel, Dataset, DatasetDict, Features, Image
+from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, IterableDatasetDict
 
 from .drift import DriftDetector
 from .source import ImageSource, StreamError, find_test_split, load_source
 from .task import Task, split_of
 
 
-class TaskStream(Sequence):
+class TaskStream(Sequence[Task]):
     """The ordered tasks of a stream.
 
     Args:
@@ -52,7 +53,13 @@ class TaskStream(Sequence):
     def __len__(self) -> int:
         return len(self.tasks)
 
-    def __getitem__(self, index):
+    @overload
+    def __getitem__(self, index: int) -> Task: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> "TaskStream": ...
+
+    def __getitem__(self, index: int | slice) -> "Task | TaskStream":
         if isinstance(index, slice):
             return TaskStream(self.tasks[index], self.name, self.dataset)
         return self.tasks[index]
@@ -70,11 +77,11 @@ class TaskStream(Sequence):
     @classmethod
     def class_incremental(
         cls,
-        dataset,
+        dataset: str | Path | DatasetDict | IterableDatasetDict,
         num_tasks: int = 5,
         seed: int | None = None,
         class_order: list[str] | None = None,
-        **options,
+        **options: Any,
     ) -> "TaskStream":
         """Every task brings new classes.
 
@@ -132,11 +139,11 @@ class TaskStream(Sequence):
     @classmethod
     def domain_incremental(
         cls,
-        dataset,
+        dataset: str | Path | DatasetDict | IterableDatasetDict,
         domain_column: str = "domain",
         domains: list[str] | None = None,
         test_domains: list[str] | None = None,
-        **options,
+        **options: Any,
     ) -> "TaskStream":
         """Every task brings the same classes in a new domain.
 
@@ -174,7 +181,7 @@ class TaskStream(Sequence):
         sides = _Sides.open(dataset, domain_column=domain_column, **options)
         domains = sides.train.domain_names if domains is None else list(domains)
         classes = sides.classes()
-        shares: list[np.ndarray | None] = [None] * len(domains)
+        shares: Sequence[np.ndarray | None] = [None] * len(domains)
         if test_domains is not None:
             shares = sides.deal_test_rows(classes, test_domains, len(domains))
         return cls(
@@ -212,12 +219,22 @@ class BorderlessStream:
 
     dataset = None
 
-    def __init__(self, batches, features_of, detector: DriftDetector, test_size: float, name: str):
+    def __init__(
+        self,
+        batches: Iterable[dict[str, list]],
+        features_of: Callable[[list], np.ndarray],
+        detector: DriftDetector,
+        test_size: float,
+        name: str,
+    ):
         self.batches, self.features_of, self.detector = batches, features_of, detector
         self.test_size, self.name = test_size, name
 
     def __iter__(self) -> Iterator[Task]:
-        count, images, labels, features = 0, [], [], []
+        count = 0
+        images: list = []
+        labels: list[str] = []
+        features: list[np.ndarray] = []
         for batch in self.batches:
             images += batch["image"]
             labels += map(str, batch["label"])
@@ -240,7 +257,8 @@ class BorderlessStream:
         numbers = [names.index(label) for label in labels]
         rows = Dataset.from_dict({"image": images, "label": numbers}, columns)
         # Every so many images of a class; one that has strayed over a border alone stays in training.
-        held_out, seen = np.zeros(len(rows), dtype=bool), Counter()
+        held_out = np.zeros(len(rows), dtype=bool)
+        seen: Counter[int] = Counter()
         for i, number in enumerate(numbers):
             seen[number] += 1
             held_out[i] = int(seen[number] * self.test_size) > int((seen[number] - 1) * self.test_size)
@@ -250,7 +268,9 @@ class BorderlessStream:
         return load_task(sides, f"task-{count:03d}", test_size=0)
 
 
-def load_task(dataset, name: str, domain: str | None = None, **options) -> Task:
+def load_task(
+    dataset: str | Path | DatasetDict | IterableDatasetDict, name: str, domain: str | None = None, **options: Any
+) -> Task:
     """One task out of a whole data set: for streams whose next task nobody knew of when they began.
 
     Args:
@@ -282,7 +302,16 @@ def load_task(dataset, name: str, domain: str | None = None, **options) -> Task:
 class _Sides:
     """The train and the test side of a data set, the latter perhaps `None`, and how many images a task may have."""
 
-    def __init__(self, train: ImageSource, test, train_rows, test_rows, max_train, max_test, dataset):
+    def __init__(
+        self,
+        train: ImageSource,
+        test: ImageSource | None,
+        train_rows: np.ndarray | None,
+        test_rows: np.ndarray | None,
+        max_train: int | None,
+        max_test: int | None,
+        dataset: str | Path | DatasetDict | IterableDatasetDict,
+    ):
         self.train, self.test = train, test
         self.train_rows, self.test_rows = train_rows, test_rows
         self.max_train, self.max_test = max_train, max_test
@@ -292,19 +321,19 @@ class _Sides:
     @classmethod
     def open(
         cls,
-        dataset,
-        name=None,
-        revision=None,
-        streaming=False,
-        train_split="train",
-        test_split=None,
-        test_size=0.2,
-        split_seed=0,
-        image_column=None,
-        label_column=None,
-        domain_column=None,
-        max_train_samples_per_task=None,
-        max_test_samples_per_task=None,
+        dataset: str | Path | DatasetDict | IterableDatasetDict,
+        name: str | None = None,
+        revision: str | None = None,
+        streaming: bool = False,
+        train_split: str = "train",
+        test_split: str | None = None,
+        test_size: float = 0.2,
+        split_seed: int = 0,
+        image_column: str | None = None,
+        label_column: str | None = None,
+        domain_column: str | None = None,
+        max_train_samples_per_task: int | None = None,
+        max_test_samples_per_task: int | None = None,
     ) -> "_Sides":
         where = {"name": name, "revision": revision}
         columns = {"image_column": image_column, "label_column": label_column, "domain_column": domain_column}
@@ -332,8 +361,9 @@ class _Sides:
         labels = self.train.labels_of(self.train.class_names)
         return [self.train.class_names[position] for value, position in sorted(labels.items()) if value in present]
 
-    def check_test_classes(self):
+    def check_test_classes(self) -> None:
         """A class that is only tested on can never be learnt: most likely the labels of the splits do not match."""
+        assert self.test is not None
         if self.test.streaming:
             return
         known = set(self.classes())
@@ -349,16 +379,24 @@ class _Sides:
 
     def deal_test_rows(self, classes: list[str], domains: list[str], num_tasks: int) -> list[np.ndarray]:
         """Deals the test images of `domains` out to the tasks, class by class, so that all get alike shares."""
-        labels = self.test.values(self.test.label_column)
-        inside = np.isin(self.test.values(self.test.domain_column), list(self.test.domains_of(domains)))
+        test: Any = self.test  # nothing where nothing is held out
+        labels = test.values(test.label_column)
+        inside = np.isin(test.values(test.domain_column), list(test.domains_of(domains)))
         hands: list[list[np.ndarray]] = [[] for _ in range(num_tasks)]
-        for value in self.test.labels_of(classes):
+        for value in test.labels_of(classes):
             rows = np.flatnonzero(inside & (labels == value))
             for i, hand in enumerate(hands):
                 hand.append(rows[i::num_tasks])
         return [np.concatenate(hand) for hand in hands]
 
-    def task(self, index, classes, domain=None, test_domains=None, test_rows=None) -> Task:
+    def task(
+        self,
+        index: int,
+        classes: list[str],
+        domain: str | None = None,
+        test_domains: list[str] | None = None,
+        test_rows: np.ndarray | None = None,
+    ) -> Task:
         own = [domain] if domain is not None else None
         train, test = split_of(self.train, classes, own, self.train_rows, self.max_train, seed=index), None
         if self.test is not None:

@@ -8,7 +8,7 @@ from itertools import count, islice
 
 import numpy as np
 import torch
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 from datasets.distributed import split_dataset_by_node
 
 from .images import BAD, ImageTransform, TaskImages, cache_images, to_pixels
@@ -109,7 +109,7 @@ class StreamedImages:
                     yield batch, {"block": block, "used": start + batch_size, "stream": stream, "bad": bad}
             stream, used = after, 0
 
-    def _ordered(self, rank: int, num_processes: int, seed: int, epoch: int):
+    def _ordered(self, rank: int, num_processes: int, seed: int, epoch: int) -> IterableDataset:
         """The rows of a process. Several must have as many in each epoch, so that their shards stay theirs."""
         alone = num_processes == 1
         dataset = self._dataset.shuffle(seed=seed + epoch if alone else seed, buffer_size=1)
@@ -222,5 +222,5 @@ class _Drawn:
     def __init__(self, places: set[int]):
         self.places = places
 
-    def __call__(self, row, place):
+    def __call__(self, row: dict, place: int) -> bool:
         return place in self.places

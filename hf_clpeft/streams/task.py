@@ -68,7 +68,7 @@ class Task:
     test: Split | None = None
     domain: str | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check_task_name(self.name)
         if not self.classes:
             raise StreamError(f"Task {self.name!r} ({self.train.title}) has no class. Check label_column.")
@@ -98,15 +98,18 @@ def split_of(
     labels = source.labels_of(classes)
     wanted_domains = source.domains_of(domains) if domains is not None else None
     title = source.title + (f", domain {', '.join(domains)}" if domains is not None else "")
+    found: int  # how many rows, or whether there are any
     if source.streaming:
         wanted = {source.label_column: list(labels)}
-        if domains is not None:
+        if wanted_domains is not None:
+            assert source.domain_column is not None
             wanted[source.domain_column] = list(wanted_domains)
         dataset, found = source.stream(wanted)
         dataset = dataset if max_samples is None else dataset.take(max_samples)
     else:
         mask = np.isin(source.values(source.label_column), list(labels))
         if wanted_domains is not None:
+            assert source.domain_column is not None
             mask &= np.isin(source.values(source.domain_column), list(wanted_domains))
         if rows is not None:
             mask &= np.isin(np.arange(len(mask)), rows)

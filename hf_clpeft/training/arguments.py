@@ -130,7 +130,7 @@ class ContinualTrainingArguments:
         default=False, metadata={"help": "Show no progress bars, and no table after each task."}
     )
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         counts = ("num_train_epochs", "train_batch_size", "eval_batch_size", "gradient_accumulation_steps")
         for name in (*counts, "save_total_limit", "ddp_timeout"):
             if getattr(self, name) < 1:

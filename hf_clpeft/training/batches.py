@@ -67,7 +67,7 @@ class CachedBatches:
         loader (`torch.utils.data.DataLoader`): To be replaced by what Accelerate makes of it.
     """
 
-    def __init__(self, images: TaskImages, args: ContinualTrainingArguments, accelerator):
+    def __init__(self, images: TaskImages, args: ContinualTrainingArguments, accelerator: Accelerator):
         several = accelerator.num_processes > 1
         self._order = EpochBatches(len(images), args.train_batch_size, args.seed, fill=several)
         self.loader = images.loader(batch_sampler=self._order, num_workers=args.dataloader_num_workers)
@@ -95,11 +95,11 @@ class StreamedBatches:
 
     loader = None  # nothing for Accelerate to prepare: the images are shared already
 
-    def __init__(self, images: StreamedImages, args: ContinualTrainingArguments, accelerator):
+    def __init__(self, images: StreamedImages, args: ContinualTrainingArguments, accelerator: Accelerator):
         self._images, self._accelerator, self._seed = images, accelerator, args.seed
         self._share = {"rank": accelerator.process_index, "num_processes": accelerator.num_processes}
         self._batch_size = args.train_batch_size // accelerator.num_processes
-        self._positions: dict[int, dict] = {}
+        self._positions: dict[int, dict | None] = {}
         most = len(images)
         if accelerator.num_processes > 1:
             most, least = self._agree(images.count_share(**self._share, seed=args.seed))
@@ -152,6 +152,10 @@ class _Batches(torch.utils.data.IterableDataset):
         return self._batches
 
 
-def make_batches(images: TaskImages | StreamedImages, args: ContinualTrainingArguments, accelerator):
+def make_batches(
+    images: TaskImages | StreamedImages, args: ContinualTrainingArguments, accelerator: Accelerator
+) -> CachedBatches | StreamedBatches:
     """[`CachedBatches`] or [`StreamedBatches`], whichever the images need."""
-    return (StreamedBatches if isinstance(images, StreamedImages) else CachedBatches)(images, args, accelerator)
+    if isinstance(images, StreamedImages):
+        return StreamedBatches(images, args, accelerator)
+    return CachedBatches(images, args, accelerator)

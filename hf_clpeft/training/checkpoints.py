@@ -5,8 +5,10 @@ import logging
 import random
 import re
 import shutil
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -60,11 +62,16 @@ class Checkpoints:
     rank: int = 0
     folder: Path = field(init=False)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         self.folder = Path(self.output_dir, FOLDER)
 
     def save(
-        self, progress: Progress, tensors: dict[str, torch.Tensor], values: dict, position: dict | None, wait
+        self,
+        progress: Progress,
+        tensors: dict[str, torch.Tensor],
+        values: dict,
+        position: dict | None,
+        wait: Callable[[], None],
     ) -> None:
         """Writes a checkpoint: the main process what all share, every process its random state and its position.
 
@@ -146,7 +153,8 @@ def random_state() -> tuple[dict[str, torch.Tensor], dict]:
     tensors = {"torch": torch.get_rng_state()}
     if torch.cuda.is_available():
         tensors["cuda"] = torch.cuda.get_rng_state()
-    name, keys, position, has_gauss, gauss = np.random.get_state()
+    numpy_state: Any = np.random.get_state()  # a tuple; a mapping only for those who ask for one
+    name, keys, position, has_gauss, gauss = numpy_state
     tensors["numpy"] = torch.from_numpy(keys.astype(np.int64))
     version, internal, gauss_next = random.getstate()
     values = {"numpy": [name, position, has_gauss, gauss], "python": [version, list(internal), gauss_next]}

@@ -1,6 +1,7 @@
 """Evaluation after every task: routed and oracle-routed accuracy, and where images went."""
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -60,12 +61,12 @@ class Evaluator:
             test.forget()
 
     @torch.no_grad()
-    def evaluate(self, name: str, classes: list[str], owner: int | None) -> TaskEvaluation:
+    def evaluate(self, name: str, classes: Sequence[str], owner: int | None) -> TaskEvaluation:
         """Evaluates on one registered test split.
 
         Args:
             name (`str`): Name of the task.
-            classes (`list[str]`): Its classes; labels are positions in it.
+            classes (sequence of `str`): Its classes; labels are positions in it.
             owner (`int`, *optional*): Position of the task in the model, for oracle routing; `None` before that.
 
         Returns:

@@ -1,6 +1,7 @@
 """Features of many images over all processes, and those of test images, each computed at most once."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -38,8 +39,8 @@ def extract(
     """
     position = torch.full((len(images),), -1)
     position[rows] = torch.arange(len(rows))
-    features = None
-    batches = {"batch_size": args.eval_batch_size, "rows": rows.tolist()}
+    features: torch.Tensor | None = None
+    batches: dict[str, Any] = {"batch_size": args.eval_batch_size, "rows": rows.tolist()}
     loader = images.loader(args.dataloader_num_workers, **batches)
     loader = accelerator.prepare_data_loader(loader)
     silent = args.disable_tqdm or not accelerator.is_main_process
@@ -52,6 +53,7 @@ def extract(
         if features is None:
             features = torch.full((len(rows), found.shape[1]), torch.nan)
         features[position[index.cpu()]] = found.cpu()
+    assert features is not None
     if features.isnan().any():
         raise RuntimeError(
             "Features are not finite: an image was skipped, or the weights or mixed_precision=fp16 overflow. Try bf16."

@@ -3,7 +3,7 @@
 import sys
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from ..bundled import BUNDLED_BACKBONES
 from ..config import ConfigError
@@ -40,7 +40,7 @@ class StreamArguments:
 
     def load(self) -> TaskStream:
         """Builds the stream."""
-        options = {
+        options: dict[str, Any] = {
             "name": self.dataset_name,
             "revision": self.dataset_revision,
             "num_tasks": self.num_tasks,
@@ -155,7 +155,7 @@ def parse(
     from transformers import HfArgumentParser
 
     argv = sys.argv[1:] if argv is None else argv
-    parser = HfArgumentParser(groups)
+    parser = HfArgumentParser(groups)  # type: ignore[arg-type]  # a NewType that it does not export
     parser.add_argument("--config", help="YAML file of options; the command line wins over it.")
     options = {f.name for group in groups for f in fields(group)}
     given, _ = parser.parse_known_args(argv)

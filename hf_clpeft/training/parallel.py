@@ -2,11 +2,13 @@
 
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
+from accelerate import Accelerator
 from safetensors.torch import load_file, save_file
 
 from ..config import ConfigError, MethodConfig, read_json
@@ -90,13 +92,13 @@ class LocalAccelerator:
 
     num_processes, process_index, scaler = 1, 0, None
 
-    def __init__(self, accelerator):
+    def __init__(self, accelerator: Accelerator):
         self.device, self.autocast = accelerator.device, accelerator.autocast
         self.gradient_accumulation_steps = accelerator.gradient_accumulation_steps
         self.sync_gradients, self.last_batch = True, False
         self._batches = 0
 
-    def prepare(self, *things):
+    def prepare(self, *things: Any) -> Any:
         """Puts loaders on the device; everything else is used as it is."""
         prepared = [
             _OnDevice(thing, self) if isinstance(thing, torch.utils.data.DataLoader) else thing for thing in things
@@ -116,7 +118,7 @@ class LocalAccelerator:
         """Adds a batch's share to the gradients."""
         (loss / self.gradient_accumulation_steps).backward()
 
-    def clip_grad_norm_(self, parameters, norm: float) -> None:
+    def clip_grad_norm_(self, parameters: Iterable[torch.Tensor], norm: float) -> None:
         """Clips gradients."""
         torch.nn.utils.clip_grad_norm_(parameters, norm)
 

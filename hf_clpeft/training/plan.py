@@ -60,22 +60,24 @@ def make_plan(model: ContinualModel, stream: TaskStream, args: ContinualTraining
     ```
     """
     known, joint = {task.name for task in model.config.tasks}, model.config.method.joint
-    tasks, planned, images = list(stream), [], 0
+    tasks = list(stream)
+    planned: list[PlannedTask] = []
+    images: int | None = 0
     for task in tasks:
-        counts = [count(split) for split in (task.train, task.test)]
+        train_images, test_images = count(task.train), count(task.test)
         if task.name in known:
-            planned.append(PlannedTask(task, True, *counts))
+            planned.append(PlannedTask(task, True, train_images, test_images))
             continue
         learner = model.start_task(task.name, task.classes, task.domain)
         experts = sum(parameter.numel() for parameter in learner.expert_parameters())
         head = sum(parameter.numel() for parameter in learner.head.parameters())
-        images = None if counts[0] is None or images is None else images * joint + counts[0]
+        images = None if train_images is None or images is None else images * joint + train_images
         steps = None if images is None else args.num_train_epochs * steps_per_epoch(images, args)
         if isinstance(learner, FrozenLearner) or len(learner.classes) == 1 or (joint and task is not tasks[-1]):
             steps = 0
         if model.config.method.classifier == "router":
             head = 0
-        planned.append(PlannedTask(task, False, *counts, experts, head, steps))
+        planned.append(PlannedTask(task, False, train_images, test_images, experts, head, steps))
         model.finish_task(learner, 0)
     return planned
 
@@ -109,8 +111,8 @@ def print_plan(model: ContinualModel, stream: TaskStream, args: ContinualTrainin
         ]
         for task in planned
     ]
-    steps = [task.steps for task in planned]
-    total = f"{sum(steps):,} steps" if None not in steps else "an unknown number of steps"
+    steps = [task.steps for task in planned if task.steps is not None]
+    total = f"{sum(steps):,} steps" if len(steps) == len(planned) else "an unknown number of steps"
     print_table(
         f"{method.name} on {stream.name}: {len(planned)} tasks",
         ["task", "classes or domain", "train", "test", "expert", "head", "steps"],

@@ -190,7 +190,10 @@ def require_hub(stream_args: StreamArguments, backbone_args: BackboneArguments) 
     """
     from huggingface_hub import constants
 
-    dataset = stream_args.dataset or BENCHMARKS[stream_args.benchmark].dataset
+    dataset: str | Callable | None = stream_args.dataset
+    if not dataset:
+        assert stream_args.benchmark is not None
+        dataset = BENCHMARKS[stream_args.benchmark].dataset
     needed = [dataset] if isinstance(dataset, str) and not Path(dataset).exists() else []
     if backbone_args.backbone not in BUNDLED_BACKBONES and not Path(backbone_args.backbone).exists():
         needed.append(backbone_args.backbone)

@@ -5,6 +5,8 @@ import signal
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from types import FrameType
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -83,6 +85,7 @@ class StepLoop:
         expert, head = learner.expert_parameters(), list(learner.head.parameters())
         self._trained = [*expert, *head]
         groups = [{"params": expert, "lr": args.learning_rate}, {"params": head, "lr": args.head_learning_rate}]
+        optimizer: torch.optim.Optimizer
         if args.optim == "adamw":
             optimizer = torch.optim.AdamW(groups, weight_decay=args.weight_decay)
         else:
@@ -243,9 +246,9 @@ def stopping_on_signals(stop: threading.Event) -> Iterator[None]:
 
     Signals can be caught in the main thread only; in others nothing changes.
     """
-    before = {}
+    before: dict[int, Any] = {}
 
-    def ask(number, frame):
+    def ask(number: int, frame: FrameType | None) -> None:
         stop.set()
         signal.signal(number, before[number])
 
@@ -255,5 +258,5 @@ def stopping_on_signals(stop: threading.Event) -> Iterator[None]:
     try:
         yield
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        for caught, handler in before.items():
+            signal.signal(caught, handler)

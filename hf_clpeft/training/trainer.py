@@ -5,6 +5,7 @@ import math
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,12 +18,13 @@ from ..folder import locked
 from ..hub.errors import HubError
 from ..hub.outbox import Outbox
 from ..hub.push import PushTarget
-from ..learners import FrozenLearner, TaskLearner
+from ..learners import ExpertLearner, FrozenLearner, TaskLearner
 from ..modeling import ContinualModel
 from ..report import StreamReport
 from ..routing.prototypes import fit_prototypes, fit_thresholds
-from ..streams import StreamedImages, Task, TaskImages, TaskStream, cache_images, open_images
+from ..streams import Split, StreamedImages, Task, TaskImages, TaskStream, cache_images, open_images
 from ..streams.images import augment
+from ..streams.stream import BorderlessStream
 from .arguments import ContinualTrainingArguments
 from .checkpoints import Checkpoints, Progress
 from .console import print_task, waiting
@@ -120,11 +122,12 @@ class ContinualTrainer:
         self._donor = None if self.args.experts_from is None else Donor(self.args.experts_from, model)
         self._outbox = self._open_outbox() if self.args.push_to_hub and self.accelerator.is_main_process else None
 
-    def learn_stream(self, stream: TaskStream) -> StreamReport:
+    def learn_stream(self, stream: TaskStream | BorderlessStream) -> StreamReport:
         """Learns the tasks of a stream in order; evaluates, saves and pushes after each. Goes on where the model is.
 
         Args:
-            stream ([`TaskStream`]): The tasks. Those that the model has learnt already are tested again, not learnt.
+            stream ([`TaskStream`] or [`BorderlessStream`]): The tasks. Those that the model has learnt already are
+                tested again, not learnt.
 
         Returns:
             [`StreamReport`]: Of all tasks of the model.
@@ -143,15 +146,16 @@ class ContinualTrainer:
             )
         self.report.stream, self.report.dataset = stream.name, stream.dataset
         learnt = {known.name: position for position, known in enumerate(self.model.config.tasks)}
+        last = stream[-1] if isinstance(stream, TaskStream) else None
         with self._alone(), stopping_on_signals(self.stop), explaining_lost_processes(self.accelerator):
-            if self.args.task_parallel:
+            if self.args.task_parallel and isinstance(stream, TaskStream):
                 self._train_in_parallel(stream)
             for task in stream:
                 if agree(self.stop, self.accelerator):
                     raise TrainingStopped
                 if task.name in learnt:
                     self._take_up(task, learnt[task.name])
-                elif self.model.config.method.joint and task is not stream[-1]:
+                elif task is not last and self.model.config.method.joint:
                     self._postpone(task)
                 else:
                     self._learn(task)
@@ -191,7 +195,8 @@ class ContinualTrainer:
             yield
 
     def _learn(self, task: Task) -> StreamReport:
-        args, method, seconds = self.args, self.model.config.method, {}
+        args, method = self.args, self.model.config.method
+        seconds: dict[str, float] = {}
         owner = len(self.model.config.tasks)
         with timed(seconds, "images"):
             train = self._training_images(task.train)
@@ -229,7 +234,9 @@ class ContinualTrainer:
                 f"stream it has {list(task.classes)} (domain {task.domain}). Go on with the same stream."
             )
         if self.model.config.method.joint:
-            self._seen.append((task, self._training_images(task.train)))
+            images = self._training_images(task.train)
+            assert isinstance(images, TaskImages)
+            self._seen.append((task, images))
         if task.test is not None:
             self._tests[position] = task
             self.evaluator.add(task.name, self._images(task.test))
@@ -242,11 +249,13 @@ class ContinualTrainer:
         for position, task in self._parallel.todo(stream, rank, self.accelerator.num_processes):
             if self.stop.is_set():
                 raise TrainingStopped
-            seconds, images = {}, self._open(task.train)
+            seconds: dict[str, float] = {}
+            images = self._open(task.train)
             set_seed(args.seed + position)
             learner = self.model.start_task(task.name, task.classes, task.domain)
             with timed(seconds, "train"):
                 self._train(learner, images, None, local, checkpoints)
+            assert isinstance(learner, ExpertLearner)
             self._parallel.put(learner, seconds["train"])
         self.model.bank.abandon()
         self.accelerator.wait_for_everyone()
@@ -264,17 +273,18 @@ class ContinualTrainer:
         """What to train on: the task's images, or, jointly, those of all tasks, labelled by the model's classes."""
         if not self.model.config.method.joint:
             return train
+        assert isinstance(train, TaskImages)
         self._seen.append((task, train))
         classes = list(dict.fromkeys([*self.model.config.classes, *task.classes]))
         numbers = [np.array([classes.index(label) for label in seen.classes]) for seen, _ in self._seen]
         return TaskImages.joined([images for _, images in self._seen], numbers)
 
-    def _images(self, split) -> TaskImages:
+    def _images(self, split: Split) -> TaskImages:
         """Resized images of a split; the main process writes the Arrow file, the others find it."""
         with self.accelerator.main_process_first():
             return cache_images(split, self.model.backbone.transform, self.args.max_bad_images)
 
-    def _training_images(self, split) -> TaskImages | StreamedImages:
+    def _training_images(self, split: Split) -> TaskImages | StreamedImages:
         with self.accelerator.main_process_first():
             images = self._open(split)
         if isinstance(images, StreamedImages) and self.model.config.method.joint:
@@ -284,7 +294,7 @@ class ContinualTrainer:
             )
         return images
 
-    def _open(self, split) -> TaskImages | StreamedImages:
+    def _open(self, split: Split) -> TaskImages | StreamedImages:
         args = self.args
         return open_images(split, self.model.backbone.transform, args.max_bad_images, args.cache_size_gb, args.seed)
 
@@ -294,11 +304,12 @@ class ContinualTrainer:
         if any(giver.give(learner, seconds) for giver in (self._parallel, self._donor) if giver is not None):
             return
         probe = isinstance(learner, FrozenLearner) and method.classifier == "head"
-        streamed = isinstance(images, StreamedImages)
-        if probe or (method.experts == "pool" and self.args.cache_query_features and not streamed):
+        cached = method.experts == "pool" and self.args.cache_query_features
+        if isinstance(images, TaskImages) and (probe or cached):  # a probe trains jointly, so never on a stream
             with timed(seconds, "queries"):
                 queries = extract_queries(images, self.model, self.accelerator, self.args, desc=f"Querying {name}")
         if probe:
+            assert isinstance(images, TaskImages) and queries is not None
             with timed(seconds, "probe"), waiting(f"Fitting the head of {name}", self._shows):
                 fit_probe(learner.head, queries, learner.targets.cpu()[torch.from_numpy(images.labels)])
         elif not isinstance(learner, FrozenLearner):
@@ -320,9 +331,9 @@ class ContinualTrainer:
     def _fit_prototypes(self, query: torch.Tensor, name: str) -> tuple[torch.Tensor, torch.Tensor]:
         """Prototypes and thresholds, on one process for all."""
         k = self.model.config.method.k
-        if k != "auto" and k > len(query):
+        if isinstance(k, int) and k > len(query):
             logger.warning("%s has %d images, fewer than k=%d prototypes: using %d.", name, len(query), k, len(query))
-        fitted = [None, None]
+        fitted: list[Any] = [None, None]
         if self.accelerator.is_main_process:
             prototypes = fit_prototypes(query, k, seed=self.args.seed)
             fitted = [prototypes, fit_thresholds(query, len(prototypes), seed=self.args.seed)]
@@ -428,6 +439,7 @@ class ContinualTrainer:
     def _open_outbox(self) -> Outbox:
         """Checks before any work is done that the model can be pushed, and pushes what a killed run could not."""
         args, config = self.args, self.model.config
+        assert args.push_repo is not None
         target = PushTarget(args.push_repo, args.hub_token, args.hub_private_repo, args.hub_revision)
         target, there = target.prepare(config)
         outbox = Outbox(args.output_dir, target)

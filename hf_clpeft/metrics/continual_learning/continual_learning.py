@@ -29,7 +29,7 @@ _CITATION = """
 
 
 class ContinualLearning(evaluate.Metric):
-    def _info(self):
+    def _info(self) -> evaluate.MetricInfo:
         row = datasets.Sequence(datasets.Value("float64"))
         return evaluate.MetricInfo(
             description=_DESCRIPTION,
@@ -41,5 +41,5 @@ class ContinualLearning(evaluate.Metric):
             ],
         )
 
-    def _compute(self, predictions, references=None):
+    def _compute(self, predictions: list[list[float]], references: list[float] | None = None) -> dict[str, float]:
         return continual_metrics.summarize(predictions, references)
