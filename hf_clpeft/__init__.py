@@ -11,7 +11,8 @@ from typing import Any
 __version__ = "0.1.0"
 
 _MODULES = {
-    "config": ["ConfigError", "ContinualConfig", "MethodConfig"],
+    "errors": ["ConfigError", "HfClpeftError"],
+    "config": ["ContinualConfig", "MethodConfig"],
     "streams": ["BENCHMARKS", "Benchmark", "StreamError", "Task", "TaskStream", "load_benchmark", "load_task"],
     "backbones": ["Backbone", "BackboneError", "load_backbone"],
     "experts": ["Expert", "ExpertBank", "ExpertError", "PromptTunedVisionModel"],

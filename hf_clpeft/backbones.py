@@ -11,6 +11,7 @@ import torch
 
 from .bundled import bundled_folder
 from .config import BackboneConfig
+from .errors import HfClpeftError
 from .streams.images import ImageTransform
 
 
@@ -24,7 +25,7 @@ CONVNET_NAMES = (("pwconv1", "pwconv2"), ("convolution", "convolution"))  # Conv
 CLS_NAMES = ("cls_token", "class_embedding", "class_token")
 
 
-class BackboneError(ValueError):
+class BackboneError(HfClpeftError, ValueError):
     """A backbone that cannot be used, or is not the one that was asked for.
 
     Example:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 
 from .backbones import Backbone
-from .config import ConfigError
+from .errors import ConfigError
 from .experts import Expert, ExpertError
 from .experts.expert import make_peft_model
 from .modeling import ContinualModel

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from .config import ConfigError
+from .errors import ConfigError
 
 
 STAGING, READY, LOCK = ".saving", ".saved", ".lock"

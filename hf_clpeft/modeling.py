@@ -11,12 +11,13 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_CLASSIFICATIO
 
 from .backbones import Backbone, BackboneError, load_backbone
 from .bundled import bundled_folder
-from .config import ConfigError, ContinualConfig, MethodConfig, TaskConfig
+from .config import ContinualConfig, MethodConfig, TaskConfig
+from .errors import ConfigError
 from .experts import ExpertBank
 from .experts.expert import make_peft_config
 from .folder import settle
 from .heads import Heads
-from .hub.download import fetch_model
+from .hub.download import check_repo_id, fetch_model
 from .hub.push import PushTarget, push_folder
 from .learners import ExpertLearner, FrozenLearner, PoolLearner, TaskLearner, rows_to_train
 from .mixing import mix
@@ -214,12 +215,11 @@ class ContinualModel(torch.nn.Module):
 
         Raises:
             `OSError`: A file is no picture.
-            `RuntimeError`: The model has learnt no task yet.
-            [`ConfigError`]: There is no such expert, or `reject_rate` is out of range or asked of a model without
-                prototypes.
+            [`ConfigError`]: The model has learnt no task yet, there is no such expert, or `reject_rate` is out of
+                range or asked of a model without prototypes.
         """
         if not self.config.tasks:
-            raise RuntimeError(
+            raise ConfigError(
                 "This model has learnt no task yet; call ContinualTrainer(model, ...).learn(task) first."
             )
         self._check_predict(reject_rate, expert)
@@ -464,7 +464,7 @@ class ContinualModel(torch.nn.Module):
         config = ContinualConfig.load(folder)
         if not isinstance(backbone, Backbone):
             if not local and backbone is None:
-                _check_repo_id(config.backbone.name_or_path, name_or_path)
+                check_repo_id(config.backbone.name_or_path, name_or_path)
             where: dict[str, Any] = {"revision": config.backbone.revision, "image_size": config.backbone.image_size}
             how: dict[str, Any] = {"dtype": dtype, "attn_implementation": attn_implementation}
             backbone = load_backbone(backbone or config.backbone.name_or_path, **where, **how, **hub_options)
@@ -487,17 +487,3 @@ class ContinualModel(torch.nn.Module):
 
 # Else `transformers.pipeline` would say, wrongly, that it does not support this model.
 MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES["hf_clpeft"] = ContinualModel.__name__
-
-
-def _check_repo_id(name: str, where: str | Path) -> None:
-    """A model from a stranger may name a backbone on the Hub, but no folder of this machine."""
-    from huggingface_hub.errors import HFValidationError
-    from huggingface_hub.utils import validate_repo_id
-
-    try:
-        validate_repo_id(name)
-    except HFValidationError:
-        raise ConfigError(
-            f"{where} names its backbone by a path, {name!r}, which is on its author's disk. Pass backbone= with the "
-            "repo id or folder where you have it."
-        ) from None

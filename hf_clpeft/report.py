@@ -10,7 +10,9 @@ from typing import Any
 import numpy as np
 
 from . import metrics
-from .config import ConfigError, TaskConfig, check_types
+from .checks import check_types
+from .config import TaskConfig
+from .errors import ConfigError
 from .plots import plot_report
 
 

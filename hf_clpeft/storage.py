@@ -9,7 +9,9 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 
-from .config import CONFIG_NAME, ConfigError, ContinualConfig, TaskConfig, read_json
+from .checks import read_json
+from .config import CONFIG_NAME, ContinualConfig, TaskConfig
+from .errors import ConfigError
 from .experts import Expert
 from .experts.naming import rename_old_keys
 from .folder import changing, hash_file, remove_with, settle

@@ -28,6 +28,7 @@ import numpy as np
 import torch
 
 from hf_clpeft import METHODS, ConfigError, ContinualTrainingArguments, MethodConfig, StreamReport, TaskStream
+from hf_clpeft.errors import told_in_one_line
 from hf_clpeft.plots import plot_bars, plot_comparison, plot_series
 from hf_clpeft.streams import BENCHMARKS
 from hf_clpeft.training.options import BackboneArguments, StreamArguments
@@ -453,11 +454,8 @@ def main():
     from transformers import HfArgumentParser
 
     (args,) = HfArgumentParser(CompareArguments).parse_args_into_dataclasses()
-    try:
-        results = Path(args.results or folder_of(args) / "results.csv")
-        rows = run_all(plan(args, read_config(args.config)), results, args.num_workers)
-    except (ConfigError, OSError) as error:
-        raise SystemExit(f"error: {error}") from error
+    results = Path(args.results or folder_of(args) / "results.csv")
+    rows = run_all(plan(args, read_config(args.config)), results, args.num_workers)
     table = make_table(rows)
     results.with_suffix(".md").write_text(table, encoding="utf-8")
     paths = draw(rows, results.with_suffix(""))
@@ -466,4 +464,5 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    with told_in_one_line():
+        main()

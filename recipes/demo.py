@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from hf_clpeft import ContinualTrainingArguments, s_lora, s_prompts, sequential_lora
+from hf_clpeft.errors import told_in_one_line
 from hf_clpeft.plots import plot_comparison
 from hf_clpeft.streams import BENCHMARKS
 from hf_clpeft.training.console import print_reports
@@ -27,4 +28,5 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    with told_in_one_line():
+        main()

@@ -13,7 +13,8 @@ from typing import Annotated
 
 import typer
 
-from hf_clpeft.config import ContinualConfig, read_json
+from hf_clpeft.checks import read_json
+from hf_clpeft.config import ContinualConfig
 from hf_clpeft.hub.card import CARD_NAME, make_card
 from hf_clpeft.report import METRICS_NAME, StreamReport
 

@@ -16,6 +16,7 @@ import numpy as np
 from compare import CompareArguments, folder_of, make_table, plan, read_yaml, run_all, values_of
 
 from hf_clpeft import ConfigError
+from hf_clpeft.errors import told_in_one_line
 from hf_clpeft.plots import plot_series
 
 
@@ -95,12 +96,8 @@ def main():
     from transformers import HfArgumentParser
 
     (args,) = HfArgumentParser(CompareArguments).parse_args_into_dataclasses()
-    try:
-        results = Path(args.results or folder_of(args) / "results.csv")
-        config = read_yaml(Path(args.config))
-        rows = run_all(plan(args, read_sweep(args.config)), results, args.num_workers)
-    except (ConfigError, OSError) as error:
-        raise SystemExit(f"error: {error}") from error
+    results, config = Path(args.results or folder_of(args) / "results.csv"), read_yaml(Path(args.config))
+    rows = run_all(plan(args, read_sweep(args.config)), results, args.num_workers)
     table = make_table(rows)
     results.with_suffix(".md").write_text(table, encoding="utf-8")
     paths = draw(rows, config, results.with_suffix(""))
@@ -109,4 +106,5 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    with told_in_one_line():
+        main()

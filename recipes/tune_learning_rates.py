@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Literal
 
 from hf_clpeft import METHODS, ContinualTrainingArguments, Task, TaskStream
+from hf_clpeft.errors import told_in_one_line
 from hf_clpeft.training.options import BackboneArguments, StreamArguments, parse
 from hf_clpeft.training.recipe import learn
 
@@ -62,4 +63,5 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    with told_in_one_line():
+        main()

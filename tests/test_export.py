@@ -8,7 +8,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForImageClassification, Dinov2Config, Dinov2Model, IJepaConfig, IJepaModel, pipeline
 
 from hf_clpeft import METHODS, Backbone, ContinualModel, ExpertError, PromptTunedVisionModel, load_backbone
-from hf_clpeft.config import ConfigError, ContinualConfig
+from hf_clpeft.config import ContinualConfig
+from hf_clpeft.errors import ConfigError
 from hf_clpeft.export import export_adapter, export_merged
 from hf_clpeft.streams.images import decode
 

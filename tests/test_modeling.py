@@ -103,7 +103,7 @@ def test_a_model_that_has_learnt_nothing_says_so(backbone):
 
     from hf_clpeft import s_lora
 
-    with pytest.raises(RuntimeError, match="learnt no task yet"):
+    with pytest.raises(ConfigError, match="learnt no task yet"):
         ContinualModel.from_backbone(BACKBONE, s_lora()).predict([])
 
 

@@ -3,10 +3,9 @@
 Heavy libraries are imported when a command runs, so that `--help` is there at once.
 """
 
-import sys
-
 import typer
 
+from ..errors import told_in_one_line
 from .combine import combine
 from .demo import demo
 from .env import env
@@ -31,15 +30,5 @@ for command in (demo, info, predict, combine, push, export, migrate, env, test):
 
 def main() -> None:
     """Runs the command line; what the library refuses becomes one line and exit code 1."""
-    try:
+    with told_in_one_line():
         app()
-    except Exception as error:
-        from ..backbones import BackboneError
-        from ..config import ConfigError
-        from ..experts import ExpertError
-        from ..hub.errors import HubError
-
-        if not isinstance(error, BackboneError | ConfigError | ExpertError | HubError | OSError):
-            raise
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(1)

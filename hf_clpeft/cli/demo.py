@@ -21,7 +21,7 @@ def demo(
     ] = True,
 ) -> None:
     """Try a model in the browser: upload, draw, look inside, teach it a new class. Needs no network."""
-    from ..config import ConfigError
+    from ..errors import ConfigError
     from ..hub.download import split_revision
     from ..progress import disable_progress_bars
 

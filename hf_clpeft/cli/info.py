@@ -8,7 +8,8 @@ from .common import AsJson, Repo, Token, show
 def info(repo: Repo, as_json: AsJson = False, token: Token = None) -> None:
     """Show what a model has learnt, with what, and how well."""
     from ..bundled import bundled_folder
-    from ..config import ContinualConfig, read_json
+    from ..checks import read_json
+    from ..config import ContinualConfig
     from ..folder import settle
     from ..hub.download import fetch_config, split_revision
     from ..report import METRICS_NAME, StreamReport

@@ -26,7 +26,7 @@ def push(
     from dataclasses import replace
 
     from ..bundled import BUNDLED_MODELS, bundled_folder
-    from ..config import ConfigError
+    from ..errors import ConfigError
     from ..folder import settle
     from ..hub.outbox import Outbox
     from ..hub.push import PushTarget, push_folder

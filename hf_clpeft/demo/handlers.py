@@ -15,10 +15,7 @@ import PIL.Image
 from gradio.processing_utils import save_bytes_to_cache
 from gradio.utils import get_upload_folder
 
-from ..backbones import BackboneError
-from ..config import ConfigError
-from ..experts import ExpertError
-from ..hub.errors import HubError
+from ..errors import HfClpeftError
 from ..modeling import ContinualModel
 from . import views
 from .drawing import scan
@@ -40,7 +37,7 @@ def friendly(method: Callable[P, R]) -> Callable[P, R]:
     def wrapper(*args: P.args, **kwargs: P.kwargs) -> R:
         try:
             return method(*args, **kwargs)
-        except (PictureError, ConfigError, HubError, ExpertError, BackboneError) as error:
+        except HfClpeftError as error:
             # Shown as HTML, with names that strangers gave their files.
             raise gr.Error(html.escape(str(error), quote=False), print_exception=False) from None
 

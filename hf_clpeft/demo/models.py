@@ -12,7 +12,7 @@ from tempfile import TemporaryDirectory
 import torch
 
 from ..bundled import bundled_folder
-from ..config import ConfigError
+from ..errors import ConfigError
 from ..hub.errors import HubError, explained
 from ..modeling import ContinualModel
 from .batching import Batcher

@@ -12,6 +12,8 @@ import numpy as np
 import PIL.Image
 import PIL.ImageOps
 
+from ..errors import HfClpeftError
+
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")  # no decoder that few people use, or that starts a program
 LARGEST_FILE = 20 * 2**20  # bytes
@@ -32,7 +34,7 @@ _OTHER_KINDS = {
 _JUNK = ("__macosx", "thumbs.db", "desktop.ini")
 
 
-class PictureError(ValueError):
+class PictureError(HfClpeftError, ValueError):
     """An upload that is no usable picture. The message tells a visitor what it is and what to do.
 
     It has names that strangers gave their files: escape it before it becomes part of a page.

@@ -10,7 +10,7 @@ import PIL.Image
 import torch
 from datasets import Dataset, DatasetDict
 
-from ..config import ConfigError
+from ..errors import ConfigError
 from ..modeling import ContinualModel
 from ..progress import disable_progress_bars
 from ..streams import load_task

@@ -13,14 +13,15 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 
 from ..backbones import Backbone
-from ..config import read_json
+from ..checks import read_json
+from ..errors import HfClpeftError
 from .prompts import PromptTunedVisionModel
 
 
 ADAPTER = "default"  # the only adapter name we give PEFT; it is not part of any file
 
 
-class ExpertError(ValueError):
+class ExpertError(HfClpeftError, ValueError):
     """An expert that cannot be used whole. It is never used in part.
 
     Example:

@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from ..backbones import load_backbone
-from ..config import ConfigError, ContinualConfig, TaskConfig
+from ..config import ContinualConfig, TaskConfig
+from ..errors import ConfigError
 from ..experts import Expert
 from ..modeling import ContinualModel
 from .download import split_revision

@@ -3,7 +3,9 @@
 from pathlib import Path
 from typing import Any
 
-from ..config import CONFIG_NAME, LARGEST_JSON, ConfigError, ContinualConfig
+from ..checks import LARGEST_JSON
+from ..config import CONFIG_NAME, ContinualConfig
+from ..errors import ConfigError
 from ..report import METRICS_NAME
 from ..storage import check_names
 from .errors import HubError, explained
@@ -135,3 +137,34 @@ def fetch_model(repo_id: str, revision: str | None = None, **hub_options: Any) -
             HfApi(token=hub_options.get("token")).repo_info(repo_id, revision=commit)  # fails at once, as above
             snapshot_download(repo_id, revision=commit, allow_patterns=missing, **hub_options)
     return folder
+
+
+def check_repo_id(name: str, where: str | Path) -> None:
+    """A model from a stranger may name a backbone on the Hub, but no folder of this machine.
+
+    Args:
+        name (`str`): What it names.
+        where (`str` or `Path`): The model, for the message.
+
+    Raises:
+        [`ConfigError`]: It is no repo id.
+
+    Example:
+
+    ```py
+    >>> from hf_clpeft.hub.download import check_repo_id
+
+    >>> check_repo_id("google/vit-base-patch16-224-in21k", "me/digits")
+
+    ```
+    """
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        raise ConfigError(
+            f"{where} names its backbone by a path, {name!r}, which is on its author's disk. Pass backbone= with the "
+            "repo id or folder where you have it."
+        ) from None

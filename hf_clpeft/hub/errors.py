@@ -3,8 +3,10 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from ..errors import HfClpeftError
 
-class HubError(RuntimeError):
+
+class HubError(HfClpeftError, RuntimeError):
     """The Hub cannot be reached, refuses, or holds something else.
 
     Args:

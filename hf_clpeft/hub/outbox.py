@@ -6,7 +6,9 @@ import shutil
 from dataclasses import asdict
 from pathlib import Path
 
-from ..config import CONFIG_NAME, ConfigError, ContinualConfig, read_json
+from ..checks import read_json
+from ..config import CONFIG_NAME, ContinualConfig
+from ..errors import ConfigError
 from ..report import REPORT_FILES
 from .push import PushTarget, push_folder
 

@@ -8,7 +8,9 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from ..config import CONFIG_NAME, ConfigError, ContinualConfig, read_json
+from ..checks import read_json
+from ..config import CONFIG_NAME, ContinualConfig
+from ..errors import ConfigError
 from ..report import METRICS_NAME, REPORT_FILES, StreamReport
 from .card import CARD_NAME, make_card
 from .errors import HubError, explained

@@ -1,6 +1,7 @@
 """Routers by the names that methods call them by."""
 
-from ..config import ConfigError, MethodConfig
+from ..config import MethodConfig
+from ..errors import ConfigError
 from .classes import ClassMeanRouter, ClassRouter
 from .gaussian import GaussianRouter
 from .keys import KeyRouter

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from .digits import load_digits_dataset
+from .source import StreamError
 from .stream import TaskStream
 
 
@@ -156,7 +157,7 @@ def load_benchmark(name: str, **overrides: Any) -> TaskStream:
             `dataset` the benchmark's protocol runs on another copy of the data, for example a local folder.
 
     Raises:
-        `ValueError`: There is no benchmark of that name.
+        [`StreamError`]: There is no benchmark of that name.
 
     Example:
 
@@ -169,7 +170,7 @@ def load_benchmark(name: str, **overrides: Any) -> TaskStream:
     ```
     """
     if name not in BENCHMARKS:
-        raise ValueError(f"There is no benchmark {name!r}; choose one of {sorted(BENCHMARKS)}.")
+        raise StreamError(f"There is no benchmark {name!r}; choose one of {sorted(BENCHMARKS)}.")
     benchmark = BENCHMARKS[name]
     options = {**benchmark.stream, **overrides}
     dataset = options.pop("dataset", None) or benchmark.dataset

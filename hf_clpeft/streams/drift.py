@@ -4,6 +4,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from ..errors import ConfigError
+
 
 BETS = np.linspace(0.05, 0.95, 19)  # exponents of the power bets
 BOLD = 2  # of these, one that wins on p-values below 0.15
@@ -55,9 +57,9 @@ class DriftDetector:
 
     def __init__(self, reference_size: int = 100, false_alarm_every: int = 10_000, k: int = 5, seed: int = 0):
         if reference_size < 4 * k:
-            raise ValueError(f"reference_size={reference_size} must be at least four times k={k}.")
+            raise ConfigError(f"reference_size={reference_size} must be at least four times k={k}.")
         if false_alarm_every < 2:
-            raise ValueError(f"false_alarm_every={false_alarm_every} must be 2 or more.")
+            raise ConfigError(f"false_alarm_every={false_alarm_every} must be 2 or more.")
         self.reference_size, self.false_alarm_every, self.k, self.seed = reference_size, false_alarm_every, k, seed
         self.reset()
 

@@ -20,12 +20,14 @@ from datasets import (
 )
 from datasets.packaged_modules.parquet.parquet import Parquet
 
+from ..errors import HfClpeftError
+
 
 LABEL_NAMES = ("label", "labels", "fine_label", "class", "target")
 TEST_SPLITS = ("test", "validation", "valid", "val")
 
 
-class StreamError(ValueError):
+class StreamError(HfClpeftError, ValueError):
     """Data that cannot become a task. The message names the data set, the split and, where there is one, the row.
 
     Example:

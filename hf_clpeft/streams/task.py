@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 from datasets import Dataset, IterableDataset
 
-from ..config import check_task_name
+from ..checks import check_task_name
 from .source import ImageSource, StreamError
 
 

@@ -5,7 +5,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
 
-from ..config import ConfigError
+from ..errors import ConfigError
 
 
 @dataclass

@@ -4,7 +4,7 @@ import copy
 
 import torch
 
-from ..config import ConfigError
+from ..errors import ConfigError
 from ..learners import ExpertLearner, TaskLearner
 from ..modeling import ContinualModel
 

@@ -10,6 +10,7 @@ from tqdm.auto import tqdm
 from ..modeling import ContinualModel
 from ..streams import TaskImages
 from .arguments import ContinualTrainingArguments
+from .processes import TrainingError
 
 
 @torch.no_grad()
@@ -55,7 +56,7 @@ def extract(
         features[position[index.cpu()]] = found.cpu()
     assert features is not None
     if features.isnan().any():
-        raise RuntimeError(
+        raise TrainingError(
             "Features are not finite: an image was skipped, or the weights or mixed_precision=fp16 overflow. Try bf16."
         )
     return features

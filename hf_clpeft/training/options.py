@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ..bundled import BUNDLED_BACKBONES
-from ..config import ConfigError
+from ..errors import ConfigError
 from ..streams import BENCHMARKS, TaskStream, load_benchmark
 
 

@@ -11,7 +11,9 @@ import torch
 from accelerate import Accelerator
 from safetensors.torch import load_file, save_file
 
-from ..config import ConfigError, MethodConfig, read_json
+from ..checks import read_json
+from ..config import MethodConfig
+from ..errors import ConfigError
 from ..experts import Expert
 from ..folder import changing
 from ..learners import ExpertLearner, TaskLearner

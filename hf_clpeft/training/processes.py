@@ -10,11 +10,13 @@ from datetime import timedelta
 import torch
 from accelerate import Accelerator, PartialState
 
+from ..errors import HfClpeftError
+
 
 logger = logging.getLogger(__name__)
 
 
-class TrainingError(RuntimeError):
+class TrainingError(HfClpeftError, RuntimeError):
     """Training cannot go on as it was asked to. What was learnt before is untouched.
 
     Example:

@@ -9,22 +9,20 @@ from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
-from ..backbones import BackboneError
 from ..bundled import BUNDLED_BACKBONES
-from ..config import CONFIG_NAME, ConfigError, MethodConfig
-from ..experts import ExpertError
+from ..config import CONFIG_NAME, MethodConfig
+from ..errors import ConfigError, told_in_one_line
 from ..folder import settle
 from ..hub.download import find_model
-from ..hub.errors import HubError
 from ..modeling import ContinualModel
 from ..progress import disable_progress_bars
 from ..report import PLOT_NAME, StreamReport
-from ..streams import BENCHMARKS, StreamError, TaskStream
+from ..streams import BENCHMARKS, TaskStream
 from .arguments import ContinualTrainingArguments
 from .console import print_reports
 from .options import BackboneArguments, RunArguments, StreamArguments, parse
 from .plan import print_plan
-from .processes import TrainingError, join_processes
+from .processes import join_processes
 from .steps import TrainingStopped
 from .trainer import ContinualTrainer
 
@@ -50,7 +48,7 @@ def run_recipe(
         [`StreamReport`]; `None` with `--dry_run`, which prints the plan and stops.
     """
     groups = (StreamArguments, BackboneArguments, ContinualTrainingArguments, RunArguments, method_arguments)
-    try:
+    with told_in_one_line():
         parsed = parse(groups, argv, method=make_method.__name__)
         stream_args, backbone_args, training_args, run_args, method_args = parsed
         require_hub(stream_args, backbone_args)
@@ -59,12 +57,11 @@ def run_recipe(
             print_plan(open_model(backbone_args, training_args, method), stream, training_args)
             print(f"Nothing was learnt (--dry_run). Learn it with: {command_line(without='--dry_run')}", flush=True)
             return None
-        report = learn(stream, backbone_args, training_args, method)
-    except (BackboneError, ConfigError, ExpertError, HubError, OSError, StreamError, TrainingError) as error:
-        raise SystemExit(f"error: {error}") from error
-    except TrainingStopped:
-        print(f"Stopped, and all is saved. Go on with: {resuming_command()}", flush=True)
-        raise SystemExit(0) from None
+        try:
+            report = learn(stream, backbone_args, training_args, method)
+        except TrainingStopped:
+            print(f"Stopped, and all is saved. Go on with: {resuming_command()}", flush=True)
+            raise SystemExit(0) from None
     folder, repo = Path(training_args.output_dir), training_args.push_repo
     then = f"hf-clpeft demo {repo}" if repo else f"hf-clpeft demo {folder}    or    hf-clpeft push {folder} ME/NAME"
     print_reports([report], f"results: {folder}    picture: {folder / PLOT_NAME}", f"next: {then}")

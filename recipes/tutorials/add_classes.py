@@ -8,6 +8,7 @@ A single class is enough. Old experts stay as they are, to the bit; the Hub gets
 import typer
 
 from hf_clpeft import ContinualModel, ContinualTrainer, ContinualTrainingArguments, load_task
+from hf_clpeft.errors import told_in_one_line
 
 
 def main(repo_id: str, pictures: str, name: str, backbone: str | None = None):
@@ -26,4 +27,5 @@ def main(repo_id: str, pictures: str, name: str, backbone: str | None = None):
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    with told_in_one_line():
+        typer.run(main)

@@ -6,6 +6,7 @@ python recipes/tutorials/combine_two.py me/birds you/butterflies me/garden
 import typer
 
 from hf_clpeft import combine
+from hf_clpeft.errors import told_in_one_line
 
 
 def main(first: str, second: str, repo_id: str, backbone: str | None = None):
@@ -17,4 +18,5 @@ def main(first: str, second: str, repo_id: str, backbone: str | None = None):
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    with told_in_one_line():
+        typer.run(main)

@@ -10,6 +10,7 @@ is held out to measure how well it went. What comes next, in a month: add_classe
 import typer
 
 from hf_clpeft import ContinualModel, ContinualTrainer, ContinualTrainingArguments, load_task, s_lora
+from hf_clpeft.errors import told_in_one_line
 
 
 def main(pictures: str, repo_id: str, backbone: str = "google/vit-base-patch16-224-in21k"):
@@ -28,4 +29,5 @@ def main(pictures: str, repo_id: str, backbone: str = "google/vit-base-patch16-2
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    with told_in_one_line():
+        typer.run(main)
