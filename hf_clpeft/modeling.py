@@ -343,6 +343,13 @@ class ContinualModel(torch.nn.Module):
         for name in self.config.expert_names:
             self.bank.start(name, peft_config)
             self.bank.finish(name)
+            if self.bank.table is None:
+                self.bank.remove(name)
+                raise ConfigError(
+                    f"A pool runs fused, which needs prompts or LoRA on linear layers; {self.config.method.name} has "
+                    f"neither on {self.config.backbone.name_or_path}. Choose a vision transformer, or other "
+                    "target_modules."
+                )
             self.bank.reserve(self.config.method.pool_size)
 
     # Forgetting on purpose

@@ -17,7 +17,7 @@ from transformers import (
     ViTModel,
 )
 
-from hf_clpeft import BackboneError, ExpertBank, ExpertError, load_backbone
+from hf_clpeft import BackboneError, ConfigError, ContinualModel, ExpertBank, ExpertError, l2l, load_backbone
 from hf_clpeft.backbones import hash_weights
 from hf_clpeft.experts.expert import make_peft_config, make_peft_model
 
@@ -144,6 +144,12 @@ def test_a_prompt_has_no_place_in_a_convnet(convnet):
     backbone = load_backbone(convnet)
     with pytest.raises(ExpertError, match="ConvNet without tokens"):
         make_peft_model(backbone, make_peft_config({"peft_type": "PROMPT_TUNING", "num_virtual_tokens": 2}, backbone))
+
+
+def test_a_pool_has_no_place_in_a_convnet(convnet):
+    model = ContinualModel.from_backbone(convnet, l2l(pool_size=2, top_n=1))
+    with pytest.raises(ConfigError, match="A pool runs fused, which needs prompts or LoRA on linear layers"):
+        model.start_task("task-000", ["cat", "dog"])
 
 
 def test_features_of_several_depths_come_from_one_pass(backbone):

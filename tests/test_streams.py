@@ -50,6 +50,12 @@ def test_test_domains_are_dealt_out_so_that_every_image_is_judged_once():
     assert labels_of(stream[0].test) == labels_of(stream[1].test) == [0, 1, 2, 3]
 
 
+def test_test_domains_need_test_images():
+    data = DatasetDict(train=pattern_dataset(domains=["plain", "negative"])["train"])
+    with pytest.raises(StreamError, match="test_domains needs test images; leave out test_size=0"):
+        TaskStream.domain_incremental(data, domains=["plain"], test_domains=["negative"], test_size=0)
+
+
 def test_images_per_task_can_be_limited_and_are_drawn_by_seed(patterns):
     first, again = (TaskStream.class_incremental(patterns, num_tasks=2, max_train_samples_per_task=5) for _ in "ab")
     assert len(rows_of(first[0].train)) == 5

@@ -139,6 +139,8 @@ class PromptTable(ExpertTable):
         Raises:
             `ValueError`: It is no prompt of this backbone.
         """
+        if not config.is_prompt_learning:
+            raise ValueError(f"it is no prompt, but {config.peft_type}.")
         shapes = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
         expected = {"prompt_embeddings": (config.num_virtual_tokens, self.rows.shape[1])}
         if shapes != expected:

@@ -379,7 +379,9 @@ class _Sides:
 
     def deal_test_rows(self, classes: list[str], domains: list[str], num_tasks: int) -> list[np.ndarray]:
         """Deals the test images of `domains` out to the tasks, class by class, so that all get alike shares."""
-        test: Any = self.test  # nothing where nothing is held out
+        test: Any = self.test
+        if test is None:
+            raise StreamError(f"{self.train.title}: test_domains needs test images; leave out test_size=0.")
         labels = test.values(test.label_column)
         inside = np.isin(test.values(test.domain_column), list(test.domains_of(domains)))
         hands: list[list[np.ndarray]] = [[] for _ in range(num_tasks)]
