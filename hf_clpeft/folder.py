@@ -81,6 +81,7 @@ def locked(folder: str | Path) -> Iterator[None]:
 
     Raises:
         [`ConfigError`]: Another process has it.
+        `OSError`: It cannot be written into.
 
     Example:
 
@@ -93,14 +94,18 @@ def locked(folder: str | Path) -> Iterator[None]:
     ```
     """
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     lock = FileLock(folder / LOCK, timeout=0)
     try:
+        folder.mkdir(parents=True, exist_ok=True)
         lock.acquire()
     except Timeout:
         raise ConfigError(
             f"Another run is writing into {folder}. Wait for it, stop it, or choose another output_dir."
         ) from None
+    except OSError as error:
+        raise OSError(
+            error.errno, f"{error.strerror}. Nothing was begun; choose another output_dir", str(folder)
+        ) from error
     try:
         yield
     finally:

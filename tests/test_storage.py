@@ -13,7 +13,15 @@ import torch
 from conftest import make_trainer, pattern_dataset, vouch
 from safetensors.torch import load_file, save_file
 
-from hf_clpeft import ConfigError, ContinualModel, ExpertError, TaskStream, s_lora
+from hf_clpeft import (
+    ConfigError,
+    ContinualModel,
+    ContinualTrainer,
+    ContinualTrainingArguments,
+    ExpertError,
+    TaskStream,
+    s_lora,
+)
 from hf_clpeft.folder import changing, remove_with, settle
 
 
@@ -103,25 +111,41 @@ def test_the_folder_holds_json_and_safetensors_and_the_reports(saved):
     }
 
 
-def test_a_full_disk_leaves_the_model_as_it_was_and_says_so(saved, tmp_path):
+@pytest.fixture
+def disk(tmp_path):
+    """A disk of 1 MB."""
     disk = tmp_path / "disk"
     disk.mkdir()
     if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", disk], capture_output=True).returncode:
         pytest.skip("mounting a small disk needs root")
-    try:
-        folder = shutil.copytree(saved, disk / "model")
-        model = ContinualModel.from_pretrained(folder)
-        with pytest.raises(OSError), (disk / "filler").open("wb") as filler:
-            filler.write(b"0" * 2**20)
-        model.config.tasks[0].num_train_images = 1
-        with pytest.raises(OSError, match="could not be saved and stays as it was: No space left on device"):
-            model.save_pretrained(folder)
-        assert ContinualModel.from_pretrained(folder).config.tasks[0].num_train_images == 96
-        (disk / "filler").unlink()
+    yield disk
+    subprocess.run(["umount", "--lazy", disk], check=True)
+
+
+def test_a_full_disk_leaves_the_model_as_it_was_and_says_so(saved, disk):
+    folder = shutil.copytree(saved, disk / "model")
+    model = ContinualModel.from_pretrained(folder)
+    with pytest.raises(OSError), (disk / "filler").open("wb") as filler:
+        filler.write(b"0" * 2**20)
+    model.config.tasks[0].num_train_images = 1
+    with pytest.raises(OSError, match="could not be saved and stays as it was: No space left on device"):
         model.save_pretrained(folder)
-        assert ContinualModel.from_pretrained(folder).config.tasks[0].num_train_images == 1
-    finally:
-        subprocess.run(["umount", "--lazy", disk], check=True)
+    assert ContinualModel.from_pretrained(folder).config.tasks[0].num_train_images == 96
+    (disk / "filler").unlink()
+    model.save_pretrained(folder)
+    assert ContinualModel.from_pretrained(folder).config.tasks[0].num_train_images == 1
+
+
+def test_a_read_only_folder_is_found_before_anything_is_learnt_and_can_be_read(saved, disk, learnt):
+    folder = shutil.copytree(saved, disk / "model")
+    subprocess.run(["mount", "-o", "remount,ro", disk], check=True)
+    model = ContinualModel.from_pretrained(folder)
+    trainer = ContinualTrainer(model, ContinualTrainingArguments(str(folder), disable_tqdm=True))
+    with pytest.raises(OSError, match="Read-only file system. Nothing was begun; choose another output_dir"):
+        trainer.learn(learnt.stream[0])
+    with pytest.raises(OSError, match="could not be saved and stays as it was: Read-only file system"):
+        model.save_pretrained(folder)
+    assert [task.name for task in model.config.tasks] == ["task-000", "task-001", "task-002"]
 
 
 def edit_config(edit):

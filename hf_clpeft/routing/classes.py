@@ -33,7 +33,6 @@ class ClassRouter(Router, ABC):
 
     prototypes: torch.Tensor
     counts: torch.Tensor
-    owners: torch.Tensor
     classes: torch.Tensor
 
     def __init__(self, query_size: int):
@@ -43,11 +42,6 @@ class ClassRouter(Router, ABC):
         self.register_buffer("counts", torch.zeros(0, dtype=torch.int64))
         self.register_buffer("owners", torch.zeros(0, dtype=torch.int64))
         self.register_buffer("classes", torch.zeros(0, dtype=torch.int64))
-
-    @property
-    def num_owners(self) -> int:
-        """How many tasks the router knows."""
-        return int(self.owners.max()) + 1 if len(self.owners) else 0
 
     def add(self, features: torch.Tensor, classes: torch.Tensor) -> None:
         """Adds the next task.

@@ -50,7 +50,6 @@ class PrototypeRouter(Router):
 
     title = "nearest prototype"
     prototypes: torch.Tensor
-    owners: torch.Tensor
     thresholds: torch.Tensor
 
     def __init__(self, query_size: int):
@@ -59,11 +58,6 @@ class PrototypeRouter(Router):
         self.register_buffer("prototypes", torch.zeros(0, query_size))
         self.register_buffer("owners", torch.zeros(0, dtype=torch.int64))
         self.register_buffer("thresholds", torch.zeros(0, PERCENT))
-
-    @property
-    def num_owners(self) -> int:
-        """How many tasks have prototypes."""
-        return int(self.owners.max()) + 1 if len(self.owners) else 0
 
     def add(self, features: torch.Tensor, k: int | str, seed: int = 0) -> None:
         """Adds prototypes, owned by the next task.

@@ -38,6 +38,12 @@ class Router(torch.nn.Module):
     """
 
     title = "unknown"
+    owners: torch.Tensor  # task of each prototype or class; keys belong to none
+
+    @property
+    def num_owners(self) -> int:
+        """How many tasks the router knows."""
+        return int(self.owners.max()) + 1 if len(self.owners) else 0
 
     @classmethod
     def from_method(cls, method: MethodConfig, query_size: int) -> "Router":
