@@ -5,7 +5,87 @@ they are first used, so that `import hf_clpeft` costs nothing.
 """
 
 from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+
+if TYPE_CHECKING:  # what is imported below when it is first used; a test holds the two lists together
+    from .backbones import (
+        Backbone as Backbone,
+        BackboneError as BackboneError,
+        load_backbone as load_backbone,
+    )
+    from .config import (
+        ContinualConfig as ContinualConfig,
+        MethodConfig as MethodConfig,
+    )
+    from .errors import (
+        ConfigError as ConfigError,
+        HfClpeftError as HfClpeftError,
+    )
+    from .experts import (
+        Expert as Expert,
+        ExpertBank as ExpertBank,
+        ExpertError as ExpertError,
+        PromptTunedVisionModel as PromptTunedVisionModel,
+    )
+    from .heads import (
+        Heads as Heads,
+    )
+    from .hub.combine import (
+        combine as combine,
+    )
+    from .hub.errors import (
+        HubError as HubError,
+    )
+    from .methods import (
+        METHODS as METHODS,
+        joint_lora as joint_lora,
+        l2l as l2l,
+        l2p as l2p,
+        linear_probe as linear_probe,
+        ncm as ncm,
+        ranpac as ranpac,
+        ranpac_first as ranpac_first,
+        s_lora as s_lora,
+        s_lora_mix as s_lora_mix,
+        s_lora_pp as s_lora_pp,
+        s_prompts as s_prompts,
+        s_prompts_pp as s_prompts_pp,
+        sequential_lora as sequential_lora,
+        slda as slda,
+    )
+    from .modeling import (
+        ContinualModel as ContinualModel,
+    )
+    from .prediction import (
+        Prediction as Prediction,
+    )
+    from .report import (
+        StreamReport as StreamReport,
+    )
+    from .routing import (
+        ROUTERS as ROUTERS,
+        ClassMeanRouter as ClassMeanRouter,
+        ClassRouter as ClassRouter,
+        GaussianRouter as GaussianRouter,
+        KeyRouter as KeyRouter,
+        PrototypeRouter as PrototypeRouter,
+        RidgeRouter as RidgeRouter,
+    )
+    from .streams import (
+        BENCHMARKS as BENCHMARKS,
+        Benchmark as Benchmark,
+        StreamError as StreamError,
+        Task as Task,
+        TaskStream as TaskStream,
+        load_benchmark as load_benchmark,
+        load_task as load_task,
+    )
+    from .training import (
+        ContinualTrainer as ContinualTrainer,
+        ContinualTrainingArguments as ContinualTrainingArguments,
+        TrainingError as TrainingError,
+    )
 
 
 __version__ = "0.1.0"

@@ -5,8 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
+from hypothesis import HealthCheck, given, settings, strategies as st
 from peft import PeftModel, set_peft_model_state_dict
 from transformers import ViTConfig, ViTImageProcessor, ViTModel
 

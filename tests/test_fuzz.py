@@ -11,8 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from conftest import make_trainer, pattern_dataset, vouch
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
+from hypothesis import HealthCheck, given, settings, strategies as st
 
 from hf_clpeft import BackboneError, ConfigError, ContinualModel, ExpertError, TaskStream, l2p, s_lora, s_lora_mix
 from hf_clpeft.streams import StreamError, cache_images

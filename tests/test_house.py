@@ -48,3 +48,10 @@ def test_imports_run_in_one_direction():
 @pytest.mark.parametrize("path", [*FILES, *sorted((ROOT / "recipes").rglob("*.py"))], ids=lambda path: path.name)
 def test_a_file_is_not_longer_than_one_reads(path):
     assert len(path.read_text(encoding="utf-8").splitlines()) <= 500
+
+
+def test_type_checkers_see_every_public_name():
+    tree = ast.parse((PACKAGE / "__init__.py").read_text(encoding="utf-8"))
+    block = next(node for node in tree.body if isinstance(node, ast.If))
+    seen = {node.module: sorted(alias.name for alias in node.names) for node in block.body}
+    assert seen == {module: sorted(names) for module, names in hf_clpeft._MODULES.items()}

@@ -16,8 +16,7 @@ import PIL.Image
 import PIL.ImageFile
 import PIL.ImageOps
 import pytest
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
+from hypothesis import HealthCheck, given, settings, strategies as st
 
 from hf_clpeft.demo import pictures
 from hf_clpeft.demo.pictures import LARGEST_FILE, MOST_FILES, PictureError, open_picture, read_uploads

@@ -26,7 +26,7 @@ def test(as_json: AsJson = False) -> None:
         )
         report = ContinualTrainer(model, args).learn_stream(stream)
         loaded = ContinualModel.from_pretrained(folder).to(model.device)
-    images = [decode(encoded) for task in stream for encoded, _, _ in task.test]
+    images = [decode(encoded) for task in stream for encoded, _, _ in task.test or ()]
     before, after = model.predict(images), loaded.predict(images)
     results = {
         "learns": report.summary()["average_accuracy"] > 0.6,
