@@ -32,7 +32,7 @@ from hf_clpeft.errors import told_in_one_line
 from hf_clpeft.plots import plot_bars, plot_comparison, plot_series
 from hf_clpeft.streams import BENCHMARKS
 from hf_clpeft.training.options import BackboneArguments, StreamArguments
-from hf_clpeft.training.recipe import learn
+from hf_clpeft.training.recipe import command_line, learn
 
 
 GROUPS = (StreamArguments, BackboneArguments, ContinualTrainingArguments)
@@ -461,6 +461,7 @@ def main():
     paths = draw(rows, results.with_suffix(""))
     print(table)
     print(f"results: {results}    table: {results.with_suffix('.md')}    pictures: {paths[0]}, ...")
+    print(f"next, another seed: {command_line()} --seeds {max(int(row['seed']) for row in rows) + 1}")
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ from compare import CompareArguments, folder_of, make_table, plan, read_yaml, ru
 from hf_clpeft import ConfigError
 from hf_clpeft.errors import told_in_one_line
 from hf_clpeft.plots import plot_series
+from hf_clpeft.training.recipe import command_line
 
 
 def read_sweep(path: str) -> dict:
@@ -103,6 +104,7 @@ def main():
     paths = draw(rows, config, results.with_suffix(""))
     print(table)
     print(f"results: {results}    table: {results.with_suffix('.md')}    pictures: {', '.join(map(str, paths))}")
+    print(f"next, another seed: {command_line()} --seeds {max(int(row['seed']) for row in rows) + 1}")
 
 
 if __name__ == "__main__":

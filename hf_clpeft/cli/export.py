@@ -23,4 +23,5 @@ def export(
     model = load_model(repo, backbone, token)
     (export_merged if merge else export_adapter)(model, task, output)
     what = "transformers image classifier" if merge else "PEFT adapter"
-    show({"folder": str(output), "task": task, "what": what}, as_json)
+    then = f'pipeline("image-classification", "{output}")' if merge else f'PeftModel.from_pretrained(vit, "{output}")'
+    show({"folder": str(output), "task": task, "what": what, "next": then}, as_json)
