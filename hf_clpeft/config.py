@@ -114,7 +114,7 @@ class MethodConfig:
             raise ConfigError(f"peft={self.peft} cannot be saved: {error}.") from error
         if self.experts == "none" and self.peft:
             raise ConfigError(f"peft={self.peft} has no use with experts='none'; leave it empty.")
-        if self.experts != "none" and "peft_type" not in self.peft:
+        if self.experts != "none" and not isinstance(self.peft.get("peft_type"), str):
             raise ConfigError("peft needs a 'peft_type', for example {'peft_type': 'LORA', 'r': 1}.")
         if self.readout == "prompts" and (self.experts, self.peft["peft_type"]) != ("pool", "PROMPT_TUNING"):
             raise ConfigError("readout='prompts' needs a pool of prompts, experts='pool' and PROMPT_TUNING.")

@@ -384,3 +384,15 @@ def test_a_mixed_model_says_who_judged_and_cannot_be_taught(tmp_path):
     assert views.prototype_points(models.served) is not None
     with pytest.raises(ConfigError, match="weighs the classes of all tasks against each other"):
         teach(models, "", {"new": [Image.new("RGB", (32, 32))] * 5})
+
+
+def test_a_gaussian_router_measures_distances_to_classes(tmp_path):
+    stream = TaskStream.class_incremental(pattern_dataset(), num_tasks=2)
+    make_trainer(s_lora(router="gaussian"), tmp_path).learn_stream(stream)
+    model = Models(str(tmp_path)).served
+    (found,) = model.predict(pattern_dataset()["test"][0]["image"], top_k=5)
+    assert "the nearest class is" in views.verdict(found, model, 0.05)
+    page = build_demo(str(tmp_path), teaching=True).get_config_file()
+    texts = [part["props"].get("value") for part in page["components"] if part["type"] == "markdown"]
+    assert "#### Distance to the nearest class of each task" in texts
+    assert any(text.startswith("The gaussian router weighs") for text in texts)

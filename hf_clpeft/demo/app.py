@@ -15,7 +15,7 @@ from .components import Files, Folder, NeverFetch, Picture, canvas, take_brush, 
 from .handlers import NEAREST, TABLE, Handlers
 from .models import Models
 from .pictures import FORMATS, LARGEST_ARCHIVE
-from .teaching import FEWEST
+from .teaching import FEWEST, refusal
 
 
 FILE_TYPES = [f".{name.lower()}" for name in (*FORMATS, "JPG", "TIF", "ZIP")]
@@ -84,7 +84,11 @@ def build_demo(
             _many_pictures(handlers, key)
         with gr.Tab("Look inside") as tab:
             step, plane = _look_inside(handlers, key, picture, tab)
-        if teaching:
+        why_not = refusal(models.served)
+        if teaching and why_not is not None:
+            with gr.Tab("Teach it"):
+                gr.Markdown(why_not)
+        elif teaching:
             with gr.Tab("Teach it"):
                 taught = _teach_it(handlers, key, drawing)
                 taught.success(
@@ -101,7 +105,7 @@ def _try_it(
     handlers: Handlers, key: gr.Textbox, examples: Sequence[Path], drawing: bool
 ) -> tuple[Picture, gr.Dropdown]:
     model = handlers.models.served
-    pool = model.config.method.experts == "pool"
+    pool, landmark = model.config.method.experts == "pool", views.landmark(model)
     with gr.Row(equal_height=False):
         with gr.Column(min_width=300):
             picture = Picture(
@@ -131,7 +135,8 @@ def _try_it(
         with gr.Column(min_width=300):
             verdict = gr.HTML(label="Verdict", elem_id="verdict", min_height=90)
             likeliest = gr.Label(num_top_classes=5, label="Likeliest classes", show_heading=False)
-            gr.Markdown("#### Distance to " + ("each expert's key" if pool else "the nearest prototype of each task"))
+            what = "each expert's key" if pool else f"the nearest {landmark} of each task"
+            gr.Markdown(f"#### Distance to {what}")
             distances = gr.BarPlot(
                 x="expert",
                 y="distance",
@@ -140,7 +145,7 @@ def _try_it(
                 colors_in_legend=[],
                 x_title=" ",
                 y_title=" ",
-                y_lim=[0, 1.5],
+                y_lim=[0, None if landmark == "class" else 1.5],  # one scale for all pictures, where there is one
                 height=280,
                 buttons=[],
                 label="Distances",
@@ -181,7 +186,8 @@ def _look_inside(
             learnt = gr.HTML(label="Tasks", elem_id="tasks")
             answer = gr.Label(label="Its answer to your picture", num_top_classes=3)
         with gr.Column(min_width=300, scale=2):
-            gr.Markdown("#### Prototypes on the plane in which they spread most")
+            what = "Class means" if views.landmark(model) == "class" else "Prototypes"
+            gr.Markdown(f"#### {what} on the plane in which they spread most")
             plane = gr.ScatterPlot(
                 x="x",
                 y="y",

@@ -100,6 +100,22 @@ def sort_pictures(
     return classes
 
 
+def refusal(model: ContinualModel) -> str | None:
+    """Why a model cannot be taught without changing old answers; `None` if it can."""
+    method = model.config.method
+    if method.knows_classes:
+        return (
+            f"The {method.router} router weighs the classes of all tasks against each other, so a new one changes "
+            "old answers. A model with router='prototypes' can be taught here; this one learns in a recipe."
+        )
+    if method.experts != "per_task":
+        return (
+            f"{method.name} trains the same experts on every task, which changes old answers. A model with an expert "
+            "per task (s_lora, s_prompts) can be taught here; this one learns in a recipe."
+        )
+    return None
+
+
 def teach(
     models: Models,
     key: str,
@@ -127,16 +143,9 @@ def teach(
     progress(0.0, "Loading the model")
     disable_progress_bars()
     old = models.get(key)
-    if old.config.method.knows_classes:
-        raise ConfigError(
-            f"The {old.config.method.router} router weighs the classes of all tasks against each other, which would "
-            "change old answers. A model with router='prototypes' can be taught here."
-        )
-    if old.config.method.experts != "per_task":
-        raise ConfigError(
-            f"{old.config.method.name} trains the same experts on every task, which would change old answers. A model "
-            "with an expert per task (s_lora, s_prompts) can be taught here."
-        )
+    why_not = refusal(old)
+    if why_not is not None:
+        raise ConfigError(why_not)
     # With a backbone of its own: an expert in training sits inside it.
     model = ContinualModel.from_pretrained(
         models.folder(key) or models.source,

@@ -45,6 +45,12 @@ def titles(model: ContinualModel) -> dict[str, str]:
     return {name: named.get(name, name) for name in model.bank.names}
 
 
+def landmark(model: ContinualModel) -> str:
+    """What distances are measured to: a prototype, an expert's key, or, where the router knows classes, a class."""
+    method = model.config.method
+    return "key" if method.experts == "pool" else "class" if method.knows_classes else "prototype"
+
+
 def verdict(prediction: Prediction, model: ContinualModel, reject_rate: float, chosen: bool = False) -> str:
     """The answer in a few sentences, as HTML.
 
@@ -76,7 +82,7 @@ def verdict(prediction: Prediction, model: ContinualModel, reject_rate: float, c
         margin = 1 - distances[0] / distances[1]
         sure = "clear" if margin >= 0.2 else "a close call" if margin < 0.05 else "fairly clear"
         sentences.append(
-            f"The route is {sure}: the nearest prototype is {100 * margin:.0f} % nearer than any other task's."
+            f"The route is {sure}: the nearest {landmark(model)} is {100 * margin:.0f} % nearer than any other task's."
         )
     if prediction.typicality is not None:
         share = f"{100 * prediction.typicality:.0f} %" if prediction.typicality else "Under 1 %"
