@@ -7,6 +7,7 @@ from typing import Any
 import PIL.Image
 import torch
 from peft import PeftConfig
+from tqdm.auto import trange
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES
 
 from .backbones import Backbone, BackboneError, load_backbone
@@ -195,6 +196,7 @@ class ContinualModel(torch.nn.Module):
         reject_rate: float | None = None,
         expert: str | None = None,
         top_k: int = 1,
+        show_progress_bar: bool = False,
     ) -> list[Prediction]:
         """Classifies images, each by its own features: neither order nor batch size change an answer.
 
@@ -209,6 +211,7 @@ class ContinualModel(torch.nn.Module):
             reject_rate (`float`, *optional*): In whole percent, 0.01 to 1. Default: nothing is rejected.
             expert (`str`, *optional*): Name of the expert that judges all images, in place of the nearest.
             top_k (`int`, *optional*, defaults to 1): How many of the likeliest classes and nearest experts to tell.
+            show_progress_bar (`bool`, *optional*, defaults to `False`): Show how far it is, in batches.
 
         Returns:
             `list[Prediction]`: One per image.
@@ -227,7 +230,7 @@ class ContinualModel(torch.nn.Module):
         images = [images] if isinstance(images, PIL.Image.Image | str | Path) else images
         experts = self.bank.names if self.config.method.uses_experts else []
         predictions = []
-        for start in range(0, len(images), batch_size):
+        for start in trange(0, len(images), batch_size, desc="Predicting", disable=not show_progress_bar):
             batch = [open_image(image) for image in images[start : start + batch_size]]
             pixels = self.backbone.transform.resize(batch)
             output = self(self.backbone.transform.normalize(torch.from_numpy(pixels).to(self.device)), forced)

@@ -1,8 +1,11 @@
 """Progress bars of the libraries underneath."""
 
 
-def disable_progress_bars() -> None:
+def disable_progress_bars(transfers: bool = True) -> None:
     """Lets data sets load, models load and files travel in silence.
+
+    Args:
+        transfers (`bool`, *optional*, defaults to `True`): Disable those of down- and uploads, too.
 
     Example:
 
@@ -18,5 +21,6 @@ def disable_progress_bars() -> None:
     from transformers.utils import logging
 
     datasets.disable_progress_bars()
-    huggingface_hub.utils.disable_progress_bars()
+    if transfers:
+        huggingface_hub.utils.disable_progress_bars()
     logging.disable_progress_bar()

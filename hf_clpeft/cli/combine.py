@@ -5,8 +5,7 @@ from typing import Annotated
 
 import typer
 
-from ..progress import disable_progress_bars
-from .common import AsJson, BackbonePath, Token, show
+from .common import AsJson, BackbonePath, Token, quieten, show
 
 
 def combine(
@@ -19,7 +18,7 @@ def combine(
     """Combine the experts of several models into one model; nothing is trained."""
     from ..hub.combine import combine as combine_models
 
-    disable_progress_bars()
+    quieten()
     model = combine_models(sources, backbone=backbone, token=token)
     model.save_pretrained(output)
     show(

@@ -1,6 +1,7 @@
 """What several commands share: their options, and how a result is shown."""
 
 import json
+import sys
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -49,11 +50,16 @@ def show(values: dict | list[dict], as_json: bool, title: str = "") -> None:
         Console().print(table)
 
 
+def quieten() -> None:
+    """Leaves of the libraries' progress bars those that somebody at a terminal waits for: of files that travel."""
+    disable_progress_bars(transfers=not sys.stderr.isatty())
+
+
 def load_model(repo: str, backbone: str | None, token: str | None) -> "ContinualModel":
     """Loads the [`ContinualModel`] that a command was given."""
     from ..hub.download import split_revision
     from ..modeling import ContinualModel
 
-    disable_progress_bars()
+    quieten()
     name, revision = split_revision(repo)
     return ContinualModel.from_pretrained(name, backbone=backbone, revision=revision, token=token)

@@ -5,8 +5,7 @@ from typing import Annotated
 
 import typer
 
-from ..progress import disable_progress_bars
-from .common import AsJson, show
+from .common import AsJson, quieten, show
 
 
 def migrate(
@@ -19,7 +18,7 @@ def migrate(
     from ..backbones import load_backbone
     from ..experts.naming import migrate_adapter
 
-    disable_progress_bars()
+    quieten()
     renamed = migrate_adapter(adapter, output, load_backbone(backbone))
     show(
         {"folder": str(output), "renamed": len(renamed), "example": " -> ".join(renamed[0]) if renamed else "–"},

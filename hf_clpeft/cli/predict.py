@@ -1,5 +1,6 @@
 """`hf-clpeft predict`: labels for pictures."""
 
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -25,7 +26,13 @@ def predict(
     from dataclasses import asdict
 
     model = load_model(repo, backbone, token)
-    predictions = model.predict(images, batch_size=batch_size, reject_rate=reject_rate, top_k=top_k)
+    predictions = model.predict(
+        images,
+        batch_size=batch_size,
+        reject_rate=reject_rate,
+        top_k=top_k,
+        show_progress_bar=sys.stderr.isatty() and len(images) > batch_size,
+    )
     rows = [{"image": str(path), **asdict(found)} for path, found in zip(images, predictions, strict=True)]
     if not as_json:
         rows = [{name: value for name, value in row.items() if not isinstance(value, dict)} for row in rows]

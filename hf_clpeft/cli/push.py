@@ -5,8 +5,7 @@ from typing import Annotated
 
 import typer
 
-from ..progress import disable_progress_bars
-from .common import AsJson, Token, show
+from .common import AsJson, Token, quieten, show
 
 
 def push(
@@ -31,7 +30,7 @@ def push(
     from ..hub.outbox import Outbox
     from ..hub.push import PushTarget, push_folder
 
-    disable_progress_bars()
+    quieten()
     folder = bundled_folder(model) or Path(model)
     if not folder.is_dir():
         raise ConfigError(f"{model} is no folder, and none of {', '.join(BUNDLED_MODELS)}.")

@@ -5,8 +5,7 @@ from tempfile import TemporaryDirectory
 
 import typer
 
-from ..progress import disable_progress_bars
-from .common import AsJson, show
+from .common import AsJson, quieten, show
 
 
 def test(as_json: AsJson = False) -> None:
@@ -16,7 +15,7 @@ def test(as_json: AsJson = False) -> None:
     from .. import ContinualModel, ContinualTrainer, ContinualTrainingArguments, load_benchmark, s_lora
     from ..streams.images import decode
 
-    disable_progress_bars()
+    quieten()
     start = time.perf_counter()
     stream = load_benchmark("digits", max_train_samples_per_task=64, max_test_samples_per_task=24)[:2]
     with TemporaryDirectory() as folder:
