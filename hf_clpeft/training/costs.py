@@ -34,6 +34,24 @@ def bytes_beside_experts(model: ContinualModel) -> int:
     return sum(tensor.nbytes for module in modules for tensor in module.state_dict().values())
 
 
+def count_trained(model: ContinualModel, learner: TaskLearner) -> tuple[int, int, int]:
+    """Parameters that the last task trains: of experts, of keys, and of the head.
+
+    Args:
+        model ([`ContinualModel`]): Has learnt the task.
+        learner ([`TaskLearner`]): What was trained.
+
+    Returns:
+        `tuple[int, int, int]`
+    """
+    method = model.config.method
+    trained = [*model.bank] if method.experts == "pool" else [*model.bank][-1:]
+    expert = 0 if isinstance(learner, FrozenLearner) else sum(expert.num_parameters for expert in trained)
+    keys = model.router.keys.numel() if method.experts == "pool" else 0
+    head = 0 if method.classifier == "router" else sum(rows.numel() for rows in learner.head.parameters())
+    return expert, keys, head
+
+
 def note_costs(
     report: StreamReport,
     model: ContinualModel,
@@ -55,10 +73,7 @@ def note_costs(
         stored (`int`): [`bytes_beside_experts`] before the task.
     """
     method, first = model.config.method, len(model.config.tasks) == 1
-    trained = [*model.bank] if method.experts == "pool" else [*model.bank][-1:]
-    expert = 0 if isinstance(learner, FrozenLearner) else sum(expert.num_parameters for expert in trained)
-    keys = model.router.keys.numel() if method.experts == "pool" else 0
-    head = 0 if method.classifier == "router" else sum(rows.numel() for rows in learner.head.parameters())
+    expert, keys, head = count_trained(model, learner)
     # Where tasks share experts, these were there before, unless this is the first task.
     added = expert if first or method.experts == "per_task" else 0
     report.add_task(

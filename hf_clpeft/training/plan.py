@@ -9,6 +9,7 @@ from ..modeling import ContinualModel
 from ..streams import Split, Task, TaskStream
 from .arguments import ContinualTrainingArguments
 from .console import print_table
+from .costs import count_trained
 
 
 @dataclass(frozen=True)
@@ -69,16 +70,13 @@ def make_plan(model: ContinualModel, stream: TaskStream, args: ContinualTraining
             planned.append(PlannedTask(task, True, train_images, test_images))
             continue
         learner = model.start_task(task.name, task.classes, task.domain)
-        experts = sum(parameter.numel() for parameter in learner.expert_parameters())
-        head = sum(parameter.numel() for parameter in learner.head.parameters())
         images = None if train_images is None or images is None else images * joint + train_images
         steps = None if images is None else args.num_train_epochs * steps_per_epoch(images, args)
         if isinstance(learner, FrozenLearner) or len(learner.classes) == 1 or (joint and task is not tasks[-1]):
             steps = 0
-        if model.config.method.classifier == "router":
-            head = 0
-        planned.append(PlannedTask(task, False, train_images, test_images, experts, head, steps))
         model.finish_task(learner, 0)
+        experts, keys, head = count_trained(model, learner)
+        planned.append(PlannedTask(task, False, train_images, test_images, experts + keys, head, steps))
     return planned
 
 

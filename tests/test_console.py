@@ -1,0 +1,78 @@
+"""What a run says before it begins, after every task, and at the end."""
+
+import pytest
+from conftest import make_trainer, pattern_dataset, pattern_rows
+from datasets import Dataset, DatasetDict, IterableDatasetDict
+
+from hf_clpeft import TaskStream, joint_lora, l2l, ncm, s_lora
+from hf_clpeft.training.console import print_table
+from hf_clpeft.training.plan import make_plan
+from hf_clpeft.training.recipe import resuming_command, run_recipe
+
+
+OPTIONS = {"num_train_epochs": 3, "train_batch_size": 5, "gradient_accumulation_steps": 2}
+
+
+@pytest.mark.parametrize("method", [s_lora(k=1), l2l(pool_size=3, top_n=2), ncm(), joint_lora()], ids=lambda m: m.name)
+def test_a_plan_is_what_comes(method):
+    stream = TaskStream.class_incremental(pattern_dataset(), num_tasks=2)
+    planned = make_plan(make_trainer(method).model, stream, make_trainer(method, **OPTIONS).args)
+    trainer, seen = make_trainer(method, **OPTIONS), []
+    trainer.on_step = lambda step, steps: seen.append(step)
+    report = trainer.learn_stream(stream)
+    assert sum(task.steps for task in planned) == len(seen)
+    assert [task.train_images for task in planned] == [task.num_train_images for task in trainer.model.config.tasks]
+    for task, expert, head in zip(planned, report.expert_parameters, report.head_parameters, strict=True):
+        assert (task.expert_parameters, task.head_parameters) == (expert, head)
+
+
+def test_a_plan_knows_what_is_learnt_already_and_what_only_reading_would_tell():
+    stream, trainer = TaskStream.class_incremental(pattern_dataset(), num_tasks=2), make_trainer(s_lora(k=1))
+    trainer.learn(stream[0])
+    assert [task.learnt for task in make_plan(trainer.model, stream, trainer.args)] == [True, False]
+    streamed = IterableDatasetDict({side: rows.to_iterable_dataset() for side, rows in pattern_dataset().items()})
+    planned = make_plan(
+        make_trainer(s_lora()).model, TaskStream.class_incremental(streamed, num_tasks=2), trainer.args
+    )
+    assert [(task.train_images, task.steps) for task in planned] == [(None, None)] * 2
+
+
+def recipe(*options):
+    from dataclasses import make_dataclass
+
+    return run_recipe(make_dataclass("Nothing", []), lambda: s_lora(k=1), ["--benchmark", "digits", *options])
+
+
+def test_a_dry_run_prints_the_plan_and_the_command_and_leaves_nothing(capsys, monkeypatch, tmp_path):
+    monkeypatch.setattr("sys.argv", ["recipes/s_lora.py", "--benchmark", "digits", "--dry_run"])
+    assert recipe("--dry_run", "--num_train_epochs", "2") is None
+    said = capsys.readouterr().out
+    assert "digits: 5 tasks" in said and "4, 5" in said and "92 steps of 32 images" in said
+    assert said.strip().endswith("s_lora.py --benchmark digits")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_run_prints_a_table_after_each_task_and_the_next_command(capsys):
+    recipe("--num_tasks", "2", "--num_train_epochs", "1", "--max_train_samples_per_task", "32")
+    said = capsys.readouterr().out
+    for line in ("task-000 (0, 1, 2, …) is learnt", "task-001 (5, 6, 7, …) is learnt", "all 2 tasks", "this task"):
+        assert line in said
+    assert "next: hf-clpeft demo out" in said and "hf-clpeft push out ME/NAME" in said
+
+
+def test_names_of_strangers_are_shown_as_they_are(capsys):
+    rows = Dataset.from_dict({"image": pattern_rows(1)["image"], "label": ["[red]cat[/red]", "dog"] * 3})
+    trainer = make_trainer(s_lora(k=1), disable_tqdm=False)
+    trainer.learn_stream(TaskStream.class_incremental(DatasetDict(train=rows, test=rows), num_tasks=1))
+    assert "([red]cat[/red], dog) is learnt" in capsys.readouterr().out
+    print_table("[b]", ["name"], [["[link=x]y"]], "[u]")
+    said = capsys.readouterr().out
+    assert all(text in said for text in ("[b]", "[link=x]y", "[u]"))
+
+
+def test_the_command_that_goes_on_says_so_once(monkeypatch):
+    monkeypatch.setattr("sys.argv", ["recipes/l2l.py", "--output_dir", "my runs"])
+    once = resuming_command()
+    assert once.endswith("recipes/l2l.py --output_dir 'my runs' --resume_from_checkpoint auto")
+    monkeypatch.setattr("sys.argv", ["recipes/l2l.py", "--resume_from_checkpoint", "auto"])
+    assert resuming_command().count("--resume_from_checkpoint") == 1
