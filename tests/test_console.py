@@ -73,6 +73,8 @@ def test_names_of_strangers_are_shown_as_they_are(capsys):
 def test_the_command_that_goes_on_says_so_once(monkeypatch):
     monkeypatch.setattr("sys.argv", ["recipes/l2l.py", "--output_dir", "my runs"])
     once = resuming_command()
-    assert once.endswith("recipes/l2l.py --output_dir 'my runs' --resume_from_checkpoint auto")
+    assert once.startswith("python") and once.endswith(".py --output_dir 'my runs' --resume_from_checkpoint auto")
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")  # as accelerate launch does
+    assert resuming_command().startswith("accelerate launch recipes/l2l.py --output_dir")
     monkeypatch.setattr("sys.argv", ["recipes/l2l.py", "--resume_from_checkpoint", "auto"])
     assert resuming_command().count("--resume_from_checkpoint") == 1

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from accelerate import PartialState
 from datasets import Dataset
 
 from ..learners import FrozenLearner
@@ -91,8 +92,16 @@ def steps_per_epoch(images: int, args: ContinualTrainingArguments) -> int:
     return -(-batches // args.gradient_accumulation_steps)
 
 
-def print_plan(model: ContinualModel, stream: TaskStream, args: ContinualTrainingArguments) -> None:
-    """Prints the plan of a run."""
+def print_plan(model: ContinualModel, stream: TaskStream, args: ContinualTrainingArguments, closing: str) -> None:
+    """Prints the plan of a run, on the main process.
+
+    Args:
+        model ([`ContinualModel`]), stream ([`TaskStream`]), args ([`ContinualTrainingArguments`]): As for
+            [`make_plan`].
+        closing (`str`): Last line.
+    """
+    if not PartialState().is_main_process:
+        return
     method, backbone = model.config.method, model.config.backbone
     planned = make_plan(model, stream, args)
     rows = [
@@ -119,6 +128,7 @@ def print_plan(model: ContinualModel, stream: TaskStream, args: ContinualTrainin
         f"backbone: {backbone.name_or_path}, {backbone.image_size} px\n"
         f"goes to: {args.output_dir}" + (f" and {args.push_repo} on the Hub" if args.push_repo else ""),
     )
+    print(closing, flush=True)
 
 
 def number(value: int | None) -> str:

@@ -54,8 +54,8 @@ def run_recipe(
         require_hub(stream_args, backbone_args)
         stream, method = stream_args.load(), make_method(**asdict(method_args))
         if run_args.dry_run:
-            print_plan(open_model(backbone_args, training_args, method), stream, training_args)
-            print(f"Nothing was learnt (--dry_run). Learn it with: {command_line(without='--dry_run')}", flush=True)
+            model, then = open_model(backbone_args, training_args, method), command_line(without="--dry_run")
+            print_plan(model, stream, training_args, f"Nothing was learnt (--dry_run). Learn it with: {then}")
             return None
         try:
             report = learn(stream, backbone_args, training_args, method)
@@ -74,7 +74,9 @@ def command_line(without: str | None = None) -> str:
     Args:
         without (`str`, *optional*): Option, with no value, to leave out.
     """
-    return shlex.join([Path(sys.executable).name, *(word for word in sys.argv if word != without)])
+    launched = {"ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID"} & os.environ.keys()
+    program = ["accelerate", "launch"] if launched else [Path(sys.executable).name]
+    return shlex.join([*program, *(word for word in sys.argv if word != without)])
 
 
 def resuming_command() -> str:
