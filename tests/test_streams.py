@@ -131,6 +131,11 @@ def test_a_folder_with_one_class_folder_is_one_class_and_one_with_none_is_refuse
         load_task("flat", name="october", test_size=0)
 
 
+def test_a_data_set_that_is_nowhere_is_refused(hub):
+    with pytest.raises(StreamError, match="'my/pictures' is no folder with pictures, and none on the Hub: "):
+        load_task("my/pictures", name="birds")
+
+
 def test_an_empty_task_is_refused():
     data = pattern_dataset(domains=["plain", "negative"])
     data["test"] = data["test"].filter(lambda row: row["domain"] == "plain")

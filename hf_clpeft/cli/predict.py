@@ -35,5 +35,6 @@ def predict(
     )
     rows = [{"image": str(path), **asdict(found)} for path, found in zip(images, predictions, strict=True)]
     if not as_json:
-        rows = [{name: value for name, value in row.items() if not isinstance(value, dict)} for row in rows]
+        hidden = {"classes", "experts"} if model.can_reject else {"classes", "experts", "typicality"}
+        rows = [{name: value for name, value in row.items() if name not in hidden} for row in rows]
     show(rows, as_json)

@@ -296,6 +296,9 @@ def find_test_split(
     elif Path(dataset, "dataset_dict.json").is_file():
         splits = list(load_from_disk(dataset))
     else:
-        splits = list(load_dataset_builder(str(dataset), name, revision=revision).info.splits or ())
-        splits = splits or list(load_dataset(str(dataset), name, revision=revision, streaming=True))
+        try:
+            splits = list(load_dataset_builder(str(dataset), name, revision=revision).info.splits or ())
+            splits = splits or list(load_dataset(str(dataset), name, revision=revision, streaming=True))
+        except FileNotFoundError as error:
+            raise StreamError(f"{str(dataset)!r} is no folder with pictures, and none on the Hub: {error}") from error
     return next((split for split in TEST_SPLITS if split in splits), None)
