@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ..progress import disable_progress_bars
+from ..tables import print_table
 
 
 if TYPE_CHECKING:
@@ -34,20 +35,8 @@ def show(values: dict | list[dict], as_json: bool, title: str = "") -> None:
         for name, value in values.items():
             print(f"{name:<{width}}  {value}")
     else:
-        from rich.box import SIMPLE
-        from rich.console import Console
-        from rich.table import Table
-        from rich.text import Text
-
-        table = Table(title=title or None, title_justify="left", box=SIMPLE, pad_edge=False)
-        for name in values[0] if values else ():
-            table.add_column(name, overflow="fold")
-        for row in values:
-            # Text, not markup: class names come from strangers.
-            table.add_row(
-                *(Text(f"{value:.3f}" if isinstance(value, float) else str(value)) for value in row.values())
-            )
-        Console().print(table)
+        rows = [[f"{cell:.3f}" if isinstance(cell, float) else cell for cell in row.values()] for row in values]
+        print_table(title, list(values[0]) if values else [], rows)
 
 
 def quieten() -> None:

@@ -46,6 +46,7 @@ def info(repo: Repo, as_json: AsJson = False, token: Token = None) -> None:
         return
     numbers = zip(measured, _percent(*measured.values()), strict=True)
     show({**summary, **{name.replace("_", " "): value for name, value in numbers}}, as_json=False)
+    print()
     show(tasks, as_json=False, title=f"{len(tasks)} task{'s' * (len(tasks) != 1)}")
 
 

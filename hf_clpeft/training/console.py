@@ -1,13 +1,14 @@
 """What a run says in the terminal: a plan before it, a table after every task, and one at the end."""
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 import numpy as np
 from tqdm.auto import tqdm
 
 from ..report import StreamReport
+from ..tables import print_table
 
 
 @contextmanager
@@ -20,46 +21,6 @@ def waiting(text: str, shows: bool) -> Iterator[None]:
     """
     with tqdm(desc=text, bar_format="{desc} ...", leave=False, disable=not shows):
         yield
-
-
-def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence], caption: str | None = None) -> None:
-    """Prints a table: the first column to the left, all others to the right.
-
-    Args:
-        title (`str`): Heading.
-        columns (sequence of `str`): Names of the columns.
-        rows (iterable of sequences): Their values; text of strangers is shown as it is.
-        caption (`str`, *optional*): Line below.
-
-    Example:
-
-    ```py
-    >>> from hf_clpeft.training.console import print_table
-
-    >>> print_table("two tasks", ["task", "images"], [["task-000", 120], ["task-001", 80]])
-    two tasks
-    task      images
-    ────────────────
-    task-000     120
-    task-001      80
-
-    ```
-    """
-    from rich.box import SIMPLE_HEAD
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
-    table = Table(box=SIMPLE_HEAD, pad_edge=False, show_edge=False, collapse_padding=True)
-    for number, name in enumerate(columns):
-        table.add_column(name, justify="right" if number else "left", overflow="fold", no_wrap=not number)
-    for row in rows:
-        table.add_row(*(Text(str(value)) for value in row))  # no markup: class names come from strangers
-    console = Console()
-    console.print(Text(title, style="bold"))
-    console.print(table)
-    if caption:
-        console.print(Text(f"\n{caption}"))
 
 
 def print_task(report: StreamReport) -> None:

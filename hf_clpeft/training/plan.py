@@ -8,8 +8,8 @@ from datasets import Dataset
 from ..learners import FrozenLearner
 from ..modeling import ContinualModel
 from ..streams import Split, Task, TaskStream
+from ..tables import print_table
 from .arguments import ContinualTrainingArguments
-from .console import print_table
 from .costs import count_trained
 
 

@@ -1,0 +1,49 @@
+"""Tables in the terminal."""
+
+import re
+from collections.abc import Sequence
+
+
+NUMBER = re.compile(r"-?[\d.,]+( %)?|[–?]|")
+
+
+def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence], caption: str | None = None) -> None:
+    """Prints a table: numbers to the right, text to the left.
+
+    Args:
+        title (`str`): Heading.
+        columns (sequence of `str`): Names of the columns.
+        rows (sequence of sequences): Their values; text of strangers is shown as it is.
+        caption (`str`, *optional*): Line below.
+
+    Example:
+
+    ```py
+    >>> from hf_clpeft.tables import print_table
+
+    >>> print_table("two tasks", ["task", "images"], [["task-000", 120], ["task-001", 80]])
+    two tasks
+    task      images
+    ────────────────
+    task-000     120
+    task-001      80
+
+    ```
+    """
+    from rich.box import SIMPLE_HEAD
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=SIMPLE_HEAD, pad_edge=False, show_edge=False, collapse_padding=True)
+    for number, name in enumerate(columns):
+        numeric = all(NUMBER.fullmatch(str(row[number])) for row in rows)
+        table.add_column(name, justify="right" if numeric else "left", overflow="fold")
+    for row in rows:
+        table.add_row(*(Text(str(value)) for value in row))  # no markup: class names come from strangers
+    console = Console()
+    if title:
+        console.print(Text(title, style="bold"))
+    console.print(table)
+    if caption:
+        console.print(Text(f"\n{caption}"))
