@@ -34,7 +34,9 @@ def main(
         options = ["--benchmark", "digits", "--output_dir", folder, "--resume_from_checkpoint", "auto"]
         if namespace is not None:
             options += ["--push_to_hub", "--hub_model_id", repo_id]
-        subprocess.run([sys.executable, script, *options], check=True)
+        ended = subprocess.run([sys.executable, script, *options]).returncode
+        if ended:
+            raise SystemExit(ended)  # it has said why
         config = ContinualConfig.load(folder)
         report = StreamReport.from_dict(read_json(folder / METRICS_NAME), config.tasks)
         make_card(config, report, repo_id).save(folder / CARD_NAME)  # for who has the folder, and looks for the repo

@@ -40,6 +40,15 @@ def test_the_demo_ends_with_a_table_and_a_picture(tmp_path):
     assert (tmp_path / "demo.png").is_file() and str(tmp_path / "demo.png") in done.stdout
 
 
+def test_a_digits_model_is_pushed_task_by_task_and_a_refusal_ends_it(hub):
+    done = run("publish_digits.py", "alice", "--method", "s_lora", HF_TOKEN="hf_alice")
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert sorted(hub.repo("alice/s-lora-digits").tags) == [f"task-00{i}" for i in range(5)]
+    assert 'from_pretrained("alice/s-lora-digits")' in Path("out/digits_models/s-lora-digits/README.md").read_text()
+    refused = run("publish_digits.py", "bob", "--method", "l2p", HF_TOKEN="hf_alice")
+    assert refused.returncode == 1 and "error: " in refused.stderr and "Traceback" not in refused.stderr
+
+
 def test_throughput_of_every_system_is_measured(tmp_path):
     options = ["--num_experts", "1", "3", "--batch_sizes", "2", "--repeats", "1", "--warmup", "1", "--threads", "1"]
     done = run("throughput.py", "--output_dir", tmp_path, *options)
