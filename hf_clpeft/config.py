@@ -14,6 +14,8 @@ from .errors import ConfigError
 CONFIG_NAME = "config.json"
 FORMAT_VERSION = 1
 LARGEST_POOL = 10_000  # experts
+LARGEST_IMAGE = 4096  # px of a side
+RESIZED_BY = "pil"  # what resizes pictures
 ONE_EXPERT = "all-tasks"  # name of the expert of methods that have just one
 
 
@@ -212,7 +214,12 @@ class BackboneConfig:
         name_or_path (`str`): Repo id or folder.
         image_size (`int`): Side of the square input, in pixels.
         weight_hash (`str`): SHA-256 of the checkpoint's weights, see [`hf_clpeft.backbones.hash_weights`].
-        revision (`str`, *optional*): Commit of the repo.
+        revision (`str`, *optional*): Commit of the repo; none where it is a folder or comes with the package.
+        resized_by (`str`, *optional*, defaults to `"pil"`): What resized the pictures: Pillow. torchvision's pixels
+            are others, by up to 2 of 255.
+
+    Raises:
+        [`ConfigError`]: `resized_by` is none that this version has, or `image_size` is no size.
 
     Example:
 
@@ -229,9 +236,17 @@ class BackboneConfig:
     image_size: int
     weight_hash: str
     revision: str | None = None
+    resized_by: str = RESIZED_BY
 
     def __post_init__(self) -> None:
         check_types(self)
+        if self.resized_by != RESIZED_BY:
+            raise ConfigError(
+                f"Pictures were resized by {self.resized_by[:40]!r}, and this version does it by {RESIZED_BY!r} alone: "
+                "the model would see other pixels than it was trained on. Try `pip install --upgrade hf-clpeft`."
+            )
+        if not 1 <= self.image_size <= LARGEST_IMAGE:
+            raise ConfigError(f"image_size={self.image_size} must be between 1 and {LARGEST_IMAGE:,} px.")
 
 
 @dataclass

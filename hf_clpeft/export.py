@@ -156,8 +156,8 @@ def _write_rows(model: ContinualModel, number: int, layer: torch.nn.Linear) -> N
 
 @torch.no_grad()
 def _check_logits(model: ContinualModel, number: int, classifier: torch.nn.Module) -> None:
-    size = model.backbone.config.image_size
-    pixel_values = torch.randn(4, 3, size, size, generator=torch.Generator().manual_seed(0)).to(model.device)
+    shape = model.backbone.input_shape
+    pixel_values = torch.randn(4, *shape, generator=torch.Generator().manual_seed(0)).to(model.device)
     selection = torch.full((4,), _expert_index(model, number), device=model.device)
     columns = [model.config.classes.index(label) for label in model.config.tasks[number].classes]
     logits = model.heads(model.bank(pixel_values, selection), torch.full_like(selection, number))[:, columns]

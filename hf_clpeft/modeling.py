@@ -10,22 +10,20 @@ from peft import PeftConfig
 from tqdm.auto import trange
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES
 
-from .backbones import Backbone, BackboneError, load_backbone
-from .bundled import bundled_folder
+from .backbones import Backbone, load_backbone
 from .config import ContinualConfig, MethodConfig, TaskConfig
 from .errors import ConfigError
 from .experts import ExpertBank
 from .experts.expert import make_peft_config
-from .folder import settle
 from .heads import Heads
-from .hub.download import check_repo_id, fetch_model
 from .hub.push import PushTarget, push_folder
 from .learners import ExpertLearner, FrozenLearner, PoolLearner, TaskLearner, rows_to_train
+from .loading import load_model
 from .mixing import mix
 from .prediction import ContinualOutput, Prediction, read_output
 from .report import StreamReport
 from .routing import Routing, find_router
-from .storage import load_into, save_model
+from .storage import save_model
 from .streams.images import open_image
 
 
@@ -450,7 +448,8 @@ class ContinualModel(torch.nn.Module):
         Args:
             name_or_path (`str` or `Path`): Folder, or repo id on the Hub; `"hf-clpeft/s-lora-digits"` comes with the
                 package.
-            backbone (`str` or [`Backbone`], *optional*): Where the backbone is now, when not where it was.
+            backbone (`str` or [`Backbone`], *optional*): Where the backbone is now, when not where it was: folder or
+                repo id, perhaps with `@` and a revision; or the backbone itself, with the same image processor.
             revision (`str`, *optional*): Branch, tag or commit of the repo, for example `"task-003"`.
             dtype (`str` or `torch.dtype`, *optional*, defaults to `"float32"`): Type of the backbone's weights.
             attn_implementation (`str`, *optional*): What computes attention, as in `transformers`.
@@ -461,38 +460,11 @@ class ContinualModel(torch.nn.Module):
 
         Raises:
             [`ConfigError`], [`ExpertError`]: A file is missing, damaged, unknown or does not fit.
-            [`BackboneError`]: The backbone's weights are not those that the model was trained on.
+            [`BackboneError`]: The backbone's weights or pixels are not those that the model was trained on.
             [`HubError`]: There is no such repo or revision, or no way to it.
         """
-        bundled = bundled_folder(str(name_or_path)) if revision is None else None  # only the Hub has revisions
-        folder = bundled or Path(name_or_path)
-        local = folder.is_dir()
-        if local:
-            settle(folder)
-        else:
-            folder = fetch_model(str(name_or_path), revision, **hub_options)
-        config = ContinualConfig.load(folder)
-        if not isinstance(backbone, Backbone):
-            if not local and backbone is None:
-                check_repo_id(config.backbone.name_or_path, name_or_path)
-            where: dict[str, Any] = {"revision": config.backbone.revision, "image_size": config.backbone.image_size}
-            how: dict[str, Any] = {"dtype": dtype, "attn_implementation": attn_implementation}
-            backbone = load_backbone(backbone or config.backbone.name_or_path, **where, **how, **hub_options)
-        if backbone.config.weight_hash != config.backbone.weight_hash:
-            raise BackboneError(
-                f"The weights of backbone {backbone.config.name_or_path!r} hash to "
-                f"{backbone.config.weight_hash[:12]}…, but {name_or_path} was trained on "
-                f"{config.backbone.name_or_path!r} with {config.backbone.weight_hash[:12]}…. "
-                "Pass the right one with backbone=."
-            )
-        if backbone.config.image_size != config.backbone.image_size:
-            raise BackboneError(
-                f"{name_or_path} was trained on images of {config.backbone.image_size} px, but the backbone takes "
-                f"{backbone.config.image_size} px."
-            )
-        model = cls(backbone, config)
-        load_into(model, folder)
-        return model
+        how = {"dtype": dtype, "attn_implementation": attn_implementation}
+        return load_model(cls, name_or_path, backbone, revision, how, hub_options)
 
 
 # Else `transformers.pipeline` would say, wrongly, that it does not support this model.

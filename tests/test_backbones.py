@@ -17,7 +17,7 @@ from transformers import (
     ViTModel,
 )
 
-from hf_clpeft import BackboneError, ConfigError, ContinualModel, ExpertBank, ExpertError, l2l, load_backbone
+from hf_clpeft import BackboneError, ConfigError, ContinualModel, ExpertBank, l2l, load_backbone
 from hf_clpeft.backbones import hash_weights
 from hf_clpeft.experts.expert import make_peft_config, make_peft_model
 
@@ -142,7 +142,7 @@ def test_a_convnet_gives_means_and_its_experts_those_of_peft(convnet):
 
 def test_a_prompt_has_no_place_in_a_convnet(convnet):
     backbone = load_backbone(convnet)
-    with pytest.raises(ExpertError, match="ConvNet without tokens"):
+    with pytest.raises(BackboneError, match="takes no prompts: it gives places, as a ConvNet does, and no tokens"):
         make_peft_model(backbone, make_peft_config({"peft_type": "PROMPT_TUNING", "num_virtual_tokens": 2}, backbone))
 
 

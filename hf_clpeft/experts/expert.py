@@ -190,12 +190,11 @@ def make_peft_model(backbone: Backbone, config: PeftConfig) -> PeftModel:
         `peft.PeftModel`
 
     Raises:
-        [`ExpertError`]: A prompt has no place in a ConvNet, or PEFT cannot use the configuration on this backbone.
+        [`BackboneError`]: A prompt has no place in this backbone.
+        [`ExpertError`]: PEFT cannot use the configuration on this backbone.
     """
-    if config.is_prompt_learning and backbone.is_convnet:
-        raise ExpertError(
-            f"{backbone.config.name_or_path} is a ConvNet without tokens, so prompts cannot be inserted."
-        )
+    if config.is_prompt_learning:
+        backbone.check_prompts()
     make: type[PeftModel] = PromptTunedVisionModel if config.is_prompt_learning else PeftModel
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")  # asked by PEFT, not us

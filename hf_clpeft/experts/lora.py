@@ -221,10 +221,9 @@ def _shared_inputs(backbone: Backbone, layers: dict[str, torch.nn.Linear]) -> li
         layer.register_forward_pre_hook(lambda module, args, key=key: seen.append((key, args[0])))
         for key, layer in layers.items()
     ]
-    size = backbone.config.image_size
     try:
         with torch.no_grad():
-            backbone(torch.zeros(2, 3, size, size, device=backbone.device))
+            backbone(torch.zeros(2, *backbone.input_shape, device=backbone.device))
     finally:
         for hook in hooks:
             hook.remove()

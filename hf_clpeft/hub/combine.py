@@ -5,10 +5,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ..backbones import load_backbone
 from ..config import ContinualConfig, TaskConfig
 from ..errors import ConfigError
 from ..experts import Expert
+from ..loading import load_saved_backbone
 from ..modeling import ContinualModel
 from .download import split_revision
 
@@ -16,7 +16,6 @@ from .download import split_revision
 # What must not differ, and where it stands in a configuration.
 ALIKE: dict[str, Callable[[ContinualConfig], Any]] = {
     "backbone weights": lambda config: config.backbone.weight_hash,
-    "backbone revision": lambda config: config.backbone.revision,
     "image size": lambda config: config.backbone.image_size,
     "technique": lambda config: config.method.peft["peft_type"],
     "route_layer": lambda config: config.method.route_layer,
@@ -67,7 +66,7 @@ def combine(
     labels = [_label(source) for source in sources]
     models = [_open(source, backbone, options) for source in sources]
     for label, model in zip(labels, models, strict=True):
-        _check_alike(models[0].config, model.config, labels[0], label)
+        _check_alike(models[0], model, labels[0], label)
     tasks = _rename([[*model.config.tasks] for model in models], labels)
     classes = list(dict.fromkeys(name for group in tasks for task in group for name in task.classes))
     first = models[0].config
@@ -79,8 +78,9 @@ def combine(
         classes=classes,
         license=first.license if len(licenses) == 1 else "other",
     )
-    where: dict[str, Any] = {"revision": first.backbone.revision, "image_size": first.backbone.image_size}
-    combined = ContinualModel(load_backbone(backbone or first.backbone.name_or_path, **where, **options), config)
+    processor = models[0].backbone.processor
+    frozen = load_saved_backbone(first.backbone, processor, backbone, labels[0], **options)
+    combined = ContinualModel(frozen, config)
     combined.bank.extend(
         Expert(task.name, expert.config, expert.tensors)
         for model, group in zip(models, tasks, strict=True)
@@ -109,7 +109,8 @@ def _label(source: str | Path | ContinualModel) -> str:
     return Path(source).resolve().name if Path(source).is_dir() else str(source)
 
 
-def _check_alike(first: ContinualConfig, other: ContinualConfig, name: str, other_name: str) -> None:
+def _check_alike(one: ContinualModel, two: ContinualModel, name: str, other_name: str) -> None:
+    first, other = one.config, two.config
     if other.method.experts != "per_task":
         raise ConfigError(f"{other_name} is of the method {other.method.name}, whose experts belong to no task.")
     if other.method.query_with_first_expert:
@@ -124,6 +125,12 @@ def _check_alike(first: ContinualConfig, other: ContinualConfig, name: str, othe
                 f"{name} and {other_name} cannot be combined: their {what} differs, {value(first)!r} and "
                 f"{value(other)!r}."
             )
+    settings = one.backbone.transform.differs_from(two.backbone.transform)
+    if settings:
+        raise ConfigError(
+            f"{name} and {other_name} cannot be combined: they were trained on pictures that were resized or "
+            f"normalised in other ways; {', '.join(settings)} differ."
+        )
 
 
 def _share_head(models: list[ContinualModel]) -> bool:

@@ -4,7 +4,7 @@ import io
 import logging
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import PIL.Image
@@ -13,80 +13,16 @@ import torch
 from datasets import Dataset, Features, Value, concatenate_datasets
 from datasets.exceptions import DatasetGenerationError
 
+from ..backbones.transform import ImageTransform
 from .source import StreamError
 from .task import Split
 
-
-if TYPE_CHECKING:
-    from transformers.image_processing_utils import BaseImageProcessor
 
 logger = logging.getLogger(__name__)
 
 BAD = -1  # label of an image that cannot be decoded
 LISTED = 5  # such images that a message lists
 AUGMENTATIONS = ("none", "flip", "crop_flip")
-
-
-class ImageTransform:
-    """A backbone's own image processing, cut in two: resizing on the CPU, arithmetic on the device.
-
-    Args:
-        processor (`transformers.BaseImageProcessor`): The backbone's image processor.
-
-    Example:
-
-    ```py
-    >>> from PIL import Image
-    >>> from hf_clpeft.backbones import load_backbone
-
-    >>> transform = load_backbone("hf-clpeft/vit-tiny-glyphs").transform
-    >>> pixels = transform.resize([Image.new("RGB", (50, 40))])
-    >>> pixels.shape, pixels.dtype
-    ((1, 3, 32, 32), dtype('uint8'))
-    >>> transform.normalize(torch.from_numpy(pixels)).mean().item()
-    -1.0
-
-    ```
-    """
-
-    def __init__(self, processor: "BaseImageProcessor"):
-        self.processor: Any = processor  # fields differ from class to class
-
-    @property
-    def shape(self) -> tuple[int, int, int]:
-        """Channels, height and width of a resized image."""
-        return self.resize([PIL.Image.new("RGB", (8, 8))]).shape[1:]
-
-    def resize(self, images: Sequence[PIL.Image.Image]) -> np.ndarray:
-        """Resizes (and crops, if the processor does) RGB images.
-
-        Args:
-            images (sequence of `PIL.Image.Image`): Images of any size.
-
-        Returns:
-            `uint8` array of shape `(len(images), 3, height, width)`.
-        """
-        images = [image.convert("RGB") for image in images]
-        pixels = self.processor(images, do_rescale=False, do_normalize=False, return_tensors="np").pixel_values
-        return np.clip(np.round(pixels), 0, 255).astype(np.uint8)
-
-    def normalize(self, pixels: torch.Tensor) -> torch.Tensor:
-        """Scales and normalises pixels, on whatever device they are.
-
-        Args:
-            pixels (`torch.Tensor` of shape `(batch, 3, height, width)`, `uint8`): Resized images.
-
-        Returns:
-            `torch.Tensor` of the same shape, `float32`: What the backbone expects.
-        """
-        values = pixels.float()
-        if self.processor.do_rescale:
-            values = values * self.processor.rescale_factor
-        if self.processor.do_normalize:
-            mean = torch.tensor(self.processor.image_mean, device=pixels.device).view(-1, 1, 1)
-            std = torch.tensor(self.processor.image_std, device=pixels.device).view(-1, 1, 1)
-            values = (values - mean) / std
-        return values
 
 
 def augment(pixels: torch.Tensor, augmentation: str) -> torch.Tensor:

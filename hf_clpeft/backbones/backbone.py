@@ -1,0 +1,226 @@
+"""The frozen vision model that all experts share: features of pictures, and where adapters find their layers."""
+
+import copy
+from collections.abc import Sequence
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from ..config import BackboneConfig
+from .errors import BackboneError
+from .probe import Layout, probe, why_no_prompt
+from .transform import ImageTransform
+
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+    from transformers.image_processing_utils import BaseImageProcessor
+
+
+QUERY_VALUE_NAMES = (("q_proj", "v_proj"), ("query", "value"), ("q_lin", "v_lin"), ("q", "v"), ("qkv", "qkv"))
+# ConvNeXt, the same in DINOv3, ResNet.
+CONVNET_NAMES = (("pwconv1", "pwconv2"), ("pointwise_conv1", "pointwise_conv2"), ("convolution", "convolution"))
+CLS_NAMES = ("cls_token", "class_embedding", "class_token")
+
+
+class Backbone(torch.nn.Module):
+    """A frozen vision model. Build it with [`load_backbone`].
+
+    Args:
+        model (`transformers.PreTrainedModel`): The model; frozen here.
+        processor (`transformers.BaseImageProcessor`): Its image processor.
+        config ([`BackboneConfig`]): Where it came from.
+        layout ([`Layout`], *optional*): What it makes of a picture; found out when first needed if left out.
+
+    Example:
+
+    ```py
+    >>> import torch
+    >>> from hf_clpeft.backbones import load_backbone
+
+    >>> backbone = load_backbone("hf-clpeft/vit-tiny-glyphs")
+    >>> features = backbone(torch.zeros(2, 3, 32, 32))
+    >>> tuple(features.shape) == (2, backbone.hidden_size)
+    True
+
+    ```
+    """
+
+    def __init__(
+        self,
+        model: "PreTrainedModel",
+        processor: "BaseImageProcessor",
+        config: BackboneConfig,
+        layout: Layout | None = None,
+    ):
+        super().__init__()
+        self.model = model.requires_grad_(False).eval()
+        self.processor = processor
+        self.config = config
+        self.transform = ImageTransform(processor, getattr(getattr(model, "config", None), "num_channels", 3))
+        self._has_cls = any(name.endswith(CLS_NAMES) for name, _ in model.named_parameters())
+        # Taken down while the model is still bare: an adapter on a layer hides the layer's name.
+        self._layer_names = _names_of(model, torch.nn.Linear)
+        self._convolution_names = _names_of(model, torch.nn.Conv2d)
+        if layout is not None:
+            self.layout = layout
+
+    @cached_property
+    def layout(self) -> Layout:
+        """What the model makes of a picture: width, layers, tokens or places."""
+        return probe(self.model, self.input_shape)
+
+    @property
+    def input_shape(self) -> tuple[int, int, int]:
+        """Channels, height and width of the pixel values that it takes."""
+        return self.transform.channels, self.config.image_size, self.config.image_size
+
+    @property
+    def hidden_size(self) -> int:
+        """Width of a feature."""
+        return self.layout.hidden_size
+
+    def check_prompts(self) -> None:
+        """Raises [`BackboneError`] unless prompt tokens can be inserted behind its embeddings."""
+        places = "it gives places, as a ConvNet does, and no tokens"
+        why = places if self.layout.places else why_no_prompt(self.model, self.input_shape)
+        if why is not None:
+            raise BackboneError(
+                f"{self.config.name_or_path} takes no prompts: {why}. Choose LoRA, or a vision transformer such as ViT."
+            )
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.model.device
+
+    def find_query_value(self) -> list[str]:
+        """Names of the query and value projections, for `LoraConfig.target_modules`; of a ConvNet, its convolutions.
+
+        Returns:
+            `list[str]`: For example `["q_proj", "v_proj"]`, or one name where the projections are fused.
+
+        Raises:
+            [`BackboneError`]: The model has no projections of a known name.
+        """
+        found, both = self._layer_names, [*self._layer_names, *self._convolution_names]
+        for names, pairs in ((found, QUERY_VALUE_NAMES), (both, CONVNET_NAMES)):
+            for query, value in pairs:
+                if query in names and names.count(query) == names.count(value):
+                    return list(dict.fromkeys([query, value]))
+        raise BackboneError(
+            f"No query and value projections found in {type(self.model).__name__}; its layers are named "
+            f"{sorted(set(both))}. Name those to adapt with target_modules."
+        )
+
+    def train(self, mode: bool = True) -> "Backbone":
+        """Keeps the backbone in evaluation mode: it is frozen, dropout included."""
+        return super().train(False)
+
+    @property
+    def num_layers(self) -> int:
+        """How many layers of one width it has; 1 where stages differ in width, which are not cut."""
+        return self.layout.num_layers
+
+    def tokens(self, pixel_values: torch.Tensor, num_layers: int | None = None) -> torch.Tensor:
+        """Outputs of all tokens, behind the final layer norm.
+
+        Args:
+            pixel_values (`torch.Tensor` of shape `(batch, channels, height, width)`): Normalised images.
+            num_layers (`int`, *optional*): Run only so many of the layers.
+
+        Returns:
+            `torch.Tensor` of shape `(batch, tokens, hidden_size)`, [CLS] first, in the backbone's dtype.
+        """
+        model = self.model if num_layers in (None, self.num_layers) else self._shorter(num_layers)
+        return model(pixel_values=pixel_values).last_hidden_state
+
+    def forward(self, pixel_values: torch.Tensor, num_layers: int | Sequence[int] | None = None) -> torch.Tensor:
+        """[CLS] features; the mean over all places where there is no such token.
+
+        Args:
+            pixel_values (`torch.Tensor` of shape `(batch, channels, height, width)`): Normalised images.
+            num_layers (`int` or sequence of `int`, *optional*): Run only so many of the layers. Several numbers,
+                rising: the features behind each of these layers, L2-normalised, side by side, from one pass.
+
+        Returns:
+            `torch.Tensor` of shape `(batch, hidden_size)`, or so often that width, in the backbone's dtype.
+        """
+        if num_layers is None or isinstance(num_layers, int):
+            return self.pool(self.tokens(pixel_values, num_layers))
+        *earlier, last = num_layers
+        features: list[torch.Tensor] = []
+        layers = self.model.get_submodule(self._path_of_layers)
+        hooks = [
+            layers[i - 1].register_forward_hook(lambda *call: features.append(self._center(call[2]))) for i in earlier
+        ]
+        try:
+            features.append(self.pool(self.tokens(pixel_values, last)))
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return torch.cat([torch.nn.functional.normalize(feature, dim=-1) for feature in features], dim=-1)
+
+    def pool(self, outputs: torch.Tensor) -> torch.Tensor:
+        """One feature of an image.
+
+        Args:
+            outputs (`torch.Tensor` of shape `(batch, tokens, hidden_size)` or `(batch, hidden_size, height, width)`):
+                Of a transformer, or of a ConvNet.
+
+        Returns:
+            `torch.Tensor` of shape `(batch, hidden_size)`.
+        """
+        if outputs.dim() == 4:
+            return outputs.mean(dim=(2, 3))
+        return outputs[:, 0] if self._has_cls else outputs.mean(dim=1)
+
+    @torch.no_grad()
+    def features(self, images: Sequence) -> np.ndarray:
+        """Features of images as they come, for example for [`TaskStream.from_batches`].
+
+        Args:
+            images (sequence of `PIL.Image.Image`): Images of any size.
+
+        Returns:
+            `float32` array of shape `(len(images), hidden_size)`.
+        """
+        pixels = torch.from_numpy(self.transform.resize(images)).to(self.device)
+        return self(self.transform.normalize(pixels).to(self.model.dtype)).float().cpu().numpy()
+
+    def _center(self, output: torch.Tensor | tuple) -> torch.Tensor:
+        """Features behind an earlier layer, as the layer norm that follows the last would centre them."""
+        features = self.pool(output[0] if isinstance(output, tuple) else output)
+        return features - features.mean(dim=-1, keepdim=True)
+
+    @property
+    def _path_of_layers(self) -> str:
+        """Name of the list of layers."""
+        assert self.layout.layers is not None
+        return self.layout.layers
+
+    def _shorter(self, num_layers: int) -> torch.nn.Module:
+        """The same modules with fewer layers: copies of the containers on the way to the list of layers, no more."""
+        path = self._path_of_layers.split(".")
+        model = container = _shallow_copy(self.model)
+        for name in path[:-1]:
+            inner = _shallow_copy(container.get_submodule(name))
+            container._modules[name] = inner
+            container = inner
+        layers = container.get_submodule(path[-1])
+        assert isinstance(layers, torch.nn.ModuleList)
+        container._modules[path[-1]] = layers[:num_layers]
+        return model
+
+
+def _shallow_copy(module: torch.nn.Module) -> torch.nn.Module:
+    duplicate = copy.copy(module)
+    duplicate._modules = dict(module._modules)
+    return duplicate
+
+
+def _names_of(model: torch.nn.Module, kind: type[torch.nn.Module]) -> list[str]:
+    """Last parts of the names of all layers of a kind."""
+    return [name.split(".")[-1] for name, module in model.named_modules() if isinstance(module, kind)]

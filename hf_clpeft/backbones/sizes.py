@@ -1,0 +1,80 @@
+"""Another size of pictures than the checkpoint's: position embeddings interpolated for good."""
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from .errors import BackboneError
+
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PretrainedConfig
+
+
+def own_size(config: "PretrainedConfig") -> int | None:
+    """Side of the square pictures that a model was made for, in pixels; `None` if any will do.
+
+    Args:
+        config (`transformers.PretrainedConfig`): The model's.
+
+    Raises:
+        [`BackboneError`]: They are not square.
+    """
+    size = getattr(config, "image_size", None)
+    if isinstance(size, list | tuple):
+        if len(set(size)) != 1:
+            raise BackboneError(f"The backbone takes pictures of {list(size)} px; only square ones are supported.")
+        size = size[0]
+    return size
+
+
+def patch_size_of(config: "PretrainedConfig") -> int:
+    """Side of a patch, in pixels; 1 where there are no such patches."""
+    size = getattr(config, "patch_size", 1)
+    return size if isinstance(size, int) and size > 0 else 1
+
+
+def fit_positions(model: "PreTrainedModel", image_size: int) -> None:
+    """Lets a model take pictures of `image_size`, by its own interpolation of position embeddings, once.
+
+    Architectures whose positions do not depend on the size, or that interpolate in every forward pass, are left as
+    they are.
+
+    Args:
+        model (`transformers.PreTrainedModel`): Changed in place, its `config.image_size` too.
+        image_size (`int`): Side, in pixels.
+    """
+    config, embeddings = model.config, getattr(model, "embeddings", None)
+    old = own_size(config)
+    if old is None or old == image_size:
+        return
+    if isinstance(config.image_size, list | tuple):
+        raise ValueError("its parts are made for one size")
+    patch_size = patch_size_of(config)
+    grid = (image_size // patch_size) ** 2
+    table = getattr(embeddings, "position_embedding", None)
+    positions = getattr(embeddings, "position_embeddings", None)
+    if isinstance(table, torch.nn.Embedding):  # CLIP and SigLIP look positions up
+        new = _interpolated(embeddings, table.weight[None], grid, old // patch_size, image_size)[0]
+        embeddings.position_embedding = torch.nn.Embedding.from_pretrained(new)
+        numbers = torch.arange(len(new), device=new.device)[None]
+        embeddings.register_buffer("position_ids", numbers, persistent=False)
+        embeddings.num_positions = len(new)
+    elif isinstance(positions, torch.nn.Parameter):
+        new = _interpolated(embeddings, positions, grid, old // patch_size, image_size)
+        embeddings.position_embeddings = torch.nn.Parameter(new, requires_grad=False)
+    for module in (embeddings, getattr(embeddings, "patch_embeddings", None)):
+        if hasattr(module, "num_patches"):
+            module.num_patches = grid
+        if hasattr(module, "image_size"):
+            module.image_size = image_size if isinstance(module.image_size, int) else (image_size, image_size)
+    config.image_size = image_size
+
+
+@torch.no_grad()
+def _interpolated(embeddings: Any, positions: torch.Tensor, grid: int, side: int, image_size: int) -> torch.Tensor:
+    """Positions of `grid` patches and of the tokens before them, as the model's own method makes them."""
+    before = positions.shape[1] - side**2  # [CLS], and what else stands there
+    tokens = positions.new_zeros(1, grid + before, positions.shape[2])
+    new = embeddings.interpolate_pos_encoding(tokens, image_size, image_size)
+    return new.detach().clone().contiguous()
