@@ -1,18 +1,16 @@
-"""Pictures to pixels: decoded and resized once, kept on disk, normalised and augmented on the device."""
+"""Pictures to pixels: read and resized once, kept on disk, normalised and augmented on the device."""
 
-import io
 import logging
 from collections.abc import Iterable, Iterator, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import PIL.Image
-import PIL.ImageOps
 import torch
 from datasets import Dataset, Features, Value, concatenate_datasets
 from datasets.exceptions import DatasetGenerationError
 
+from .pictures import READER, PictureError, open_image
 from .source import StreamError
 from .task import Split
 
@@ -57,17 +55,22 @@ class ImageTransform:
         """Channels, height and width of a resized image."""
         return self.resize([PIL.Image.new("RGB", (8, 8))]).shape[1:]
 
-    def resize(self, images: Sequence[PIL.Image.Image]) -> np.ndarray:
-        """Resizes (and crops, if the processor does) RGB images.
+    def resize(self, images: Iterable[Any]) -> np.ndarray:
+        """Reads and resizes (and crops, if the processor does) images, one after the other: big ones may be many.
 
         Args:
-            images (sequence of `PIL.Image.Image`): Images of any size.
+            images (iterable): One or more pictures of any kind and size; see [`open_image`].
 
         Returns:
-            `uint8` array of shape `(len(images), 3, height, width)`.
+            `uint8` array of shape `(number of images, 3, height, width)`.
+
+        Raises:
+            [`PictureError`]: One of them is no picture.
         """
-        images = [image.convert("RGB") for image in images]
-        pixels = self.processor(images, do_rescale=False, do_normalize=False, return_tensors="np").pixel_values
+        return np.concatenate([self._resize(open_image(image)) for image in images])
+
+    def _resize(self, image: PIL.Image.Image) -> np.ndarray:
+        pixels = self.processor([image], do_rescale=False, do_normalize=False, return_tensors="np").pixel_values
         return np.clip(np.round(pixels), 0, 255).astype(np.uint8)
 
     def normalize(self, pixels: torch.Tensor) -> torch.Tensor:
@@ -123,39 +126,6 @@ def augment(pixels: torch.Tensor, augmentation: str) -> torch.Tensor:
     theta[:, 0, 0], theta[:, 1, 1], theta[:, :, 2] = side * flip, side, shift
     grid = torch.nn.functional.affine_grid(theta, list(pixels.shape), align_corners=False)
     return torch.nn.functional.grid_sample(pixels, grid, padding_mode="reflection", align_corners=False)
-
-
-def decode(encoded: dict) -> PIL.Image.Image:
-    """The upright RGB image of what `datasets.Image(decode=False)` gives: its `bytes`, or the `path` to it."""
-    file = io.BytesIO(encoded["bytes"]) if encoded["bytes"] is not None else encoded["path"]
-    with PIL.Image.open(file) as image:
-        return PIL.ImageOps.exif_transpose(image).convert("RGB")
-
-
-def open_image(image: PIL.Image.Image | str | Path) -> PIL.Image.Image:
-    """The upright RGB image of a file, or of an image that is open already.
-
-    Raises:
-        `OSError`: The file is no picture.
-
-    Example:
-
-    ```py
-    >>> from PIL import Image
-    >>> from hf_clpeft.streams.images import open_image
-
-    >>> open_image(Image.new("L", (8, 8))).mode
-    'RGB'
-
-    ```
-    """
-    if isinstance(image, PIL.Image.Image):
-        return PIL.ImageOps.exif_transpose(image).convert("RGB")
-    try:
-        with PIL.Image.open(image) as opened:
-            return PIL.ImageOps.exif_transpose(opened).convert("RGB")
-    except Exception as error:  # Pillow raises anything from OSError to struct.error on broken files
-        raise OSError(f"{image} is no picture that can be read: {error}") from error
 
 
 class TaskImages(torch.utils.data.Dataset):
@@ -249,6 +219,7 @@ def cache_images(split: Split, transform: ImageTransform, max_bad_images: int = 
         "image_column": split.image_column,
         "label_column": split.label_column,
         "labels": split.labels,
+        "reader": READER,
     }
     if isinstance(split.dataset, Dataset):
         cached = split.dataset.map(
@@ -276,22 +247,22 @@ def _rows(rows: Iterable[dict]) -> Iterator[dict]:
     yield from rows
 
 
-def to_pixels(batch: dict, transform: ImageTransform, image_column: str, label_column: str, labels: dict) -> dict:
-    """Columns `pixels` and `label` of encoded rows; where one cannot be decoded, why, and [`BAD`]."""
-    images: list[PIL.Image.Image] = []
-    problems: list[bytes | None] = []
-    for encoded, row in zip(batch[image_column], batch["row"], strict=True):
+def to_pixels(
+    batch: dict, transform: ImageTransform, image_column: str, label_column: str, labels: dict, reader: int = READER
+) -> dict:
+    """Columns `pixels` and `label` of encoded rows; where one cannot be decoded, why, and [`BAD`].
+
+    `datasets` keeps what comes of it for as long as the arguments are the same, the version of the reader among them.
+    """
+    pixels, numbers = [], []
+    for encoded, value, row in zip(batch[image_column], batch[label_column], batch["row"], strict=True):
         try:
-            images.append(decode(encoded))
-            problems.append(None)
-        except Exception as error:  # Pillow raises anything from OSError to struct.error on broken files
-            problems.append(f"row {row}: the image cannot be decoded ({error})".encode())
-    resized = iter(transform.resize(images) if images else ())
-    numbers = [labels[value] for value in batch[label_column]]
-    return {
-        "pixels": [next(resized).tobytes() if problem is None else problem for problem in problems],
-        "label": [number if problem is None else BAD for number, problem in zip(numbers, problems, strict=True)],
-    }
+            pixels.append(transform.resize([encoded]).tobytes())
+            numbers.append(labels[value])
+        except PictureError as error:
+            pixels.append(f"row {row}: the image cannot be decoded ({error})".encode())
+            numbers.append(BAD)
+    return {"pixels": pixels, "label": numbers}
 
 
 def _without_bad(images: Dataset, title: str, most: int) -> Dataset:
