@@ -65,20 +65,32 @@ def check_types(config: object) -> None:
     """
     for name, hint in get_type_hints(type(config)).items():
         value = getattr(config, name)
-        if not _fits(value, hint):
+        if not fits(value, hint):
             shown = repr(value) if len(repr(value)) <= 80 else f"{repr(value)[:77]}..."
             raise ConfigError(f"{name}={shown} must be {getattr(hint, '__name__', hint)}.")
 
 
-def _fits(value: object, hint: Any) -> bool:
+def fits(value: object, hint: Any) -> bool:
+    """Whether a value is what an annotation of plain types says, down to the items of lists and mappings.
+
+    Example:
+
+    ```py
+    >>> from hf_clpeft.checks import fits
+
+    >>> fits(["a"], list[str] | None), fits([1], list[str] | None), fits(True, int)
+    (True, False, False)
+
+    ```
+    """
     origin, arguments = get_origin(hint), get_args(hint)
     if origin is UnionType:
-        return any(_fits(value, choice) for choice in arguments)
+        return any(fits(value, choice) for choice in arguments)
     if origin is list:
-        return isinstance(value, list) and all(_fits(item, arguments[0]) for item in value)
+        return isinstance(value, list) and all(fits(item, arguments[0]) for item in value)
     if origin is dict:
         return isinstance(value, dict) and all(
-            _fits(k, arguments[0]) and _fits(v, arguments[1]) for k, v in value.items()
+            fits(k, arguments[0]) and fits(v, arguments[1]) for k, v in value.items()
         )
     if hint in (int, float):  # True is no number, and 1 is a float
         return isinstance(value, int | hint) and not isinstance(value, bool)

@@ -4,10 +4,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import PIL.Image
 import torch
 from peft import PeftConfig
-from tqdm.auto import trange
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES
 
 from .backbones import Backbone, load_backbone
@@ -20,11 +18,11 @@ from .hub.push import PushTarget, push_folder
 from .learners import ExpertLearner, FrozenLearner, PoolLearner, TaskLearner, rows_to_train
 from .loading import load_model
 from .mixing import mix
-from .prediction import ContinualOutput, Prediction, read_output
+from .predicting import check_options, classify, read_batches
+from .prediction import ContinualOutput, Prediction
 from .report import StreamReport
 from .routing import Routing, find_router
 from .storage import save_model
-from .streams.images import open_image
 
 
 class ContinualModel(torch.nn.Module):
@@ -189,7 +187,7 @@ class ContinualModel(torch.nn.Module):
     @torch.no_grad()
     def predict(
         self,
-        images: Sequence[PIL.Image.Image | str | Path] | PIL.Image.Image | str | Path,
+        images: Any,
         batch_size: int = 32,
         reject_rate: float | None = None,
         expert: str | None = None,
@@ -204,38 +202,27 @@ class ContinualModel(torch.nn.Module):
         see [`fit_thresholds`].
 
         Args:
-            images (`PIL.Image.Image`, path, or sequence of them): Images of any size.
+            images (one picture, or an iterable of them): `PIL.Image.Image`, path, `bytes`, binary file, array or
+                tensor, of any mode and size; [`open_image`] says how each is read. Of an iterable, `batch_size` are
+                taken at a time.
             batch_size (`int`, *optional*, defaults to 32): Images per forward pass.
             reject_rate (`float`, *optional*): In whole percent, 0.01 to 1. Default: nothing is rejected.
             expert (`str`, *optional*): Name of the expert that judges all images, in place of the nearest.
             top_k (`int`, *optional*, defaults to 1): How many of the likeliest classes and nearest experts to tell.
-            show_progress_bar (`bool`, *optional*, defaults to `False`): Show how far it is, in batches.
+            show_progress_bar (`bool`, *optional*, defaults to `False`): Show how far it is, in images.
 
         Returns:
             `list[Prediction]`: One per image.
 
         Raises:
-            `OSError`: A file is no picture.
-            [`ConfigError`]: The model has learnt no task yet, there is no such expert, or `reject_rate` is out of
-                range or asked of a model without prototypes.
+            [`PictureError`]: Something is no picture, or a damaged one; an `OSError`, too.
+            [`ConfigError`]: The model has learnt no task yet, there is no such expert, `reject_rate` is asked of a
+                model without prototypes, or an argument is of another type or out of range.
         """
-        if not self.config.tasks:
-            raise ConfigError(
-                "This model has learnt no task yet; call ContinualTrainer(model, ...).learn(task) first."
-            )
-        self._check_predict(reject_rate, expert)
-        forced = None if expert is None else self.bank.names.index(expert)
-        images = [images] if isinstance(images, PIL.Image.Image | str | Path) else images
-        experts = self.bank.names if self.config.method.uses_experts else []
-        predictions = []
-        for start in trange(0, len(images), batch_size, desc="Predicting", disable=not show_progress_bar):
-            batch = [open_image(image) for image in images[start : start + batch_size]]
-            pixels = self.backbone.transform.resize(batch)
-            output = self(self.backbone.transform.normalize(torch.from_numpy(pixels).to(self.device)), forced)
-            typicality = None
-            if self.can_reject:
-                typicality = self.router.typicality(output.distances).amax(dim=1)
-            predictions += read_output(output, self.config.classes, experts, typicality, reject_rate or 0.0, top_k)
+        check_options(self, batch_size, reject_rate, expert, top_k)
+        predictions: list[Prediction] = []
+        for batch in read_batches(images, batch_size, show_progress_bar):
+            predictions += classify(self, self.backbone.transform.resize(batch), reject_rate, expert, top_k)
         return predictions
 
     @property
@@ -243,29 +230,6 @@ class ContinualModel(torch.nn.Module):
         """Whether [`~ContinualModel.predict`] takes a `reject_rate`."""
         method = self.config.method
         return method.routed and not method.knows_classes and all(self.router.calibrated())
-
-    def _check_predict(self, reject_rate: float | None, expert: str | None) -> None:
-        method, names = self.config.method, self.bank.names
-        if reject_rate is not None and (method.knows_classes or not method.routed):
-            raise ConfigError(
-                f"reject_rate needs prototypes, and {method.name} has none: choose an S-X method with "
-                "router='prototypes'."
-            )
-        if reject_rate is not None and not self.can_reject:
-            calibrated = zip(self.config.tasks, self.router.calibrated(), strict=True)
-            unknown = [task.name for task, known in calibrated if not known]
-            raise ConfigError(
-                f"reject_rate needs to know how far a task's images lie from its prototypes, but {unknown[:3]} had a "
-                "single image, or were saved before that was measured. Learn them again, or remove them."
-            )
-        if reject_rate is not None and not 0.01 <= reject_rate <= 1:
-            raise ConfigError(f"reject_rate={reject_rate} must be between 0.01 and 1.")
-        if expert is not None and method.experts == "pool":
-            raise ConfigError(f"expert={expert!r}: {method.name} selects from a pool; none can be chosen by hand.")
-        if expert is not None and not method.uses_experts:
-            raise ConfigError(f"expert={expert!r}: no expert judges images in {method.name}.")
-        if expert is not None and expert not in names:
-            raise ConfigError(f"expert={expert!r} is not one of {', '.join(names)}.")
 
     # Learning a task
 

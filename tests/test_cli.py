@@ -12,7 +12,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from hf_clpeft import ContinualModel, cli
-from hf_clpeft.streams.images import decode
+from hf_clpeft.streams.images import open_image
 
 
 REPO = "alice/model"
@@ -32,7 +32,7 @@ def run(*words, fails=False):
 def pictures(learnt):
     encoded = [encoded for task in learnt.stream for encoded, _, _ in task.test][::9]
     for i, picture in enumerate(encoded):
-        decode(picture).save(f"{i}.png")
+        open_image(picture).save(f"{i}.png")
     return [f"{i}.png" for i in range(len(encoded))]
 
 

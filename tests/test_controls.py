@@ -30,7 +30,7 @@ from hf_clpeft import (
 )
 from hf_clpeft.export import export_merged
 from hf_clpeft.hub.card import make_card
-from hf_clpeft.streams.images import decode
+from hf_clpeft.streams.images import open_image
 
 
 STREAM = {"num_tasks": 3}
@@ -57,7 +57,7 @@ def accuracy_of(model, stream):
     shares = []
     for task in stream:
         rows = list(task.test)
-        found = model.predict([decode(encoded) for encoded, _, _ in rows])
+        found = model.predict([open_image(encoded) for encoded, _, _ in rows])
         shares.append(np.mean([p.label == task.classes[row[1]] for p, row in zip(found, rows, strict=True)]))
     return np.mean(shares)
 
@@ -80,7 +80,7 @@ def test_it_learns_saves_predicts_and_has_a_card(name, stream, domains, tmp_path
 def test_neither_batch_nor_order_changes_an_answer(name, stream, tmp_path):
     model = make_trainer(make(name), tmp_path, num_train_epochs=1).model
     ContinualTrainer(model, make_trainer(make(name), tmp_path, num_train_epochs=1).args).learn_stream(stream)
-    images = [decode(encoded) for task in stream for encoded, _, _ in task.test]
+    images = [open_image(encoded) for task in stream for encoded, _, _ in task.test]
     together = model.predict(images, batch_size=len(images))
     alone = [model.predict(image)[0] for image in reversed(images)]
     assert [p.label for p in together] == [p.label for p in reversed(alone)]
@@ -89,7 +89,7 @@ def test_neither_batch_nor_order_changes_an_answer(name, stream, tmp_path):
 def test_what_classifies_without_experts_names_none(stream, tmp_path):
     trainer = make_trainer(slda(), tmp_path)
     trainer.learn_stream(stream)
-    model, image = trainer.model, decode(next(iter(stream[0].test))[0])
+    model, image = trainer.model, open_image(next(iter(stream[0].test))[0])
     (prediction,) = model.predict(image, top_k=3)
     assert prediction.expert is None and prediction.experts == {} and prediction.distance > 0
     with pytest.raises(ConfigError, match="no expert judges images in slda"):

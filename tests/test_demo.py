@@ -35,7 +35,7 @@ from hf_clpeft.demo.app import build_demo
 from hf_clpeft.demo.batching import Batcher
 from hf_clpeft.demo.handlers import Handlers
 from hf_clpeft.demo.models import Models
-from hf_clpeft.demo.pictures import PictureError
+from hf_clpeft.demo.pictures import VisitorError
 from hf_clpeft.demo.teaching import sort_pictures, teach
 
 
@@ -184,11 +184,11 @@ def pictures(count, folder=""):
         ("7", pictures(3), "knows '7' already"),
         ("cat", pictures(201), "at most 200"),
         ("", [item for i in range(21) for item in pictures(3, f"class {i}/")], "63 pictures of 21 classes"),
-        ("cat", [*pictures(3), ("x.svg", PictureError("x.svg is an SVG drawing"))], "SVG drawing"),
+        ("cat", [*pictures(3), ("x.svg", VisitorError("x.svg is an SVG drawing"))], "SVG drawing"),
     ],
 )
 def test_what_cannot_be_taught_says_why(name, uploads, message):
-    with pytest.raises(PictureError, match=message):
+    with pytest.raises(VisitorError, match=message):
         sort_pictures(name, uploads, known=["7"])
 
 

@@ -11,7 +11,7 @@ from hf_clpeft import METHODS, Backbone, ContinualModel, ExpertError, PromptTune
 from hf_clpeft.config import ContinualConfig
 from hf_clpeft.errors import ConfigError
 from hf_clpeft.export import export_adapter, export_merged
-from hf_clpeft.streams.images import decode
+from hf_clpeft.streams.images import open_image
 
 
 IMAGES = torch.randn(6, 3, 32, 32, generator=torch.Generator().manual_seed(1))
@@ -74,7 +74,7 @@ def test_a_pipeline_over_a_merged_expert_agrees_with_the_model(learnt):
     model, task = learnt.model, learnt.stream[2]
     export_merged(model, task.name, "merged")
     classify = pipeline("image-classification", "merged")
-    images = [decode(encoded) for encoded, _, _ in task.test]
+    images = [open_image(encoded) for encoded, _, _ in task.test]
     pixels = model.backbone.transform.resize(images)
     scores = logits_of(model, 2, model.backbone.transform.normalize(torch.from_numpy(pixels))).softmax(dim=1)
     for answer, expected in zip(classify(images), scores, strict=True):

@@ -10,7 +10,7 @@ from PIL import Image as PILImage
 
 from hf_clpeft import StreamError, TaskStream
 from hf_clpeft.streams import cache_images
-from hf_clpeft.streams.images import AUGMENTATIONS, augment, decode
+from hf_clpeft.streams.images import AUGMENTATIONS, augment, open_image
 
 
 def test_resizing_then_normalising_is_what_the_processor_does(backbone):
@@ -36,7 +36,7 @@ def test_a_second_run_finds_the_cache_and_decodes_nothing(backbone, patterns, tm
         patterns[side].to_parquet(folder / f"{side}.parquet")
     decoded = []
     original = PILImage.open
-    monkeypatch.setattr(PILImage, "open", lambda file: decoded.append(file) or original(file))
+    monkeypatch.setattr(PILImage, "open", lambda file, **options: decoded.append(file) or original(file))
     for _ in range(2):
         task = TaskStream.class_incremental(str(folder), num_tasks=2)[0]
         images = cache_images(task.train, backbone.transform)
@@ -85,7 +85,7 @@ def test_as_many_unreadable_images_as_allowed_are_left_out(backbone, broken, str
         images = cache_images(stream[1].train, backbone.transform, max_bad_images=2)
     assert "Leaving out 2 of 12 images" in caplog.text and "row 14" in caplog.text
     assert len(images) == 10 and images.labels.min() == 0
-    whole = [decode(encoded) for encoded, _, row in stream[1].train if row not in (13, 14)]
+    whole = [open_image(encoded) for encoded, _, row in stream[1].train if row not in (13, 14)]
     wanted = torch.from_numpy(backbone.transform.resize(whole))
     assert torch.equal(images.__getitems__(range(10))["pixels"], wanted)
 

@@ -24,7 +24,7 @@ from hf_clpeft import (
     load_benchmark,
     load_task,
 )
-from hf_clpeft.streams.images import decode
+from hf_clpeft.streams.images import open_image
 
 
 def pixels(model, count=24, seed=0):
@@ -37,7 +37,7 @@ METHODS = ["s_lora", "s_lora_pp", "s_prompts", "s_prompts_pp", "l2l", "l2p"]
 
 @pytest.mark.parametrize("learnt", METHODS, indirect=True)
 def test_neither_batch_size_nor_order_across_tasks_changes_a_prediction(learnt):
-    images = [decode(encoded) for task in learnt.stream for encoded, _, _ in task.test]
+    images = [open_image(encoded) for task in learnt.stream for encoded, _, _ in task.test]
     together = learnt.model.predict(images, batch_size=64)
     order = random.Random(0).sample(range(len(images)), len(images))
     shuffled = learnt.model.predict([images[i] for i in order], batch_size=64)
@@ -116,7 +116,7 @@ def test_another_backbone_is_refused(saved, fresh_backbone):
 def test_a_pipeline_of_transformers_gives_the_same_labels_and_scores(learnt):
     from transformers import pipeline
 
-    images = [decode(encoded) for task in learnt.stream for encoded, _, _ in task.test][::6]
+    images = [open_image(encoded) for task in learnt.stream for encoded, _, _ in task.test][::6]
     classify = pipeline("image-classification", model=learnt.model, image_processor=learnt.model.backbone.processor)
     for found, expected in zip(classify(images, batch_size=4), learnt.model.predict(images), strict=True):
         assert len(found) == 5 and found[0]["label"] == expected.label
@@ -127,7 +127,7 @@ def test_a_single_class_is_learnt_by_its_route_and_changes_no_other_answer(learn
     model = ContinualModel.from_pretrained(saved)
     rows = pattern_rows(num_classes=1, per_class=6)
     data = DatasetDict(train=Dataset.from_dict({"image": rows["image"][:5], "label": ["stripes"] * 5}))
-    images = [decode(encoded) for task in learnt.stream for encoded, _, _ in task.test]
+    images = [open_image(encoded) for task in learnt.stream for encoded, _, _ in task.test]
     before = model.predict(images)
     ContinualTrainer(model, ContinualTrainingArguments("more", disable_tqdm=True)).learn(
         load_task(data, name="stripes", test_size=0)
@@ -141,7 +141,7 @@ def test_a_single_class_is_learnt_by_its_route_and_changes_no_other_answer(learn
 
 def test_digits_are_seldom_rejected_and_what_is_no_digit_nearly_always():
     model = ContinualModel.from_pretrained("hf-clpeft/s-lora-digits")
-    test = [decode(encoded) for task in load_benchmark("digits") for encoded, _, _ in task.test]
+    test = [open_image(encoded) for task in load_benchmark("digits") for encoded, _, _ in task.test]
     rejected = np.array([p.label is None for p in model.predict(test, reject_rate=0.05)])
     assert rejected.mean() < 0.05 + 3 * np.sqrt(0.05 * 0.95 / len(test))
     rotated = [image.rotate(45).crop((6, 6, 26, 26)) for image in test[::4]]
@@ -176,7 +176,7 @@ def test_an_image_of_no_task_gets_no_label(saved):
 
 @pytest.mark.parametrize("learnt", ["s_lora", "l2p"], indirect=True)
 def test_top_k_tells_the_likeliest_classes_and_the_nearest_experts(learnt):
-    image = decode(next(iter(learnt.stream[1].test))[0])
+    image = open_image(next(iter(learnt.stream[1].test))[0])
     (found,) = learnt.model.predict(image, top_k=3)
     assert list(found.classes)[0] == found.label and list(found.experts)[0] == found.expert
     for values, expected in ((found.classes, found.score), (found.experts, found.distance)):

@@ -14,7 +14,7 @@ import pytest
 import hf_clpeft
 from hf_clpeft import ContinualModel, load_benchmark
 from hf_clpeft.bundled import BUNDLED_BACKBONES, BUNDLED_MODELS, bundled_folder
-from hf_clpeft.streams.images import decode
+from hf_clpeft.streams.images import open_image
 
 
 ROOT = Path(__file__).parents[1]
@@ -61,7 +61,7 @@ def test_the_version_stands_in_one_place():
 def digits():
     """Test images of every task, and their labels."""
     return [
-        list(zip(*((decode(image), task.classes[label]) for image, label, _ in task.test), strict=True))
+        list(zip(*((open_image(image), task.classes[label]) for image, label, _ in task.test), strict=True))
         for task in load_benchmark("digits")
     ]
 

@@ -1,4 +1,4 @@
-"""Uploaded pictures and archives: every usual kind is read right, everything hostile is refused at once."""
+"""Uploaded pictures and archives: usual kinds are read as everywhere, everything hostile is refused at once."""
 
 import gc
 import io
@@ -19,7 +19,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings, strategies as st
 
 from hf_clpeft.demo import pictures
-from hf_clpeft.demo.pictures import LARGEST_FILE, MOST_FILES, PictureError, open_picture, read_uploads
+from hf_clpeft.demo.pictures import LARGEST_FILE, MOST_FILES, VisitorError, open_picture, read_uploads
+from hf_clpeft.streams import open_image
 
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # Pillow's, about broken files
@@ -58,61 +59,6 @@ PNG = encode(NOISE, "PNG")
 
 
 # Pictures of every kind
-
-
-def with_orientation(kind, orientation=6):
-    """Red at the left as stored; turned right by 90 degrees, red is on top."""
-    image = PIL.Image.new("RGB", (32, 16), BLUE)
-    image.paste(RED, (0, 0, 16, 16))
-    exif = PIL.Image.Exif()
-    exif[0x0112] = orientation
-    return encode(image, kind, exif=exif)
-
-
-@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF"])
-def test_a_turned_photo_is_upright_once_and_for_all(kind):
-    image = open_picture(with_orientation(kind))
-    for _ in range(2):  # a model turns what it gets as well
-        assert image.size == (16, 32)
-        assert np.allclose(image.getpixel((8, 4)), RED, atol=9) and np.allclose(image.getpixel((8, 28)), BLUE, atol=9)
-        image = PIL.ImageOps.exif_transpose(image)
-
-
-def test_broken_camera_notes_do_not_spoil_a_picture():
-    exif = PIL.Image.Exif()
-    exif[0x0112], exif[0x010E] = 6, "a cat"
-    notes = exif.tobytes().replace(b"\x01\x0e", b"\x01\x00")  # a width of "a cat", which Pillow fails to write again
-    image = open_picture(encode(NOISE, "JPEG", exif=notes))
-    assert image.size == PIL.ImageOps.exif_transpose(image).size == (24, 32) and image.info == {}
-
-
-@pytest.mark.parametrize("kind", ["PNG", "TIFF"])
-def test_sixteen_bits_keep_their_greys(kind):
-    ramp = np.linspace(0, 65535, 64).astype(np.uint16)
-    image = open_picture(encode(PIL.Image.fromarray(np.tile(ramp, (8, 1))), kind))
-    assert image.mode == "RGB" and np.allclose(np.asarray(image)[4, :, 1], np.linspace(0, 255, 64), atol=1)
-
-
-RAMP = np.linspace(0, 255, 64)
-MEASURED = {
-    "signed": (np.linspace(-1, 1, 64, dtype=np.float32), RAMP),
-    "whole": (np.linspace(0, 10**6, 64).astype(np.int32), RAMP),
-    "with a gap": (np.where(np.arange(64) == 0, np.nan, RAMP).astype(np.float32), RAMP),
-    "flat": (np.full(64, 7, np.float32), np.zeros(64)),
-}
-
-
-@pytest.mark.parametrize("values, expected", MEASURED.values(), ids=MEASURED)
-def test_measured_values_become_black_to_white(values, expected):
-    with np.errstate(all="raise"):
-        image = open_picture(encode(PIL.Image.fromarray(np.tile(values, (8, 1))), "TIFF"))
-    assert np.allclose(np.asarray(image)[4, :, 1], expected, atol=1)
-
-
-def test_a_one_bit_drawing_is_made_smaller_without_losing_lines():
-    stripes = np.tile([255, 0], (128, 2048)).astype(np.uint8)
-    image = open_picture(encode(PIL.Image.fromarray(stripes).convert("1"), "PNG"))
-    assert image.size == (2048, 64) and np.allclose(np.asarray(image)[:, 8:-8], 127, atol=2)
 
 
 def frames(kind, **options):
@@ -158,10 +104,11 @@ def test_colours_are_what_a_browser_shows(data, colour, tmp_path):
     assert name == "picture" and image.mode == "RGB" and np.allclose(np.asarray(image), colour, atol=2)
 
 
-@pytest.mark.parametrize("kind", ["JPEG", "PNG"])
-def test_a_big_picture_is_made_smaller(kind):
-    image = open_picture(encode(PIL.Image.new("RGB", (5000, 2500), RED), kind))
-    assert image.size == (2048, 1024) and np.allclose(image.getpixel((1000, 500)), RED, atol=2)
+def test_a_big_picture_keeps_the_pixels_that_training_would_see():
+    noise = PIL.Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 50, 3), dtype=np.uint8))
+    for kind in ("JPEG", "PNG"):
+        data = encode(noise.resize((5000, 2500)), kind)
+        assert np.array_equal(open_picture(data), open_image(data))
 
 
 # What is no picture
@@ -201,7 +148,7 @@ def test_what_is_no_picture_says_why(data, reason, strict):
     with warnings.catch_warnings():
         if strict:
             warnings.simplefilter("error")  # as where Pillow's warnings are errors
-        with pytest.raises(PictureError, match=f"^ink .*{reason}") as error:
+        with pytest.raises(VisitorError, match=f"^ink .*{reason}") as error:
             open_picture("ink")
     assert str(error.value).endswith(".") and "\n" not in str(error.value)
 
@@ -209,7 +156,7 @@ def test_what_is_no_picture_says_why(data, reason, strict):
 def test_a_bomb_is_refused_before_it_is_decoded(monkeypatch):
     monkeypatch.setattr(PIL.ImageFile.ImageFile, "load", lambda image: pytest.fail("decoded"))
     for side in (7_072, 10_000, 20_000):
-        with pytest.raises(PictureError, match="more than 50,000,000 pixels"):
+        with pytest.raises(VisitorError, match="more than 50,000,000 pixels"):
             open_picture(forged_png(side, side))
 
 
@@ -217,10 +164,10 @@ def test_a_jpeg_of_countless_scans_is_refused():
     data = encode(PIL.Image.new("RGB", (3000, 3000)), "JPEG", progressive=True)
     scan = data[data.rindex(b"\xff\xda") : -2]
     start = time.perf_counter()
-    with pytest.raises(PictureError, match="unusual JPEG"):
+    with pytest.raises(VisitorError, match="unusual JPEG"):
         open_picture(data[:-2] + 100_000 * scan + data[-2:])  # else decoded for ten minutes
     assert time.perf_counter() - start < 5
-    assert open_picture(data[:-2] + scan + data[-2:]).size == (2048, 2048)
+    assert open_picture(data[:-2] + scan + data[-2:]).size == (3000, 3000)
 
 
 TRUNCATED = {
@@ -239,13 +186,13 @@ TRUNCATED = {
 @pytest.mark.parametrize("share", [0.02, 0.5, 0.95])
 @pytest.mark.parametrize("data", TRUNCATED.values(), ids=TRUNCATED)
 def test_a_truncated_picture_is_refused_and_not_half_grey(data, share):
-    with pytest.raises(PictureError, match="damaged, incomplete|no picture"):
+    with pytest.raises(VisitorError, match="damaged, incomplete|no picture"):
         open_picture(data[: int(len(data) * share)])
 
 
 def test_a_file_that_did_not_arrive_says_so(tmp_path):
     [(_, missing), (_, folder)] = read_uploads([tmp_path / "gone.png", tmp_path])
-    assert str(missing) == "gone.png did not arrive; upload it once more." and isinstance(folder, PictureError)
+    assert str(missing) == "gone.png did not arrive; upload it once more." and isinstance(folder, VisitorError)
 
 
 @settings(max_examples=300, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
@@ -260,9 +207,9 @@ def test_any_damage_gives_a_picture_or_a_picture_error(data, changes, near_the_s
         damaged[int(place * (min(len(data), 100) if near_the_start else len(data)))] = value
     try:
         image = open_picture(bytes(damaged))
-    except PictureError:
+    except VisitorError:
         return
-    assert image.mode == "RGB" and max(image.size) <= 2048
+    assert image.mode == "RGB"
 
 
 # Archives
@@ -283,7 +230,7 @@ def test_an_archive_gives_its_pictures_with_their_folders():
     Path("single.png").write_bytes(PNG)
     results = dict(read_uploads(["single.png", archive_of(members)]))
     assert list(results) == ["single.png", "cats/tom.png", "dogs/rex.jpg", "dogs/notes.txt", "dogs/more.zip"]
-    errors = [name for name, result in results.items() if isinstance(result, PictureError)]
+    errors = [name for name, result in results.items() if isinstance(result, VisitorError)]
     assert errors == ["dogs/notes.txt", "dogs/more.zip"]
     assert sorted(path.name for path in Path().iterdir()) == ["all.zip", "single.png"]  # nothing was unpacked
 
@@ -321,7 +268,7 @@ OUTSIDE = [
 
 @pytest.mark.parametrize("name", OUTSIDE)
 def test_an_archive_that_reaches_outside_is_refused_at_the_call(name):
-    with pytest.raises(PictureError, match="outside of the archive"):
+    with pytest.raises(VisitorError, match="outside of the archive"):
         read_uploads([archive_of({"good.png": PNG, name: PNG})])
 
 
@@ -374,7 +321,7 @@ def test_a_hostile_archive_is_refused_at_the_call(make, reason):
     Path("first.png").write_bytes(PNG)
     path = make()
     start = time.perf_counter()
-    with pytest.raises(PictureError, match=reason):
+    with pytest.raises(VisitorError, match=reason):
         read_uploads(["first.png", path])
     assert time.perf_counter() - start < 2
 
@@ -383,14 +330,14 @@ def test_a_hostile_archive_is_refused_at_the_call(make, reason):
 def test_a_damaged_archive_is_refused_at_the_call(cut):
     path = Path(archive_of({"a.png": PNG}))
     path.write_bytes(path.read_bytes()[:cut])
-    with pytest.raises(PictureError, match="all.zip is damaged or incomplete"):
+    with pytest.raises(VisitorError, match="all.zip is damaged or incomplete"):
         read_uploads([path])
 
 
 def test_a_directory_that_is_no_text_is_a_damaged_archive():
     path = archive_of({"é.png": PNG})
     Path(path).write_bytes(Path(path).read_bytes().replace("é".encode(), b"\xff\xff"))
-    with pytest.raises(PictureError, match="damaged or incomplete"):
+    with pytest.raises(VisitorError, match="damaged or incomplete"):
         read_uploads([path])
 
 
@@ -418,6 +365,6 @@ def test_a_damaged_member_leaves_the_others_readable():
 
 def test_single_files_count_as_well():
     Path("a.png").write_bytes(PNG)
-    with pytest.raises(PictureError, match="more than 500 pictures"):
+    with pytest.raises(VisitorError, match="more than 500 pictures"):
         read_uploads(["a.png"] * (MOST_FILES + 1))
     assert next(read_uploads(["a.png"] * MOST_FILES))[1].size == NOISE.size

@@ -29,7 +29,7 @@ from hf_clpeft import (
 )
 from hf_clpeft.routing.prototypes import fit_prototypes
 from hf_clpeft.streams import cache_images
-from hf_clpeft.streams.images import decode
+from hf_clpeft.streams.images import open_image
 
 
 REPO = Path(__file__).parents[1]
@@ -94,9 +94,9 @@ def test_one_adapter_in_sequence_forgets_what_s_lora_keeps(tmp_path):
 
 
 def stream_image(stream):
-    from hf_clpeft.streams.images import decode
+    from hf_clpeft.streams.images import open_image
 
-    return decode(next(iter(stream[0].test))[0])
+    return open_image(next(iter(stream[0].test))[0])
 
 
 def test_domains_get_a_head_each_and_forward_transfer_on_demand(tmp_path):
@@ -135,10 +135,10 @@ def test_evaluating_after_each_of_twenty_tasks_takes_at_most_three_forwards_per_
 
 def test_stored_features_give_the_accuracy_of_a_fresh_evaluation(learnt):
     fresh = ContinualModel.from_pretrained(learnt.args.output_dir)
-    from hf_clpeft.streams.images import decode
+    from hf_clpeft.streams.images import open_image
 
     for j, task in enumerate(learnt.stream):
-        predictions = fresh.predict([decode(encoded) for encoded, _, _ in task.test])
+        predictions = fresh.predict([open_image(encoded) for encoded, _, _ in task.test])
         wanted = [task.classes[label] for _, label, _ in task.test]
         accuracy = np.mean([p.label == label for p, label in zip(predictions, wanted, strict=True)])
         assert accuracy == pytest.approx(learnt.report.accuracy_matrix[-1][j])
@@ -211,7 +211,7 @@ def test_routing_behind_a_layer_runs_only_the_layers_up_to_it(tmp_path):
     layers_run = []
     for layer in trainer.model.backbone.model.layers:
         layer.register_forward_hook(lambda module, *_: layers_run.append(module))
-    trainer.model.predict([decode(encoded) for encoded, _, _ in stream[0].test])
+    trainer.model.predict([open_image(encoded) for encoded, _, _ in stream[0].test])
     assert len(layers_run) == 2 + 6
     assert report.test_forwards_per_image < 2 and report.summary()["routing_accuracy"] > 0.5
     assert ContinualModel.from_pretrained(tmp_path).config.method.route_layer == 2

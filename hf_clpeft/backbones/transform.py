@@ -1,12 +1,14 @@
 """A backbone's own image processing: resized by Pillow on the CPU, normalised by torch on the device."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import PIL.Image
 import torch
+
+from .pictures import open_image
 
 
 if TYPE_CHECKING:
@@ -60,17 +62,23 @@ class ImageTransform:
         """Channels, height and width of a resized image."""
         return self.resize([PIL.Image.new("RGB", (8, 8))]).shape[1:]
 
-    def resize(self, images: Sequence[PIL.Image.Image]) -> np.ndarray:
-        """Resizes (and crops, if the processor does) RGB images.
+    def resize(self, images: Iterable[Any]) -> np.ndarray:
+        """Reads and resizes (and crops, if the processor does) images, one after the other: big ones may be many.
 
         Args:
-            images (sequence of `PIL.Image.Image`): Images of any size.
+            images (iterable): One or more pictures of any kind and size; see [`open_image`].
 
         Returns:
-            `uint8` array of shape `(len(images), channels, height, width)`.
+            `uint8` array of shape `(number of images, channels, height, width)`.
+
+        Raises:
+            [`PictureError`]: One of them is no picture.
         """
-        images = [(image.convert("L") if self.channels == 1 else image).convert("RGB") for image in images]
-        pixels = self.processor(images, do_rescale=False, do_normalize=False, return_tensors="np").pixel_values
+        return np.concatenate([self._resize(open_image(image)) for image in images])
+
+    def _resize(self, image: PIL.Image.Image) -> np.ndarray:
+        image = image.convert("L").convert("RGB") if self.channels == 1 else image
+        pixels = self.processor([image], do_rescale=False, do_normalize=False, return_tensors="np").pixel_values
         return np.clip(np.round(pixels[:, : self.channels]), 0, 255).astype(np.uint8)
 
     def normalize(self, pixels: torch.Tensor) -> torch.Tensor:

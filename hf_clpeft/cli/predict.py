@@ -25,7 +25,9 @@ def predict(
     """Classify pictures: label, score, and the expert that each was routed to."""
     from dataclasses import asdict
 
-    model = load_model(repo, backbone, token)
+    from ..predicting import best_device
+
+    model = load_model(repo, backbone, token).to(best_device())
     predictions = model.predict(
         images,
         batch_size=batch_size,

@@ -13,7 +13,6 @@ def test(as_json: AsJson = False) -> None:
     import torch
 
     from .. import ContinualModel, ContinualTrainer, ContinualTrainingArguments, load_benchmark, s_lora
-    from ..streams.images import decode
 
     quieten()
     start = time.perf_counter()
@@ -25,7 +24,7 @@ def test(as_json: AsJson = False) -> None:
         )
         report = ContinualTrainer(model, args).learn_stream(stream)
         loaded = ContinualModel.from_pretrained(folder).to(model.device)
-    images = [decode(encoded) for task in stream for encoded, _, _ in task.test or ()]
+    images = [encoded for task in stream for encoded, _, _ in task.test or ()]
     before, after = model.predict(images), loaded.predict(images)
     results = {
         "learns": report.summary()["average_accuracy"] > 0.6,

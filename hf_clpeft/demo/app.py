@@ -11,7 +11,7 @@ from starlette.middleware import Middleware
 from ..bundled import DIGITS_MODEL, bundled_folder
 from ..modeling import ContinualModel
 from . import views
-from .components import Files, Folder, NeverFetch, Picture, canvas, take_brush, textbox
+from .components import Files, Folder, NeverFetch, Picture, Step, canvas, take_brush, textbox
 from .handlers import NEAREST, TABLE, Handlers
 from .models import Models
 from .pictures import FORMATS, LARGEST_ARCHIVE
@@ -175,12 +175,10 @@ def _many_pictures(handlers: Handlers, key: gr.Textbox) -> None:
     classify.click(handlers.predict_files, [files, key], [table, sheet], api_name="predict_files", **SHARED)
 
 
-def _look_inside(
-    handlers: Handlers, key: gr.Textbox, picture: Picture, tab: gr.Tab
-) -> tuple[gr.Slider, gr.ScatterPlot]:
+def _look_inside(handlers: Handlers, key: gr.Textbox, picture: Picture, tab: gr.Tab) -> tuple[Step, gr.ScatterPlot]:
     model = handlers.models.served
     steps = len(model.config.tasks)
-    step = gr.Slider(1, steps, value=steps, step=1, label="The model as it was after task", elem_id="step")
+    step = Step(1, steps, value=steps, step=1, label="The model as it was after task", elem_id="step")
     with gr.Row(equal_height=False):
         with gr.Column(min_width=300):
             learnt = gr.HTML(label="Tasks", elem_id="tasks")
@@ -261,11 +259,11 @@ def _choices(model: ContinualModel) -> list[tuple[str, str]]:
     return [("the nearest, as routed", NEAREST), *((f"{title} ({name})", name) for name, title in named)]
 
 
-def _learnt_more(model: ContinualModel) -> tuple[gr.Dropdown, gr.Slider, gr.ScatterPlot]:
+def _learnt_more(model: ContinualModel) -> tuple[gr.Dropdown, Step, gr.ScatterPlot]:
     """The lists of a page whose visitor has taught a task."""
     steps = len(model.config.tasks)
     return (
         gr.Dropdown(_choices(model), value=NEAREST),
-        gr.Slider(maximum=steps, value=steps),
+        Step(maximum=steps, value=steps),
         gr.ScatterPlot(color_map=views.colours(model)),
     )

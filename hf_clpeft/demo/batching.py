@@ -3,14 +3,16 @@
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
 from queue import SimpleQueue
 from typing import Any, TypeVar
 
+import numpy as np
 import PIL.Image
 
 from ..modeling import ContinualModel
+from ..predicting import check_options, classify
 from ..prediction import Prediction
 
 
@@ -50,51 +52,68 @@ class Batcher:
         self._waiting.put((function, None, future))
         return future.result()
 
-    def predict(self, model: ContinualModel, images: Sequence[PIL.Image.Image], **options: Any) -> list[Prediction]:
+    def predict(self, model: ContinualModel, images: Iterable[PIL.Image.Image], **options: Any) -> list[Prediction]:
         """Classifies images of one visitor, together with those of others.
 
         Args:
             model ([`ContinualModel`]): The visitor's model.
-            images (sequence of `PIL.Image.Image`): RGB images.
+            images (iterable of `PIL.Image.Image`): Images, each of which is resized before the next one is asked for.
             options: `reject_rate`, `expert`, `top_k`; see [`ContinualModel.predict`].
 
         Returns:
             `list[Prediction]`: One per image.
+
+        Raises:
+            [`ConfigError`]: The model cannot do what is asked. Nobody else hears of it.
         """
+        check_options(model, **options)
         job = (model, tuple(sorted(options.items())))
         futures: list[Future] = []
         for image in images:  # one by one, so that a visitor with hundreds does not keep the others waiting
+            pixels = model.backbone.transform.resize([image])
             futures.append(Future())
-            self._waiting.put((job, image, futures[-1]))
+            self._waiting.put((job, pixels, futures[-1]))
         return [future.result() for future in futures]
 
     def _work(self) -> None:
-        requests: list = []
+        several = False
         while True:
-            several, requests = len(requests) > 1, [self._waiting.get()]
+            requests = [self._waiting.get()]
             if several:
                 time.sleep(MOMENT)
             while len(requests) < LARGEST_BATCH and not self._waiting.empty():
                 requests.append(self._waiting.get())
-            groups = defaultdict(list)
-            for job, image, future in requests:
-                if image is None:
-                    _settle([future], lambda job=job: [job()])
-                else:
-                    groups[job].append((image, future))
-            for (model, options), group in groups.items():
-                images, futures = zip(*group, strict=True)
-                _settle(
-                    futures, lambda m=model, i=images, o=options: m.predict(i, batch_size=LARGEST_BATCH, **dict(o))
-                )
+            several = len(requests) > 1
+            try:
+                _answer(requests)
+            except BaseException as error:  # the thread must live, whatever a request holds
+                _fail([future for _, _, future in requests], error)
+            del requests  # nothing of a visitor's stays here while nobody asks
+
+
+def _answer(requests: Sequence[tuple[Any, np.ndarray | None, Future]]) -> None:
+    groups = defaultdict(list)
+    for job, pixels, future in requests:
+        if pixels is None:
+            _settle([future], lambda job=job: [job()])
+        else:
+            groups[job].append((pixels, future))
+    for (model, options), group in groups.items():
+        pixels, futures = zip(*group, strict=True)
+        _settle(futures, lambda m=model, p=pixels, o=options: classify(m, np.concatenate(p), **dict(o)))
 
 
 def _settle(futures: Sequence[Future], compute: Callable) -> None:
     try:
         results = compute()
-    except BaseException as error:  # whoever asked shall hear of it; the thread must live
-        for future in futures:
-            future.set_exception(error)
+    except BaseException as error:  # whoever asked shall hear of it
+        _fail(futures, error)
         return
     for future, result in zip(futures, results, strict=True):
         future.set_result(result)
+
+
+def _fail(futures: Sequence[Future], error: BaseException) -> None:
+    for future in futures:
+        if not future.done():
+            future.set_exception(error)

@@ -91,6 +91,16 @@ class Canvas(gr.ImageEditor):
         return None if payload.composite is None else _path_of(payload.composite)
 
 
+class Step(gr.Slider):
+    """A number, or whatever a request holds in its place, which its function then refuses."""
+
+    is_template = True
+
+    def preprocess(self, payload: Any) -> Any:
+        """As it came."""
+        return payload
+
+
 def textbox(label: str, example: str, **options: Any) -> gr.Textbox:
     """A text box with an example for the documentation."""
     box = gr.Textbox(label=label, **options)

@@ -5,7 +5,7 @@ import PIL.Image
 import PIL.ImageOps
 
 from ..streams.digits import SCAN, enlarge
-from .pictures import PictureError
+from .pictures import VisitorError
 
 
 FAINTEST = 64  # of 255: what is fainter is the soft edge of a stroke
@@ -21,7 +21,7 @@ def scan(drawing: PIL.Image.Image) -> PIL.Image.Image:
         `PIL.Image.Image`: 32 x 32 pixels, light ink on black.
 
     Raises:
-        [`PictureError`]: There is no ink.
+        [`VisitorError`]: There is no ink.
 
     Example:
 
@@ -39,7 +39,7 @@ def scan(drawing: PIL.Image.Image) -> PIL.Image.Image:
     ink = PIL.ImageOps.invert(drawing.convert("L"))
     box = ink.point(lambda value: value >= FAINTEST and 255).getbbox()
     if box is None:
-        raise PictureError("There is nothing on the canvas yet: draw a digit first.")
+        raise VisitorError("There is nothing on the canvas yet: draw a digit first.")
     width, height = box[2] - box[0], box[3] - box[1]
     side = max(width, height)
     square = PIL.Image.new("L", (side, side))

@@ -2,12 +2,15 @@
 
 import functools
 import html
+import inspect
 import io
+import math
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
+from itertools import islice
 from pathlib import Path
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar, get_type_hints
 
 import gradio as gr
 import pandas as pd
@@ -15,12 +18,13 @@ import PIL.Image
 from gradio.processing_utils import save_bytes_to_cache
 from gradio.utils import get_upload_folder
 
+from ..checks import fits
 from ..errors import HfClpeftError
 from ..modeling import ContinualModel
 from . import views
 from .drawing import scan
 from .models import Models
-from .pictures import PictureError, open_picture, read_uploads
+from .pictures import VisitorError, open_picture, read_uploads
 from .teaching import sort_pictures, teach
 
 
@@ -31,11 +35,16 @@ TABLE = ["picture", "answer", "score", "expert", "distance", "typicality", "prob
 
 
 def friendly(method: Callable[P, R]) -> Callable[P, R]:
-    """Shows a visitor what the library says, and nothing of the server."""
+    """Shows a visitor what the library says, and nothing of the server; a request may hold values of any type."""
+    signature, hints = inspect.signature(method), get_type_hints(method)
 
     @functools.wraps(method)
     def wrapper(*args: P.args, **kwargs: P.kwargs) -> R:
         try:
+            for name, value in signature.bind(*args, **kwargs).arguments.items():
+                if name in hints and not fits(value, hints[name]):
+                    wanted = getattr(hints[name], "__name__", hints[name])
+                    raise VisitorError(f"{name} must be of type {wanted}, and not {type(value).__name__}.")
             return method(*args, **kwargs)
         except HfClpeftError as error:
             # Shown as HTML, with names that strangers gave their files.
@@ -62,7 +71,7 @@ class Handlers:
 
     @friendly
     def predict(
-        self, picture: str | None, expert: str = NEAREST, key: str = ""
+        self, picture: str | None, expert: str | None = NEAREST, key: str | None = ""
     ) -> tuple[str, dict[str, float] | None, dict, dict | None]:
         """Classify one picture. Its expert is the one with the nearest prototype, unless another is named.
 
@@ -102,7 +111,7 @@ class Handlers:
             The picture, for /predict.
         """
         if not drawing:
-            raise PictureError("There is nothing on the canvas yet: draw a digit first.")
+            raise VisitorError("There is nothing on the canvas yet: draw a digit first.")
         return scan(open_picture(drawing, "the drawing"))
 
     def _reject(self, model: ContinualModel) -> dict:
@@ -111,7 +120,7 @@ class Handlers:
     # Many pictures
 
     @friendly
-    def predict_files(self, files: list[str] | None, key: str = "") -> tuple[pd.DataFrame, str]:
+    def predict_files(self, files: list[str] | None, key: str | None = "") -> tuple[pd.DataFrame, str]:
         """Classify many pictures at once, each by its own expert, all in shared batches.
 
         Args:
@@ -122,15 +131,24 @@ class Handlers:
             A table with one row for each picture, and the same as a CSV file.
         """
         if not files:
-            raise PictureError("There is no file yet: add pictures or a zip archive of pictures.")
+            raise VisitorError("There is no file yet: add pictures or a zip archive of pictures.")
         model = self.models.get(key)
         rows: list[list] = []
-        batch: list[tuple[list, PIL.Image.Image]] = []
+        waiting: list[list] = []  # rows whose pictures have been read
         options = self._reject(model)
 
-        def flush() -> None:
-            found = self.models.batcher.predict(model, [image for _, image in batch], **options)
-            for (row, _), answer in zip(batch, found, strict=True):
+        def read() -> Iterator[PIL.Image.Image]:
+            for name, image in read_uploads(files):
+                rows.append([name, "", None, "", None, None, ""])
+                if isinstance(image, VisitorError):
+                    rows[-1][-1] = str(image)
+                else:
+                    waiting.append(rows[-1])
+                    yield image
+
+        images = read()
+        while found := self.models.batcher.predict(model, islice(images, 32), **options):
+            for row, answer in zip(waiting, found, strict=True):
                 row[1:6] = (
                     answer.label or views.NONE,
                     round(answer.score, 4),
@@ -138,17 +156,7 @@ class Handlers:
                     round(answer.distance, 4),
                     answer.typicality,
                 )
-            batch.clear()
-
-        for name, image in read_uploads(files):
-            rows.append([name, "", None, "", None, None, ""])
-            if isinstance(image, PictureError):
-                rows[-1][-1] = str(image)
-                continue
-            batch.append((rows[-1], image))
-            if len(batch) == 32:  # pictures are read as they are needed, so that memory stays bounded
-                flush()
-        flush()
+            waiting.clear()
         table = pd.DataFrame(rows, columns=TABLE)
         return table, _keep(table.to_csv(index=False).encode(), "predictions.csv")
 
@@ -156,7 +164,7 @@ class Handlers:
 
     @friendly
     def look_inside(
-        self, step: int, picture: str | None = None, key: str = ""
+        self, step: float, picture: str | None = None, key: str | None = ""
     ) -> tuple[str, str, str, dict | None, dict[str, float] | None]:
         """The model as it was after a task: what it could do, where its prototypes lie, what it would have answered.
 
@@ -170,7 +178,7 @@ class Handlers:
             answer to the picture.
         """
         now = self.models.get(key)
-        step = int(step)
+        step = int(step) if math.isfinite(step) else 0
         model, query, answer = self.models.after(key, step), None, None
         if picture:
             image = open_picture(picture)
@@ -190,9 +198,9 @@ class Handlers:
     @friendly
     def teach(
         self,
-        name: str,
+        name: str | None,
         files: list[str] | None,
-        key: str = "",
+        key: str | None = "",
         progress: gr.Progress = gr.Progress(),  # noqa: B008
     ) -> tuple[str, str, str]:
         """Teach new classes from a few pictures each: one more task, on a model of your own.
@@ -228,7 +236,7 @@ class Handlers:
         return [*(files or []), _keep(png.getvalue(), f"drawing-{len(files or []) + 1}.png")]
 
     @friendly
-    def push(self, repo_id: str, token: str, key: str) -> str:
+    def push(self, repo_id: str | None, token: str | None, key: str | None) -> str:
         """Push the model that you taught to the Hub, in your name.
 
         Args:
@@ -240,11 +248,12 @@ class Handlers:
             Where it is, as HTML.
         """
         if not key:
-            raise PictureError("Teach a class first; then there is a model to push.")
-        if not (token or "").strip() or not (repo_id or "").strip():
+            raise VisitorError("Teach a class first; then there is a model to push.")
+        repo_id, token = (repo_id or "").strip(), (token or "").strip()
+        if not token or not repo_id:
             # Without a token the library would take that of whoever runs this server.
-            raise PictureError("Give the repo's name and your own token with write access.")
-        url = self.models.get(key).push_to_hub(repo_id.strip(), token=token.strip())
+            raise VisitorError("Give the repo's name and your own token with write access.")
+        url = self.models.get(key).push_to_hub(repo_id, token=token)
         return views.link(url)
 
 

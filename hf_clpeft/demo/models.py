@@ -9,14 +9,13 @@ from functools import cached_property
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-import torch
-
 from ..bundled import bundled_folder
 from ..errors import ConfigError
 from ..hub.errors import HubError, explained
 from ..modeling import ContinualModel
+from ..predicting import best_device
 from .batching import Batcher
-from .pictures import PictureError
+from .pictures import VisitorError
 
 
 MOST_MODELS = 32  # taught ones on disk, and in memory taught and past ones; the oldest goes first
@@ -51,8 +50,7 @@ class Models:
 
     def __init__(self, source: str, revision: str | None = None, backbone: str | None = None):
         self.source, self.revision, self.backbone = source, revision, backbone
-        device = torch.accelerator.current_accelerator() or "cpu"
-        self.served = ContinualModel.from_pretrained(source, backbone=backbone, revision=revision).to(device)
+        self.served = ContinualModel.from_pretrained(source, backbone=backbone, revision=revision).to(best_device())
         if not self.served.config.tasks:
             raise ConfigError(f"{source} has learnt no task yet, so there is nothing to show.")
         method = self.served.config.method
@@ -67,16 +65,16 @@ class Models:
         self._folders: OrderedDict[str, Path] = OrderedDict()
         self._lock = threading.Lock()
 
-    def get(self, key: str) -> ContinualModel:
+    def get(self, key: str | None) -> ContinualModel:
         """A model by its key.
 
         Raises:
-            [`PictureError`]: Nobody has it any more.
+            [`VisitorError`]: Nobody has it any more.
         """
         if not key:
             return self.served
         if key not in self._folders:
-            raise PictureError("The model you taught is no longer here, only its download is. Teach it once more.")
+            raise VisitorError("The model you taught is no longer here, only its download is. Teach it once more.")
         return self._keep((key, None), lambda: self.load(self._folders[key]))
 
     def new_folder(self) -> Path:
@@ -94,9 +92,9 @@ class Models:
             shutil.rmtree(old.parent, ignore_errors=True)
         return key
 
-    def folder(self, key: str) -> Path | None:
+    def folder(self, key: str | None) -> Path | None:
         """Where a taught model is saved; `None` for the one that is served."""
-        return self._folders.get(key)
+        return self._folders.get(key or "")
 
     def load(self, source: str | Path, revision: str | None = None) -> ContinualModel:
         """Loads a model onto the shared backbone."""
@@ -105,13 +103,13 @@ class Models:
             lambda: ContinualModel.from_pretrained(source, backbone=backbone, revision=revision).to(backbone.device)
         )
 
-    def after(self, key: str, step: int) -> ContinualModel:
+    def after(self, key: str | None, step: int) -> ContinualModel:
         """A model as it was after so many tasks: from the task's tag on the Hub, else without the later tasks.
 
         Raises:
             [`ConfigError`]: There is no tag, and the tasks cannot be taken apart exactly.
         """
-        model = self.get(key)
+        model, key = self.get(key), key or ""
         if not 1 <= step <= len(model.config.tasks):
             raise ConfigError(
                 f"The model has learnt {len(model.config.tasks)} tasks; there is none after task {step}."

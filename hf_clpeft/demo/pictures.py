@@ -1,6 +1,5 @@
 """Pictures that strangers uploaded: read within fixed limits, or refused in a sentence that says what to do."""
 
-import contextlib
 import io
 import re
 import zipfile
@@ -8,17 +7,15 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-import numpy as np
 import PIL.Image
-import PIL.ImageOps
 
 from ..errors import HfClpeftError
+from ..backbones.pictures import PictureError, read_file
 
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")  # no decoder that few people use, or that starts a program
 LARGEST_FILE = 20 * 2**20  # bytes
 LARGEST_ARCHIVE = 200 * 2**20  # bytes, packed and unpacked
-LARGEST_SIDE = 2048  # pixels; what is bigger is made smaller
 SMALLEST_SIDE = 4
 MOST_PIXELS = 50_000_000
 MOST_FILES = 500
@@ -34,25 +31,25 @@ _OTHER_KINDS = {
 _JUNK = ("__macosx", "thumbs.db", "desktop.ini")
 
 
-class PictureError(HfClpeftError, ValueError):
-    """An upload that is no usable picture. The message tells a visitor what it is and what to do.
+class VisitorError(HfClpeftError, ValueError):
+    """What a visitor cannot have, such as an answer to what is no picture. The message says why, and what to do.
 
     It has names that strangers gave their files: escape it before it becomes part of a page.
     """
 
 
 def open_picture(file: str | Path | bytes, name: str | None = None) -> PIL.Image.Image:
-    """Reads one picture: the first frame of it, upright, over white where it is transparent.
+    """Reads one picture within the limits of the demo, as [`open_image`] reads all others.
 
     Args:
         file (`str`, `Path` or `bytes`): The file, or what is in it.
         name (`str`, *optional*): What messages call it; its file name if left out.
 
     Returns:
-        `PIL.Image.Image`: RGB, at most [`LARGEST_SIDE`] pixels long, without metadata.
+        `PIL.Image.Image`: RGB, without metadata.
 
     Raises:
-        [`PictureError`]: It is no picture, a damaged one or one outside of the limits.
+        [`VisitorError`]: It is no picture, a damaged one or one outside of the limits.
 
     Example:
 
@@ -60,10 +57,10 @@ def open_picture(file: str | Path | bytes, name: str | None = None) -> PIL.Image
     >>> import PIL.Image
     >>> from hf_clpeft.demo.pictures import open_picture
 
-    >>> PIL.Image.new("LA", (4000, 1000)).save("ink.png")
+    >>> PIL.Image.new("LA", (400, 100)).save("ink.png")
     >>> image = open_picture("ink.png")
     >>> image.mode, image.size, image.getpixel((0, 0))
-    ('RGB', (2048, 512), (255, 255, 255))
+    ('RGB', (400, 100), (255, 255, 255))
 
     ```
     """
@@ -75,65 +72,43 @@ def open_picture(file: str | Path | bytes, name: str | None = None) -> PIL.Image
             with open(file, "rb") as opened:
                 data = opened.read(LARGEST_FILE + 1)
         except OSError as error:
-            raise PictureError(f"{name} did not arrive; upload it once more.") from error
+            raise VisitorError(f"{name} did not arrive; upload it once more.") from error
     if not data:
-        raise PictureError(f"{name} is empty; choose another file.")
+        raise VisitorError(f"{name} is empty; choose another file.")
     if len(data) > LARGEST_FILE:
-        raise PictureError(f"{name} has more than {LARGEST_FILE // 2**20} MB; make it smaller first.")
+        raise VisitorError(f"{name} has more than {LARGEST_FILE // 2**20} MB; make it smaller first.")
+
+    def check(image: PIL.Image.Image) -> None:
+        _check_size(*image.size, name)
+        if image.format in ("JPEG", "MPO") and data.count(b"\xff\xda") > MOST_SCANS:
+            raise VisitorError(f"{name} is an unusual JPEG; save it as PNG first.")
+
     try:
-        with PIL.Image.open(io.BytesIO(data), formats=FORMATS) as image:  # reads the header, and no pixels
-            _check_size(*image.size, name)
-            if image.format in ("JPEG", "MPO") and data.count(b"\xff\xda") > MOST_SCANS:
-                raise PictureError(f"{name} is an unusual JPEG; save it as PNG first.")
-            return _to_rgb(image)
-    except PictureError:
-        raise
-    except PIL.UnidentifiedImageError as error:
+        return read_file(io.BytesIO(data), name, FORMATS, check)
+    except PictureError as error:
+        raise VisitorError(f"{name} {_in_a_visitors_words(error.__cause__, data)}") from error
+
+
+def _in_a_visitors_words(cause: BaseException | None, data: bytes) -> str:
+    if isinstance(cause, PIL.UnidentifiedImageError):
         kinds = (kind for mark, kind in _OTHER_KINDS.items() if re.match(mark, data, re.DOTALL | re.IGNORECASE))
-        kind = next(kinds, "no picture that can be read here")
-        raise PictureError(f"{name} is {kind}; save it as PNG or JPEG first.") from error
-    except (PIL.Image.DecompressionBombError, PIL.Image.DecompressionBombWarning) as error:
-        raise PictureError(f"{name} has more than {MOST_PIXELS:,} pixels; make it smaller first.") from error
-    except Exception as error:  # Pillow raises anything from OSError to struct.error on broken files
-        raise PictureError(
-            f"{name} is damaged, incomplete or of a rare kind; save it as PNG or JPEG once more."
-        ) from error
+        return f"is {next(kinds, 'no picture that can be read here')}; save it as PNG or JPEG first."
+    if isinstance(cause, PIL.Image.DecompressionBombError | PIL.Image.DecompressionBombWarning):
+        return f"has more than {MOST_PIXELS:,} pixels; make it smaller first."
+    return "is damaged, incomplete or of a rare kind; save it as PNG or JPEG once more."
 
 
 def _check_size(width: int, height: int, name: str) -> None:
     if width * height > MOST_PIXELS:
-        raise PIL.Image.DecompressionBombError  # as Pillow, whose own limit is higher
+        raise VisitorError(f"{name} has more than {MOST_PIXELS:,} pixels; make it smaller first.")
     size = f"{name} has {width} x {height} pixels"
     if min(width, height) < SMALLEST_SIDE:
-        raise PictureError(f"{size}; choose one of at least {SMALLEST_SIDE} x {SMALLEST_SIDE}.")
+        raise VisitorError(f"{size}; choose one of at least {SMALLEST_SIDE} x {SMALLEST_SIDE}.")
     if max(width, height) > MOST_OBLONG * min(width, height):
-        raise PictureError(f"{size}, which is a mere strip; cut out a part of it first.")
+        raise VisitorError(f"{size}, which is a mere strip; cut out a part of it first.")
 
 
-def _to_rgb(image: PIL.Image.Image) -> PIL.Image.Image:
-    image.draft(None, (LARGEST_SIDE, LARGEST_SIDE))  # a big JPEG is decoded at a half or less, which is cheaper
-    image.load()
-    with contextlib.suppress(Exception):  # a camera's broken notes do not spoil its picture
-        PIL.ImageOps.exif_transpose(image, in_place=True)
-    if image.mode.startswith("I;16"):  # what convert() would make white
-        image = PIL.Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-    elif image.has_transparency_data:
-        image = image.convert("RGBA")
-    elif image.mode in ("1", "P"):  # else it would be made smaller without smoothing
-        image = image.convert("RGB")
-    image.thumbnail((LARGEST_SIDE, LARGEST_SIDE))
-    if image.mode in ("I", "F"):  # no range is agreed on, so the picture's own becomes black to white
-        values = np.nan_to_num(np.asarray(image)).astype(np.float64)
-        values -= values.min()
-        image = PIL.Image.fromarray(np.round(values * (255 / (values.max() or 1))).astype(np.uint8))
-    elif image.mode == "RGBA":  # over white, as on a page: most drawings have dark ink
-        image = PIL.Image.alpha_composite(PIL.Image.new("RGBA", image.size, "white"), image)
-    image = image.convert("RGB")
-    image.info = {}  # whoever turns pictures upright later must not turn this one again
-    return image
-
-
-def read_uploads(paths: Sequence[str | Path]) -> Iterator[tuple[str, PIL.Image.Image | PictureError]]:
+def read_uploads(paths: Sequence[str | Path]) -> Iterator[tuple[str, PIL.Image.Image | VisitorError]]:
     """Reads pictures and zip archives of pictures, one picture at a time. Nothing is unpacked on disk.
 
     The call itself looks through the archives; pictures are decoded once they are asked for.
@@ -143,10 +118,10 @@ def read_uploads(paths: Sequence[str | Path]) -> Iterator[tuple[str, PIL.Image.I
 
     Returns:
         Iterator of names and images: the name of a file, or its path within its archive with `/` between folders.
-        Instead of an image, a [`PictureError`] says why a file is none.
+        Instead of an image, a [`VisitorError`] says why a file is none.
 
     Raises:
-        [`PictureError`]: An archive is damaged, locked or hostile, or there is too much of everything.
+        [`VisitorError`]: An archive is damaged, locked or hostile, or there is too much of everything.
 
     Example:
 
@@ -169,7 +144,7 @@ def read_uploads(paths: Sequence[str | Path]) -> Iterator[tuple[str, PIL.Image.I
         plan.append((path, members))
         count += 1 if members is None else len(members)
         if count > MOST_FILES:
-            raise PictureError(f"These are more than {MOST_FILES} pictures; choose fewer of them.")
+            raise VisitorError(f"These are more than {MOST_FILES} pictures; choose fewer of them.")
     return _read(plan)
 
 
@@ -186,38 +161,38 @@ def _members(path: Path) -> dict[zipfile.ZipInfo, str]:
     again = "zip the pictures once more"
     try:
         if path.stat().st_size > LARGEST_ARCHIVE:
-            raise PictureError(f"{path.name} has more than {LARGEST_ARCHIVE // 2**20} MB; make it smaller first.")
+            raise VisitorError(f"{path.name} has more than {LARGEST_ARCHIVE // 2**20} MB; make it smaller first.")
         with zipfile.ZipFile(path) as archive:
             entries = archive.infolist()
-    except PictureError:
+    except VisitorError:
         raise
     except Exception as error:  # zipfile raises anything from BadZipFile to UnicodeDecodeError
-        raise PictureError(f"{path.name} is damaged or incomplete; {again}.") from error
+        raise VisitorError(f"{path.name} is damaged or incomplete; {again}.") from error
     members = {}
     for entry in entries:
         name = entry.filename.replace("\\", "/")
         place = PurePosixPath(name)
         if place.is_absolute() or ".." in place.parts or re.match("[a-zA-Z]:", name):
-            raise PictureError(f"{path.name} has a file outside of the archive, {name}; {again}.")
+            raise VisitorError(f"{path.name} has a file outside of the archive, {name}; {again}.")
         if name.endswith("/") or any(part[0] == "." or part.lower() in _JUNK for part in place.parts):
             continue
         if entry.flag_bits & 1:
-            raise PictureError(f"{path.name} is locked with a password; {again}, without one.")
+            raise VisitorError(f"{path.name} is locked with a password; {again}, without one.")
         if entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):  # others unpack without a bound
-            raise PictureError(f"{path.name} is packed in an unusual way; {again}, as .zip with usual settings.")
+            raise VisitorError(f"{path.name} is packed in an unusual way; {again}, as .zip with usual settings.")
         if entry.file_size > LARGEST_FILE:
-            raise PictureError(f"{name} in {path.name} has more than {LARGEST_FILE // 2**20} MB; leave it out.")
+            raise VisitorError(f"{name} in {path.name} has more than {LARGEST_FILE // 2**20} MB; leave it out.")
         members[entry] = str(place)
     if not members:
-        raise PictureError(f"{path.name} has no pictures in it; choose another file.")
+        raise VisitorError(f"{path.name} has no pictures in it; choose another file.")
     if sum(entry.file_size for entry in members) > LARGEST_ARCHIVE:
-        raise PictureError(f"{path.name} unpacks to more than {LARGEST_ARCHIVE // 2**20} MB; make it smaller first.")
+        raise VisitorError(f"{path.name} unpacks to more than {LARGEST_ARCHIVE // 2**20} MB; make it smaller first.")
     return members
 
 
 def _read(
     plan: list[tuple[Path, dict[zipfile.ZipInfo, str] | None]],
-) -> Iterator[tuple[str, PIL.Image.Image | PictureError]]:
+) -> Iterator[tuple[str, PIL.Image.Image | VisitorError]]:
     for path, members in plan:
         if members is None:
             yield path.name, _attempt(open_picture, path)
@@ -227,11 +202,11 @@ def _read(
                 yield name, _attempt(_open_member, archive, entry, name)
 
 
-def _attempt(read: Callable[..., PIL.Image.Image], *arguments: Any) -> PIL.Image.Image | PictureError:
+def _attempt(read: Callable[..., PIL.Image.Image], *arguments: Any) -> PIL.Image.Image | VisitorError:
     try:
         return read(*arguments)
-    except PictureError as error:
-        return PictureError(str(error))  # anew, as the traceback of the old one keeps the whole file in memory
+    except VisitorError as error:
+        return VisitorError(str(error))  # anew, as the traceback of the old one keeps the whole file in memory
 
 
 def _open_member(archive: zipfile.ZipFile, entry: zipfile.ZipInfo, name: str) -> PIL.Image.Image:
@@ -239,5 +214,5 @@ def _open_member(archive: zipfile.ZipFile, entry: zipfile.ZipInfo, name: str) ->
         with archive.open(entry) as file:
             data = file.read(entry.file_size)  # which may be a lie, so never until the end
     except Exception as error:  # zipfile raises anything from BadZipFile to zlib.error
-        raise PictureError(f"{name} is damaged in its archive; zip the pictures once more.") from error
+        raise VisitorError(f"{name} is damaged in its archive; zip the pictures once more.") from error
     return open_picture(data, name)

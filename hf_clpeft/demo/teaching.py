@@ -16,10 +16,11 @@ from ..progress import disable_progress_bars
 from ..streams import load_task
 from ..training import ContinualTrainer, ContinualTrainingArguments
 from .models import Models
-from .pictures import PictureError
+from .pictures import VisitorError
 
 
 FEWEST, MOST_PICTURES, MOST_CLASSES, MOST_SECONDS = 3, 200, 20, 180
+MOST_PIXELS = 800_000_000  # of all pictures, which are in memory together
 STEPS, MOST_EPOCHS, BATCH = 100, 60, 16
 HEAD_LEARNING_RATE = 1e-2  # of a new row, which must win over those of old tasks within few steps
 
@@ -46,7 +47,7 @@ class Lesson:
 
 
 def sort_pictures(
-    name: str, uploads: Iterable[tuple[str, PIL.Image.Image | PictureError]], known: Sequence[str]
+    name: str, uploads: Iterable[tuple[str, PIL.Image.Image | VisitorError]], known: Sequence[str]
 ) -> dict[str, list[PIL.Image.Image]]:
     """Which class each uploaded picture is of: of the folder it lies in, or of the given name.
 
@@ -59,7 +60,7 @@ def sort_pictures(
         `dict[str, list[PIL.Image.Image]]`: Pictures by class.
 
     Raises:
-        [`PictureError`]: A picture or a name cannot be used, or there are too few or too many.
+        [`VisitorError`]: A picture or a name cannot be used, or there are too few or too many.
 
     Example:
 
@@ -74,26 +75,32 @@ def sort_pictures(
     ```
     """
     classes: dict[str, list[PIL.Image.Image]] = {}
+    pixels = 0
     for path, picture in uploads:
-        if isinstance(picture, PictureError):
+        if isinstance(picture, VisitorError):
             raise picture
+        pixels += picture.width * picture.height
+        if pixels > MOST_PIXELS:
+            raise VisitorError(
+                f"These pictures have more than {MOST_PIXELS // 10**6} megapixels together; make them smaller first."
+            )
         label = " ".join((Path(path).parent.name or name).split())
         classes.setdefault(label, []).append(picture)
     if not classes:
-        raise PictureError(f"There is no picture yet: give {FEWEST} or more, about five is good.")
+        raise VisitorError(f"There is no picture yet: give {FEWEST} or more, about five is good.")
     for label, pictures in classes.items():
         if not re.fullmatch(r"[\w .,'()&+-]{1,40}", label):
-            raise PictureError(
+            raise VisitorError(
                 "Give the class a name of 1 to 40 letters, digits or simple signs, or put the pictures into a folder "
                 "of that name."
             )
         if label in known:
-            raise PictureError(f"The model knows {label!r} already. Give the new class another name.")
+            raise VisitorError(f"The model knows {label!r} already. Give the new class another name.")
         if len(pictures) < FEWEST:
-            raise PictureError(f"{label!r} has {len(pictures)} pictures; give {FEWEST} or more, about five is good.")
+            raise VisitorError(f"{label!r} has {len(pictures)} pictures; give {FEWEST} or more, about five is good.")
     count = sum(map(len, classes.values()))
     if count > MOST_PICTURES or len(classes) > MOST_CLASSES:
-        raise PictureError(
+        raise VisitorError(
             f"These are {count} pictures of {len(classes)} classes; at most {MOST_PICTURES} of {MOST_CLASSES} can be "
             "taught here at once. Take fewer, or train on your own machine with ContinualTrainer."
         )
@@ -118,7 +125,7 @@ def refusal(model: ContinualModel) -> str | None:
 
 def teach(
     models: Models,
-    key: str,
+    key: str | None,
     classes: dict[str, list[PIL.Image.Image]],
     old_pictures: Sequence[PIL.Image.Image] = (),
     progress: Callable[[float, str], None] = lambda share, text: None,
@@ -136,7 +143,7 @@ def teach(
         [`Lesson`]
 
     Raises:
-        [`PictureError`]: It takes longer than it may.
+        [`VisitorError`]: It takes longer than it may.
         [`ConfigError`]: The method cannot learn such a task.
     """
     start = time.monotonic()
@@ -157,7 +164,7 @@ def teach(
 
     def on_step(step: int, steps: int) -> None:
         if time.monotonic() - start > MOST_SECONDS:
-            raise PictureError(f"This takes longer than {MOST_SECONDS} seconds here. Give fewer pictures.")
+            raise VisitorError(f"This takes longer than {MOST_SECONDS} seconds here. Give fewer pictures.")
         progress(0.1 + 0.7 * step / steps, f"Training, step {step} of {steps}")
 
     args = ContinualTrainingArguments(

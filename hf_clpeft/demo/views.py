@@ -1,5 +1,6 @@
 """What a visitor sees of a prediction and of a model, as text, tables and points."""
 
+from collections import Counter
 from collections.abc import Sequence
 from html import escape
 
@@ -35,14 +36,22 @@ def introduction(model: ContinualModel, source: str) -> str:
 
 def colours(model: ContinualModel) -> dict[str, str]:
     """One colour for each expert's prototypes, and one that no expert has for the visitor's picture."""
-    names = dict.fromkeys(titles(model).values())
+    names = titles(model).values()
     return {**{name: PALETTE[i % len(PALETTE)] for i, name in enumerate(names)}, PICTURE: "#ef4444"}
 
 
 def titles(model: ContinualModel) -> dict[str, str]:
-    """What to call each expert: its task's domain or classes, or the name of a pool's member."""
+    """What to call each expert: its task's domain or classes, or the name of a pool's member; no two alike."""
     named = {task.name: task.title for task in model.config.tasks}
-    return {name: named.get(name, name) for name in model.bank.names}
+    titles = {name: named.get(name, name) for name in model.bank.names}
+    count = Counter(titles.values())
+    taken, unique = {PICTURE}, {}
+    for name, title in titles.items():
+        while title in taken or count[title] > 1:
+            title += f" ({name})"
+        unique[name] = title
+        taken.add(title)
+    return unique
 
 
 def landmark(model: ContinualModel) -> str:

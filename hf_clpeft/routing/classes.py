@@ -50,7 +50,7 @@ class ClassRouter(Router, ABC):
             features (`torch.Tensor` of shape `(images, query_size)`): Query features of its training images.
             classes (integer `torch.Tensor` of shape `(images,)`): Number of the class of each.
         """
-        features = features.detach().double().cpu()
+        features = features.detach().cpu().double()
         numbers, entries = classes.cpu().unique(return_inverse=True)
         counts = torch.bincount(entries)
         normalized = torch.nn.functional.normalize(features, dim=-1)

@@ -73,10 +73,10 @@ class GaussianRouter(ClassRouter):
 
     def derive(self) -> None:
         freedom = max(1, int(self.counts.sum()) - len(self.counts))
-        covariance = shrink(self.scatter.double().cpu() / freedom, freedom)
+        covariance = shrink(self.scatter.cpu().double() / freedom, freedom)
         whitening = torch.linalg.inv(torch.linalg.cholesky(covariance)).T
         self._whitening = whitening.to(self.scatter)
-        self._centres = (self.prototypes.double().cpu() @ whitening).to(self.scatter)
+        self._centres = (self.prototypes.cpu().double() @ whitening).to(self.scatter)
 
 
 def shrink(covariance: torch.Tensor, freedom: int) -> torch.Tensor:

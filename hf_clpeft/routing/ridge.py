@@ -88,7 +88,7 @@ class RidgeRouter(ClassRouter):
         targets = torch.nn.functional.one_hot(entries).to(hidden)
         self._append({"moments": targets.T @ hidden})
         self.gram = self.gram + hidden.T @ hidden
-        self.penalty = self.penalty.new_tensor(choose_penalty(hidden.double().cpu(), targets.double().cpu()))
+        self.penalty = self.penalty.new_tensor(choose_penalty(hidden.cpu().double(), targets.cpu().double()))
         self.derive()
 
     def merge_sums(self, other: Self) -> None:
@@ -110,11 +110,11 @@ class RidgeRouter(ClassRouter):
     def derive(self) -> None:
         if not len(self.moments):
             return
-        gram = self.gram.double().cpu()
+        gram = self.gram.cpu().double()
         # Of fewer images than random features the Gram matrix is singular but for rounding, which must not be fitted.
         rounding = torch.finfo(self.gram.dtype).eps * gram.trace().item()
         gram.diagonal().add_(max(self.penalty.item(), rounding))
-        self._weights = torch.linalg.solve(gram, self.moments.double().cpu().T).T.to(self.gram)
+        self._weights = torch.linalg.solve(gram, self.moments.cpu().double().T).T.to(self.gram)
 
 
 def choose_penalty(features: torch.Tensor, targets: torch.Tensor) -> float:

@@ -2,6 +2,7 @@
 
 from .benchmarks import BENCHMARKS, Benchmark, load_benchmark
 from .images import ImageTransform, TaskImages, cache_images
+from ..backbones.pictures import PictureError, open_image
 from .source import ImageSource, StreamError
 from .stream import TaskStream, load_task
 from .streamed import StreamedImages, open_images
@@ -13,6 +14,7 @@ __all__ = [
     "Benchmark",
     "ImageSource",
     "ImageTransform",
+    "PictureError",
     "Split",
     "StreamError",
     "StreamedImages",
@@ -22,5 +24,6 @@ __all__ = [
     "cache_images",
     "load_benchmark",
     "load_task",
+    "open_image",
     "open_images",
 ]

@@ -1,18 +1,16 @@
-"""Pictures to pixels: decoded and resized once, kept on disk, normalised and augmented on the device."""
+"""Pictures to pixels: read and resized once, kept on disk, normalised and augmented on the device."""
 
-import io
 import logging
 from collections.abc import Iterable, Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import PIL.Image
-import PIL.ImageOps
 import torch
 from datasets import Dataset, Features, Value, concatenate_datasets
 from datasets.exceptions import DatasetGenerationError
 
+from ..backbones.pictures import READER, PictureError, open_image
 from ..backbones.transform import ImageTransform
 from .source import StreamError
 from .task import Split
@@ -59,39 +57,6 @@ def augment(pixels: torch.Tensor, augmentation: str) -> torch.Tensor:
     theta[:, 0, 0], theta[:, 1, 1], theta[:, :, 2] = side * flip, side, shift
     grid = torch.nn.functional.affine_grid(theta, list(pixels.shape), align_corners=False)
     return torch.nn.functional.grid_sample(pixels, grid, padding_mode="reflection", align_corners=False)
-
-
-def decode(encoded: dict) -> PIL.Image.Image:
-    """The upright RGB image of what `datasets.Image(decode=False)` gives: its `bytes`, or the `path` to it."""
-    file = io.BytesIO(encoded["bytes"]) if encoded["bytes"] is not None else encoded["path"]
-    with PIL.Image.open(file) as image:
-        return PIL.ImageOps.exif_transpose(image).convert("RGB")
-
-
-def open_image(image: PIL.Image.Image | str | Path) -> PIL.Image.Image:
-    """The upright RGB image of a file, or of an image that is open already.
-
-    Raises:
-        `OSError`: The file is no picture.
-
-    Example:
-
-    ```py
-    >>> from PIL import Image
-    >>> from hf_clpeft.streams.images import open_image
-
-    >>> open_image(Image.new("L", (8, 8))).mode
-    'RGB'
-
-    ```
-    """
-    if isinstance(image, PIL.Image.Image):
-        return PIL.ImageOps.exif_transpose(image).convert("RGB")
-    try:
-        with PIL.Image.open(image) as opened:
-            return PIL.ImageOps.exif_transpose(opened).convert("RGB")
-    except Exception as error:  # Pillow raises anything from OSError to struct.error on broken files
-        raise OSError(f"{image} is no picture that can be read: {error}") from error
 
 
 class TaskImages(torch.utils.data.Dataset):
@@ -185,6 +150,7 @@ def cache_images(split: Split, transform: ImageTransform, max_bad_images: int = 
         "image_column": split.image_column,
         "label_column": split.label_column,
         "labels": split.labels,
+        "reader": READER,
     }
     if isinstance(split.dataset, Dataset):
         cached = split.dataset.map(
@@ -212,22 +178,22 @@ def _rows(rows: Iterable[dict]) -> Iterator[dict]:
     yield from rows
 
 
-def to_pixels(batch: dict, transform: ImageTransform, image_column: str, label_column: str, labels: dict) -> dict:
-    """Columns `pixels` and `label` of encoded rows; where one cannot be decoded, why, and [`BAD`]."""
-    images: list[PIL.Image.Image] = []
-    problems: list[bytes | None] = []
-    for encoded, row in zip(batch[image_column], batch["row"], strict=True):
+def to_pixels(
+    batch: dict, transform: ImageTransform, image_column: str, label_column: str, labels: dict, reader: int = READER
+) -> dict:
+    """Columns `pixels` and `label` of encoded rows; where one cannot be decoded, why, and [`BAD`].
+
+    `datasets` keeps what comes of it for as long as the arguments are the same, the version of the reader among them.
+    """
+    pixels, numbers = [], []
+    for encoded, value, row in zip(batch[image_column], batch[label_column], batch["row"], strict=True):
         try:
-            images.append(decode(encoded))
-            problems.append(None)
-        except Exception as error:  # Pillow raises anything from OSError to struct.error on broken files
-            problems.append(f"row {row}: the image cannot be decoded ({error})".encode())
-    resized = iter(transform.resize(images) if images else ())
-    numbers = [labels[value] for value in batch[label_column]]
-    return {
-        "pixels": [next(resized).tobytes() if problem is None else problem for problem in problems],
-        "label": [number if problem is None else BAD for number, problem in zip(numbers, problems, strict=True)],
-    }
+            pixels.append(transform.resize([encoded]).tobytes())
+            numbers.append(labels[value])
+        except PictureError as error:
+            pixels.append(f"row {row}: the image cannot be decoded ({error})".encode())
+            numbers.append(BAD)
+    return {"pixels": pixels, "label": numbers}
 
 
 def _without_bad(images: Dataset, title: str, most: int) -> Dataset:
