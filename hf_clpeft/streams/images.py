@@ -13,7 +13,7 @@ import torch
 from datasets import Dataset, Features, Value, concatenate_datasets
 from datasets.exceptions import DatasetGenerationError
 
-from .source import StreamError
+from .source import ROW, StreamError
 from .task import Split
 
 
@@ -280,7 +280,7 @@ def to_pixels(batch: dict, transform: ImageTransform, image_column: str, label_c
     """Columns `pixels` and `label` of encoded rows; where one cannot be decoded, why, and [`BAD`]."""
     images: list[PIL.Image.Image] = []
     problems: list[bytes | None] = []
-    for encoded, row in zip(batch[image_column], batch["row"], strict=True):
+    for encoded, row in zip(batch[image_column], batch[ROW], strict=True):
         try:
             images.append(decode(encoded))
             problems.append(None)
