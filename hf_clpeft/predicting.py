@@ -10,9 +10,9 @@ import PIL.Image
 import torch
 from tqdm.auto import tqdm
 
+from .backbones.pictures import KINDS, PictureError, is_picture, open_image
 from .errors import ConfigError
 from .prediction import Prediction, read_output
-from .backbones.pictures import KINDS, PictureError, is_picture, open_image
 
 
 if TYPE_CHECKING:

@@ -16,9 +16,9 @@ import torch
 from datasets import Dataset, DatasetDict, Features, Image, Value
 
 from hf_clpeft import HfClpeftError, TaskStream
+from hf_clpeft.backbones.pictures import READER
 from hf_clpeft.demo.pictures import open_picture
 from hf_clpeft.streams import PictureError, cache_images, images, load_task, open_image
-from hf_clpeft.backbones.pictures import READER
 
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # Pillow's, about broken files

@@ -1,8 +1,8 @@
 """Where tasks come from: data sets, split into tasks, and named benchmarks."""
 
+from ..backbones.pictures import PictureError, open_image
 from .benchmarks import BENCHMARKS, Benchmark, load_benchmark
 from .images import ImageTransform, TaskImages, cache_images
-from ..backbones.pictures import PictureError, open_image
 from .source import ImageSource, StreamError
 from .stream import TaskStream, load_task
 from .streamed import StreamedImages, open_images

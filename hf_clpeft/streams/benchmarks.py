@@ -1,12 +1,18 @@
 """Named streams, each with the data set's Hub id, the protocol, and where the protocol is documented."""
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+from huggingface_hub.errors import RevisionNotFoundError
+
 from .digits import load_digits_dataset
 from .source import StreamError
 from .stream import TaskStream
+
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -18,7 +24,7 @@ class Benchmark:
         dataset (`str` or callable): Hub id, or a function that makes the data set.
         protocol (`str`): What is split how, in one sentence, and where that is documented.
         stream (`dict`): Arguments of [`TaskStream.class_incremental`] or [`TaskStream.domain_incremental`]. `revision`
-            pins the data set where a commit is known.
+            pins the data set where a commit is known; another `dataset` is not held to it.
         defaults (`dict`): Options of the recipes that differ from their own defaults on this benchmark.
         tuned (`dict`): The same for single methods, by name.
 
@@ -84,7 +90,12 @@ BENCHMARKS: dict[str, Benchmark] = {
         dataset="zh-plus/tiny-imagenet",
         protocol="10 tasks of 20 classes in an order shuffled with seed 1993; tested on the split `valid`, as the "
         "test labels were never published (arXiv 2406.03216, section 4).",
-        stream={"num_tasks": 10, "seed": 1993, "test_split": "valid"},
+        stream={
+            "num_tasks": 10,
+            "seed": 1993,
+            "test_split": "valid",
+            "revision": "b427d143d5e9bf39d5132c552063f3c5ba3facd6",
+        },
     ),
     "domainnet": Benchmark(
         scenario="domain",
@@ -114,7 +125,10 @@ BENCHMARKS: dict[str, Benchmark] = {
         dataset="flwrlabs/pacs",
         protocol="4 domains x 7 classes in alphabetical order; 20 % of every class held out of the only split for "
         "testing (images and domains: arXiv 1710.03077).",
-        stream={"domains": ["art_painting", "cartoon", "photo", "sketch"]},
+        stream={
+            "domains": ["art_painting", "cartoon", "photo", "sketch"],
+            "revision": "394113073258ead631f617d2e13bb377c0715c4b",
+        },
     ),
     "caltech101": Benchmark(
         scenario="class",
@@ -127,7 +141,7 @@ BENCHMARKS: dict[str, Benchmark] = {
         scenario="class",
         dataset="uoft-cs/cifar10",
         protocol="5 tasks of 2 classes in the data set's order, as Split CIFAR-10 mostly is (arXiv 1703.04200).",
-        stream={"num_tasks": 5},
+        stream={"num_tasks": 5, "revision": "0b2714987fa478483af9968de7c934580d0bb9a2"},
     ),
     "digits": Benchmark(
         scenario="class",
@@ -172,10 +186,24 @@ def load_benchmark(name: str, **overrides: Any) -> TaskStream:
     if name not in BENCHMARKS:
         raise StreamError(f"There is no benchmark {name!r}; choose one of {sorted(BENCHMARKS)}.")
     benchmark = BENCHMARKS[name]
+    dataset = overrides.pop("dataset", None) or benchmark.dataset
     options = {**benchmark.stream, **overrides}
-    dataset = options.pop("dataset", None) or benchmark.dataset
+    if dataset != benchmark.dataset and "revision" not in overrides:  # another repo does not have the commit
+        options.pop("revision", None)
     dataset = dataset() if callable(dataset) else dataset
     make = TaskStream.class_incremental if benchmark.scenario == "class" else TaskStream.domain_incremental
-    stream = make(dataset, **options)
+    try:
+        stream = make(dataset, **options)
+    except StreamError as error:
+        pinned = "revision" in options and "revision" not in overrides
+        if not pinned or not isinstance(getattr(error.__cause__, "__cause__", None), RevisionNotFoundError):
+            raise
+        logger.warning(
+            "%s has no commit %s (any more), which the benchmark %s stands for: taking what is there now.",
+            dataset,
+            options.pop("revision"),
+            name,
+        )
+        stream = make(dataset, **options)
     stream.name = name
     return stream

@@ -12,7 +12,7 @@ from datasets.exceptions import DatasetGenerationError
 
 from ..backbones.pictures import READER, PictureError, open_image
 from ..backbones.transform import ImageTransform
-from .source import StreamError
+from .source import ROW, StreamError
 from .task import Split
 
 
@@ -186,7 +186,7 @@ def to_pixels(
     `datasets` keeps what comes of it for as long as the arguments are the same, the version of the reader among them.
     """
     pixels, numbers = [], []
-    for encoded, value, row in zip(batch[image_column], batch[label_column], batch["row"], strict=True):
+    for encoded, value, row in zip(batch[image_column], batch[label_column], batch[ROW], strict=True):
         try:
             pixels.append(transform.resize([encoded]).tobytes())
             numbers.append(labels[value])

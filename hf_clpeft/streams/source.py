@@ -1,30 +1,23 @@
 """One split of an image data set, with its columns found, its rows numbered and its labels checked."""
 
-from collections.abc import Callable
-from functools import partial
-from pathlib import Path
+import re
+from collections.abc import Callable, Iterable
+from functools import cached_property
+from itertools import islice
 from typing import Any
 
 import numpy as np
-from datasets import (
-    ClassLabel,
-    Dataset,
-    DatasetDict,
-    Features,
-    Image,
-    IterableDataset,
-    IterableDatasetDict,
-    load_dataset,
-    load_dataset_builder,
-    load_from_disk,
-)
-from datasets.packaged_modules.parquet.parquet import Parquet
+from datasets import ClassLabel, Dataset, Features, Image, IterableDataset, LargeList, List, Value
 
 from ..errors import HfClpeftError
+from .sampling import Places, first_of_each
 
 
+IMAGE_NAMES = ("image", "images", "img", "picture", "photo", "url", "image_url")
 LABEL_NAMES = ("label", "labels", "fine_label", "class", "target")
-TEST_SPLITS = ("test", "validation", "valid", "val")
+LABEL_TYPES = re.compile("(large_)?string(_view)?|bool|u?int(8|16|32|64)|float(16|32|64)|null")
+ROW = "hf_clpeft row"  # a column of our own, of a name that no data set has
+PEEKED = 100  # rows of a stream that are looked at before all are read
 
 
 class StreamError(HfClpeftError, ValueError):
@@ -48,7 +41,7 @@ class StreamError(HfClpeftError, ValueError):
 class ImageSource:
     """One split of an image data set.
 
-    The images stay encoded; a column `row` remembers where each came from, so that a later error can name it.
+    The images stay encoded; a column `ROW` remembers where each came from, so that a later error can name it.
 
     Args:
         dataset (`datasets.Dataset` or `datasets.IterableDataset`): The split.
@@ -91,18 +84,31 @@ class ImageSource:
         self.title = f"data set {name!r}, split {split!r}"
         self.streaming = isinstance(dataset, IterableDataset)
         features = dataset._resolve_features().features if self.streaming else dataset.features
-        self.image_column = self._find_image_column(features, image_column)
+        self.image_column = self._find_image_column(features, image_column, dataset)
         self.label_column = self._find_label_column(features, label_column)
         self.domain_column = domain_column
         if domain_column is not None and domain_column not in features:
             raise StreamError(f"{self.title} has no column {domain_column!r}; its columns are {list(features)}.")
+        for option, column in (("label_column", self.label_column), ("domain_column", domain_column)):
+            if column is not None:
+                self._check_type(option, column, features)
         self.reopen = reopen
         self.dataset = self._narrow(dataset)
         self._label_feature = features[self.label_column]
         self._domain_feature = features[domain_column] if domain_column else None
+        self._raw: dict[str, list] = {}
         self._values: dict[str, np.ndarray] = {}
-        self.class_names = self._names(self.label_column, self._label_feature)
-        self.domain_names = self._names(domain_column, self._domain_feature) if domain_column else []
+        self._check_first_picture()
+
+    @cached_property
+    def class_names(self) -> list[str]:
+        """Names of the classes, in the data set's order."""
+        return self._names(self.label_column, self._label_feature)
+
+    @cached_property
+    def domain_names(self) -> list[str]:
+        """Names of the domains, in the data set's order."""
+        return self._names(self.domain_column, self._domain_feature) if self.domain_column else []
 
     def _narrow(self, dataset: Dataset | IterableDataset, rows: np.ndarray | None = None) -> Dataset | IterableDataset:
         """The columns that are needed, images encoded, rows numbered: one after the other unless it is told how."""
@@ -111,34 +117,49 @@ class ImageSource:
         dataset = dataset.cast_column(self.image_column, Image(decode=False))
         if self.streaming:
             return dataset.map(_number_row, with_indices=True, fn_kwargs={"rows": rows})
-        return dataset.add_column("row", np.arange(len(dataset)))
+        return dataset.add_column(ROW, np.arange(len(dataset)))
 
-    def stream(self, wanted: dict[str, list]) -> tuple[IterableDataset, bool]:
-        """Rows of a streaming source with one of the wanted values in each of some columns, and whether there are any.
+    def stream(self, wanted: dict[str, list], most: int | None = None) -> tuple[IterableDataset, set]:
+        """Rows of a streaming source with one of the wanted values in each of some columns, and labels among them.
 
-        Parquet files are not read where their statistics say that they have none; of others, every row is looked at.
+        Parquet files are not read where their statistics say that they have none; of others, every row is looked at,
+        and without `most`, all labels are taken to be there if any is.
 
         Args:
             wanted (`dict[str, list]`): Values by column.
+            most (`int`, *optional*): Take only so many rows, the first ones, but at least one of each label.
         """
+        rows: Iterable
         if self.reopen is None:
             dataset = self.dataset.filter(_Keep({column: set(values) for column, values in wanted.items()}))
-            return dataset, any(True for _ in dataset)
-        mask = np.logical_and.reduce([np.isin(self.values(column), values) for column, values in wanted.items()])
-        filters = [(column, "in", values) for column, values in wanted.items()]
-        return self._narrow(self.reopen(filters=filters), np.flatnonzero(mask)), bool(mask.any())
+            rows = (row[self.label_column] for row in dataset.select_columns([self.label_column]))
+        else:
+            mask = np.logical_and.reduce([np.isin(self.values(column), values) for column, values in wanted.items()])
+            filters = [(column, "in", values) for column, values in wanted.items()]
+            dataset = self._narrow(self.reopen(filters=filters), np.flatnonzero(mask))
+            rows = self.values(self.label_column)[mask].tolist()
+        labels = wanted[self.label_column]
+        if self.reopen is None and most is None:
+            return dataset, set(labels) if any(True for _ in rows) else set()
+        places, there = first_of_each(rows, labels, len(labels) if most is None else most)
+        if most is not None:
+            dataset = dataset.filter(Places(places), with_indices=True).take(len(places))
+        return dataset, there
 
-    def _find_image_column(self, features: Features, column: str | None) -> str:
+    def _find_image_column(self, features: Features, column: str | None, dataset: Dataset | IterableDataset) -> str:
         images = [name for name, feature in features.items() if isinstance(feature, Image)]
         if column is None and len(images) == 1:
             return images[0]
         if column is not None and column in images:
             return column
-        if column in features:
-            raise StreamError(
-                f"{self.title}: column {column!r} is {features[column]}, not images. Cast it with "
-                f"`dataset.cast_column({column!r}, datasets.Image())`."
-            )
+        if column is None and not images:
+            column = next((name for name in features if name.lower() in IMAGE_NAMES), None)
+        if column is not None and column in features:
+            way_out = f"Cast it with `dataset.cast_column({column!r}, datasets.Image())`."
+            if not isinstance(features[column], Value):
+                way_out = "One picture a row is needed: make such a column with `dataset.map`, and set image_column."
+            way_out = _not_a_picture(_first(dataset, column), column) or way_out
+            raise StreamError(f"{self.title}: column {column!r} is {features[column]}, not images. {way_out}")
         wanted = f"no column {column!r}" if column else f"{len(images)} image columns"
         raise StreamError(f"{self.title} has {wanted}; set image_column to one of {images or list(features)}.")
 
@@ -151,40 +172,99 @@ class ImageSource:
             raise StreamError(f"{self.title} has {wanted}; set label_column to one of {list(features)}.")
         return column
 
+    def _check_type(self, option: str, column: str, features: Features) -> None:
+        feature: Any = features[column]
+        if isinstance(feature, ClassLabel) or (isinstance(feature, Value) and LABEL_TYPES.fullmatch(feature.dtype)):
+            return
+        problem, way_out = f"is {feature}", "make it names or numbers with `dataset.map`"
+        if isinstance(feature, dict):
+            problem = f"is a struct of {list(feature)}"
+            way_out = f"flatten it with `dataset.flatten()` and set {option} to '{column}.{next(iter(feature), '')}'"
+        elif isinstance(feature, List | LargeList | list):
+            problem, way_out = "holds a list in every row", "keep one value of each list with `dataset.map`"
+        others = [name for name in features if name not in (column, self.image_column)]
+        raise StreamError(
+            f"{self.title}: {option} {column!r} {problem}, not one name or number for each image. Set {option} to "
+            f"another column{f' of {others}' if others else ''}, or {way_out}."
+        )
+
+    def _check_first_picture(self) -> None:
+        """Text that has been cast to an image is no path to one, if it is an address or the image itself."""
+        first = _first(self.dataset, self.image_column) if self.reopen is None else None
+        if isinstance(first, dict) and first.get("bytes") is None and isinstance(first.get("path"), str):
+            problem = _not_a_picture(first["path"], self.image_column)
+            if problem:
+                raise StreamError(f"{self.title}, row 0: column {self.image_column!r} holds no picture. {problem}")
+
+    def has_labels(self) -> bool:
+        """Whether any row has a label: those of test splits are often hidden. Of a stream, the first rows count."""
+        if self.streaming and self.reopen is None:
+            rows = islice(self.dataset.select_columns([self.label_column]), PEEKED)
+            return any(not _is_missing(row[self.label_column]) for row in rows)
+        return any(not _is_missing(value) for value in self._read(self.label_column))
+
+    def _read(self, column: str) -> list:
+        if column not in self._raw:
+            dataset = self.dataset if self.reopen is None else self.reopen(columns=[column])
+            rows = dataset.select_columns([column])
+            self._raw[column] = [row[column] for row in rows] if self.streaming else rows[:][column]
+        return self._raw[column]
+
     def values(self, column: str) -> np.ndarray:
         """All values of one column, in row order. A streaming source is read once for it, without decoding images."""
         if column not in self._values:
-            dataset = self.dataset if self.reopen is None else self.reopen(columns=[column])
-            rows = dataset.select_columns([column])
-            values = [row[column] for row in rows] if self.streaming else rows[:][column]
-            missing = next((i for i, value in enumerate(values) if value is None or value == -1), None)
-            if missing is not None:
+            values = self._read(column)
+            missing = [i for i, value in enumerate(values) if _is_missing(value)]
+            if missing:
+                value = values[missing[0]]
+                test = "is not None" if value is None else ">= 0" if value == -1 else f"== row[{column!r}]"
                 raise StreamError(
-                    f"{self.title}, row {missing}: {column!r} is {values[missing]!r}. Every image needs one; drop "
-                    f"unlabelled rows with `dataset.filter(lambda row: row[{column!r}] is not None)`."
+                    f"{self.title}, row {missing[0]}: {column!r} is {value!r}, a missing label, as in "
+                    f"{len(missing)} of {len(values)} rows. Every image needs one; drop unlabelled rows with "
+                    f"`dataset.filter(lambda row: row[{column!r}] {test})`, or set label_column."
                 )
             self._values[column] = np.asarray(values)
+            del self._raw[column]
         return self._values[column]
 
     def _names(self, column: str, feature: Any) -> list[str]:
         if isinstance(feature, ClassLabel):
             return list(feature.names)
-        return [str(value) for value in sorted(set(self.values(column).tolist()))]
+        values = self.values(column)
+        if values.dtype.kind == "f" and (fractions := np.flatnonzero(values != np.floor(values))).size:
+            raise StreamError(
+                f"{self.title}, row {fractions[0]}: {column!r} is {values[fractions[0]]}, a fraction: no class or "
+                "domain. Choose another column, or make its values names with `dataset.map`."
+            )
+        return [_name_of(value) for value in sorted(set(values.tolist()))]
 
     def _codes(self, column: str, feature: Any, names: list[str]) -> dict:
         """Value in the column for each of the names: what a filter compares with."""
         if isinstance(feature, ClassLabel):
             return {feature.str2int(name): name for name in names}
         wanted = set(names)
-        return {value: str(value) for value in set(self.values(column).tolist()) if str(value) in wanted}
+        return {value: _name_of(value) for value in set(self.values(column).tolist()) if _name_of(value) in wanted}
 
-    def labels_of(self, classes: list[str]) -> dict:
-        """Maps each value of the label column to the position of its class in `classes`."""
+    def labels_of(self, classes: list[str], some: bool = False) -> dict:
+        """Maps each value of the label column to the position of its class in `classes`.
+
+        Args:
+            classes (`list[str]`): Names of classes.
+            some (`bool`, *optional*, defaults to `False`): Not all of them need be there.
+        """
         unknown = [name for name in classes if name not in self.class_names]
-        if unknown:
+        if unknown and not some:
             raise StreamError(f"{self.title} has no class {unknown[0]!r}; its classes are {self.class_names[:20]}.")
-        codes = self._codes(self.label_column, self._label_feature, classes)
+        codes = self._codes(self.label_column, self._label_feature, [name for name in classes if name not in unknown])
         return {value: classes.index(name) for value, name in codes.items()}
+
+    def present(self) -> list[str]:
+        """Classes that have images, in the data set's order; of a stream that cannot be looked through, all."""
+        if self.streaming and self.reopen is None:
+            return self.class_names
+        there = set(self.values(self.label_column).tolist())
+        labels = self.labels_of(self.class_names)
+        return [self.class_names[position] for value, position in sorted(labels.items()) if value in there]
 
     def domains_of(self, domains: list[str]) -> set:
         """Values of the domain column that mean one of `domains`."""
@@ -196,7 +276,39 @@ class ImageSource:
 
 
 def _number_row(row: dict, index: int, rows: np.ndarray | None) -> dict[str, int]:
-    return {"row": index if rows is None else int(rows[index])}
+    return {ROW: index if rows is None else int(rows[index])}
+
+
+def _is_missing(value: Any) -> bool:
+    """`None`, NaN, and -1, which stands for a hidden label."""
+    return value is None or value != value or (value == -1 and not isinstance(value, str))
+
+
+def _name_of(value: Any) -> str:
+    return str(int(value)) if isinstance(value, float) else str(value)
+
+
+def _first(dataset: Dataset | IterableDataset, column: str) -> Any:
+    """The first value of a column, or `None`."""
+    rows = dataset.select_columns([column])
+    return next(iter(rows[:1][column] if isinstance(rows, Dataset) else (row[column] for row in rows)), None)
+
+
+def _not_a_picture(value: Any, column: str) -> str:
+    """What to do with text that no file has for a name; nothing if it may be a path."""
+    if not isinstance(value, str):
+        return ""
+    if re.match(r"(https?|ftp|s3|gs)://", value):
+        return (
+            f"It holds addresses ({value[:60]!r}): download the pictures first, for example with `dataset.map(lambda "
+            f"row: {{{column!r}: requests.get(row[{column!r}]).content}})`, then cast it to datasets.Image()."
+        )
+    if value.startswith("data:") or re.fullmatch(r"[A-Za-z0-9+/_\s-]{64,}={0,2}\s*", value):
+        return (
+            f"It holds pictures as base64 text ({value[:20]!r}...): decode them first, `dataset.map(lambda row: "
+            f"{{{column!r}: base64.b64decode(row[{column!r}].split(',')[-1])}})`, then cast it to datasets.Image()."
+        )
+    return ""
 
 
 class _Keep:
@@ -207,98 +319,3 @@ class _Keep:
 
     def __call__(self, row: dict) -> bool:
         return all(row[column] in values for column, values in self.wanted.items())
-
-
-def load_source(
-    dataset: str | Path | DatasetDict | IterableDatasetDict,
-    split: str,
-    name: str | None = None,
-    revision: str | None = None,
-    streaming: bool = False,
-    **columns: Any,
-) -> ImageSource:
-    """Opens one split of a data set: a Hub id, a folder of Parquet files, an ImageFolder, or one already loaded.
-
-    Args:
-        dataset (`str`, `Path`, `DatasetDict` or `IterableDatasetDict`): Hub id, folder, or loaded data set.
-        split (`str`): Name of the split.
-        name (`str`, *optional*): Configuration of the data set.
-        revision (`str`, *optional*): Commit of the data set's repo.
-        streaming (`bool`, *optional*, defaults to `False`): Read rows as they are needed.
-        columns: `image_column`, `label_column`, `domain_column`.
-
-    Returns:
-        [`ImageSource`]
-
-    Example:
-
-    ```py
-    >>> from datasets import Dataset, DatasetDict
-    >>> from PIL import Image
-    >>> from hf_clpeft.streams.source import load_source
-
-    >>> rows = {"image": [Image.new("RGB", (8, 8))] * 2, "label": [0, 1]}
-    >>> load_source(DatasetDict(train=Dataset.from_dict(rows)), "train").title
-    "data set 'DatasetDict', split 'train'"
-
-    ```
-    """
-    if isinstance(dataset, DatasetDict | IterableDatasetDict):
-        if split not in dataset:
-            raise StreamError(f"The data set has no split {split!r}; its splits are {list(dataset)}.")
-        return ImageSource(dataset[split], type(dataset).__name__, split, **columns)
-    if Path(dataset, "dataset_dict.json").is_file():
-        return load_source(load_from_disk(dataset), split, **columns)
-    open_split = partial(load_dataset, str(dataset), name, split=split, revision=revision, streaming=streaming)
-    try:
-        loaded = open_split()
-        can_skip = streaming and isinstance(load_dataset_builder(str(dataset), name, revision=revision), Parquet)
-    except ValueError as error:
-        raise StreamError(f"Data set {str(dataset)!r}, split {split!r} cannot be loaded: {error}") from error
-    if Path(dataset).is_dir() and set(loaded.features or ()) == {"image"}:
-        loaded = _with_single_class(open_split, dataset)
-    return ImageSource(loaded, str(dataset), split, **columns, reopen=open_split if can_skip else None)
-
-
-def _with_single_class(
-    open_split: Callable[..., Dataset | IterableDataset], folder: str | Path
-) -> Dataset | IterableDataset:
-    """A folder of pictures with one class folder, which `datasets` takes for no class."""
-    loaded = open_split(drop_labels=False)
-    (label,) = loaded.features["label"].names
-    if label in (Path(folder).name, *TEST_SPLITS, "train"):
-        raise StreamError(
-            f"{folder} holds pictures, but no class: put those of each class into a folder with its name, "
-            f"{Path(folder, 'robin', '1.jpg')}."
-        )
-    return loaded
-
-
-def find_test_split(
-    dataset: str | Path | DatasetDict | IterableDatasetDict, name: str | None = None, revision: str | None = None
-) -> str | None:
-    """Name of the split to test on, or `None` when the data set has only one.
-
-    Example:
-
-    ```py
-    >>> from datasets import Dataset, DatasetDict
-    >>> from hf_clpeft.streams.source import find_test_split
-
-    >>> splits = DatasetDict(train=Dataset.from_dict({}), valid=Dataset.from_dict({}))
-    >>> find_test_split(splits)
-    'valid'
-
-    ```
-    """
-    if isinstance(dataset, DatasetDict | IterableDatasetDict):
-        splits = list(dataset)
-    elif Path(dataset, "dataset_dict.json").is_file():
-        splits = list(load_from_disk(dataset))
-    else:
-        try:
-            splits = list(load_dataset_builder(str(dataset), name, revision=revision).info.splits or ())
-            splits = splits or list(load_dataset(str(dataset), name, revision=revision, streaming=True))
-        except FileNotFoundError as error:
-            raise StreamError(f"{str(dataset)!r} is no folder with pictures, and none on the Hub: {error}") from error
-    return next((split for split in TEST_SPLITS if split in splits), None)

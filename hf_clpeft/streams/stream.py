@@ -1,5 +1,7 @@
 """The ordered tasks that a model learns one after another."""
 
+import logging
+import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
@@ -7,11 +9,15 @@ from pathlib import Path
 from typing import Any, overload
 
 import numpy as np
-from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, IterableDatasetDict
+from datasets import ClassLabel, Dataset, DatasetDict, Features, Image
 
 from .drift import DriftDetector
-from .source import ImageSource, StreamError, find_test_split, load_source
-from .task import Task, split_of
+from .places import AnyDataset, Place, find_place
+from .source import ImageSource, StreamError
+from .task import Task, hold_out, split_of
+
+
+logger = logging.getLogger(__name__)
 
 
 class TaskStream(Sequence[Task]):
@@ -77,7 +83,7 @@ class TaskStream(Sequence[Task]):
     @classmethod
     def class_incremental(
         cls,
-        dataset: str | Path | DatasetDict | IterableDatasetDict,
+        dataset: AnyDataset,
         num_tasks: int = 5,
         seed: int | None = None,
         class_order: list[str] | None = None,
@@ -86,7 +92,8 @@ class TaskStream(Sequence[Task]):
         """Every task brings new classes.
 
         Args:
-            dataset (`str`, `Path` or `DatasetDict`): Hub id, local folder (Parquet or ImageFolder) or loaded data set.
+            dataset (`str`, `Path`, `Dataset` or `DatasetDict`): Hub id, local folder (Parquet or ImageFolder) or
+                loaded data set.
             num_tasks (`int`, *optional*, defaults to 5): How many tasks; the first ones get one class more when the
                 classes cannot be shared out evenly.
             seed (`int`, *optional*): Shuffles the class order with `numpy.random.RandomState(seed).permutation`, the
@@ -100,7 +107,11 @@ class TaskStream(Sequence[Task]):
             [`StreamError`]: The data cannot be split like this.
         """
         sides = _Sides.open(dataset, **options)
-        classes = sides.classes() if class_order is None else list(class_order)
+        classes = sides.train.present() if class_order is None else list(class_order)
+        _warn_of_twins(classes, sides.train.title)
+        twice = next((name for name, count in Counter(classes).items() if count > 1), None)
+        if twice is not None:
+            raise StreamError(f"class_order names the class {twice!r} twice.")
         if seed is not None:
             classes = [classes[i] for i in np.random.RandomState(seed).permutation(len(classes))]
         if not 1 <= num_tasks <= len(classes):
@@ -139,7 +150,7 @@ class TaskStream(Sequence[Task]):
     @classmethod
     def domain_incremental(
         cls,
-        dataset: str | Path | DatasetDict | IterableDatasetDict,
+        dataset: AnyDataset,
         domain_column: str = "domain",
         domains: list[str] | None = None,
         test_domains: list[str] | None = None,
@@ -148,7 +159,8 @@ class TaskStream(Sequence[Task]):
         """Every task brings the same classes in a new domain.
 
         Args:
-            dataset (`str`, `Path` or `DatasetDict`): Hub id, local folder (Parquet or ImageFolder) or loaded data set.
+            dataset (`str`, `Path`, `Dataset` or `DatasetDict`): Hub id, local folder (Parquet or ImageFolder) or
+                loaded data set.
             domain_column (`str`, *optional*, defaults to `"domain"`): Column that says which domain a row is of.
             domains (`list[str]`, *optional*): Domains to learn, in this order. Default: all, as the data set orders
                 them.
@@ -157,11 +169,13 @@ class TaskStream(Sequence[Task]):
             options:
                 - `name` (`str`): configuration of the data set; `revision` (`str`): commit of its repo
                 - `streaming` (`bool`): read rows as they are needed
-                - `train_split` (`str`), `test_split` (`str`): names of the splits; without a test split, `test_size`
+                - `train_split` (`str`), `test_split` (`str`): names of the splits; found where they are called `train`
+                  and `test`, `validation`, `dev` or the like, and have labels; without a test split, `test_size`
                   (`float`, default 0.2) of every class is held out of train with `split_seed` (`int`, default 0); 0
                   holds out nothing, and accuracy is not measured
                 - `image_column`, `label_column` (`str`): found when they have their usual names or types
-                - `max_train_samples_per_task`, `max_test_samples_per_task` (`int`): at most so many images
+                - `max_train_samples_per_task`, `max_test_samples_per_task` (`int`): at most so many images, of every
+                  class at least one
 
         Raises:
             [`StreamError`]: The data cannot be split like this.
@@ -180,7 +194,8 @@ class TaskStream(Sequence[Task]):
         """
         sides = _Sides.open(dataset, domain_column=domain_column, **options)
         domains = sides.train.domain_names if domains is None else list(domains)
-        classes = sides.classes()
+        classes = sides.train.present()
+        _warn_of_twins(classes, sides.train.title)
         shares: Sequence[np.ndarray | None] = [None] * len(domains)
         if test_domains is not None:
             shares = sides.deal_test_rows(classes, test_domains, len(domains))
@@ -227,6 +242,8 @@ class BorderlessStream:
         test_size: float,
         name: str,
     ):
+        if not 0 <= test_size < 1:
+            raise StreamError(f"test_size={test_size} must be a share of the images below 1, such as 0.2.")
         self.batches, self.features_of, self.detector = batches, features_of, detector
         self.test_size, self.name = test_size, name
 
@@ -257,6 +274,7 @@ class BorderlessStream:
         numbers = [names.index(label) for label in labels]
         rows = Dataset.from_dict({"image": images, "label": numbers}, columns)
         # Every so many images of a class; one that has strayed over a border alone stays in training.
+        # `test_size` is below 1, so the first of a class is never held out.
         held_out = np.zeros(len(rows), dtype=bool)
         seen: Counter[int] = Counter()
         for i, number in enumerate(numbers):
@@ -268,13 +286,12 @@ class BorderlessStream:
         return load_task(sides, f"task-{count:03d}", test_size=0)
 
 
-def load_task(
-    dataset: str | Path | DatasetDict | IterableDatasetDict, name: str, domain: str | None = None, **options: Any
-) -> Task:
+def load_task(dataset: AnyDataset, name: str, domain: str | None = None, **options: Any) -> Task:
     """One task out of a whole data set: for streams whose next task nobody knew of when they began.
 
     Args:
-        dataset (`str`, `Path` or `DatasetDict`): Hub id, local folder (Parquet or ImageFolder) or loaded data set.
+        dataset (`str`, `Path`, `Dataset` or `DatasetDict`): Hub id, local folder (Parquet or ImageFolder) or loaded
+            data set.
         name (`str`): Name of the task.
         domain (`str`, *optional*): Its domain, if its classes are known from other domains.
         options: As for [`TaskStream.domain_incremental`].
@@ -310,7 +327,7 @@ class _Sides:
         test_rows: np.ndarray | None,
         max_train: int | None,
         max_test: int | None,
-        dataset: str | Path | DatasetDict | IterableDatasetDict,
+        dataset: AnyDataset,
     ):
         self.train, self.test = train, test
         self.train_rows, self.test_rows = train_rows, test_rows
@@ -321,11 +338,11 @@ class _Sides:
     @classmethod
     def open(
         cls,
-        dataset: str | Path | DatasetDict | IterableDatasetDict,
+        dataset: AnyDataset,
         name: str | None = None,
         revision: str | None = None,
         streaming: bool = False,
-        train_split: str = "train",
+        train_split: str | None = None,
         test_split: str | None = None,
         test_size: float = 0.2,
         split_seed: int = 0,
@@ -335,38 +352,33 @@ class _Sides:
         max_train_samples_per_task: int | None = None,
         max_test_samples_per_task: int | None = None,
     ) -> "_Sides":
-        where = {"name": name, "revision": revision}
         columns = {"image_column": image_column, "label_column": label_column, "domain_column": domain_column}
-        test_split = test_split or find_test_split(dataset, **where)
-        if test_split is None and streaming:
-            raise StreamError(f"Data set {dataset!r} has no test split; name one with test_split to stream it.")
-        train = load_source(dataset, train_split, streaming=streaming, **where, **columns)
+        place = find_place(dataset, name, revision, [split for split in (train_split, test_split) if split])
+        train_split = train_split or "train"
         limits = (max_train_samples_per_task, max_test_samples_per_task)
-        if test_split is None:
+        if streaming and test_split is None and not place.test_splits:
+            raise StreamError(f"Data set {place.name!r} has no test split; name one with test_split to stream it.")
+        train = place.source(train_split, streaming, **columns)
+        if test_split is not None:
+            test: ImageSource | None = place.source(test_split, streaming, **columns)
+        else:
+            test = _find_test(place, train, streaming, columns)
+        if test is None:
             if not test_size:
                 return cls(train, None, None, None, *limits, dataset)
-            train_rows, test_rows = _hold_out(train.values(train.label_column), test_size, split_seed)
+            train_rows, test_rows = hold_out(train.values(train.label_column), test_size, split_seed)
             return cls(train, train, train_rows, test_rows, *limits, dataset)
-        test = load_source(dataset, test_split, streaming=streaming, **where, **columns)
         sides = cls(train, test, None, None, *limits, dataset)
         if train_split != test_split:
             sides.check_test_classes()
         return sides
-
-    def classes(self) -> list[str]:
-        """Classes that have training images, in the data set's order."""
-        if self.train.streaming:
-            return self.train.class_names
-        present = set(self.train.values(self.train.label_column).tolist())
-        labels = self.train.labels_of(self.train.class_names)
-        return [self.train.class_names[position] for value, position in sorted(labels.items()) if value in present]
 
     def check_test_classes(self) -> None:
         """A class that is only tested on can never be learnt: most likely the labels of the splits do not match."""
         assert self.test is not None
         if self.test.streaming:
             return
-        known = set(self.classes())
+        known = set(self.train.present())
         values = self.test.values(self.test.label_column)
         for value, position in self.test.labels_of(self.test.class_names).items():
             name = self.test.class_names[position]
@@ -374,7 +386,8 @@ class _Sides:
                 row = int(np.flatnonzero(values == value)[0])
                 raise StreamError(
                     f"{self.test.title}, row {row}: class {name!r} has no image in {self.train.title}, so it cannot "
-                    "be learnt. Check label_column, or filter the test split."
+                    f"be learnt (classes there: {sorted(known)[:5]}). Check label_column and test_split, or filter "
+                    "the test split."
                 )
 
     def deal_test_rows(self, classes: list[str], domains: list[str], num_tasks: int) -> list[np.ndarray]:
@@ -385,7 +398,7 @@ class _Sides:
         labels = test.values(test.label_column)
         inside = np.isin(test.values(test.domain_column), list(test.domains_of(domains)))
         hands: list[list[np.ndarray]] = [[] for _ in range(num_tasks)]
-        for value in test.labels_of(classes):
+        for value in test.labels_of(classes, some=True):
             rows = np.flatnonzero(inside & (labels == value))
             for i, hand in enumerate(hands):
                 hand.append(rows[i::num_tasks])
@@ -400,17 +413,54 @@ class _Sides:
         test_rows: np.ndarray | None = None,
     ) -> Task:
         own = [domain] if domain is not None else None
+        if domain is not None:
+            classes = self._present(classes, domain)
         train, test = split_of(self.train, classes, own, self.train_rows, self.max_train, seed=index), None
         if self.test is not None:
             test_rows = self.test_rows if test_rows is None else test_rows
-            test = split_of(self.test, classes, test_domains or own, test_rows, self.max_test, seed=index)
+            domains = test_domains or own
+            test = split_of(self.test, classes, domains, test_rows, self.max_test, seed=index, every_class=False)
         return Task(f"task-{index:03d}", tuple(classes), train, test, domain)
 
+    def _present(self, classes: list[str], domain: str) -> list[str]:
+        """Those of the classes that have training images in a domain; without, none can be learnt."""
+        train: Any = self.train
+        if train.streaming and train.reopen is None:
+            return classes
+        inside = np.isin(train.values(train.domain_column), list(train.domains_of([domain])))
+        if self.train_rows is not None:
+            inside &= np.isin(np.arange(len(inside)), self.train_rows)
+        there = set(train.values(train.label_column)[inside].tolist())
+        labels = train.labels_of(classes)
+        absent = [classes[position] for value, position in labels.items() if value not in there]
+        if absent and len(absent) < len(classes):
+            logger.warning(
+                "%s, domain %s has no image of %s: its task goes without.", train.title, domain, ", ".join(absent[:5])
+            )
+            return [name for name in classes if name not in absent]
+        return classes
 
-def _hold_out(labels: np.ndarray, test_size: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    from sklearn.model_selection import train_test_split
 
-    try:
-        return train_test_split(np.arange(len(labels)), test_size=test_size, random_state=seed, stratify=labels)
-    except ValueError as error:
-        raise StreamError(f"test_size={test_size} of every class cannot be held out for testing: {error}") from error
+def _find_test(place: Place, train: ImageSource, streaming: bool, columns: dict[str, Any]) -> ImageSource | None:
+    """The first of the usual test splits that has labels; those of competitions are hidden."""
+    for split in place.test_splits:
+        test = place.source(split, streaming, **{**columns, "label_column": train.label_column})
+        if test.has_labels():
+            return test
+        logger.warning("%s has no labels, so nothing is tested on it; test_split names another one.", test.title)
+    return None
+
+
+def _warn_of_twins(classes: Sequence[str], title: str) -> None:
+    """Says which names of classes may mean the same."""
+    alike: dict[str, str] = {}
+    for name in classes:
+        other = alike.setdefault(unicodedata.normalize("NFKC", name).casefold().strip(), name)
+        if other != name:
+            logger.warning(
+                "%s: the classes %r and %r differ in capitals or spaces alone, and are learnt as two. If they are "
+                "one, give them one name, with `dataset.map` or by moving the pictures.",
+                title,
+                other,
+                name,
+            )

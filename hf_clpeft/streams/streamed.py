@@ -12,7 +12,8 @@ from datasets import Dataset, IterableDataset
 from datasets.distributed import split_dataset_by_node
 
 from .images import BAD, ImageTransform, TaskImages, cache_images, to_pixels
-from .source import StreamError
+from .sampling import Places
+from .source import ROW, StreamError
 from .task import Split
 
 
@@ -119,7 +120,7 @@ class StreamedImages:
 
     def _decode(self, rows: list[dict]) -> tuple[dict[str, torch.Tensor], list[str]]:
         split = self.split
-        columns = {name: [row[name] for row in rows] for name in (split.image_column, split.label_column, "row")}
+        columns = {name: [row[name] for row in rows] for name in (split.image_column, split.label_column, ROW)}
         found = to_pixels(columns, self.transform, split.image_column, split.label_column, split.labels)
         good = [i for i, label in enumerate(found["label"]) if label != BAD]
         pixels = [np.frombuffer(found["pixels"][i], dtype=np.uint8).reshape(self.sample.shape) for i in good]
@@ -151,7 +152,7 @@ def open_images(
         [`TaskImages`] or [`StreamedImages`]
 
     Raises:
-        [`StreamError`]: Images cannot be decoded, or not even one of each class would fit.
+        [`StreamError`]: Images cannot be decoded, not even one of each class would fit, or a class has none.
 
     Example:
 
@@ -168,12 +169,12 @@ def open_images(
     ```
     """
     if cache_size_gb is None:
-        return cache_images(split, transform, max_bad_images)
+        return _every_class(cache_images(split, transform, max_bad_images), split)
     most = int(cache_size_gb * 1e9 / np.prod(transform.shape))
     counts, drawn = _draw(split, min(most, SAMPLE_SIZE) // len(set(split.labels.values())), seed)
     num_images = sum(counts.values())
     if num_images <= most:
-        return cache_images(split, transform, max_bad_images)
+        return _every_class(cache_images(split, transform, max_bad_images), split)
     if not drawn:
         raise StreamError(
             f"{split.title}: cache_size_gb={cache_size_gb} holds {most} resized images, fewer than there are classes "
@@ -182,9 +183,22 @@ def open_images(
     if isinstance(split.dataset, Dataset):
         rows = split.dataset.select(sorted(drawn))
     else:
-        rows = split.dataset.filter(_Drawn(drawn), with_indices=True)
-    sample = cache_images(replace(split, dataset=rows), transform, max_bad_images)
+        rows = split.dataset.filter(Places(drawn), with_indices=True)
+    sample = _every_class(cache_images(replace(split, dataset=rows), transform, max_bad_images), split)
     return StreamedImages(split, transform, num_images, sample, max_bad_images)
+
+
+def _every_class(images: TaskImages, split: Split) -> TaskImages:
+    """The images, if each class has one: a router that knows nothing of a class makes a model that does not load."""
+    values = {position: value for value, position in split.labels.items()}
+    missing = sorted(set(values) - set(images.labels.tolist()))
+    if missing:
+        value = values[missing[0]]
+        raise StreamError(
+            f"{split.title} has no image that can be read for {len(missing)} of {len(values)} classes, such as the "
+            f"one with {split.label_column}={value!r}, and none is learnt without. Add images of it, or leave it out."
+        )
+    return images
 
 
 def _draw(split: Split, per_class: int, seed: int) -> tuple[dict[int, int], set[int]]:
@@ -214,13 +228,3 @@ def _no_warning_of_lost_buffers() -> Iterator[None]:
         yield
     finally:
         logger.setLevel(level)
-
-
-class _Drawn:
-    """A filter that can be pickled, so that `datasets` can fingerprint it."""
-
-    def __init__(self, places: set[int]):
-        self.places = places
-
-    def __call__(self, row: dict, place: int) -> bool:
-        return place in self.places

@@ -1,5 +1,6 @@
 """One step of a stream: the images and classes that a model learns together."""
 
+import unicodedata
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -7,7 +8,8 @@ import numpy as np
 from datasets import Dataset, IterableDataset
 
 from ..checks import check_task_name
-from .source import ImageSource, StreamError
+from .sampling import sample_rows
+from .source import ROW, ImageSource, StreamError
 
 
 @dataclass(frozen=True)
@@ -15,8 +17,8 @@ class Split:
     """The encoded images of one side (train or test) of a task.
 
     Args:
-        dataset (`datasets.Dataset` or `datasets.IterableDataset`): Rows with the image, its label and `row`, the
-            number of the row in the data set.
+        dataset (`datasets.Dataset` or `datasets.IterableDataset`): Rows with the image, its label and, in the column
+            `ROW`, the number of the row in the data set.
         image_column (`str`): Column of encoded images.
         label_column (`str`): Column of labels as the data set has them.
         labels (`dict`): Value in the label column to position in the task's classes.
@@ -32,7 +34,7 @@ class Split:
     def __iter__(self) -> Iterator[tuple[dict, int, int]]:
         """Yields (encoded image, position of its class in the task's classes, row)."""
         for row in self.dataset:
-            yield row[self.image_column], self.labels[row[self.label_column]], row["row"]
+            yield row[self.image_column], self.labels[row[self.label_column]], row[ROW]
 
 
 @dataclass(frozen=True)
@@ -48,7 +50,7 @@ class Task:
         domain (`str`, *optional*): Its domain, if the stream is domain-incremental.
 
     Raises:
-        [`StreamError`]: No class.
+        [`StreamError`]: No class, or a class without a name or of the same name as another one.
 
     Example:
 
@@ -72,6 +74,14 @@ class Task:
         check_task_name(self.name)
         if not self.classes:
             raise StreamError(f"Task {self.name!r} ({self.train.title}) has no class. Check label_column.")
+        for number, name in enumerate(self.classes):
+            if not name.strip() or any(unicodedata.category(character) in ("Cc", "Cs") for character in name):
+                raise StreamError(
+                    f"{self.train.title}: a class is called {name!r}. Give it a name of printable text, for example "
+                    "with `dataset.map`, or leave its images out with `dataset.filter`."
+                )
+            if name in self.classes[:number]:
+                raise StreamError(f"Task {self.name!r} ({self.train.title}) has the class {name!r} twice.")
 
 
 def split_of(
@@ -81,6 +91,7 @@ def split_of(
     rows: np.ndarray | None = None,
     max_samples: int | None = None,
     seed: int = 0,
+    every_class: bool = True,
 ) -> Split:
     """The rows of a source that belong to a task.
 
@@ -89,25 +100,33 @@ def split_of(
         classes (`list[str]`): Classes of the task.
         domains (`list[str]`, *optional*): Keep only these domains.
         rows (integer array, *optional*): Keep only these rows of the source.
-        max_samples (`int`, *optional*): Keep at most so many, drawn with `seed`; the first ones when streaming.
+        max_samples (`int`, *optional*): Keep at most so many, at least one of each class: drawn with `seed`, or the
+            first ones when streaming.
         seed (`int`, *optional*, defaults to 0): Seed of the draw.
+        every_class (`bool`, *optional*, defaults to `True`): Whether every class must have an image, as for learning.
 
     Raises:
-        [`StreamError`]: Nothing is left.
+        [`StreamError`]: Nothing is left, or nothing of a class.
     """
-    labels = source.labels_of(classes)
+    labels = source.labels_of(classes, some=not every_class)
     wanted_domains = source.domains_of(domains) if domains is not None else None
     title = source.title + (f", domain {', '.join(domains)}" if domains is not None else "")
-    found: int  # how many rows, or whether there are any
+    if max_samples is not None and max_samples < len(labels):
+        raise StreamError(
+            f"{title}: a limit of {max_samples} images is too small for a task of {len(labels)} classes, as each "
+            f"needs one. Raise max_train_samples_per_task and max_test_samples_per_task to {len(labels)} or more, or "
+            "make more tasks."
+        )
+    there: set
     if source.streaming:
         wanted = {source.label_column: list(labels)}
         if wanted_domains is not None:
             assert source.domain_column is not None
             wanted[source.domain_column] = list(wanted_domains)
-        dataset, found = source.stream(wanted)
-        dataset = dataset if max_samples is None else dataset.take(max_samples)
+        dataset, there = source.stream(wanted, max_samples)
     else:
-        mask = np.isin(source.values(source.label_column), list(labels))
+        values = source.values(source.label_column)
+        mask = np.isin(values, list(labels))
         if wanted_domains is not None:
             assert source.domain_column is not None
             mask &= np.isin(source.values(source.domain_column), list(wanted_domains))
@@ -115,8 +134,56 @@ def split_of(
             mask &= np.isin(np.arange(len(mask)), rows)
         indices = np.flatnonzero(mask)
         if max_samples is not None and max_samples < len(indices):
-            indices = np.sort(np.random.default_rng(seed).choice(indices, max_samples, replace=False))
-        dataset, found = source.dataset.select(indices), len(indices)
-    if not found:
+            indices = indices[sample_rows(values[indices], max_samples, seed)]
+        dataset, there = source.dataset.select(indices), set(values[indices].tolist())
+    if not there:
         raise StreamError(f"{title} has no image of {', '.join(classes[:10])}: the task would be empty.")
+    missing = [classes[position] for value, position in labels.items() if value not in there]
+    if every_class and missing:
+        raise StreamError(
+            f"{title} has no image of {missing[0]!r}, which cannot be learnt without. Leave the class out: name the "
+            "others with class_order, or filter the data set."
+        )
     return Split(dataset, source.image_column, source.label_column, labels, title)
+
+
+def hold_out(labels: np.ndarray, test_size: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Rows to learn and rows to test on, in proportion for every class; at least one of each class is learnt.
+
+    Args:
+        labels (array of shape `(rows,)`): Label of every row.
+        test_size (`float`): Share of the rows to test on.
+        seed (`int`): Seed of the draw.
+
+    Raises:
+        [`StreamError`]: There is nothing to hold out.
+
+    Example:
+
+    ```py
+    >>> import numpy as np
+    >>> from hf_clpeft.streams.task import hold_out
+
+    >>> train, test = hold_out(np.array([0] * 4 + [1]), test_size=0.5, seed=0)
+    >>> len(train), len(test)
+    (3, 2)
+
+    ```
+    """
+    from sklearn.model_selection import train_test_split
+
+    values, counts = np.unique(labels, return_counts=True)
+    try:
+        train, test = train_test_split(np.arange(len(labels)), test_size=test_size, random_state=seed, stratify=labels)
+        if len(np.unique(labels[train])) == len(values):
+            return train, test
+    except ValueError as error:  # a class has a single image, or there are more classes than images to hold out
+        if not 0 < test_size < 1 or (len(counts) == 0 or counts.max() < 2):
+            raise StreamError(
+                f"test_size={test_size} of every class cannot be held out for testing: {error}"
+            ) from error
+    rng, held_out = np.random.default_rng(seed), np.zeros(len(labels), dtype=bool)
+    for value, count in zip(values, counts, strict=True):
+        share = min(max(1, round(count * test_size)), count - 1)
+        held_out[rng.permutation(np.flatnonzero(labels == value))[:share]] = True
+    return np.flatnonzero(~held_out), np.flatnonzero(held_out)

@@ -1,0 +1,307 @@
+"""Where a data set is and which splits it has: in memory, in a folder, or on the Hub."""
+
+import glob
+import logging
+import os
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeAlias
+
+from datasets import (
+    Dataset,
+    DatasetDict,
+    IterableDataset,
+    IterableDatasetDict,
+    load_dataset,
+    load_dataset_builder,
+    load_from_disk,
+)
+from datasets.data_files import get_data_patterns
+from datasets.exceptions import DatasetNotFoundError, DatasetsError
+from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
+from datasets.packaged_modules.parquet.parquet import Parquet
+from huggingface_hub import HfApi, hf_hub_download, snapshot_download
+from huggingface_hub.errors import HfHubHTTPError
+
+from .folders import SPLIT_WORDS, PictureFolder, find_metadata, find_pictures, holds_data, is_picture, list_files
+from .source import ImageSource, StreamError
+
+
+logger = logging.getLogger(__name__)
+
+AnyDataset: TypeAlias = str | Path | Dataset | IterableDataset | DatasetDict | IterableDatasetDict
+README = "README.md"
+TEST_WORDS = ("test", "testing", "eval", "evaluation", "validation", "valid", "val", "dev")
+
+
+@dataclass
+class Place:
+    """A data set that has been found.
+
+    Args:
+        name (`str`): What to call it in errors.
+        splits (`list[str]`): Names of its splits.
+        open (callable): Takes the name of a split and whether to stream it, gives the rows.
+        reopen (callable, *optional*): Takes the name of a split, and `columns` or `filters`, gives a stream of what
+            they leave; where the files allow it.
+    """
+
+    name: str
+    splits: list[str]
+    open: Callable[[str, bool], Dataset | IterableDataset]
+    reopen: Callable[..., IterableDataset] | None = None
+
+    @property
+    def test_splits(self) -> list[str]:
+        """Splits to test on, the best one first."""
+        rank = {word: number for number, word in enumerate(TEST_WORDS)}
+        return sorted((split for split in self.splits if split.lower() in rank), key=lambda split: rank[split.lower()])
+
+    def source(self, split: str, streaming: bool = False, **columns: Any) -> ImageSource:
+        """One split.
+
+        Args:
+            split (`str`): Its name, or a part or sum of splits as `datasets` writes it, where that opens it.
+            streaming (`bool`, *optional*, defaults to `False`): Read rows as they are needed.
+            columns: `image_column`, `label_column`, `domain_column`.
+
+        Raises:
+            [`StreamError`]: It cannot be opened, or has no pictures with labels.
+        """
+        with _told(f"Data set {self.name!r}, split {split!r}"):
+            rows = self.open(split, streaming)
+        reopen = partial(self.reopen, split) if self.reopen is not None and streaming else None
+        return ImageSource(rows, self.name, split, **columns, reopen=reopen)
+
+
+def find_place(
+    dataset: AnyDataset, name: str | None = None, revision: str | None = None, named: Collection[str] = ()
+) -> Place:
+    """Finds a data set: on the Hub, in a folder, or in memory.
+
+    Args:
+        dataset (`str`, `Path`, `Dataset`, `DatasetDict` or their iterable kin): Hub id, folder or loaded data set.
+        name (`str`, *optional*): Configuration of the data set.
+        revision (`str`, *optional*): Commit of the data set's repo.
+        named (collection of `str`, *optional*): Splits that the user has named.
+
+    Raises:
+        [`StreamError`]: There is none, or it cannot be read.
+
+    Example:
+
+    ```py
+    >>> from datasets import Dataset, DatasetDict
+    >>> from hf_clpeft.streams.places import find_place
+
+    >>> splits = DatasetDict(train=Dataset.from_dict({}), valid=Dataset.from_dict({}))
+    >>> find_place(splits).test_splits
+    ['valid']
+
+    ```
+    """
+    if isinstance(dataset, Dataset | IterableDataset):
+        return _in_memory(type(dataset).__name__, {"train": dataset})
+    if isinstance(dataset, Mapping):
+        return _in_memory(type(dataset).__name__, {str(split): rows for split, rows in dataset.items()})
+    if not isinstance(dataset, str | Path):
+        raise StreamError(
+            f"A {type(dataset).__name__} is no data set: give the id of one on the Hub, a folder, or a `datasets."
+            "Dataset` or `DatasetDict`; `Dataset.from_dict` and `Dataset.from_pandas` make one."
+        )
+    folder = Path(dataset).expanduser()
+    if not folder.is_dir():
+        if folder.exists():
+            raise StreamError(
+                f"{str(dataset)!r} is a file. Give the folder of pictures or Parquet files that it is in."
+            )
+        return _on_hub(str(dataset), name, revision, named)
+    if (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file():
+        with _told(f"Data set {str(dataset)!r}"):
+            return find_place(load_from_disk(folder))
+    return _in_folder(folder, str(dataset), name, named)
+
+
+def load_source(
+    dataset: AnyDataset,
+    split: str,
+    name: str | None = None,
+    revision: str | None = None,
+    streaming: bool = False,
+    **columns: Any,
+) -> ImageSource:
+    """Opens one split of a data set: a Hub id, a folder of Parquet files, an ImageFolder, or one already loaded.
+
+    Args:
+        dataset (`str`, `Path`, `Dataset`, `DatasetDict` or their iterable kin): Hub id, folder, or loaded data set.
+        split (`str`): Name of the split.
+        name (`str`, *optional*): Configuration of the data set.
+        revision (`str`, *optional*): Commit of the data set's repo.
+        streaming (`bool`, *optional*, defaults to `False`): Read rows as they are needed.
+        columns: `image_column`, `label_column`, `domain_column`.
+
+    Returns:
+        [`ImageSource`]
+
+    Example:
+
+    ```py
+    >>> from datasets import Dataset, DatasetDict
+    >>> from PIL import Image
+    >>> from hf_clpeft.streams.places import load_source
+
+    >>> rows = {"image": [Image.new("RGB", (8, 8))] * 2, "label": [0, 1]}
+    >>> load_source(DatasetDict(train=Dataset.from_dict(rows)), "train").title
+    "data set 'DatasetDict', split 'train'"
+
+    ```
+    """
+    return find_place(dataset, name, revision, [split]).source(split, streaming, **columns)
+
+
+def _in_memory(name: str, splits: Mapping[str, Any]) -> Place:
+    def open_split(split: str, streaming: bool) -> Dataset | IterableDataset:
+        if split not in splits:
+            raise StreamError(f"The data set has no split {split!r}; its splits are {list(splits)}.")
+        return splits[split]
+
+    wrong = next((split for split, rows in splits.items() if not isinstance(rows, Dataset | IterableDataset)), None)
+    if wrong is not None:
+        raise StreamError(f"Split {wrong!r} is a {type(splits[wrong]).__name__}, not a `datasets.Dataset`.")
+    return Place(name, list(splits), open_split)
+
+
+def _in_folder(folder: Path, name: str, config: str | None, named: Collection[str]) -> Place:
+    files = list_files(folder)
+    pictures = any(map(is_picture, files))
+    metadata, configured = find_metadata(files), _has_configs(folder / README)
+    if metadata and not configured and not holds_data(set(files) - set(metadata)):
+        return _from_library(name, "imagefolder", data_files=_split_metadata(folder, metadata))[0]
+    if pictures and not metadata and not configured and not holds_data(files):
+        return _of_pictures(name, find_pictures(str(folder), files, named))
+    if not pictures and not files:
+        raise StreamError(f"The folder {name!r} is empty.")
+    path = str(folder)
+    options: dict[str, Any] = {"config": config}
+    if glob.has_magic(path):  # which `datasets` would take for a pattern
+        place = glob.escape(str(folder.resolve()))
+        with _told(f"Data set {name!r}"):
+            patterns = get_data_patterns(place)
+        options = {"data_files": {split: [f"{place}/{one}" for one in found] for split, found in patterns.items()}}
+        path = "parquet"
+    opened, builder = _from_library(name, path, **options)
+    if isinstance(builder, ImageFolder) and pictures and not metadata and not configured:
+        return _of_pictures(name, find_pictures(str(folder), files, named))
+    return opened
+
+
+def _split_metadata(folder: Path, metadata: list[str]) -> dict[str, list[str]]:
+    """What to read for each split: as the folders with metadata are called, if all of them are called like splits."""
+    splits: dict[str, list[str]] = {}
+    for path in metadata:
+        above = path.split("/")[:-1]
+        depth = next((i for i, part in enumerate(above, start=1) if part.lower() in SPLIT_WORDS), None)
+        if depth is None:
+            return {"train": [f"{glob.escape(str(folder.resolve()))}/**"]}
+        pattern = glob.escape(str(folder.resolve().joinpath(*above[:depth]))) + "/**"
+        patterns = splits.setdefault(SPLIT_WORDS[above[depth - 1].lower()], [])
+        patterns += [pattern] if pattern not in patterns else []
+    return splits
+
+
+def _has_configs(readme: Path) -> bool:
+    """Whether a data set's card says which files are of which split."""
+    from huggingface_hub import DatasetCard
+
+    try:
+        return bool(readme.is_file() and DatasetCard.load(readme).data.get("configs"))
+    except ValueError:  # no card, or none that can be read
+        return False
+
+
+def _of_pictures(name: str, found: PictureFolder, download: Callable[[], str] | None = None) -> Place:
+    """Pictures in class folders; those of a repo are downloaded when they are read for the first time."""
+
+    def open_split(split: str, streaming: bool) -> Dataset | IterableDataset:
+        here = found if download is None or streaming else replace(found, root=download())
+        return here.open(split, streaming)
+
+    return Place(name, list(found.splits), open_split)
+
+
+def _from_library(name: str, path: str, config: str | None = None, **options: Any) -> tuple[Place, Any]:
+    """What `datasets` finds, and the builder that it would read it with."""
+    options["name"] = config
+    with _told(f"Data set {name!r}"):
+        builder: Any = load_dataset_builder(path, **options)
+    splits = [str(split) for split in builder.info.splits or builder.config.data_files or ()]
+
+    def open_split(split: str, streaming: bool, **parts: Any) -> Any:
+        return load_dataset(path, split=split, streaming=streaming, **options, **parts)
+
+    reopen = partial(open_split, streaming=True) if isinstance(builder, Parquet) else None
+    return Place(name, splits, open_split, reopen), builder
+
+
+def _on_hub(repo: str, config: str | None, revision: str | None, named: Collection[str]) -> Place:
+    try:
+        place, builder = _from_library(repo, repo, config, revision=revision)
+    except StreamError as error:
+        if isinstance(error.__cause__, DatasetNotFoundError):
+            raise
+        if isinstance(error.__cause__, ConnectionError | HfHubHTTPError):
+            return _kept_pictures(repo, revision, named, error)
+        found = _pictures_on_hub(repo, revision, named)  # among files of other kinds, which `datasets` takes for it
+        if found is None:
+            raise
+        return found
+    return place if isinstance(builder, Parquet) else _pictures_on_hub(repo, revision, named) or place
+
+
+def _kept_pictures(repo: str, revision: str | None, named: Collection[str], error: StreamError) -> Place:
+    """The pictures of a repo that have been downloaded before, as the Hub cannot be reached."""
+    try:
+        folder = Path(snapshot_download(repo, repo_type="dataset", revision=revision, local_files_only=True))
+    except (OSError, ValueError):
+        raise error from error.__cause__
+    if not any(map(is_picture, list_files(folder))):
+        raise error from error.__cause__
+    logger.warning("%s Taking the pictures that have been downloaded.", error)
+    return _in_folder(folder, repo, None, named)
+
+
+def _pictures_on_hub(repo: str, revision: str | None, named: Collection[str]) -> Place | None:
+    """The pictures of a repo, if it has class folders, and says nothing else of them."""
+    with _told(f"Data set {repo!r}"):
+        info = HfApi().dataset_info(repo, revision=revision)
+        files = [sibling.rfilename for sibling in info.siblings or ()]
+        pictures = [file for file in files if is_picture(file)]
+        if not pictures or find_metadata(files) or holds_data(files):
+            return None
+        settings: dict[str, Any] = {"repo_type": "dataset", "revision": revision}
+        if README in files and _has_configs(Path(hf_hub_download(repo, README, **settings))):
+            return None
+    settings["allow_patterns"] = sorted({f"*{os.path.splitext(file)[1]}" for file in pictures})
+    found = find_pictures(f"hf://datasets/{repo}@{info.sha}", files, named)
+    return _of_pictures(repo, found, partial(snapshot_download, repo, **settings))
+
+
+@contextmanager
+def _told(what: str) -> Iterator[None]:
+    """Tells in one line what a library cannot do with a data set."""
+    try:
+        yield
+    except StreamError:
+        raise
+    except (DatasetsError, HfHubHTTPError, OSError, ValueError, RuntimeError) as error:
+        reason = " ".join(str(error).split())
+        if "gated" in reason:
+            reason += " Accept its terms on its page on the Hub, and log in with `hf auth login`."
+        if isinstance(error, ConnectionError):
+            reason += " If it has been downloaded before, set HF_HUB_OFFLINE=1."
+        if isinstance(error, FileNotFoundError) and "doesn't exist" in reason and "Revision" not in reason:
+            raise StreamError(f"{what} is no folder with pictures, and none on the Hub: {reason}") from error
+        raise StreamError(f"{what} cannot be loaded: {reason}") from error
