@@ -122,8 +122,7 @@ def _make_classifier(model: ContinualModel, classes: list[str]) -> "PreTrainedMo
     config = copy.deepcopy(model.backbone.model.config)
     config.id2label = dict(enumerate(classes))
     config.label2id = {label: i for i, label in config.id2label.items()}
-    slot = model.bank.slot  # an adapter that runs there hides the names of the backbone's weights
-    bare = model.backbone.model if slot is None else copy.deepcopy(slot).unload()
+    bare = model.backbone.model
     try:
         classifier = AutoModelForImageClassification.from_config(config).eval()
         classifier.base_model.load_state_dict(bare.state_dict())

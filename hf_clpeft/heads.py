@@ -2,14 +2,18 @@
 
 import torch
 
+from .precision import KeepsPrecision, in_float32
 
-class Heads(torch.nn.Module):
+
+class Heads(KeepsPrecision):
     """Linear rows over features, kept by the tasks that trained them.
 
     A *shared* head judges every image by all rows, one per class. A head *per task* judges an image by the rows of the
     task whose expert it went to, so a class has a row in every task that has it. Rows are written once their task is
     trained, and no later task changes them: old logits stay bit-identical. (Only if a later task trains a class of a
     shared head again does the old row go.)
+
+    Rows stay in `float32`, and so do logits, whatever the backbone computes in.
 
     The row of a task with a single class was compared with no other in training. So it judges the images that went to
     its expert, alone, in a shared head too: such a task is told from the others by its route.
@@ -61,7 +65,7 @@ class Heads(torch.nn.Module):
         Returns:
             `torch.nn.Linear`
         """
-        layer = torch.nn.Linear(self.hidden_size, len(classes))
+        layer = torch.nn.Linear(self.hidden_size, len(classes), dtype=torch.float32)
         torch.nn.init.zeros_(layer.weight)
         torch.nn.init.zeros_(layer.bias)
         if self.shared:
@@ -116,6 +120,7 @@ class Heads(torch.nn.Module):
         self.classes = [[number[old] for old in self.classes[i]] for i in kept]
         self.alone = [self.alone[i] for i in kept]
 
+    @in_float32
     def forward(self, features: torch.Tensor, owners: torch.Tensor) -> torch.Tensor:
         """Logits over all classes.
 
@@ -126,7 +131,6 @@ class Heads(torch.nn.Module):
         Returns:
             `torch.Tensor` of shape `(batch, num_classes)`, `float32`: −inf where a task has no such class.
         """
-        features = features.float()
         logits = features.new_full((len(features), self.num_classes), -torch.inf)
         every = torch.arange(len(features), device=features.device)
         together = every
@@ -142,4 +146,4 @@ class Heads(torch.nn.Module):
 
 
 def _fixed(rows: torch.Tensor) -> torch.nn.Parameter:
-    return torch.nn.Parameter(rows.detach().clone(), requires_grad=False)
+    return torch.nn.Parameter(rows.detach().to(torch.float32, copy=True), requires_grad=False)

@@ -86,6 +86,7 @@ class ExpertLearner(TaskLearner):
         self.peft_model, self.pool = peft_model, backbone.pool
 
     def _features(self, pixel_values: torch.Tensor, query: torch.Tensor | None) -> tuple[torch.Tensor, float]:
+        pixel_values = pixel_values.to(self.peft_model.dtype)
         return self.pool(self.peft_model(pixel_values=pixel_values).last_hidden_state), 0.0
 
 
@@ -105,16 +106,14 @@ class PoolLearner(TaskLearner):
     def __init__(self, bank: ExpertBank, router: KeyRouter, readout: str, pull: float, *args: Any):
         super().__init__(*args)
         self.bank, self.router, self.readout, self.pull = bank, router, readout, pull
-        table: Any = bank.table  # nothing on a ConvNet
-        table.rows.requires_grad_(True)
+        bank.train_pool()
         router.keys.requires_grad_(True)
 
     def finish(self) -> None:
         """Fixes the pool and its keys again."""
-        assert self.bank.table is not None
-        for parameter in (self.bank.table.rows, self.router.keys):
-            parameter.requires_grad_(False)
-            parameter.grad = None
+        self.bank.abandon()
+        self.router.keys.requires_grad_(False)
+        self.router.keys.grad = None
 
     def _features(self, pixel_values: torch.Tensor, query: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
         assert query is not None

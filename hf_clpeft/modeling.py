@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES
 
 from .backbones import Backbone, load_backbone
@@ -13,11 +12,13 @@ from .config import ContinualConfig, MethodConfig, TaskConfig
 from .errors import ConfigError
 from .experts import ExpertBank
 from .experts.expert import make_peft_config
+from .experts.turns import Turns, changing, reading
 from .heads import Heads
 from .hub.push import PushTarget, push_folder
 from .learners import ExpertLearner, FrozenLearner, PoolLearner, TaskLearner, rows_to_train
 from .loading import load_model
 from .mixing import mix
+from .precision import in_float32
 from .predicting import check_options, classify, read_batches
 from .prediction import ContinualOutput, Prediction
 from .report import StreamReport
@@ -66,7 +67,7 @@ class ContinualModel(torch.nn.Module):
         self.query_layers = [number + count + 1 if number < 0 else number for number in method.route_layers] or [count]
         if not 1 <= self.query_layers[0] <= self.query_layers[-1] <= count:
             raise ConfigError(f"route_layer={method.route_layer}, but the backbone has {count} layers.")
-        self.bank = ExpertBank(backbone)
+        self.bank, self._saves = ExpertBank(backbone), Turns()
         # What a router can do besides routing follows from the method.
         self.router: Any = find_router(method).from_method(method, self.query_size)
         self.heads = Heads(backbone.hidden_size, shared=method.head == "shared")
@@ -81,8 +82,7 @@ class ContinualModel(torch.nn.Module):
             name_or_path (`str`): Repo id or folder of the backbone.
             method ([`MethodConfig`]): A preset of [`hf_clpeft.methods`], or your own.
             options: `revision`, `image_size`, `dtype`, `attn_implementation`, `token`, `cache_dir`,
-                `local_files_only`; see
-                [`load_backbone`].
+                `local_files_only`; see [`load_backbone`].
 
         Returns:
             [`ContinualModel`]
@@ -114,16 +114,17 @@ class ContinualModel(torch.nn.Module):
             pixel_values (`torch.Tensor` of shape `(batch, 3, height, width)`): Normalised images.
 
         Returns:
-            `torch.Tensor` of shape `(batch, query_size)`.
+            `torch.Tensor` of shape `(batch, query_size)`, `float32`.
         """
         layers = None
         if self.query_layers != [self.backbone.num_layers]:
             layers = self.query_layers if len(self.query_layers) > 1 else self.query_layers[0]
         if not (self.config.method.query_with_first_expert and len(self.bank)):
-            return self.bank.frozen(pixel_values, layers)
+            return self.bank.frozen(pixel_values, layers).float()
         first = torch.zeros(len(pixel_values), dtype=torch.int64, device=pixel_values.device)
-        return self.bank(pixel_values, first, num_layers=layers)
+        return self.bank(pixel_values, first, num_layers=layers).float()
 
+    @in_float32
     def route(self, query: torch.Tensor) -> Routing:
         """Experts of each image, from its own query features alone: of shape `(batch,)`, or several in each row."""
         method = self.config.method
@@ -136,6 +137,7 @@ class ContinualModel(torch.nn.Module):
         nearest = routing.distances.topk(min(method.mix, self.router.num_owners), largest=False).indices
         return routing._replace(selection=nearest)
 
+    @in_float32
     def classify(self, features: torch.Tensor, routing: Routing) -> torch.Tensor:
         """Logits of images, whoever it is that names the class.
 
@@ -156,6 +158,7 @@ class ContinualModel(torch.nn.Module):
         assert routing.scores is not None
         return mix(torch.stack(judges, dim=1), routing.selection, routing.scores, router.owners, router.classes)
 
+    @reading
     def forward(self, pixel_values: torch.Tensor, expert: int | None = None) -> ContinualOutput:
         """Query, route, bank, head.
 
@@ -196,6 +199,10 @@ class ContinualModel(torch.nn.Module):
     ) -> list[Prediction]:
         """Classifies images, each by its own features: neither order nor batch size change an answer.
 
+        Many threads may call this at once, also while one of them learns a task, saves or pushes: they wait while a
+        trained expert moves in and the router is taught its task, and, with experts that run grouped, for each other.
+        While a pool is trained, other threads are refused.
+
         With `reject_rate` an image that is far from all tasks gets no label. How far is judged for each task by its
         own training images, held out of the clustering: of new images of any learnt task, a share of `reject_rate` at
         most is rejected by mistake, as long as they are like the training images. Few training images promise less;
@@ -218,6 +225,7 @@ class ContinualModel(torch.nn.Module):
             [`PictureError`]: Something is no picture, or a damaged one; an `OSError`, too.
             [`ConfigError`]: The model has learnt no task yet, there is no such expert, `reject_rate` is asked of a
                 model without prototypes, or an argument is of another type or out of range.
+            [`ExpertError`]: Another thread is training the pool.
         """
         check_options(self, batch_size, reject_rate, expert, top_k)
         predictions: list[Prediction] = []
@@ -270,12 +278,14 @@ class ContinualModel(torch.nn.Module):
         learner: TaskLearner
         if method.experts == "pool":
             if not len(self.bank):
-                self._make_pool(peft_config)
+                self.router.reset_parameters()
+                self.bank.make_pool(self.config.expert_names, peft_config)
             learner = PoolLearner(self.bank, self.router, method.readout, method.pull, *rows)
         else:
             learner = ExpertLearner(self.bank.start(method.expert_of(name), peft_config), self.backbone, *rows)
         return learner.to(self.device)
 
+    @changing
     def finish_task(self, learner: TaskLearner, num_train_images: int) -> None:
         """Adds a trained task. Where each task has its own expert, images find it once the router has its prototypes.
 
@@ -303,22 +313,9 @@ class ContinualModel(torch.nn.Module):
         experts = self.config.method.experts
         return experts != "none" and not (experts == "first" and self.config.tasks)
 
-    def _make_pool(self, peft_config: PeftConfig) -> None:
-        self.router.reset_parameters()
-        for name in self.config.expert_names:
-            self.bank.start(name, peft_config)
-            self.bank.finish(name)
-            if self.bank.table is None:
-                self.bank.remove(name)
-                raise ConfigError(
-                    f"A pool runs fused, which needs prompts or LoRA on linear layers; {self.config.method.name} has "
-                    f"neither on {self.config.backbone.name_or_path}. Choose a vision transformer, or other "
-                    "target_modules."
-                )
-            self.bank.reserve(self.config.method.pool_size)
-
     # Forgetting on purpose
 
+    @changing
     def remove(self, task: str) -> None:
         """Unlearns a task exactly: its expert, prototypes and head rows go, and nothing else changes by a bit.
 
@@ -363,8 +360,11 @@ class ContinualModel(torch.nn.Module):
 
     # The folder and the Hub
 
+    @reading
     def save_pretrained(self, folder: str | Path) -> None:
         """Writes the model, its card and its report, not the backbone, into a folder: as a whole or not at all.
+
+        Other threads may predict meanwhile; those that save or finish a task wait.
 
         Args:
             folder (`str` or `Path`): Made if needed.
@@ -372,7 +372,8 @@ class ContinualModel(torch.nn.Module):
         Raises:
             `OSError`: It cannot be written, for example because the disk is full; what was there is untouched.
         """
-        save_model(self, folder)
+        with self._saves.changing():
+            save_model(self, folder)
 
     def push_to_hub(self, repo_id: str, squash_history: bool = False, **options: Any) -> str:
         """Puts the model on the Hub as one commit. Its latest task's name becomes a tag, if it is new.
@@ -394,7 +395,7 @@ class ContinualModel(torch.nn.Module):
 
         message = options.pop("commit_message", None)
         with TemporaryDirectory() as folder:
-            save_model(self, folder)
+            self.save_pretrained(folder)
             return push_folder(folder, PushTarget(repo_id, **options), message, squash_history=squash_history)
 
     @classmethod

@@ -150,11 +150,13 @@ def classify(
     Returns:
         `list[Prediction]`: One per image.
     """
-    forced = None if expert is None else model.bank.names.index(expert)
-    experts = model.bank.names if model.config.method.uses_experts else []
-    output = model(model.backbone.transform.normalize(torch.from_numpy(pixels).to(model.device)), forced)
-    typicality = None
-    if model.can_reject:
-        assert output.distances is not None
-        typicality = model.router.typicality(output.distances).amax(dim=1)
-    return read_output(output, model.config.classes, experts, typicality, reject_rate or 0.0, top_k)
+    values = model.backbone.transform.normalize(torch.from_numpy(pixels).to(model.device))
+    with model.bank.reading():  # a batch is answered from one state of the model, whatever other threads do
+        check_options(model, reject_rate=reject_rate, expert=expert)
+        output = model(values, None if expert is None else model.bank.names.index(expert))
+        typicality = None
+        if model.can_reject:
+            assert output.distances is not None
+            typicality = model.router.typicality(output.distances).amax(dim=1)
+        experts = model.bank.names if model.config.method.uses_experts else []
+        return read_output(output, model.config.classes, experts, typicality, reject_rate or 0.0, top_k)

@@ -296,11 +296,19 @@ def test_several_experts_for_one_image_need_a_fused_form():
         bank(images(1), torch.tensor([[0, 1]]))
 
 
-def test_grouped_experts_do_not_run_over_one_in_training():
+def test_grouped_experts_run_beside_one_in_training():
     bank = bank_of(random_experts(small_backbone(), [TECHNIQUES["ia3"]] * 2))
-    bank.start("new", make_peft_config(TECHNIQUES["ia3"], bank.backbone))
-    with pytest.raises(ExpertError, match="finish it first"):
-        bank(images(1), torch.tensor([0]))
+    selection = torch.tensor([0, 1])
+    before = bank(images(2), selection)
+    slot = bank.start("new", make_peft_config(TECHNIQUES["ia3"], bank.backbone))
+    for parameter in slot.parameters():
+        parameter.data += parameter.requires_grad
+    trained = slot(pixel_values=images(2)).last_hidden_state[:, 0]
+    assert torch.equal(bank(images(2), selection), before) and not torch.allclose(trained, before, atol=0.1)
+    assert torch.equal(bank.frozen(images(2)), small_backbone()(images(2)))
+    bank.finish("new")
+    torch.testing.assert_close(bank(images(2), torch.tensor([2, 2])), trained, **TOLERANCE)
+    assert torch.equal(bank(images(2), selection), before)
 
 
 def test_a_copy_of_a_bank_runs_by_itself():

@@ -3,7 +3,7 @@
 import copy
 from collections.abc import Sequence
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -135,7 +135,7 @@ class Backbone(torch.nn.Module):
             `torch.Tensor` of shape `(batch, tokens, hidden_size)`, [CLS] first, in the backbone's dtype.
         """
         model = self.model if num_layers in (None, self.num_layers) else self._shorter(num_layers)
-        return model(pixel_values=pixel_values).last_hidden_state
+        return model(pixel_values=pixel_values.to(self.model.dtype)).last_hidden_state
 
     def forward(self, pixel_values: torch.Tensor, num_layers: int | Sequence[int] | None = None) -> torch.Tensor:
         """[CLS] features; the mean over all places where there is no such token.
@@ -152,15 +152,13 @@ class Backbone(torch.nn.Module):
             return self.pool(self.tokens(pixel_values, num_layers))
         *earlier, last = num_layers
         features: list[torch.Tensor] = []
-        layers = self.model.get_submodule(self._path_of_layers)
-        hooks = [
-            layers[i - 1].register_forward_hook(lambda *call: features.append(self._center(call[2]))) for i in earlier
-        ]
-        try:
-            features.append(self.pool(self.tokens(pixel_values, last)))
-        finally:
-            for hook in hooks:
-                hook.remove()
+        model = self._shorter(last)  # of this call alone, and so are the layers that are listened to
+        layers: Any = model.get_submodule(self._path_of_layers)
+        for i in earlier:
+            layers[i - 1] = _shallow_copy(layers[i - 1])
+            layers[i - 1].register_forward_hook(lambda *call: features.append(self._center(call[2])))
+        outputs = model(pixel_values=pixel_values.to(self.model.dtype)).last_hidden_state
+        features.append(self.pool(outputs))
         return torch.cat([torch.nn.functional.normalize(feature, dim=-1) for feature in features], dim=-1)
 
     def pool(self, outputs: torch.Tensor) -> torch.Tensor:
@@ -188,7 +186,7 @@ class Backbone(torch.nn.Module):
             `float32` array of shape `(len(images), hidden_size)`.
         """
         pixels = torch.from_numpy(self.transform.resize(images)).to(self.device)
-        return self(self.transform.normalize(pixels).to(self.model.dtype)).float().cpu().numpy()
+        return self(self.transform.normalize(pixels)).float().cpu().numpy()
 
     def _center(self, output: torch.Tensor | tuple) -> torch.Tensor:
         """Features behind an earlier layer, as the layer norm that follows the last would centre them."""
@@ -217,7 +215,7 @@ class Backbone(torch.nn.Module):
 
 def _shallow_copy(module: torch.nn.Module) -> torch.nn.Module:
     duplicate = copy.copy(module)
-    duplicate._modules = dict(module._modules)
+    duplicate._modules, duplicate._forward_hooks = dict(module._modules), module._forward_hooks.copy()
     return duplicate
 
 

@@ -95,8 +95,10 @@ class ImageTransform:
             values = values * self.processor.rescale_factor
         if self.processor.do_normalize:
             # The processor of a grey backbone may name three channels, as it does by default.
-            mean = torch.tensor(self.processor.image_mean[: self.channels], device=pixels.device).view(-1, 1, 1)
-            std = torch.tensor(self.processor.image_std[: self.channels], device=pixels.device).view(-1, 1, 1)
+            mean, std = (
+                torch.tensor(numbers[: self.channels], dtype=torch.float32, device=pixels.device).view(-1, 1, 1)
+                for numbers in (self.processor.image_mean, self.processor.image_std)
+            )
             values = (values - mean) / std
         return values
 

@@ -1,16 +1,20 @@
 """All experts of a model, and how a batch runs through them when every image has its own."""
 
+import threading
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from peft import PeftConfig, PeftModel
 
 from ..backbones import Backbone
-from .expert import ADAPTER, Expert, ExpertError, make_peft_model
+from ..errors import ConfigError
+from .expert import ADAPTER, Expert, ExpertError
 from .lora import LoraTable
 from .prompts import PromptTable
+from .stage import Stage
+from .turns import Turns
 
 
 FORMS = ("auto", "gathered", "stacked", "grouped")
@@ -26,8 +30,12 @@ class ExpertBank(torch.nn.Module):
     - *stacked*: all LoRA modules at once, those that are not selected masked. For small pools; see [`LoraTable`].
     - *grouped*: one PEFT forward per expert present in the batch. For every other PEFT technique.
 
-    A new expert is trained in the *slot*, which is a plain PEFT model, and then moves into the bank. Experts of a pool
-    are trained in the bank's table: the forward is differentiable in `table.rows`.
+    A new expert is trained in the *slot*, which is a plain PEFT model on a twin of the backbone, and then moves into
+    the bank. Experts of a pool are trained in the bank's table: the forward is differentiable in `table.rows`.
+
+    Threads may run the bank at once, also while one of them adds, trains or removes an expert: the selection travels
+    with the call. They wait for each other only while an expert moves in or out, and in the grouped form, where one
+    batch runs at a time. A pool in training is refused to other threads.
 
     Args:
         backbone ([`Backbone`]): The frozen model.
@@ -63,23 +71,40 @@ class ExpertBank(torch.nn.Module):
         self.form = form
         self.names: list[str] = []
         self.table: LoraTable | PromptTable | None = None  # where experts are, if they have a fused form
-        self.slot: PeftModel | None = None
+        self.slot: Stage | None = None  # where an expert is trained
+        self.turns = Turns()
         self._configs: list[PeftConfig] = []
         self._at_rest: list[Expert] = []  # where experts are, if not
-        self._in_slot: Expert | None = None
+        self._stage: Stage | None = None  # where they run then, one after another
+        self._stage_turns = Turns()
+        self._trained: tuple[str, int] | None = None  # what is trained, and by which thread
+        self._learner = 0  # thread that learns, whatever it is doing
 
     def __len__(self) -> int:
         return len(self.names)
 
     def __getitem__(self, index: int) -> Expert:
-        if self.table is None:
-            return self._at_rest[index]
-        tensors = self.table.unpack(self.table.read(range(len(self))[index]))
-        tensors = {key: tensor.to("cpu", copy=True) for key, tensor in tensors.items()}
-        return Expert(self.names[index], self._configs[index], tensors)
+        with self.reading():
+            if self.table is None:
+                return self._at_rest[index]
+            tensors = self.table.unpack(self.table.read(range(len(self))[index]))
+            tensors = {key: tensor.to("cpu", copy=True) for key, tensor in tensors.items()}
+            return Expert(self.names[index], self._configs[index], tensors)
 
     def __iter__(self) -> Iterator[Expert]:
         return (self[index] for index in range(len(self)))
+
+    @contextmanager
+    def reading(self) -> Iterator[None]:
+        """No other thread changes the bank inside this context.
+
+        Raises:
+            [`ExpertError`]: Another thread is training the pool.
+        """
+        with self.turns.reading():
+            if self.table is not None and self.table.rows.requires_grad and not torch.compiler.is_compiling():
+                self._refuse_strangers("a pool changes with every step")
+            yield
 
     # Adding and training experts
 
@@ -90,55 +115,128 @@ class ExpertBank(torch.nn.Module):
             [`ExpertError`]: One does not fit, or differs from the others in more than its rank or length.
         """
         experts = list(experts)
-        for count, expert in enumerate(experts):
-            if self.table is None:
-                self._put(expert)
-            self._keep(expert)
-            if count == 0:
-                self.reserve(len(self) - 1 + len(experts))
-        self._clear_slot()
+        with self.turns.changing():
+            for count, expert in enumerate(experts):
+                if self.table is None:
+                    self._put(expert)
+                self._keep(expert, self._stage)
+                if count == 0:
+                    self.reserve(len(self) - 1 + len(experts))
+            if self.table is not None:
+                self._stage = None  # was needed to try the first alone
 
     def reserve(self, num_experts: int) -> None:
         """Makes room for so many experts of the size of the first, so that the table need not grow on the way."""
-        if self.table is not None:
-            self.table.reserve(num_experts, num_experts * self.table.members.shape[1])
+        with self.turns.changing():
+            if self.table is not None:
+                self.table.reserve(num_experts, num_experts * self.table.members.shape[1])
 
     def start(self, name: str, config: PeftConfig) -> PeftModel:
         """Puts an expert into the slot for training: the one of that name if there is one, else a fresh one.
 
         Returns:
             `peft.PeftModel`: Its trainable parameters are the expert's.
+
+        Raises:
+            [`ExpertError`]: Another thread is training one.
         """
-        slot = self._put(self[self.names.index(name)]) if name in self.names else self._make_slot(config)
-        self._in_slot = None  # from here on the slot holds nothing that is at rest
-        return slot
+        self.claim(name)
+        try:
+            known = self[self.names.index(name)] if name in self.names else None
+            slot = self.slot = Stage(self.backbone, config if known is None else known.config)
+            return slot.peft_model if known is None else slot.put(known)
+        except BaseException:
+            self.abandon()
+            raise
 
     def finish(self, name: str) -> Expert:
         """Moves the trained expert from the slot into the bank, replacing one of the same name."""
         assert self.slot is not None
-        expert = self._in_slot = Expert.from_peft_model(name, self.slot)
-        if name not in self.names:
-            self._keep(expert)
-        elif self.table is None:
-            self._at_rest[self.names.index(name)] = expert
-        else:
-            self.table.write(self.names.index(name), *self._pack(expert))
-        self._clear_slot()
+        expert = Expert.from_peft_model(name, self.slot.peft_model)
+        with self.turns.changing():
+            if name not in self.names:
+                self._keep(expert, self.slot)
+            elif self.table is None:
+                self._at_rest[self.names.index(name)] = expert
+            else:
+                self.table.write(self.names.index(name), *self._pack(expert))
+            self._stage = None  # which may hold what it was
+            self.abandon()
         return expert
 
     def abandon(self) -> None:
-        """Takes what is being trained out of the slot, and forgets it."""
-        self._empty_slot()
+        """Ends training: takes what is in the slot out of it and forgets it, and fixes the experts of a pool."""
+        self.slot = self._trained = None
+        if self.table is not None:
+            self.table.rows.requires_grad_(False)
+            self.table.rows.grad = None
+
+    def claim(self, name: str) -> None:
+        """Notes that this thread trains something, until it finishes or abandons it.
+
+        Raises:
+            [`ExpertError`]: Another thread is training.
+        """
+        with self.turns.changing():
+            self._refuse_strangers("one task is learnt at a time")
+            self._trained = name, threading.get_ident()
+
+    @contextmanager
+    def learning(self) -> Iterator[None]:
+        """Refuses other threads that want to train, and abandons at its end what was not finished.
+
+        Raises:
+            [`ExpertError`]: Another thread is training.
+        """
+        with self.turns.changing():
+            self._refuse_strangers("one task is learnt at a time")
+            self._learner = threading.get_ident()
+        try:
+            yield
+        finally:
+            self.abandon()
+            self._learner = 0
+
+    def make_pool(self, names: Sequence[str], config: PeftConfig) -> None:
+        """Fills an empty bank with fresh experts.
+
+        Raises:
+            [`ConfigError`]: They have no fused form, which a pool needs.
+        """
+        for name in names:
+            self.start(name, config)
+            self.finish(name)
+            if self.table is None:
+                self.remove(name)
+                raise ConfigError(
+                    "A pool runs fused, which needs prompts or LoRA on linear layers; the method has neither on "
+                    f"{self.backbone.config.name_or_path}. Choose a vision transformer, or other target_modules."
+                )
+            self.reserve(len(names))
+
+    def train_pool(self) -> None:
+        """Lets this thread train all experts in the table, until [`~ExpertBank.abandon`].
+
+        Raises:
+            [`ExpertError`]: Another thread is training.
+        """
+        assert self.table is not None
+        with self.turns.changing():
+            self.claim("the pool")
+            self.table.rows.requires_grad_(True)
 
     def remove(self, name: str) -> None:
         """Takes an expert out, of the slot too; those behind it move up."""
-        index = self.names.index(name)
-        if self.table is None:
-            del self._at_rest[index]
-            self._empty_slot()
-        else:
-            self.table.remove(index)
-        del self.names[index], self._configs[index]
+        with self.turns.changing():
+            index = self.names.index(name)
+            if self.table is None:
+                del self._at_rest[index]
+            else:
+                self.table.remove(index)
+            self._stage = None
+            if self._trained is not None and self._trained[0] == name:
+                self.abandon()
+            del self.names[index], self._configs[index]
 
     # Forward passes
 
@@ -152,7 +250,7 @@ class ExpertBank(torch.nn.Module):
         Returns:
             `torch.Tensor` of shape `(batch, hidden_size)`.
         """
-        with self._slot_disabled():
+        with self.reading():
             return self.backbone(pixel_values, num_layers)
 
     def forward(
@@ -175,29 +273,30 @@ class ExpertBank(torch.nn.Module):
         Returns:
             `torch.Tensor` of shape `(batch, hidden_size)`.
         """
-        form = "grouped" if self.table is None else self.table.form_for(selection, self.form)
-        if self.table is None or form == "grouped":
-            return self._run_grouped(pixel_values, selection, num_layers)
-        with self._slot_disabled(), self.table.selected(selection, form, self._compute_dtype()):
-            if readout == "cls":
-                return self.backbone(pixel_values, num_layers)
-            tokens = self.backbone.tokens(pixel_values)
-        length = self.table.members.shape[1] * (selection.shape[1] if selection.dim() == 2 else 1)
-        return tokens[:, 1 : 1 + length].mean(dim=1)
+        with self.reading():
+            form = "grouped" if self.table is None else self.table.form_for(selection, self.form)
+            if self.table is None or form == "grouped":
+                with self._stage_turns.changing():
+                    return self._run_grouped(pixel_values, selection, num_layers)
+            with self.table.selected(selection, form, self._compute_dtype()):
+                if readout == "cls":
+                    return self.backbone(pixel_values, num_layers)
+                tokens = self.backbone.tokens(pixel_values)
+            length = self.table.members.shape[1] * (selection.shape[1] if selection.dim() == 2 else 1)
+            return tokens[:, 1 : 1 + length].mean(dim=1)
 
     def _run_grouped(
         self, pixel_values: torch.Tensor, selection: torch.Tensor, num_layers: int | Sequence[int] | None
     ) -> torch.Tensor:
         if selection.dim() == 2:
             raise ExpertError("Several experts for one image need LoRA, or prompts of one length.")
-        if self.slot is not None and self._in_slot is None:
-            raise ExpertError("An expert is being trained in the slot that others would run in; finish it first.")
         groups, order = [], []
         for index in selection.unique().tolist():
-            if self._in_slot is None or self._in_slot.name != self.names[index]:
-                self._put(self[index])
+            stage = self._stage
+            if stage is None or stage.name != self.names[index]:
+                stage = self._put(self[index])
             rows = (selection == index).nonzero()[:, 0]
-            groups.append(self.backbone(pixel_values[rows], num_layers).to(pixel_values.dtype))
+            groups.append(stage(pixel_values[rows], num_layers).to(pixel_values.dtype))
             order.append(rows)
         return torch.cat(groups)[torch.cat(order).argsort()]
 
@@ -205,14 +304,15 @@ class ExpertBank(torch.nn.Module):
         kind = self.backbone.device.type
         return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else self.backbone.model.dtype
 
-    # The slot
+    # Where experts are kept
 
-    def _keep(self, expert: Expert) -> None:
-        """Takes an expert into the bank. The first one, which is in the slot, decides what the bank is made of."""
+    def _keep(self, expert: Expert, stage: Stage | None) -> None:
+        """Takes an expert into the bank. The first one, which is on the stage, decides what the bank is made of."""
         if expert.name in self.names:
             raise ExpertError(f"The bank has an expert {expert.name!r} already; give this one another name.")
         if not self.names:
-            self.table = self._make_table()
+            assert stage is not None
+            self.table = self._make_table(stage.peft_model)
         if self.table is None:
             self._at_rest.append(expert)
         else:
@@ -220,11 +320,10 @@ class ExpertBank(torch.nn.Module):
         self.names.append(expert.name)
         self._configs.append(expert.config)
 
-    def _make_table(self) -> LoraTable | PromptTable | None:
-        assert self.slot is not None
-        if self.slot.peft_config[ADAPTER].is_prompt_learning:
+    def _make_table(self, peft_model: PeftModel) -> LoraTable | PromptTable | None:
+        if peft_model.peft_config[ADAPTER].is_prompt_learning:
             return PromptTable(self.backbone)
-        return LoraTable.made_for(self.backbone, self.slot)
+        return LoraTable.made_for(self.backbone, peft_model)
 
     def _pack(self, expert: Expert) -> tuple[torch.Tensor, float]:
         assert self.table is not None
@@ -234,39 +333,19 @@ class ExpertBank(torch.nn.Module):
         except ValueError as error:
             raise ExpertError(f"Expert {expert.name!r} does not fit a bank with {self.names[:1]}: {error}") from error
 
-    def _slot_disabled(self) -> AbstractContextManager[None]:
-        return nullcontext() if self.slot is None else self.slot.disable_adapter()
+    def _put(self, expert: Expert) -> Stage:
+        """Lets an expert run on the stage."""
+        stage = self._stage
+        if stage is None:
+            stage = self._stage = Stage(self.backbone, expert.config)
+        stage.put(expert)
+        return stage
 
-    def _put(self, expert: Expert) -> PeftModel:
-        slot = self.slot
-        if slot is None or not _alike(slot.peft_config[ADAPTER], expert.config):
-            slot = self._make_slot(expert.config)
-        expert.copy_to(slot)
-        self._in_slot = expert
-        return slot
-
-    def _make_slot(self, config: PeftConfig) -> PeftModel:
-        self._empty_slot()
-        slot = self.slot = make_peft_model(self.backbone, config).to(self.backbone.device)
-        return slot
-
-    def _clear_slot(self) -> None:
-        """A backbone without PEFT's wrappers is faster; only grouped experts run in the slot."""
-        if self.table is not None:
-            self._empty_slot()
-
-    def _empty_slot(self) -> None:
-        if self.slot is not None:
-            self.slot.unload()
-        self.slot = self._in_slot = None
-
-
-# Fields that say where an adapter comes from rather than what it looks like.
-_PROVENANCE = {"base_model_name_or_path", "revision", "peft_version", "inference_mode", "task_type", "auto_mapping"}
-
-
-def _alike(config: PeftConfig, other: PeftConfig) -> bool:
-    """Whether adapters of both configurations fit into the same slot."""
-    return all(
-        value == other.to_dict().get(name) for name, value in config.to_dict().items() if name not in _PROVENANCE
-    )
+    def _refuse_strangers(self, why: str) -> None:
+        """Raises [`ExpertError`] if another thread, which is alive, trains something here."""
+        what, thread = self._trained or ("a task", self._learner)
+        if thread not in (0, threading.get_ident()) and thread in (other.ident for other in threading.enumerate()):
+            raise ExpertError(
+                f"Another thread is training {what} in this model, and {why}. Wait until it has finished the task, or "
+                "take a copy of the model that is loaded from its folder."
+            )

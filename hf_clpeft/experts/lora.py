@@ -1,16 +1,16 @@
 """LoRA for a batch in which every image has its own experts, at the cost of a plain forward."""
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from functools import partial
+from typing import Any
 
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel, PeftType
 from peft.tuners.lora import LoraLayer
 
 from ..backbones import Backbone
+from .calls import during, hook
 from .expert import ADAPTER
 from .table import ExpertTable
 
@@ -51,36 +51,27 @@ class LoraTable(ExpertTable):
 
     Args:
         backbone ([`Backbone`]): The frozen model. Hooks on its linear layers stay idle outside
-            [`~LoraTable.selected`].
+            [`~LoraTable.selected`], and in other threads.
         layers (`dict[str, torch.nn.Linear]`): The layers that experts adapt by the names that PEFT's files use.
         inputs (`list[list[str]]`): The same names in the order of execution; those that read one tensor together.
 
     Source: LoRA, arXiv 2106.09685.
     """
 
-    # What is selected, while something is.
-    _down: torch.Tensor | None
-    _up: torch.Tensor | None
-    _weights: torch.Tensor | None
-    _projected: torch.Tensor | None
-
     def __init__(self, backbone: Backbone, layers: dict[str, torch.nn.Linear], inputs: list[list[str]]):
         downs = sum(layer.in_features for layer in layers.values())
         super().__init__(downs + sum(layer.out_features for layer in layers.values()), backbone.device)
-        self.sites: list[_Site] = []
+        self.sites: dict[str, _Site] = {}
         down = up = 0
         for number, keys in enumerate(inputs):
             for position, key in enumerate(keys):
                 layer = layers[key]
                 ends = down + layer.in_features, up + layer.out_features
-                site = _Site(key, number, position, slice(down, ends[0]), slice(up, ends[1]))
-                layer.register_forward_hook(partial(self._update, site))
-                self.sites.append(site)
+                self.sites[key] = _Site(key, number, position, slice(down, ends[0]), slice(up, ends[1]))
+                hook(layer, key)
                 down, up = ends
         self._num_down = downs
-        self._inputs = [(len(keys), layers[keys[0]].in_features) for keys in inputs]
-        self._starts = [next(site.down.start for site in self.sites if site.input == i) for i in range(len(inputs))]
-        self._weights = self._down = self._up = self._projected = None
+        self.inputs = [(len(keys), layers[keys[0]].in_features, self.sites[keys[0]].down.start) for keys in inputs]
 
     @classmethod
     def made_for(cls, backbone: Backbone, peft_model: PeftModel) -> "LoraTable | None":
@@ -88,19 +79,16 @@ class LoraTable(ExpertTable):
 
         Args:
             backbone ([`Backbone`]): The frozen model.
-            peft_model (`peft.PeftModel`): The same model with an adapter on it.
+            peft_model (`peft.PeftModel`): An adapter on its twin; see [`twin_of`].
         """
-        layers = {
-            f"base_model.model.{name}": module.base_layer
-            for name, module in peft_model.get_base_model().named_modules()
-            if isinstance(module, LoraLayer)
-        }
+        names = [name for name, module in peft_model.get_base_model().named_modules() if isinstance(module, LoraLayer)]
+        layers = {f"base_model.model.{name}": backbone.model.get_submodule(name) for name in names}
         config = peft_model.peft_config[ADAPTER]
         trained = sum(parameter.requires_grad for parameter in peft_model.parameters())
         linear = {key: layer for key, layer in layers.items() if type(layer) is torch.nn.Linear}
         if not (_is_plain(config) and len(linear) == len(layers) and trained == 2 * len(layers)):
             return None
-        inputs = _shared_inputs(backbone, linear)
+        inputs = _shared_inputs(backbone, peft_model, names)
         return cls(backbone, linear, inputs) if inputs else None
 
     def pack(self, config: LoraConfig, tensors: dict[str, torch.Tensor]) -> tuple[torch.Tensor, float]:
@@ -119,22 +107,22 @@ class LoraTable(ExpertTable):
         if not _is_plain(config):
             raise ValueError("it is more than plain LoRA of one rank.")
         expected = {}
-        for site in self.sites:
+        for site in self.sites.values():
             expected[f"{site.key}.lora_A.weight"] = (config.r, site.down.stop - site.down.start)
             expected[f"{site.key}.lora_B.weight"] = (site.up.stop - site.up.start, config.r)
         found = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
         wrong = sorted(key for key, _ in found.items() ^ expected.items())
         if wrong:
             raise ValueError(f"{wrong[0]} has shape {found.get(wrong[0])} and should have {expected.get(wrong[0])}.")
-        downs = [tensors[f"{site.key}.lora_A.weight"] for site in self.sites]
-        ups = [tensors[f"{site.key}.lora_B.weight"].mT for site in self.sites]
+        downs = [tensors[f"{site.key}.lora_A.weight"] for site in self.sites.values()]
+        ups = [tensors[f"{site.key}.lora_B.weight"].mT for site in self.sites.values()]
         scale = config.lora_alpha / (math.sqrt(config.r) if config.use_rslora else config.r)
         return torch.cat([*downs, *ups], dim=1), scale
 
     def unpack(self, components: torch.Tensor) -> dict[str, torch.Tensor]:
         """Inverse of [`~LoraTable.pack`]."""
         tensors, (downs, ups) = {}, self._parts(components)
-        for site in self.sites:
+        for site in self.sites.values():
             tensors[f"{site.key}.lora_A.weight"] = downs[:, site.down].contiguous()
             tensors[f"{site.key}.lora_B.weight"] = ups[:, site.up].mT.contiguous()
         return tensors
@@ -149,8 +137,7 @@ class LoraTable(ExpertTable):
         selected = selection.shape[1] * self.members.shape[1]
         return "stacked" if len(self.rows) - 1 <= STACKED_UP_TO * selected else "gathered"
 
-    @contextmanager
-    def selected(self, selection: torch.Tensor, form: str, dtype: torch.dtype) -> Iterator[None]:
+    def selected(self, selection: torch.Tensor, form: str, dtype: torch.dtype) -> AbstractContextManager[None]:
         """Lets the backbone run with every image under its own experts inside this context.
 
         Args:
@@ -162,46 +149,57 @@ class LoraTable(ExpertTable):
         scales = self.scales[components]
         # In one go for all layers: on a fast device many small operations cost more than the arithmetic.
         if form == "stacked":
-            self._down, self._up = (part.to(dtype) for part in self._parts(self.rows))
+            down, up = (part.to(dtype) for part in self._parts(self.rows))
             weights = scales.new_zeros(len(components), len(self.rows)).scatter_add(1, components, scales)
-            self._weights = weights[:, None, None].to(dtype)
-        else:
-            down, up = self._parts(self.rows[components])
-            self._down, self._up = down.to(dtype), (up * scales[..., None]).to(dtype)
-        try:
-            yield
-        finally:
-            self._weights = self._down = self._up = self._projected = None
+            return during(_Updating(self, down, up, weights[:, None, None].to(dtype)))
+        down, up = self._parts(self.rows[components])
+        return during(_Updating(self, down.to(dtype), (up * scales[..., None]).to(dtype)))
 
     def _parts(self, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The columns that hold A, and those that hold B."""
         return rows[..., : self._num_down], rows[..., self._num_down :]
 
-    def _update(self, site: _Site, layer: torch.nn.Module, args: tuple, output: torch.Tensor) -> torch.Tensor | None:
-        """Hook of a linear layer: adds what the selected experts say to its output."""
-        if self._down is None or self._up is None:
+
+class _Updating:
+    """A [`Call`] in which every image has its own LoRA modules.
+
+    Args:
+        table ([`LoraTable`]): Says where in `down` and `up` each layer's columns are.
+        down (`torch.Tensor` of shape `(batch, components, width)` or `(components, width)`): A of what is selected, or
+            of all components.
+        up (`torch.Tensor`, shaped alike): B, scaled where it is that of what is selected.
+        weights (`torch.Tensor` of shape `(batch, 1, 1, components)`, *optional*): Factor of each of all components.
+    """
+
+    def __init__(self, table: LoraTable, down: torch.Tensor, up: torch.Tensor, weights: torch.Tensor | None = None):
+        self.table, self.down, self.up, self.weights = table, down, up, weights
+        self.projected: torch.Tensor | None = None  # what layers that read one tensor share
+
+    def update(self, key: str, args: tuple, output: torch.Tensor) -> torch.Tensor | None:
+        """Adds what the selected experts say to the output of a linear layer."""
+        site = self.table.sites.get(key)
+        if site is None:
             return None
         if site.position == 0:
-            self._projected = self._project(site.input, args[0].to(output.dtype))
-        assert self._projected is not None
-        up = self._up[..., site.up]
+            self.projected = self._project(site.input, args[0].to(output.dtype))
+        assert self.projected is not None
+        up = self.up[..., site.up]
         rank = up.shape[-2]
-        down = self._projected[..., site.position * rank : (site.position + 1) * rank]
-        if self._weights is None:
+        down = self.projected[..., site.position * rank : (site.position + 1) * rank]
+        if self.weights is None:
             return output.baddbmm_(down, up)
         return output.view(-1, output.shape[-1]).addmm_(down.reshape(-1, rank), up).view_as(output)
 
     def _project(self, number: int, x: torch.Tensor) -> torch.Tensor:
         """x Aᵀ for all layers that read x, of shape `(batch, tokens, layers * rank)`."""
-        assert self._down is not None
-        (count, width), start = self._inputs[number], self._starts[number]
+        count, width, start = self.table.inputs[number]
         # The layers' A below one another: a view for one layer or rank 1, else a small copy.
-        down = self._down[..., start : start + count * width].unflatten(-1, (count, width))
+        down = self.down[..., start : start + count * width].unflatten(-1, (count, width))
         down = down.transpose(-3, -2).flatten(-3, -2)
-        if self._weights is None:
+        if self.weights is None:
             return torch.bmm(x, down.mT)
         projected = torch.nn.functional.linear(x, down).unflatten(-1, (count, -1))
-        return (projected * self._weights).flatten(-2)
+        return (projected * self.weights).flatten(-2)
 
 
 def _is_plain(config: PeftConfig) -> bool:
@@ -211,23 +209,27 @@ def _is_plain(config: PeftConfig) -> bool:
     return not (config.use_dora or config.rank_pattern or config.alpha_pattern)
 
 
-def _shared_inputs(backbone: Backbone, layers: dict[str, torch.nn.Linear]) -> list[list[str]] | None:
+def _shared_inputs(backbone: Backbone, peft_model: PeftModel, names: list[str]) -> list[list[str]] | None:
     """Names in the order of execution, grouped by the tensor they read; `None` if one is not `(batch, tokens, width)`.
 
-    Found by running the backbone once, because no two architectures name the same things.
+    Found by running its twin once, because no two architectures name the same things.
     """
     seen: list[tuple[str, torch.Tensor]] = []
+    base: Any = peft_model.get_base_model()
     hooks = [
-        layer.register_forward_pre_hook(lambda module, args, key=key: seen.append((key, args[0])))
-        for key, layer in layers.items()
+        base.get_submodule(name).base_layer.register_forward_pre_hook(
+            lambda module, args, key=f"base_model.model.{name}": seen.append((key, args[0]))
+        )
+        for name in names
     ]
+    pixels = torch.zeros(2, *backbone.input_shape, dtype=backbone.model.dtype, device=backbone.device)
     try:
         with torch.no_grad():
-            backbone(torch.zeros(2, *backbone.input_shape, device=backbone.device))
+            peft_model(pixel_values=pixels)
     finally:
         for hook in hooks:
             hook.remove()
-    if len(seen) != len(layers) or any(x.dim() != 3 or len(x) != 2 for _, x in seen):
+    if len(seen) != len(names) or any(x.dim() != 3 or len(x) != 2 for _, x in seen):
         return None
     inputs: list[list[str]] = []
     for i, (key, x) in enumerate(seen):

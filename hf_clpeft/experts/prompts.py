@@ -5,18 +5,21 @@ inserted behind [CLS] in the output of the backbone's embedding layer; configura
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
 from peft import PeftModel, PromptEmbedding, PromptTuningConfig
 
 from ..backbones import Backbone
+from .calls import during, hook
 from .table import ExpertTable
 
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+EMBEDDINGS = "embeddings"  # the layer behind whose output a prompt is inserted
 
 
 def insert_prompt(tokens: torch.Tensor, prompt: torch.Tensor) -> torch.Tensor:
@@ -75,7 +78,7 @@ class PromptTunedVisionModel(PeftModel):
         **kwargs: Any,
     ):
         super().__init__(model, peft_config, adapter_name, **kwargs)
-        self._hook = model.get_submodule("embeddings").register_forward_hook(self._insert_prompt)
+        self._hook = model.get_submodule(EMBEDDINGS).register_forward_hook(self._insert_prompt)
 
     def _setup_prompt_encoder(self, adapter_name: str) -> None:
         config: Any = self.peft_config[adapter_name]  # fields differ from class to class
@@ -116,15 +119,14 @@ class PromptTable(ExpertTable):
 
     Args:
         backbone ([`Backbone`]): The frozen model. A hook on its embedding layer stays idle outside
-            [`~PromptTable.selected`].
+            [`~PromptTable.selected`], and in other threads.
 
     Source: L2P, arXiv 2112.08654.
     """
 
     def __init__(self, backbone: Backbone):
         super().__init__(backbone.hidden_size, backbone.device)
-        self._prompt: torch.Tensor | None = None
-        backbone.model.get_submodule("embeddings").register_forward_hook(self._insert)
+        hook(backbone.model.get_submodule(EMBEDDINGS), EMBEDDINGS)
 
     def pack(self, config: PromptTuningConfig, tensors: dict[str, torch.Tensor]) -> tuple[torch.Tensor, float]:
         """Cuts a prompt into tokens.
@@ -155,8 +157,7 @@ class PromptTable(ExpertTable):
         """Gathered, as inserting is all there is to do; grouped if lengths differ, since sequences would."""
         return "gathered" if self.uniform and wish != "grouped" else "grouped"
 
-    @contextmanager
-    def selected(self, selection: torch.Tensor, form: str, dtype: torch.dtype) -> Iterator[None]:
+    def selected(self, selection: torch.Tensor, form: str, dtype: torch.dtype) -> AbstractContextManager[None]:
         """Lets the backbone run with every image behind its own prompts inside this context.
 
         Args:
@@ -164,11 +165,15 @@ class PromptTable(ExpertTable):
             form (`str`): `"gathered"`, the only one.
             dtype (`torch.dtype`): What the backbone computes in.
         """
-        self._prompt = self.rows[self.components(selection)].to(dtype)
-        try:
-            yield
-        finally:
-            self._prompt = None
+        return during(_Inserting(self.rows[self.components(selection)].to(dtype)))
 
-    def _insert(self, module: torch.nn.Module, inputs: tuple, tokens: torch.Tensor) -> torch.Tensor | None:
-        return None if self._prompt is None else insert_prompt(tokens, self._prompt)
+
+class _Inserting:
+    """A [`Call`] in which every image has its own prompt, of shape `(batch, length, hidden_size)`."""
+
+    def __init__(self, prompt: torch.Tensor):
+        self.prompt = prompt
+
+    def update(self, key: str, args: tuple, output: torch.Tensor) -> torch.Tensor | None:
+        """Puts the prompts into the output of the embedding layer."""
+        return insert_prompt(output, self.prompt) if key == EMBEDDINGS else None

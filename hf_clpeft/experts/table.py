@@ -1,9 +1,13 @@
 """Many experts as rows of one table, so that one indexing operation fetches those of a whole batch."""
 
+from typing import Any
+
 import torch
 
+from ..precision import KeepsPrecision
 
-class ExpertTable(torch.nn.Module):
+
+class ExpertTable(KeepsPrecision):
     """Experts cut into components: rank-one updates of LoRA, or tokens of a prompt.
 
     An expert is the sum (LoRA) or the concatenation (prompts) of its components, and so is any selection of experts:
@@ -35,8 +39,9 @@ class ExpertTable(torch.nn.Module):
 
     def __init__(self, width: int, device: torch.device):
         super().__init__()
-        self.rows = torch.nn.Parameter(torch.zeros(1, width, device=device), requires_grad=False)
-        self.register_buffer("scales", torch.zeros(1, device=device))
+        kind: Any = {"dtype": torch.float32, "device": device}
+        self.rows = torch.nn.Parameter(torch.zeros(1, width, **kind), requires_grad=False)
+        self.register_buffer("scales", torch.zeros(1, **kind))
         self.register_buffer("members", torch.zeros(0, 1, dtype=torch.int64, device=device))
         self.uniform = True  # whether all experts have as many components
         self._count, self._used = 0, 1

@@ -5,6 +5,7 @@ from typing import Self
 
 import torch
 
+from ..precision import without_autocast
 from .routing import Router, Routing
 
 
@@ -38,7 +39,7 @@ class ClassRouter(Router, ABC):
     def __init__(self, query_size: int):
         super().__init__()
         self.query_size = query_size
-        self.register_buffer("prototypes", torch.zeros(0, query_size))
+        self.register_buffer("prototypes", torch.zeros(0, query_size, dtype=torch.float32))
         self.register_buffer("counts", torch.zeros(0, dtype=torch.int64))
         self.register_buffer("owners", torch.zeros(0, dtype=torch.int64))
         self.register_buffer("classes", torch.zeros(0, dtype=torch.int64))
@@ -57,7 +58,8 @@ class ClassRouter(Router, ABC):
         means = normalized.new_zeros(len(numbers), self.query_size).index_add(0, entries, normalized) / counts[:, None]
         owners = torch.full_like(numbers, self.num_owners)
         self._append({"prototypes": means, "counts": counts, "owners": owners, "classes": numbers})
-        self.add_sums(features, normalized - means[entries], entries)
+        with without_autocast(self.prototypes.device):
+            self.add_sums(features, normalized - means[entries], entries)
 
     def merge(self, other: Self, numbers: list[int]) -> None:
         """Adds all tasks of another router of the same kind, as if they had been learnt here.

@@ -44,9 +44,10 @@ class GaussianRouter(ClassRouter):
 
     def __init__(self, query_size: int):
         super().__init__(query_size)
-        self.register_buffer("scatter", torch.zeros(query_size, query_size))
-        self.register_buffer("_whitening", torch.zeros(query_size, query_size), persistent=False)
-        self.register_buffer("_centres", torch.zeros(0, query_size), persistent=False)
+        square = torch.zeros(query_size, query_size, dtype=torch.float32)
+        self.register_buffer("scatter", square)
+        self.register_buffer("_whitening", square.clone(), persistent=False)
+        self.register_buffer("_centres", square[:0].clone(), persistent=False)
 
     def scores(self, query: torch.Tensor) -> torch.Tensor:
         query = torch.nn.functional.normalize(query.to(self._whitening), dim=-1) @ self._whitening

@@ -34,7 +34,8 @@ class KeyRouter(Router):
 
     def __init__(self, query_size: int, pool_size: int, top_n: int):
         super().__init__()
-        self.keys = torch.nn.Parameter(torch.empty(pool_size, query_size), requires_grad=False)
+        keys = torch.empty(pool_size, query_size, dtype=torch.float32)
+        self.keys = torch.nn.Parameter(keys, requires_grad=False)
         self.top_n = top_n
         self.reset_parameters()
 

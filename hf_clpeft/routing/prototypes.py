@@ -55,9 +55,9 @@ class PrototypeRouter(Router):
     def __init__(self, query_size: int):
         super().__init__()
         self.query_size = query_size
-        self.register_buffer("prototypes", torch.zeros(0, query_size))
+        self.register_buffer("prototypes", torch.zeros(0, query_size, dtype=torch.float32))
         self.register_buffer("owners", torch.zeros(0, dtype=torch.int64))
-        self.register_buffer("thresholds", torch.zeros(0, PERCENT))
+        self.register_buffer("thresholds", torch.zeros(0, PERCENT, dtype=torch.float32))
 
     def add(self, features: torch.Tensor, k: int | str, seed: int = 0) -> None:
         """Adds prototypes, owned by the next task.
@@ -117,7 +117,8 @@ class PrototypeRouter(Router):
         """
         own = self.state_dict()
         if tensors.keys() == {"prototypes", "owners"}:  # saved before thresholds were measured
-            tensors["thresholds"] = torch.full((len(tensors["owners"].unique()), PERCENT), FARTHEST)
+            shape = (len(tensors["owners"].unique()), PERCENT)
+            tensors["thresholds"] = torch.full(shape, FARTHEST, dtype=torch.float32)
         if {key: tensor.dtype for key, tensor in tensors.items()} != {key: own[key].dtype for key in own}:
             raise ValueError(f"it holds {sorted(tensors)}, but the model needs {sorted(own)}.")
         prototypes, owners, thresholds = (tensors[key] for key in own)
@@ -242,7 +243,7 @@ def fit_thresholds(features: torch.Tensor, k: int, seed: int = 0) -> torch.Tenso
     normalized = torch.nn.functional.normalize(features.float(), dim=-1).cpu()
     count = len(normalized)
     if count < 2:
-        return torch.full((PERCENT,), FARTHEST)
+        return torch.full((PERCENT,), FARTHEST, dtype=torch.float32)
     order = torch.randperm(count, generator=torch.Generator().manual_seed(seed)).numpy()
     distances = np.zeros(count)
     for fold in np.array_split(order, min(FOLDS, count)):

@@ -50,11 +50,11 @@ class RidgeRouter(ClassRouter):
         super().__init__(query_size)
         self.projection_size = projection_size
         # Nothing is as large as it will be before there is a task, or a file that is.
-        self.register_buffer("projection", torch.zeros(query_size, 0))
-        self.register_buffer("gram", torch.zeros(0, 0))
-        self.register_buffer("moments", torch.zeros(0, 0))  # sum of the random features of each entry
-        self.register_buffer("penalty", torch.tensor(1.0))
-        self.register_buffer("_weights", torch.zeros(0, 0), persistent=False)
+        self.register_buffer("projection", torch.zeros(query_size, 0, dtype=torch.float32))
+        self.register_buffer("gram", torch.zeros(0, 0, dtype=torch.float32))
+        self.register_buffer("moments", self.gram.clone())  # sum of the random features of each entry
+        self.register_buffer("penalty", torch.tensor(1.0, dtype=torch.float32))
+        self.register_buffer("_weights", self.gram.clone(), persistent=False)
 
     @classmethod
     def from_method(cls, method: MethodConfig, query_size: int) -> "RidgeRouter":
@@ -78,7 +78,7 @@ class RidgeRouter(ClassRouter):
         if not self.projection.shape[1]:
             # The same for everybody, so that models of different origin can be merged.
             shape, generator = (self.query_size, self.projection_size), torch.Generator().manual_seed(0)
-            self.projection = torch.randn(shape, generator=generator).to(self.projection)
+            self.projection = torch.randn(shape, generator=generator, dtype=torch.float32).to(self.projection)
             self.gram = self.gram.new_zeros(self.projection_size, self.projection_size)
             self.moments = self.moments.new_zeros(0, self.projection_size)
 

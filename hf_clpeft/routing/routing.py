@@ -5,6 +5,7 @@ from typing import NamedTuple
 import torch
 
 from ..config import MethodConfig
+from ..precision import KeepsPrecision
 
 
 class Routing(NamedTuple):
@@ -30,8 +31,8 @@ class Routing(NamedTuple):
         return self._replace(selection=torch.full_like(one, expert))
 
 
-class Router(torch.nn.Module):
-    """Finds the experts of images by their query features, image by image.
+class Router(KeepsPrecision):
+    """Finds the experts of images by their query features, image by image. What it keeps stays in `float32`.
 
     Attributes:
         title (`str`): How it does so, in a few words for model cards.

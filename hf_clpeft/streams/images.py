@@ -48,12 +48,13 @@ def augment(pixels: torch.Tensor, augmentation: str) -> torch.Tensor:
     if augmentation == "none":
         return pixels
     batch, device = len(pixels), pixels.device
+    kind: Any = {"dtype": pixels.dtype, "device": device}
     flip = 1 - 2 * torch.randint(0, 2, (batch,), device=device)
-    side = torch.ones(batch, device=device)
+    side = torch.ones(batch, **kind)
     if augmentation == "crop_flip":
-        side = torch.empty(batch, device=device).uniform_(0.5, 1).sqrt()
-    shift = (1 - side).unsqueeze(1) * torch.empty(batch, 2, device=device).uniform_(-1, 1)
-    theta = torch.zeros(batch, 2, 3, device=device)
+        side = torch.empty(batch, **kind).uniform_(0.5, 1).sqrt()
+    shift = (1 - side).unsqueeze(1) * torch.empty(batch, 2, **kind).uniform_(-1, 1)
+    theta = torch.zeros(batch, 2, 3, **kind)
     theta[:, 0, 0], theta[:, 1, 1], theta[:, :, 2] = side * flip, side, shift
     grid = torch.nn.functional.affine_grid(theta, list(pixels.shape), align_corners=False)
     return torch.nn.functional.grid_sample(pixels, grid, padding_mode="reflection", align_corners=False)

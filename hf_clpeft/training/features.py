@@ -52,12 +52,13 @@ def extract(
         # Processes repeat images to even out the last batch; writing by position keeps each once.
         found, index = accelerator.gather((found.float(), batch["index"]))
         if features is None:
-            features = torch.full((len(rows), found.shape[1]), torch.nan)
+            features = torch.full((len(rows), found.shape[1]), torch.nan, dtype=torch.float32)
         features[position[index.cpu()]] = found.cpu()
     assert features is not None
     if features.isnan().any():
         raise TrainingError(
-            "Features are not finite: an image was skipped, or the weights or mixed_precision=fp16 overflow. Try bf16."
+            "Features are not finite: an image was skipped, training has diverged (lower learning_rate), or the "
+            "weights or mixed_precision=fp16 overflow (try bf16)."
         )
     return features
 

@@ -178,6 +178,7 @@ class ContinualTrainer:
 
         Raises:
             [`ConfigError`]: Another run is writing into `output_dir`.
+            [`ExpertError`]: Another thread is teaching the model.
             [`TrainingError`]: The loss is not finite, or another process is gone; the model is as it was.
         """
         with self._alone(), explaining_lost_processes(self.accelerator):
@@ -192,7 +193,8 @@ class ContinualTrainer:
                 self._checkpoints.clear()
                 self._parallel.clear()
             self.accelerator.wait_for_everyone()
-            yield
+            with self.model.bank.learning():
+                yield
 
     def _learn(self, task: Task) -> StreamReport:
         args, method = self.args, self.model.config.method
@@ -207,13 +209,14 @@ class ContinualTrainer:
         learner = self.model.start_task(task.name, task.classes, task.domain)
         images, stored = self._join(task, train), bytes_beside_experts(self.model)
         self._fit(learner, images, seconds)
-        self.model.finish_task(learner, len(train))
-        if method.routed:
-            with timed(seconds, "router"):
-                self._teach_router(task, train)
-        elif method.experts == "single":
-            self.evaluator.expert_changed()
-        note_costs(self.report, self.model, learner, len(images), self.args, seconds, stored)
+        with self.model.bank.turns.changing():  # no other thread sees, or saves, a task without its prototypes
+            self.model.finish_task(learner, len(train))
+            if method.routed:
+                with timed(seconds, "router"):
+                    self._teach_router(task, train)
+            elif method.experts == "single":
+                self.evaluator.expert_changed()
+            note_costs(self.report, self.model, learner, len(images), self.args, seconds, stored)
         with timed(seconds, "evaluate"):
             if test is not None:
                 self._tests[owner] = task
@@ -265,8 +268,9 @@ class ContinualTrainer:
         train, position = self._training_images(task.train), len(self.model.config.tasks)
         stored = bytes_beside_experts(self.model)
         learner = self.model.start_task(task.name, task.classes, task.domain)
-        self.model.finish_task(learner, len(train))
-        note_costs(self.report, self.model, learner, len(train), self.args, {}, stored)
+        with self.model.bank.turns.changing():
+            self.model.finish_task(learner, len(train))
+            note_costs(self.report, self.model, learner, len(train), self.args, {}, stored)
         self._take_up(task, position)
 
     def _join(self, task: Task, train: TaskImages | StreamedImages) -> TaskImages | StreamedImages:

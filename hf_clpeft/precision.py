@@ -1,0 +1,73 @@
+"""What is kept and computed in float32, whatever a model is cast to."""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from functools import wraps
+from typing import Any, Concatenate, ParamSpec, Self, TypeVar
+
+import torch
+
+
+P = ParamSpec("P")
+R = TypeVar("R")
+M = TypeVar("M")
+
+
+class KeepsPrecision(torch.nn.Module):
+    """A module whose tensors keep their type, however a model around it is cast: only devices change.
+
+    Experts, statistics of routers and rows of heads take little memory, and a model that was cast to bfloat16 and back
+    saves the same bytes.
+
+    Example:
+
+    ```py
+    >>> import torch
+    >>> from hf_clpeft.routing import PrototypeRouter
+
+    >>> PrototypeRouter(query_size=2).half().prototypes.dtype
+    torch.float32
+
+    ```
+    """
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Self:
+        def keep(tensor: torch.Tensor) -> torch.Tensor:
+            moved = fn(tensor)
+            return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
+
+        return super()._apply(keep, recurse)
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
+    """Switches autocast off inside this context.
+
+    Args:
+        device (`torch.device`): Where they are computed.
+
+    Example:
+
+    ```py
+    >>> import torch
+    >>> from hf_clpeft.precision import without_autocast
+
+    >>> with torch.autocast("cpu", torch.bfloat16), without_autocast(torch.device("cpu")):
+    ...     print((torch.eye(2) @ torch.eye(2)).dtype)
+    torch.float32
+
+    ```
+    """
+    return torch.autocast(device.type, enabled=False) if torch.is_autocast_enabled(device.type) else nullcontext()
+
+
+def in_float32(
+    method: Callable[Concatenate[M, torch.Tensor, P], R],
+) -> Callable[Concatenate[M, torch.Tensor, P], R]:
+    """Lets a method that takes features get and compute them in float32, whatever they come in, autocast or not."""
+
+    @wraps(method)
+    def wrapped(self: M, features: torch.Tensor, /, *args: P.args, **kwargs: P.kwargs) -> R:
+        with without_autocast(features.device):
+            return method(self, features.float(), *args, **kwargs)
+
+    return wrapped
