@@ -16,7 +16,6 @@ from .config import ContinualConfig, MethodConfig, TaskConfig
 from .errors import ConfigError
 from .experts import ExpertBank
 from .experts.expert import make_peft_config
-from .folder import settle
 from .heads import Heads
 from .hub.download import check_repo_id, fetch_model
 from .hub.push import PushTarget, push_folder
@@ -25,7 +24,7 @@ from .mixing import mix
 from .prediction import ContinualOutput, Prediction, read_output
 from .report import StreamReport
 from .routing import Routing, find_router
-from .storage import load_into, save_model
+from .storage import as_saved, load_into, save_model
 from .streams.images import open_image
 
 
@@ -401,16 +400,17 @@ class ContinualModel(torch.nn.Module):
 
     # The folder and the Hub
 
-    def save_pretrained(self, folder: str | Path) -> None:
+    def save_pretrained(self, folder: str | Path, overwrite: bool = False) -> None:
         """Writes the model, its card and its report, not the backbone, into a folder: as a whole or not at all.
 
         Args:
             folder (`str` or `Path`): Made if needed.
+            overwrite (`bool`, *optional*, defaults to `False`): Replace another model that the folder holds.
 
         Raises:
-            `OSError`: It cannot be written, for example because the disk is full; what was there is untouched.
+            `OSError`, [`ConfigError`]: See [`hf_clpeft.storage.save_model`]; what was there is untouched.
         """
-        save_model(self, folder)
+        save_model(self, folder, overwrite)
 
     def push_to_hub(self, repo_id: str, squash_history: bool = False, **options: Any) -> str:
         """Puts the model on the Hub as one commit. Its latest task's name becomes a tag, if it is new.
@@ -467,10 +467,7 @@ class ContinualModel(torch.nn.Module):
         bundled = bundled_folder(str(name_or_path)) if revision is None else None  # only the Hub has revisions
         folder = bundled or Path(name_or_path)
         local = folder.is_dir()
-        if local:
-            settle(folder)
-        else:
-            folder = fetch_model(str(name_or_path), revision, **hub_options)
+        folder = as_saved(folder) if local else fetch_model(str(name_or_path), revision, **hub_options)
         config = ContinualConfig.load(folder)
         if not isinstance(backbone, Backbone):
             if not local and backbone is None:

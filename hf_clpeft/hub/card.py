@@ -9,6 +9,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from ..config import ContinualConfig, MethodConfig
 from ..report import StreamReport
 from ..routing import ROUTERS, find_router
+from ..text import printable
 
 
 CARD_NAME = "README.md"
@@ -159,4 +160,5 @@ def _percent(value: float) -> str:
 
 def _plain(text: str) -> str:
     """Text of strangers (class names, domains) that can neither break a table nor become HTML or a link."""
-    return re.sub(r"([|\[\]])", r"\\\1", text.replace("<", "&lt;").replace("`", "'").replace("\n", " "))
+    text = text.replace("<", "&lt;").replace("`", "'").replace("\n", " ")
+    return re.sub(r"([|\[\]])", r"\\\1", printable(text))
