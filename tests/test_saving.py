@@ -1,11 +1,12 @@
 """What is saved loads again, and takes the place of nothing but an earlier state of itself."""
 
+import copy
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import BACKBONE, make_trainer, pattern_dataset
+from conftest import make_trainer, pattern_dataset
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
@@ -15,8 +16,6 @@ from hf_clpeft import (
     ContinualModel,
     ExpertError,
     TaskStream,
-    combine,
-    load_backbone,
 )
 from hf_clpeft.bundled import bundled_folder
 from hf_clpeft.cli import app
@@ -29,12 +28,9 @@ from hf_clpeft.storage import check_same_model
 CLASSES = [["cat", "dog"], ["owl", "emu"], ["fox", "elk"]]
 EVERY = {
     "s_lora": {},
-    "s_prompts": {},
-    "s_lora_pp": {},
+    "s_prompts_pp": {},
     "s_lora_mix": {"mix": 2},
     "l2l": {"pool_size": 3, "top_n": 2},
-    "l2p": {"pool_size": 3, "top_n": 2},
-    "ncm": {},
     "slda": {},
     "ranpac": {"projection_size": 40},
     "sequential_lora": {},
@@ -60,11 +56,10 @@ def teach(model, seed=0, tasks=range(2)):
 
 
 @pytest.fixture
-def make():
+def make(backbone):
     def make(method="s_lora", seed=0, tasks=range(2), **options):
-        backbone = load_backbone(BACKBONE)
         config = ContinualConfig(METHODS[method](**(EVERY[method] | options)), backbone.config)
-        return teach(ContinualModel(backbone, config), seed, tasks)
+        return teach(ContinualModel(copy.deepcopy(backbone), config), seed, tasks)
 
     return make
 
@@ -160,7 +155,7 @@ def test_an_export_replaces_no_other_model(make, merged):
     export(model, "task-000", "out")
     before = files_of("out")
     export(model, "task-000", "out")  # the same again
-    with pytest.raises(ConfigError, match="out/.* belongs to another model, .* --overwrite"):
+    with pytest.raises(ConfigError, match=r"out/.* belongs to another model, .*--overwrite"):
         export(model, "task-001", "out")
     assert files_of("out") == before
     export(model, "task-001", "out", overwrite=True)
@@ -193,11 +188,8 @@ def test_combining_replaces_no_other_model(make):
     words = ["combine", "a", "b", "-o"]
     refused = CliRunner().invoke(app, [*words, "a"])
     assert isinstance(refused.exception, ConfigError) and files_of("a") == before
-    assert CliRunner().invoke(app, [*words, "c"]).exit_code == CliRunner().invoke(app, [*words, "c"]).exit_code == 0
-    assert isinstance(CliRunner().invoke(app, ["combine", "a", "c", "-o", "b"]).exception, ConfigError)
-    assert CliRunner().invoke(app, ["combine", "a", "c", "-o", "b", "--overwrite"]).exit_code == 0
-    assert len(ContinualModel.from_pretrained("b").config.tasks) == 6
-    assert combine(["a", "c"]).config.classes == ContinualModel.from_pretrained("b").config.classes
+    assert CliRunner().invoke(app, [*words, "b", "--overwrite"]).exit_code == 0
+    assert len(ContinualConfig.load("b").tasks) == 4
 
 
 def test_a_model_that_is_not_whole_is_not_saved(make):
@@ -238,7 +230,7 @@ def test_numbers_that_would_not_load_are_not_saved(make, what):
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
-@pytest.mark.parametrize("method", ["s_lora", "s_lora_mix", "l2l", "ncm"])
+@pytest.mark.parametrize("method", ["s_lora", "s_lora_mix", "l2l", "slda"])
 def test_the_files_are_the_same_whatever_the_precision(make, method, dtype):
     model = make(method)
     model.to(dtype)

@@ -3,6 +3,7 @@
 import json
 import shutil
 
+import numpy as np
 import pytest
 from conftest import make_trainer, pattern_dataset
 from typer.testing import CliRunner
@@ -64,7 +65,7 @@ def test_a_model_of_a_stranger_is_shown_as_it_is(folder, capfd):
         result = CliRunner().invoke(app, [str(word) for word in words])
         assert result.exit_code == 0 and not raw(result.stdout), words
     assert "pwned" in result.stdout or "0" in result.stdout
-    combined = CliRunner().invoke(app, ["combine", str(folder), str(folder), "-o", "out", "--json"])
+    combined = CliRunner().invoke(app, ["combine", str(folder), "hf-clpeft/s-lora-digits", "-o", "out", "--json"])
     assert combined.exit_code == 0 and not raw(combined.stdout)
     with open("out/README.md", encoding="utf-8") as card:
         assert not raw(card.read())
@@ -96,7 +97,7 @@ def test_a_warning_quotes_a_stranger_in_print(caplog):
     assert not raw(caplog.text.replace("\x1b[0m", ""))
 
 
-NAMES = ["$100_", "$a_$", "$$", "\\$x_{$", "_hidden", "$\\frac$", EVIL, "100 %", "{0}", "", "𝔞" * 99]
+NAMES = ["$100_", "$a_$", "$$", "\\$x_{$", "_hidden", "$\\frac$", EVIL, "100 %", "{0}", "", "a" * 99]
 
 
 @pytest.mark.parametrize("name", NAMES, ids=ascii)
@@ -106,8 +107,6 @@ def test_a_name_is_drawn_as_it_is(name):
     report.add_task("task-000", name)
     report.accuracy_matrix = [[1.0]]
     plot_comparison([report], "plot.png")
-    import numpy as np
-
     plot_series({name: {name: ([1, 2], np.array([[0.5, 0.5]]))}}, "plot.png", "x", "y")
     plot_bars({name: {name: [0.5]}}, "plot.png", "y")
 
