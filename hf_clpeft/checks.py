@@ -1,6 +1,7 @@
 """Checks of what comes from a file or a stranger: names, paths, types, JSON. Nothing heavy is imported."""
 
 import json
+import math
 import re
 from pathlib import Path
 from types import UnionType
@@ -10,6 +11,8 @@ from .errors import ConfigError
 
 
 LARGEST_JSON = 4 * 2**20  # bytes; a model of 5,000 tasks needs less
+DEEPEST_JSON = 20  # mappings and lists in each other
+LARGEST_INTEGER = 2**63 - 1
 
 
 def check_task_name(name: str) -> str:
@@ -48,6 +51,26 @@ def check_path(path: str) -> str:
     return path
 
 
+def check_text(text: str, what: str) -> str:
+    """Returns `text` if it can be written as UTF-8, else raises [`ConfigError`]: half of a surrogate pair cannot.
+
+    Example:
+
+    ```py
+    >>> from hf_clpeft.checks import check_text
+
+    >>> check_text("ox", "classes[0]")
+    'ox'
+
+    ```
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ConfigError(f"{what} is {text!r}, which is no Unicode text: {error.reason}.") from error
+    return text
+
+
 def check_types(config: object) -> None:
     """Raises [`ConfigError`] unless every field of a dataclass holds what its annotation says.
 
@@ -68,6 +91,7 @@ def check_types(config: object) -> None:
         if not fits(value, hint):
             shown = repr(value) if len(repr(value)) <= 80 else f"{repr(value)[:77]}..."
             raise ConfigError(f"{name}={shown} must be {getattr(hint, '__name__', hint)}.")
+        _check_values(value, name)
 
 
 def fits(value: object, hint: Any) -> bool:
@@ -119,9 +143,49 @@ def read_json(path: str | Path) -> dict:
     if path.stat().st_size > LARGEST_JSON:
         raise ConfigError(f"{path.name} has {path.stat().st_size:,} bytes; at most {LARGEST_JSON:,} are read.")
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = json.loads(
+            path.read_text(encoding="utf-8"),
+            object_pairs_hook=_no_field_twice,
+            parse_float=_finite,
+            parse_constant=_finite,
+        )
     except (ValueError, RecursionError) as error:
         raise ConfigError(f"{path.name} is no JSON: {error}.") from error
     if not isinstance(values, dict):
         raise ConfigError(f"{path.name} holds no mapping.")
+    try:
+        for name, value in values.items():
+            _check_values(value, check_text(name, "a field's name"))
+    except ConfigError as error:
+        raise ConfigError(f"{path.name} cannot be used: {error}") from error
     return values
+
+
+def _no_field_twice(pairs: list[tuple[str, Any]]) -> dict:
+    values: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in values:
+            raise ValueError(f"it has the field {name[:80]!r} twice")
+        values[name] = value
+    return values
+
+
+def _finite(text: str) -> float:
+    if not math.isfinite(float(text)):
+        raise ValueError(f"{text[:80]} is no finite number")
+    return float(text)
+
+
+def _check_values(value: Any, where: str, depth: int = 1) -> None:
+    """Raises [`ConfigError`] on what no configuration holds: half a character, 2**64, or a deep nest."""
+    if isinstance(value, str):
+        check_text(value, where)
+    elif isinstance(value, dict | list):
+        if depth > DEEPEST_JSON:
+            raise ConfigError(f"{where} lies deeper than {DEEPEST_JSON} levels.")
+        for key, inner in value.items() if isinstance(value, dict) else enumerate(value):
+            if isinstance(key, str):
+                check_text(key, f"a name in {where}")
+            _check_values(inner, f"{where[:60]}[{key!r:.40}]", depth + 1)
+    elif isinstance(value, int) and not -LARGEST_INTEGER <= value <= LARGEST_INTEGER:
+        raise ConfigError(f"{where} is a whole number of {value.bit_length()} bits; at most 63 are read.")

@@ -3,6 +3,8 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from .text import one_line
+
 
 class HfClpeftError(Exception):
     """The base of every error of this library: a mistake or a mishap that has a way out, which the message tells.
@@ -20,6 +22,9 @@ class HfClpeftError(Exception):
 
     ```
     """
+
+    def __str__(self) -> str:
+        return one_line(super().__str__())  # it may quote a stranger
 
 
 class ConfigError(HfClpeftError, ValueError):
@@ -64,4 +69,4 @@ def told_in_one_line() -> Iterator[None]:
     try:
         yield
     except (HfClpeftError, OSError) as error:
-        raise SystemExit(f"error: {error}") from error
+        raise SystemExit(f"error: {one_line(error)}") from error

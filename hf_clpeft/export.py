@@ -1,16 +1,22 @@
 """Writes one expert for use without this library: as a PEFT adapter, or merged into a plain image classifier."""
 
 import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
+from peft.utils import CONFIG_NAME as ADAPTER_CONFIG_NAME
 
 from .backbones import Backbone
+from .config import CONFIG_NAME
 from .errors import ConfigError
 from .experts import Expert, ExpertError
 from .experts.expert import make_peft_model
+from .folder import changing, hash_file
 from .modeling import ContinualModel
+from .storage import EXPERTS_FOLDER
 
 
 if TYPE_CHECKING:
@@ -19,17 +25,19 @@ if TYPE_CHECKING:
 TOLERANCE = 1e-4  # of the largest logit, or of 1
 
 
-def export_adapter(model: ContinualModel, task: str, folder: str | Path) -> None:
+def export_adapter(model: ContinualModel, task: str, folder: str | Path, overwrite: bool = False) -> None:
     """Writes the expert of a task as a plain PEFT adapter, without its head.
 
     Args:
         model ([`ContinualModel`]): A model that has learnt the task.
         task (`str`): Name of the task.
         folder (`str` or `Path`): Made if needed.
+        overwrite (`bool`, *optional*, defaults to `False`): Replace another adapter or classifier that is there.
 
     Raises:
-        [`ConfigError`]: The model has learnt no such task.
+        [`ConfigError`]: The model has learnt no such task, or the folder holds another model.
         [`ExpertError`]: Experts of the model belong to no task.
+        `OSError`: It cannot be written; what was there is untouched.
 
     Example:
 
@@ -46,10 +54,12 @@ def export_adapter(model: ContinualModel, task: str, folder: str | Path) -> None
 
     ```
     """
-    _find_expert(model, _find_task(model, task)).save(folder)
+    expert = _find_expert(model, _find_task(model, task))
+    with _written(folder, overwrite) as staging:
+        expert.save(staging)
 
 
-def export_merged(model: ContinualModel, task: str, folder: str | Path) -> None:
+def export_merged(model: ContinualModel, task: str, folder: str | Path, overwrite: bool = False) -> None:
     """Writes the expert of a task, merged into the backbone, as a plain image classifier over that task's classes.
 
     `transformers` alone loads it: `pipeline("image-classification", folder)`. Logits are compared with the model's
@@ -59,9 +69,11 @@ def export_merged(model: ContinualModel, task: str, folder: str | Path) -> None:
         model ([`ContinualModel`]): A model in `float32` that has learnt the task; it is left as it is.
         task (`str`): Name of the task.
         folder (`str` or `Path`): Made if needed.
+        overwrite (`bool`, *optional*, defaults to `False`): Replace another adapter or classifier that is there.
 
     Raises:
-        [`ConfigError`]: The model has learnt no such task.
+        [`ConfigError`]: The model has learnt no such task, or the folder holds another model.
+        `OSError`: It cannot be written; what was there is untouched.
         [`ExpertError`]: Experts of the model belong to no task or are prompts, its backbone is not in `float32`, or
             transformers' classifier for that backbone cannot give the same logits.
 
@@ -94,8 +106,28 @@ def export_merged(model: ContinualModel, task: str, folder: str | Path) -> None:
         _merge(model, expert, classifier)
     _write_rows(model, number, classifier.classifier)
     _check_logits(model, number, classifier)
-    classifier.save_pretrained(folder)
-    model.backbone.processor.save_pretrained(folder)
+    with _written(folder, overwrite) as staging:
+        classifier.save_pretrained(staging)
+        model.backbone.processor.save_pretrained(staging)
+
+
+@contextmanager
+def _written(folder: str | Path, overwrite: bool) -> Iterator[Path]:
+    """Where to write what goes into a folder as a whole, if that folder holds no other model."""
+    with changing(folder) as staging:
+        yield staging
+        files = [Path(folder, CONFIG_NAME), Path(folder, ADAPTER_CONFIG_NAME), *Path(folder).glob("*.safetensors")]
+        for path in filter(Path.is_file, files):
+            new = staging / path.name
+            if not (new.is_file() and hash_file(new) == hash_file(path)) and not overwrite:
+                raise ConfigError(
+                    f"{path} belongs to another model, which an export would spoil. Write into another folder, or "
+                    "pass overwrite=True (--overwrite)."
+                )
+        if Path(folder, EXPERTS_FOLDER).exists():
+            raise ConfigError(
+                f"{folder} holds a model of hf_clpeft, which an export would spoil; name another folder."
+            )
 
 
 def _find_task(model: ContinualModel, task: str) -> int:

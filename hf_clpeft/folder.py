@@ -1,16 +1,24 @@
-"""A folder that changes as a whole or not at all, whenever the process is killed."""
+"""A folder that changes as a whole or not at all, whenever the process is killed.
+
+A folder may come from a stranger. So nothing is touched that lies outside of it: names are checked, no symbolic link
+inside it is followed, and who only reads it changes nothing.
+"""
 
 import errno
 import hashlib
 import json
 import os
+import re
 import shutil
+import stat
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from filelock import FileLock, Timeout
+from safetensors import SafetensorError
 
+from .checks import check_path, read_json
 from .errors import ConfigError
 
 
@@ -34,6 +42,7 @@ def changing(folder: str | Path, num_bytes: int = 0) -> Iterator[Path]:
 
     Raises:
         `OSError`: It cannot be written, for example because the disk is full; `folder` is as it was.
+        [`ConfigError`]: A symbolic link in `folder` is in the way.
 
     Example:
 
@@ -53,23 +62,24 @@ def changing(folder: str | Path, num_bytes: int = 0) -> Iterator[Path]:
         folder.mkdir(parents=True, exist_ok=True)
         settle(folder)
         staging = folder / STAGING
-        shutil.rmtree(staging, ignore_errors=True)  # of a process that was killed
+        _delete(staging)  # of a process that was killed
         free = shutil.disk_usage(folder).free
         if free < num_bytes:
             raise OSError(errno.ENOSPC, f"{os.strerror(errno.ENOSPC)}: {num_bytes:,} bytes needed, {free:,} free")
         staging.mkdir()
         yield staging
-        for path in _files(staging):
-            _to_disk(path)
+        _read_change(folder, staging)
+        for name in _walk(staging):
+            _to_disk(staging / name)
         os.rename(staging, folder / READY)
         _to_disk(folder)
         settle(folder)
-    except OSError as error:
-        raise OSError(
-            error.errno, f"{folder} could not be saved and stays as it was: {error.strerror or error}"
-        ) from error
+    except (OSError, SafetensorError) as error:
+        number, text = _why(error)
+        raise OSError(number, f"{folder} could not be saved and stays as it was: {text}") from error
     finally:
-        shutil.rmtree(folder / STAGING, ignore_errors=True)
+        if _is_folder(folder / STAGING):
+            shutil.rmtree(folder / STAGING, ignore_errors=True)
 
 
 @contextmanager
@@ -80,7 +90,7 @@ def locked(folder: str | Path) -> Iterator[None]:
         folder (`str` or `Path`): Made if needed.
 
     Raises:
-        [`ConfigError`]: Another process has it.
+        [`ConfigError`]: Another process has it, or its lock is a symbolic link.
         `OSError`: It cannot be written into.
 
     Example:
@@ -94,7 +104,7 @@ def locked(folder: str | Path) -> Iterator[None]:
     ```
     """
     folder = Path(folder)
-    lock = FileLock(folder / LOCK, timeout=0)
+    lock = FileLock(inside(folder, LOCK), timeout=0)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock.acquire()
@@ -112,25 +122,90 @@ def locked(folder: str | Path) -> Iterator[None]:
         lock.release()
 
 
+def inside(folder: str | Path, name: str) -> Path:
+    """A place in a folder to write to or to delete in, which no symbolic link leads out of that folder.
+
+    Args:
+        folder (`str` or `Path`): May be a link itself: whoever named it meant it.
+        name (`str`): Path in it.
+
+    Returns:
+        `Path`
+
+    Raises:
+        [`ConfigError`]: A part of the path is a symbolic link.
+
+    Example:
+
+    ```py
+    >>> from hf_clpeft.folder import inside
+
+    >>> inside("out", "checkpoints").as_posix()
+    'out/checkpoints'
+
+    ```
+    """
+    path = Path(folder)
+    for part in name.split("/"):
+        path = path / part
+        if path.is_symlink():
+            raise ConfigError(
+                f"{path} is a symbolic link, and nothing is written or deleted behind one. Put what it leads to in "
+                "its place, or choose another folder."
+            )
+    return path
+
+
 def remove_with(staging: Path, paths: Iterable[str]) -> None:
     """Lets a change take away files, or folders, that `folder` has."""
-    (staging / REMOVED).write_text(json.dumps(sorted(paths)), encoding="utf-8")
+    (staging / REMOVED).write_text(json.dumps({"removed": sorted(paths)}), encoding="utf-8")
+
+
+def pending(folder: str | Path) -> tuple[list[str], list[str]] | None:
+    """What a change that a killed process had begun still has to do; `None` where there is none.
+
+    Args:
+        folder (`str` or `Path`): Only looked at.
+
+    Returns:
+        Paths in `folder` that are to go, and those of the files that are to come.
+
+    Raises:
+        [`ConfigError`]: It is no change of ours: it would reach out of the folder.
+
+    Example:
+
+    ```py
+    >>> from hf_clpeft.folder import changing, pending
+
+    >>> with changing("model") as staging:
+    ...     _ = (staging / "config.json").write_text("{}")
+    >>> pending("model") is None
+    True
+
+    ```
+    """
+    folder = Path(folder)
+    return _read_change(folder, folder / READY) if os.path.lexists(folder / READY) else None
 
 
 def settle(folder: str | Path) -> None:
-    """Ends a change that a killed process had begun. To be called before `folder` is read."""
+    """Ends a change that a killed process had begun. For those who write into `folder`; who reads it takes
+    [`hf_clpeft.storage.as_saved`].
+
+    Raises:
+        [`ConfigError`]: It is no change of ours: it would reach out of the folder. Nothing is touched.
+    """
     folder, ready = Path(folder), Path(folder, READY)
-    if not ready.is_dir():
+    change = pending(folder)
+    if change is None:
         return
-    removed = ready / REMOVED
-    for name in json.loads(removed.read_text(encoding="utf-8")) if removed.is_file() else []:
-        target = folder / name
-        shutil.rmtree(target) if target.is_dir() else target.unlink(missing_ok=True)
-    for path in _files(ready):
-        if path != removed:
-            target = folder / path.relative_to(ready)
-            target.parent.mkdir(parents=True, exist_ok=True)
-            os.replace(path, target)
+    removed, names = change
+    for name in removed:
+        _delete(folder / name)
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        os.replace(ready / name, folder / name)
     shutil.rmtree(ready)
 
 
@@ -140,8 +215,62 @@ def hash_file(path: str | Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _files(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.rglob("*") if path.is_file())
+def _read_change(folder: Path, change: Path) -> tuple[list[str], list[str]]:
+    """Names to remove and names to put in place, once each is known to stay inside the folder."""
+    try:
+        if not _is_folder(change):
+            raise ConfigError(f"{change.name} is no folder.")
+        names, removed = [], []
+        for name in _walk(change):
+            if name == REMOVED:
+                values = read_json(change / REMOVED).get("removed")
+                if not isinstance(values, list) or not all(isinstance(value, str) for value in values):
+                    raise ConfigError(f"{REMOVED} holds no list of paths.")
+                removed = values
+            else:
+                names.append(check_path(name))
+        for name in [*removed, *names]:
+            parent, _, _ = check_path(name).rpartition("/")
+            if parent:
+                inside(folder, parent)
+    except ConfigError as error:
+        raise ConfigError(
+            f"{change} cannot be used and nothing was touched: {error} If you do not know what it is, delete it."
+        ) from error
+    return removed, names
+
+
+def _walk(folder: Path, prefix: str = "") -> Iterator[str]:
+    """Paths of the files below a folder, in order. There must be nothing but files and folders."""
+    for path in sorted(folder.iterdir()):
+        mode = path.lstat().st_mode
+        if stat.S_ISDIR(mode):
+            yield from _walk(path, f"{prefix}{path.name}/")
+        elif stat.S_ISREG(mode):
+            yield prefix + path.name
+        else:
+            raise ConfigError(f"{prefix}{path.name} is neither a file nor a folder.")
+
+
+def _is_folder(path: Path) -> bool:
+    """Whether it is a folder itself, not a link to one."""
+    return path.is_dir() and not path.is_symlink()
+
+
+def _delete(path: Path) -> None:
+    """Deletes a file, a folder, or a link, but never what a link leads to."""
+    if _is_folder(path):
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _why(error: OSError | SafetensorError) -> tuple[int | None, str]:
+    """Number and text of what the system said; safetensors wraps it in an error of its own."""
+    if isinstance(error, OSError):
+        return error.errno, error.strerror or str(error)
+    number = re.search(r"\(os error (\d+)\)", str(error))
+    return (None, str(error)) if number is None else (int(number[1]), os.strerror(int(number[1])))
 
 
 def _to_disk(path: Path) -> None:

@@ -8,9 +8,8 @@ from .backbones.processors import read_processor
 from .bundled import bundled_folder
 from .config import BackboneConfig, ContinualConfig
 from .errors import ConfigError
-from .folder import settle
 from .hub.download import check_repo_id, fetch_model, split_revision
-from .storage import check_files, load_into
+from .storage import as_saved, check_files, load_into
 
 
 if TYPE_CHECKING:
@@ -45,10 +44,7 @@ def load_model(
     bundled = bundled_folder(str(name_or_path)) if revision is None else None  # only the Hub has revisions
     folder = bundled or Path(name_or_path)
     local = folder.is_dir()
-    if local:
-        settle(folder)
-    else:
-        folder = fetch_model(str(name_or_path), revision, **hub_options)
+    folder = as_saved(folder) if local else fetch_model(str(name_or_path), revision, **hub_options)
     config = ContinualConfig.load(folder)
     if not local and backbone is None:
         check_repo_id(config.backbone.name_or_path, name_or_path)

@@ -361,19 +361,20 @@ class ContinualModel(torch.nn.Module):
     # The folder and the Hub
 
     @reading
-    def save_pretrained(self, folder: str | Path) -> None:
+    def save_pretrained(self, folder: str | Path, overwrite: bool = False) -> None:
         """Writes the model, its card and its report, not the backbone, into a folder: as a whole or not at all.
 
         Other threads may predict meanwhile; those that save or finish a task wait.
 
         Args:
             folder (`str` or `Path`): Made if needed.
+            overwrite (`bool`, *optional*, defaults to `False`): Replace another model that the folder holds.
 
         Raises:
-            `OSError`: It cannot be written, for example because the disk is full; what was there is untouched.
+            `OSError`, [`ConfigError`]: See [`hf_clpeft.storage.save_model`]; what was there is untouched.
         """
         with self._saves.changing():
-            save_model(self, folder)
+            save_model(self, folder, overwrite)
 
     def push_to_hub(self, repo_id: str, squash_history: bool = False, **options: Any) -> str:
         """Puts the model on the Hub as one commit. Its latest task's name becomes a tag, if it is new.

@@ -2,9 +2,11 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+
+from .text import printable
 
 
 if TYPE_CHECKING:
@@ -55,7 +57,7 @@ def plot_report(
         draw_matrix(axes[1], share, titles, experts, "share of selections, by expert", "Oranges")
         axes[1].set_ylabel("images of")
         axes[1].set_xlabel("expert")
-    figure.suptitle(name)
+    figure.suptitle(_literal(name))
     figure.savefig(path)
 
 
@@ -93,7 +95,7 @@ def plot_comparison(reports: Sequence, path: str | Path) -> None:
     for axis, report in zip(axes, reports, strict=False):
         title = f"{report.method}: {100 * report.summary()['average_accuracy']:.1f} % at the end"
         draw_matrix(axis, np.asarray(report.accuracy_matrix), after, report.titles, title, "Blues")
-    figure.suptitle(f"accuracy on each task of {reports[0].stream}")
+    figure.suptitle(_literal(f"accuracy on each task of {reports[0].stream}"))
     figure.savefig(path)
 
 
@@ -129,19 +131,22 @@ def plot_series(
     from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator, NullLocator
 
     names = list(dict.fromkeys(name for lines in panels.values() for name in lines))
+    drawn: dict[str, Any] = {}
     figure = Figure(figsize=(5 * len(panels) + 2, 4.2), layout="constrained", dpi=120)
     axes = np.atleast_1d(figure.subplots(1, len(panels)))
     for axis, (title, lines) in zip(axes, panels.items(), strict=True):
         for name, (places, values) in lines.items():
-            style = {"color": f"C{names.index(name) % 10}", "label": name}
-            style["linestyle"] = ("-", "--", ":")[names.index(name) // 10 % 3]
+            style: dict[str, Any] = {
+                "color": f"C{names.index(name) % 10}",
+                "linestyle": ("-", "--", ":")[names.index(name) // 10 % 3],
+            }
             mean, spread = 100 * values.mean(axis=0), 100 * values.std(axis=0)
             nowhere = log_x and not any(places)
             if nowhere or (len(places) > 1 and np.isfinite(mean).sum() == 1):
-                axis.axhline(mean[-1], linewidth=1, **style)
+                drawn[name] = axis.axhline(mean[-1], linewidth=1, **style)
                 continue
-            marker = "os^Dv"[names.index(name) // 10 % 5]
-            axis.errorbar(places, mean, spread if len(values) > 1 else None, marker=marker, markersize=4, **style)
+            style |= {"marker": "os^Dv"[names.index(name) // 10 % 5], "markersize": 4}
+            drawn[name] = axis.errorbar(places, mean, spread if len(values) > 1 else None, **style)
         axis.set(title=_plain(title), xlabel=xlabel, ylabel=f"{ylabel}, %")
         axis.spines[["top", "right"]].set_visible(False)
         if log_x:
@@ -152,8 +157,7 @@ def plot_series(
             axis.xaxis.set_minor_locator(NullLocator())
         elif not any(isinstance(place, str) for places, _ in lines.values() for place in places):
             axis.xaxis.set_major_locator(MaxNLocator(integer=True))
-    drawn = {label: handle for axis in axes for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)}
-    figure.legend([drawn[name] for name in names], names, loc="outside right upper", fontsize=8)
+    figure.legend(list(drawn.values()), [_literal(name) for name in drawn], loc="outside right upper", fontsize=8)
     figure.savefig(path)
 
 
@@ -244,10 +248,9 @@ def draw_matrix(
         cmap (`str`): Name of a colour map.
     """
     axis.imshow(values, cmap=cmap, vmin=0, vmax=1)
-    # Class names come from data sets: a dollar sign in one must not be read as mathematics.
     axis.set_xticks(range(len(columns)), [_plain(text) for text in columns], rotation=45, ha="right")
     axis.set_yticks(range(len(rows)), [_plain(text) for text in rows])
-    axis.set_title(title, fontsize=11)
+    axis.set_title(_literal(title), fontsize=11)
     axis.spines[:].set_visible(False)
     if values.size <= 400:
         for (i, j), value in np.ndenumerate(values):
@@ -258,5 +261,10 @@ def draw_matrix(
 
 
 def _plain(text: str) -> str:
-    text = text if len(text) <= 24 else text[:23] + "…"
-    return text.replace("$", r"\$")
+    """Text of a stranger, as short as a label has to be."""
+    return _literal(text if len(text) <= 24 else text[:23] + "…")
+
+
+def _literal(text: str) -> str:
+    """Text in which no dollar sign begins mathematics, and no sign is one that no font has."""
+    return printable(text).replace("$", r"\$")

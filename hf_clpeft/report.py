@@ -110,6 +110,12 @@ class StreamReport:
         for cost in COSTS:
             getattr(self, cost).append(costs.get(cost, {} if cost == "seconds" else math.nan))
 
+    def take_up(self, tasks: list[TaskConfig]) -> None:
+        """Opens rows for tasks that the model has learnt without a trainer, so that nothing was measured."""
+        for task in tasks[len(self.tasks) :]:
+            self.add_task(task.name, task.title)
+            self.experts, self.routing_confusion, self.oracle_accuracy = [], [], []
+
     def remove_task(self, name: str) -> None:
         """Takes a task's row and column away, and what was measured of the model as it was with that task."""
         j = self.tasks.index(name)

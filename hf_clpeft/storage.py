@@ -1,6 +1,11 @@
 """A model as a folder: what is written, and what is checked before a byte of it is believed."""
 
+import atexit
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from tempfile import mkdtemp
 from typing import TYPE_CHECKING
 
 import torch
@@ -10,11 +15,13 @@ from safetensors.torch import load_file, save
 
 from .checks import read_json
 from .config import CONFIG_NAME, ContinualConfig, TaskConfig
-from .errors import ConfigError
+from .errors import ConfigError, HfClpeftError
 from .experts import Expert
 from .experts.naming import rename_old_keys
-from .folder import changing, hash_file, remove_with, settle
+from .folder import READY, changing, hash_file, inside, pending, remove_with, settle
+from .heads import Heads
 from .hub.card import CARD_NAME, make_card
+from .lineage import difference
 from .report import METRICS_NAME, REPORT_FILES, StreamReport
 from .versions import library_versions
 
@@ -26,50 +33,139 @@ ROUTER_NAME = "router.safetensors"
 HEADS_NAME = "heads.safetensors"
 PROCESSOR_NAME = "preprocessor_config.json"
 EXPERTS_FOLDER = "experts"
+STORED = (torch.float32, torch.int64)  # features, and numbers of classes and tasks
+SAVE_ELSEWHERE = "Save this one into another folder, or pass overwrite=True."
 PICKLES = {".bin", ".ckpt", ".dill", ".joblib", ".npy", ".npz", ".pickle", ".pkl", ".pt", ".pth"}
 
 
-def save_model(model: "ContinualModel", folder: str | Path) -> None:
+def save_model(model: "ContinualModel", folder: str | Path, overwrite: bool = False) -> None:
     """Writes a model into a folder, as a whole or not at all. Experts that the folder has already stay as they are.
+
+    What was written is read again, as loading does, before anything takes the place of what was there.
 
     Args:
         model ([`ContinualModel`]): What to save.
         folder (`str` or `Path`): Made if needed.
+        overwrite (`bool`, *optional*, defaults to `False`): Replace another model that the folder holds.
 
     Raises:
         `OSError`: It cannot be written; what was there before is untouched.
+        [`ConfigError`]: The folder holds another model, or this one is not whole and would not load; what was there
+            before is untouched.
     """
-    folder, config = Path(folder), model.config
+    folder = Path(folder)
     settle(folder)
-    there, unchanged = _files_of(folder), model.unchanged_experts
+    there = check_same_model(folder, model.config, overwrite=overwrite)
+    inside(folder, EXPERTS_FOLDER)
+    names, unchanged, report = model.bank.names, dict(model.unchanged_experts), model.report
+    if report is not None:
+        report.take_up(model.config.tasks)
     changed = {
-        name: model.bank[index]
-        for index, name in enumerate(model.bank.names)
-        if name not in unchanged or not unchanged[name].items() <= there.items()
+        name: model.bank[index] for index, name in enumerate(names) if not _has(folder, unchanged.get(name, {}))
     }
     tensors = [*model.router.state_dict().values(), *model.heads.state_dict().values()]
     num_bytes = sum(tensor.nbytes for tensor in tensors) + sum(
         4 * expert.num_parameters for expert in changed.values()
     )
     with changing(folder, num_bytes) as staging:
-        config.files = {}
         for name, expert in changed.items():
             expert.save(staging / EXPERTS_FOLDER / name)
-            unchanged[name] = {path: hash_file(staging / path) for path in expert_files(name)}
-        for name in model.bank.names:
-            config.files |= unchanged[name]
+            unchanged[name] = {path: _known_hash(staging / path) for path in expert_files(name)}
         _write(staging / ROUTER_NAME, model.router.state_dict())
         _write(staging / HEADS_NAME, _head_rows(model))
         model.backbone.processor.save_pretrained(staging)
-        config.files |= {name: hash_file(staging / name) for name in (ROUTER_NAME, HEADS_NAME, PROCESSOR_NAME)}
-        config.versions = library_versions()
+        files = {path: digest for name in names for path, digest in unchanged[name].items()}
+        files |= {name: hash_file(staging / name) for name in (ROUTER_NAME, HEADS_NAME, PROCESSOR_NAME)}
+        config = replace(
+            model.config,
+            tasks=[replace(task) for task in model.config.tasks],
+            files=files,
+            versions=library_versions(),
+        )
+        config.seal()
         config.save(staging)
-        if model.report is not None:
-            model.report.save(staging)
-        make_card(config, model.report).save(staging / CARD_NAME)
-        stale = [f"{EXPERTS_FOLDER}/{path.name}" for path in folder.glob(f"{EXPERTS_FOLDER}/*")]
-        stale = [path for path in stale if path.split("/")[1] not in model.bank.names]
-        remove_with(staging, stale + (list(REPORT_FILES) if model.report is None else []))
+        if report is not None:
+            report.save(staging)
+        make_card(config, report).save(staging / CARD_NAME)
+        _check_loads(model, staging, list(changed))
+        gone = [f"{EXPERTS_FOLDER}/{name}" for name in _experts_in(there) - set(names)]
+        remove_with(staging, gone + (list(REPORT_FILES) if report is None else []))
+    model.config.tasks, model.config.files, model.config.versions = config.tasks, config.files, config.versions
+    model.unchanged_experts = {name: unchanged[name] for name in names}
+
+
+def check_same_model(
+    folder: str | Path, config: ContinualConfig, ways_out: str = SAVE_ELSEWHERE, overwrite: bool = False
+) -> ContinualConfig | None:
+    """Looks whether a model may be saved into a folder: it is empty, or holds an earlier state of that model.
+
+    Args:
+        folder (`str` or `Path`): Only looked at.
+        config ([`ContinualConfig`]): The model's configuration; of one that is to learn yet, as it is before.
+        ways_out (`str`, *optional*): What the error advises.
+        overwrite (`bool`, *optional*, defaults to `False`): Let another model be there.
+
+    Returns:
+        [`ContinualConfig`], *optional*: The model that is there.
+
+    Raises:
+        [`ConfigError`]: Another model would be lost, or what else lies there could not be loaded with this one.
+    """
+    saved, there, what = as_saved(folder), None, None
+    try:
+        there = ContinualConfig.load(saved)
+    except FileNotFoundError:
+        pass
+    except ConfigError as error:
+        what = f"one that cannot be read ({error})"
+    if there is not None and there.tasks:
+        what = difference(config, there)
+    if what is not None and not overwrite:
+        raise ConfigError(f"{folder} holds another model, which would be lost: {what}. {ways_out}")
+    known = there.files if there is not None else {}
+    check_names([name for name in _names_in(saved) if name not in known], config, folder)
+    return there
+
+
+def as_saved(folder: str | Path) -> Path:
+    """Where to read the model of a folder: there, or, if a process was killed when it had begun to change the folder,
+    in a copy in which that change is complete. The folder stays as it is.
+
+    Args:
+        folder (`str` or `Path`): A model's folder.
+
+    Returns:
+        `Path`: The folder, or the copy, which this process deletes when it ends.
+
+    Raises:
+        [`ConfigError`]: The change is none of ours: it would reach out of the folder.
+
+    Example:
+
+    ```py
+    >>> from hf_clpeft.storage import as_saved
+
+    >>> as_saved("out").as_posix()
+    'out'
+
+    ```
+    """
+    folder = Path(folder)
+    try:
+        change = pending(folder)
+    except FileNotFoundError:  # another process has ended it just now
+        return folder
+    if change is None:
+        return folder
+    removed, names = change
+    copy = Path(mkdtemp(prefix="hf-clpeft-"))
+    atexit.register(shutil.rmtree, copy, ignore_errors=True)
+    kept = {name for name in _names_in(folder) if not any(f"{name}/".startswith(f"{gone}/") for gone in removed)}
+    for name in kept | set(names):
+        (copy / name).parent.mkdir(parents=True, exist_ok=True)
+        new = folder / READY / name
+        shutil.copyfile(new if name in names and new.is_file() else folder / name, copy / name)
+    return copy
 
 
 def load_into(model: "ContinualModel", folder: str | Path) -> None:
@@ -87,10 +183,9 @@ def load_into(model: "ContinualModel", folder: str | Path) -> None:
     experts = (Expert.load(name, folder / EXPERTS_FOLDER / name) for name in names)
     model.bank.extend(rename_old_keys(expert, model.backbone) for expert in experts)
     model.unchanged_experts = {name: {path: model.config.files[path] for path in expert_files(name)} for name in names}
-    _load_router(model, _read(folder / ROUTER_NAME))
-    _load_heads(model, _read(folder / HEADS_NAME))
-    if (folder / METRICS_NAME).is_file():
-        model.report = StreamReport.from_dict(read_json(folder / METRICS_NAME), model.config.tasks)
+    _read_router(model.router.load, model.config, folder)
+    _read_heads(model.heads, model.config, folder)
+    model.report = _read_report(model.config, folder)
 
 
 def expert_files(name: str) -> list[str]:
@@ -113,8 +208,7 @@ def check_files(folder: Path, config: ContinualConfig, experts: list[str]) -> No
             f"{folder / CONFIG_NAME} does not fit together: of the files that its tasks need it lacks "
             f"{sorted(unnamed)[:3]}, and it names {sorted(unknown)[:3]}, which no task needs."
         )
-    inside = [*folder.glob("*"), *folder.glob(f"{EXPERTS_FOLDER}/**/*")]
-    check_names([path.relative_to(folder).as_posix() for path in inside if path.is_file()], config, folder)
+    check_names(_names_in(folder), config, folder)
     for path, digest in config.files.items():
         if not (folder / path).is_file():
             raise ConfigError(f"{folder} lacks the file {path}, so the model is not whole.")
@@ -142,21 +236,42 @@ def check_names(names: list[str], config: ContinualConfig, where: str | Path) ->
             raise ConfigError(f"{where} holds {name}, which its {CONFIG_NAME} does not know.")
 
 
-def _files_of(folder: Path) -> dict[str, str]:
-    """Files that the model in a folder vouches for; none if there is no readable model."""
-    try:
-        return ContinualConfig.load(folder).files
-    except (FileNotFoundError, ConfigError):
-        return {}
+def _names_in(folder: Path) -> list[str]:
+    """Files of a folder that may belong to a model: those in it, and those of experts."""
+    paths = [*folder.glob("*"), *folder.glob(f"{EXPERTS_FOLDER}/**/*")]
+    return [path.relative_to(folder).as_posix() for path in paths if path.is_file()]
 
 
-def _tasks_with_rows(model: "ContinualModel") -> list[TaskConfig]:
-    return [] if model.config.method.classifier == "router" else model.config.tasks
+def _experts_in(there: ContinualConfig | None) -> set[str]:
+    """Names of the experts that the model in a folder has."""
+    return set() if there is None else {path.split("/")[1] for path in there.files if path.count("/") == 2}
+
+
+def _has(folder: Path, files: dict[str, str]) -> bool:
+    """Whether a folder has the files of an expert, and has them as they were."""
+    paths = {folder / path: digest for path, digest in files.items()}
+    return bool(paths) and all(path.is_file() and _known_hash(path) == digest for path, digest in paths.items())
+
+
+def _known_hash(path: Path) -> str:
+    """SHA-256 of a file that is read once, as long as nobody writes into it: a save does not read all saves before."""
+    status = path.stat()
+    version = (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
+    if version not in _hashes:
+        _hashes[version] = hash_file(path)
+    return _hashes[version]
+
+
+_hashes: dict[tuple[int, int, int, int], str] = {}
+
+
+def _tasks_with_rows(config: ContinualConfig) -> list[TaskConfig]:
+    return [] if config.method.classifier == "router" else config.tasks
 
 
 def _head_rows(model: "ContinualModel") -> dict[str, torch.Tensor]:
     rows = {}
-    for i, task in enumerate(_tasks_with_rows(model)):
+    for i, task in enumerate(_tasks_with_rows(model.config)):
         rows[f"{task.name}.weight"], rows[f"{task.name}.bias"] = model.heads.weights[i], model.heads.biases[i]
         rows[f"{task.name}.classes"] = torch.tensor(model.heads.classes[i], dtype=torch.int64)
     return rows
@@ -164,7 +279,13 @@ def _head_rows(model: "ContinualModel") -> dict[str, torch.Tensor]:
 
 def _write(path: Path, tensors: dict[str, torch.Tensor]) -> None:
     # Written by Python, whose errors say that a disk is full.
-    path.write_bytes(save({key: tensor.contiguous() for key, tensor in tensors.items()}))
+    stored = {key: tensor.to(_stored_dtype(tensor)).contiguous() for key, tensor in tensors.items()}
+    path.write_bytes(save(stored))
+
+
+def _stored_dtype(tensor: torch.Tensor) -> torch.dtype:
+    """The same whatever the precision that the model computes in."""
+    return torch.float32 if tensor.is_floating_point() else torch.int64
 
 
 def _read(path: Path) -> dict[str, torch.Tensor]:
@@ -173,30 +294,37 @@ def _read(path: Path) -> dict[str, torch.Tensor]:
     except SafetensorError as error:
         raise ConfigError(f"{path} is damaged: {error}") from error
     for key, tensor in tensors.items():
+        if tensor.dtype not in STORED:
+            raise ConfigError(f"{path} has {tensor.dtype} in {key}; features are stored as float32, numbers as int64.")
         if not torch.isfinite(tensor).all():
             raise ConfigError(f"{path} has values that are not finite in {key}.")
     return tensors
 
 
-def _load_router(model: "ContinualModel", tensors: dict[str, torch.Tensor]) -> None:
-    routed = model.config.method.routed
+def _read_router(
+    take: Callable[[dict[str, torch.Tensor], int, int], None], config: ContinualConfig, folder: Path
+) -> None:
+    """Reads the router's file; `take` is the router's `load`, or its `check`."""
+    tensors, routed = _read(folder / ROUTER_NAME), config.method.routed
     try:
-        model.router.load(tensors, len(model.config.tasks) * routed, len(model.config.classes) * routed)
+        take(tensors, len(config.tasks) * routed, len(config.classes) * routed)
     except ValueError as error:
         raise ConfigError(f"{ROUTER_NAME} does not fit the model: {error}") from error
 
 
-def _load_heads(model: "ContinualModel", tensors: dict[str, torch.Tensor]) -> None:
-    tasks = _tasks_with_rows(model)
-    known, written = len(model.config.classes) * bool(tasks), set()
+def _read_heads(heads: Heads, config: ContinualConfig, folder: Path) -> None:
+    tasks, tensors = _tasks_with_rows(config), _read(folder / HEADS_NAME)
+    known, written = len(config.classes) * bool(tasks), set()
     for task in tasks:
         names = [f"{task.name}.{part}" for part in ("weight", "bias", "classes")]
         try:
             weight, bias, classes = (tensors.pop(name) for name in names)
+            if [tensor.dtype for tensor in (weight, bias, classes)] != [torch.float32, torch.float32, torch.int64]:
+                raise ValueError("rows are float32, and the numbers of their classes int64.")
             numbers = classes.tolist()
             if len(set(numbers)) < len(numbers) or not set(numbers) <= set(range(known)):
-                raise ValueError(f"classes {numbers} are not among the {known} of the model.")
-            model.heads.write(weight, bias, numbers, alone=len(task.classes) == 1)
+                raise ValueError(f"classes {numbers[:20]} are not among the {known} of the model.")
+            heads.write(weight, bias, numbers, alone=len(task.classes) == 1)
             written |= set(numbers)
         except (ValueError, KeyError, TypeError) as error:
             raise ConfigError(f"{HEADS_NAME}: the head of task {task.name!r} does not fit: {error}") from error
@@ -204,3 +332,22 @@ def _load_heads(model: "ContinualModel", tensors: dict[str, torch.Tensor]) -> No
         raise ConfigError(
             f"{HEADS_NAME} has rows for {len(written)} of {known} classes, and {sorted(tensors)[:3]} too many."
         )
+
+
+def _read_report(config: ContinualConfig, folder: Path) -> StreamReport | None:
+    path = folder / METRICS_NAME
+    return StreamReport.from_dict(read_json(path), config.tasks) if path.is_file() else None
+
+
+def _check_loads(model: "ContinualModel", staging: Path, changed: list[str]) -> None:
+    """Reads what was written as [`load_into`] would, but for the backbone, on which experts have run already."""
+    try:
+        config = ContinualConfig.load(staging)
+        for name in changed:
+            Expert.load(name, staging / EXPERTS_FOLDER / name)
+        _read_router(model.router.check, config, staging)
+        _read_heads(Heads(model.heads.hidden_size, config.method.head == "shared"), config, staging)
+        read_json(staging / PROCESSOR_NAME)
+        _read_report(config, staging)
+    except HfClpeftError as error:
+        raise ConfigError(f"The model is not whole and was not saved: it would not load. {error}") from error

@@ -3,6 +3,8 @@
 import re
 from collections.abc import Sequence
 
+from .text import printable
+
 
 NUMBER = re.compile(r"-?[\d.,]+( %)?|[–?]|")
 
@@ -13,7 +15,8 @@ def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence], ca
     Args:
         title (`str`): Heading.
         columns (sequence of `str`): Names of the columns.
-        rows (sequence of sequences): Their values; text of strangers is shown as it is.
+        rows (sequence of sequences): Their values. Text of strangers is shown as it is, its control characters spelt
+            out.
         caption (`str`, *optional*): Line below.
 
     Example:
@@ -38,12 +41,12 @@ def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence], ca
     table = Table(box=SIMPLE_HEAD, pad_edge=False, show_edge=False, collapse_padding=True)
     for number, name in enumerate(columns):
         numeric = all(NUMBER.fullmatch(str(row[number])) for row in rows)
-        table.add_column(name, justify="right" if numeric else "left", overflow="fold")
+        table.add_column(Text(printable(name)), justify="right" if numeric else "left", overflow="fold")
     for row in rows:
-        table.add_row(*(Text(str(value)) for value in row))  # no markup: class names come from strangers
+        table.add_row(*(Text(printable(value)) for value in row))  # no markup: class names come from strangers
     console = Console()
     if title:
-        console.print(Text(title, style="bold"))
+        console.print(Text(printable(title), style="bold"))
     console.print(table)
     if caption:
-        console.print(Text(f"\n{caption}"))
+        console.print(Text("\n" + "\n".join(map(printable, caption.split("\n")))))

@@ -8,6 +8,7 @@ import typer
 
 from ..progress import disable_progress_bars
 from ..tables import print_table
+from ..text import printable, printable_json
 
 
 if TYPE_CHECKING:
@@ -15,7 +16,8 @@ if TYPE_CHECKING:
 
 
 Repo = Annotated[str, typer.Argument(help="Repo id, repo@revision, or folder of a model.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace another model that the folder holds.")]
+AsJson = Annotated[bool, typer.Option("--json", "--as-json", help="Print JSON, for programs.")]
 Token = Annotated[str | None, typer.Option(help="Token of the Hub; default: as logged in.")]
 BackbonePath = Annotated[str | None, typer.Option("--backbone", help="Where the backbone is, if not where it was.")]
 
@@ -29,11 +31,11 @@ def show(values: dict | list[dict], as_json: bool, title: str = "") -> None:
         title (`str`, *optional*): Heading of a table.
     """
     if as_json:
-        print(json.dumps(values, indent=2, ensure_ascii=False))
+        print(printable_json(json.dumps(values, indent=2, ensure_ascii=False)))
     elif isinstance(values, dict):
         width = max(map(len, values), default=0)
         for name, value in values.items():
-            print(f"{name:<{width}}  {value}")
+            print(f"{name:<{width}}  {printable(value)}")
     else:
         rows = [[f"{cell:.3f}" if isinstance(cell, float) else cell for cell in row.values()] for row in values]
         print_table(title, list(values[0]) if values else [], rows)

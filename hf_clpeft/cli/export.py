@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from .common import AsJson, BackbonePath, Repo, Token, load_model, show
+from .common import AsJson, BackbonePath, Overwrite, Repo, Token, load_model, show
 
 
 def export(
@@ -13,6 +13,7 @@ def export(
     task: Annotated[str, typer.Argument(help="Name of a task; `hf-clpeft info` lists them.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write into.")],
     merge: Annotated[bool, typer.Option("--merge", help="Merge it into the backbone: a plain classifier.")] = False,
+    overwrite: Overwrite = False,
     as_json: AsJson = False,
     backbone: BackbonePath = None,
     token: Token = None,
@@ -21,7 +22,7 @@ def export(
     from ..export import export_adapter, export_merged
 
     model = load_model(repo, backbone, token)
-    (export_merged if merge else export_adapter)(model, task, output)
+    (export_merged if merge else export_adapter)(model, task, output, overwrite)
     what = "transformers image classifier" if merge else "PEFT adapter"
     then = f'pipeline("image-classification", "{output}")' if merge else f'PeftModel.from_pretrained(vit, "{output}")'
     show({"folder": str(output), "task": task, "what": what, "next": then}, as_json)

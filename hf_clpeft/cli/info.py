@@ -10,15 +10,12 @@ def info(repo: Repo, as_json: AsJson = False, token: Token = None) -> None:
     from ..bundled import bundled_folder
     from ..checks import read_json
     from ..config import ContinualConfig
-    from ..folder import settle
     from ..hub.download import fetch_config, split_revision
     from ..report import METRICS_NAME, StreamReport
+    from ..storage import as_saved
 
     folder = bundled_folder(repo) or Path(repo)
-    if folder.is_dir():
-        settle(folder)
-    else:
-        folder = fetch_config(*split_revision(repo), token=token)
+    folder = as_saved(folder) if folder.is_dir() else fetch_config(*split_revision(repo), token=token)
     config, report = ContinualConfig.load(folder), None
     if (folder / METRICS_NAME).is_file():
         report = StreamReport.from_dict(read_json(folder / METRICS_NAME), config.tasks)

@@ -1,6 +1,7 @@
 """`hf-clpeft push`: a saved model, or what a run could not push, to the Hub."""
 
 from pathlib import Path
+from shlex import quote
 from typing import Annotated
 
 import typer
@@ -26,15 +27,14 @@ def push(
 
     from ..bundled import BUNDLED_MODELS, bundled_folder
     from ..errors import ConfigError
-    from ..folder import settle
     from ..hub.outbox import Outbox
     from ..hub.push import PushTarget, push_folder
+    from ..storage import as_saved
 
     quieten()
     folder = bundled_folder(model) or Path(model)
     if not folder.is_dir():
         raise ConfigError(f"{model} is no folder, and none of {', '.join(BUNDLED_MODELS)}.")
-    settle(folder)
     target, waited, address = None, 0, None
     if repo is not None:
         target = PushTarget(repo, token, private, revision, create_pr)
@@ -44,6 +44,6 @@ def push(
         waited = len(outbox.pending())
         address = outbox.flush(target)
     if address is None or squash_history:
-        address = push_folder(folder, target, message, squash_history=squash_history)
-    then = f"hf-clpeft demo {target.repo_id}"
+        address = push_folder(as_saved(folder), target, message, squash_history=squash_history)
+    then = f"hf-clpeft demo {quote(target.repo_id)}"
     show({"repo": target.repo_id, "tasks that had waited": waited, "address": address, "next": then}, as_json)

@@ -18,6 +18,7 @@ from ..errors import HfClpeftError
 from .prompts import PromptTunedVisionModel
 
 
+DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 ADAPTER = "default"  # the only adapter name we give PEFT; it is not part of any file
 
 
@@ -126,7 +127,7 @@ class Expert:
             tensors = load_file(Path(folder, SAFETENSORS_WEIGHTS_NAME))
         except SafetensorError as error:
             raise ExpertError(f"{Path(folder, SAFETENSORS_WEIGHTS_NAME)} is damaged: {error}") from error
-        broken = [key for key, t in tensors.items() if not (t.is_floating_point() and torch.isfinite(t).all())]
+        broken = [key for key, t in tensors.items() if not (t.dtype in DTYPES and torch.isfinite(t).all())]
         if broken:
             raise ExpertError(
                 f"{Path(folder, SAFETENSORS_WEIGHTS_NAME)} has values that are no finite numbers in {broken[0]}."

@@ -9,6 +9,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from ..config import ContinualConfig, MethodConfig
 from ..report import StreamReport
 from ..routing import ROUTERS, find_router
+from ..text import printable
 
 
 CARD_NAME = "README.md"
@@ -52,20 +53,20 @@ def make_card(
     ```
     """
     method, summary = config.method, report.summary() if report is not None else {}
-    stream = report.stream if report is not None else "unknown"
+    stream = printable(report.stream) if report is not None else "unknown"
     technique = method.peft.get("peft_type")
     # A folder on somebody's disk is nothing that a reader could follow.
     backbone_id = config.backbone.name_or_path if REPO_ID.fullmatch(config.backbone.name_or_path) else None
     on_the_hub = REPO_ID.fullmatch(repo_id) is not None
-    name = repo_id.split("/")[-1] if on_the_hub else f"{method.name} on {stream}"
+    name = repo_id.split("/")[-1] if on_the_hub else printable(f"{method.name} on {stream}")
     revision = f", revision `{_plain(config.backbone.revision[:12])}`" if config.backbone.revision else ""
     data = ModelCardData(
         library_name=LIBRARY,
-        license=config.license,
+        license=printable(config.license),
         base_model=backbone_id,
-        datasets=[report.dataset] if report is not None and report.dataset else None,
+        datasets=[printable(report.dataset)] if report is not None and report.dataset else None,
         pipeline_tag="image-classification",
-        tags=["continual-learning", *(["peft", technique.lower()] if technique else []), method.name],
+        tags=["continual-learning", *(["peft", technique.lower()] if technique else []), printable(method.name)],
         model_name=name,
         eval_results=_eval_results(report, summary),
     )
@@ -119,8 +120,8 @@ def _eval_results(report: StreamReport | None, summary: dict[str, float]) -> lis
         EvalResult(
             task_type="image-classification",
             task_name="Continual image classification",
-            dataset_type=report.dataset or report.stream,
-            dataset_name=report.stream,
+            dataset_type=printable(report.dataset or report.stream),
+            dataset_name=printable(report.stream),
             metric_type="accuracy" if name == "average_accuracy" else name,
             metric_name=name.replace("_", " "),
             metric_value=round(value, 6),
@@ -159,4 +160,5 @@ def _percent(value: float) -> str:
 
 def _plain(text: str) -> str:
     """Text of strangers (class names, domains) that can neither break a table nor become HTML or a link."""
-    return re.sub(r"([|\[\]])", r"\\\1", text.replace("<", "&lt;").replace("`", "'").replace("\n", " "))
+    text = text.replace("<", "&lt;").replace("`", "'").replace("\n", " ")
+    return re.sub(r"([|\[\]])", r"\\\1", printable(text))

@@ -9,6 +9,7 @@ from pathlib import Path
 from ..checks import read_json
 from ..config import CONFIG_NAME, ContinualConfig
 from ..errors import ConfigError
+from ..folder import inside, settle
 from ..report import REPORT_FILES
 from .push import PushTarget, push_folder
 
@@ -43,7 +44,7 @@ class Outbox:
     """
 
     def __init__(self, folder: str | Path, target: PushTarget | None = None):
-        self.model, self.folder = Path(folder), Path(folder, OUTBOX)
+        self.model, self.folder = Path(folder), inside(folder, OUTBOX)
         path = self.folder / TARGET_NAME
         if target is None:
             if not path.is_file():
@@ -62,7 +63,11 @@ class Outbox:
 
     def pending(self) -> list[Path]:
         """Entries that wait, oldest first."""
-        return sorted(path for path in self.folder.iterdir() if path.is_dir() and not path.name.startswith("."))
+        return sorted(
+            path
+            for path in self.folder.iterdir()
+            if path.is_dir() and not path.is_symlink() and not path.name.startswith(".")
+        )
 
     def take_up(self, config: ContinualConfig, there: list[str]) -> None:
         """Goes on where a run was killed: what it had saved and neither put here nor pushed is put here now.
@@ -74,6 +79,7 @@ class Outbox:
         Raises:
             [`ConfigError`]: What waits here is of another model.
         """
+        settle(self.model)
         waiting = self.pending()
         if waiting and not _precedes(ContinualConfig.load(waiting[-1]), config):
             raise ConfigError(

@@ -1,6 +1,5 @@
 """To the Hub: a model's folder as one commit, and its latest task's name as a tag."""
 
-import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -11,7 +10,10 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from ..checks import read_json
 from ..config import CONFIG_NAME, ContinualConfig
 from ..errors import ConfigError
+from ..lineage import difference
 from ..report import METRICS_NAME, REPORT_FILES, StreamReport
+from ..storage import check_files
+from ..text import get_logger
 from .card import CARD_NAME, make_card
 from .errors import HubError, explained
 
@@ -19,7 +21,7 @@ from .errors import HubError, explained
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 WAITS = (1, 4)  # seconds before the second and the third attempt
 T = TypeVar("T")
@@ -112,6 +114,7 @@ def push_folder(
     """
     folder = Path(folder)
     config = ContinualConfig.load(folder)
+    check_files(folder, config, config.expert_names)  # nothing leaves this machine but what the model vouches for
     if squash_history and target.create_pr:
         raise ConfigError("A pull request leaves the branch as it is, so squash_history needs create_pr=False.")
     if Path(config.backbone.name_or_path).is_dir():
@@ -173,24 +176,8 @@ def _read_head(api: "HfApi", target: PushTarget, revision: str | None = None) ->
 
 def _check_lineage(config: ContinualConfig, there: ContinualConfig | None, repo_id: str) -> None:
     """Refuses to put a model over one that it did not come from: nothing that was learnt is pushed away by mistake."""
-    if there is None:
-        return
-    ours, theirs = config.backbone, there.backbone
-    if (ours.weight_hash, ours.image_size) != (theirs.weight_hash, theirs.image_size):
-        what = f"one on the backbone {theirs.name_or_path} ({theirs.weight_hash[:12]}…, {theirs.image_size} px)"
-    elif (config.method.name, config.method.peft) != (there.method.name, there.method.peft):
-        what = f"one of the method {there.method.name} with {there.method.peft}"
-    elif forgotten := [task.name for task in there.tasks if task.name not in _names(config) + config.removed]:
-        what = f"one that has learnt {', '.join(forgotten[:3])}, which this one has not"
-    elif config.method.experts == "per_task" and (
-        other := [
-            path
-            for path, digest in config.files.items()
-            if path.startswith("experts/") and there.files.get(path, digest) != digest
-        ]
-    ):
-        what = f"one with another {other[0]}"
-    else:
+    what = None if there is None else difference(config, there)
+    if what is None:
         return
     raise HubError(
         f"{repo_id} holds another model: {what}. Go on with that one (from_pretrained({repo_id!r}), or "
@@ -217,7 +204,7 @@ def _changes(folder: Path, config: ContinualConfig, head: _Head, repo_id: str) -
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete
 
     known = head.config.files if head.config is not None else {}
-    reports = [name for name in REPORT_FILES if (folder / name).is_file()]
+    reports = [name for name in REPORT_FILES if (folder / name).is_file() and not (folder / name).is_symlink()]
     sent = [path for path, digest in config.files.items() if known.get(path) != digest or path not in head.files]
     report = None
     if METRICS_NAME in reports:

@@ -9,6 +9,9 @@ from ..precision import without_autocast
 from .routing import Router, Routing
 
 
+MOST_IMAGES = 2**40  # of one class
+
+
 class ClassRouter(Router, ABC):
     """Sends an image to the owner of its likeliest class. With no experts at all it is a classifier.
 
@@ -73,35 +76,34 @@ class ClassRouter(Router, ABC):
         self._append({**columns, "owners": other.owners + self.num_owners})
         self.merge_sums(other)
 
-    def load(self, tensors: dict[str, torch.Tensor], num_tasks: int, num_classes: int) -> None:
-        """Takes over what `state_dict` gave.
-
-        Args:
-            tensors (`dict[str, torch.Tensor]`): Content of a file.
-            num_tasks (`int`): How many tasks it should know.
-            num_classes (`int`): How many classes there are.
-
-        Raises:
-            `ValueError`: Something does not fit.
-        """
-        own = self.state_dict()
-        if {key: tensor.dtype for key, tensor in tensors.items()} != {key: own[key].dtype for key in own}:
-            raise ValueError(f"it holds {sorted(tensors)}, not {sorted(own)}, or numbers of another type.")
-        entries = (len(tensors["owners"]),)
+    def check(self, tensors: dict[str, torch.Tensor], num_tasks: int, num_classes: int) -> None:
+        super().check(tensors, num_tasks, num_classes)
+        entries = (tensors["owners"].numel(),)
         shapes = {"prototypes": (*entries, self.query_size), "counts": entries, "owners": entries, "classes": entries}
         shapes |= self.shapes(*entries)
         wrong = [key for key, shape in shapes.items() if tuple(tensors[key].shape) != shape]
         if wrong:
             raise ValueError(f"{wrong[0]} has shape {tuple(tensors[wrong[0]].shape)}, not {shapes[wrong[0]]}.")
-        if tensors["owners"].unique().tolist() != list(range(num_tasks)):
-            raise ValueError(f"its tasks are {tensors['owners'].unique().tolist()}, but the model has {num_tasks}.")
-        if tensors["classes"].unique().tolist() != list(range(num_classes)):
-            raise ValueError(f"it does not know each of the {num_classes} classes.")
-        if not (tensors["counts"] > 0).all():
-            raise ValueError("a class has no images.")
-        for key, tensor in tensors.items():
-            setattr(self, key, tensor.to(own[key]))
-        self.derive()
+        owners, classes = tensors["owners"].unique().tolist(), tensors["classes"].unique().tolist()
+        if owners != list(range(num_tasks)):
+            raise ValueError(f"its tasks are {owners[:20]}, but the model has {num_tasks}.")
+        if classes != list(range(num_classes)):
+            missing = sorted(set(range(num_classes)) - set(classes))
+            raise ValueError(
+                f"it does not know each of the {num_classes} classes; it lacks the numbers {missing[:20]}."
+            )
+        if not ((tensors["counts"] > 0) & (tensors["counts"] <= MOST_IMAGES)).all():
+            raise ValueError(f"a class has no images, or more than {MOST_IMAGES:,}.")
+
+    def load(self, tensors: dict[str, torch.Tensor], num_tasks: int, num_classes: int) -> None:
+        super().load(tensors, num_tasks, num_classes)
+        try:
+            self.derive()
+        except RuntimeError as error:  # of linear algebra
+            raise ValueError(f"its sums are those of no images: {error}") from error
+        broken = [key for key, buffer in self.named_buffers() if not torch.isfinite(buffer).all()]
+        if broken:
+            raise ValueError(f"its sums are those of no images: {broken[0]} is not finite.")
 
     def forward(self, query: torch.Tensor) -> Routing:
         """Routes a batch.

@@ -47,23 +47,12 @@ class KeyRouter(Router):
         """Draws the keys anew."""
         torch.nn.init.uniform_(self.keys, -1, 1)
 
-    def load(self, tensors: dict[str, torch.Tensor], num_tasks: int, num_classes: int) -> None:
-        """Takes over what `state_dict` gave.
-
-        Args:
-            tensors (`dict[str, torch.Tensor]`): Content of a file.
-            num_tasks (`int`), num_classes (`int`): What the model has learnt; of no use to keys.
-
-        Raises:
-            `ValueError`: Something does not fit.
-        """
-        if tensors.keys() != {"keys"} or tensors["keys"].dtype != self.keys.dtype:
-            raise ValueError(f"it holds {sorted(tensors)}, but the model needs ['keys'].")
+    def check(self, tensors: dict[str, torch.Tensor], num_tasks: int, num_classes: int) -> None:
+        super().check(tensors, num_tasks, num_classes)
         if tensors["keys"].shape != self.keys.shape:
             raise ValueError(
                 f"it has keys of shape {tuple(tensors['keys'].shape)}, but the model needs {tuple(self.keys.shape)}."
             )
-        self.keys.data = tensors["keys"].to(self.keys)
 
     def forward(self, query: torch.Tensor) -> Routing:
         """Routes a batch.

@@ -104,36 +104,23 @@ class PrototypeRouter(Router):
         for owner in range(other.num_owners):
             self.add_prototypes(other.prototypes[other.owners == owner], other.thresholds[owner])
 
+    def check(self, tensors: dict[str, torch.Tensor], num_tasks: int, num_classes: int) -> None:
+        super().check(tensors, num_tasks, num_classes)
+        owners = tensors["owners"]
+        shapes = (tuple(tensors["prototypes"].shape), tuple(tensors["thresholds"].shape))
+        wanted = ((owners.numel(), self.query_size), (num_tasks, PERCENT))
+        if owners.unique().tolist() != list(range(num_tasks)) or owners.dim() != 1 or shapes != wanted:
+            raise ValueError(
+                f"it has prototypes of shape {shapes[0]} and thresholds of shape {shapes[1]} for tasks "
+                f"{owners.unique().tolist()[:20]}, but the model has tasks {list(range(num_tasks))[:20]} and width "
+                f"{self.query_size}."
+            )
+
     def load(self, tensors: dict[str, torch.Tensor], num_tasks: int, num_classes: int) -> None:
-        """Takes over what `state_dict` gave.
-
-        Args:
-            tensors (`dict[str, torch.Tensor]`): Content of a file.
-            num_tasks (`int`): How many tasks should have prototypes.
-            num_classes (`int`): How many classes there are; of no use to prototypes.
-
-        Raises:
-            `ValueError`: Something does not fit.
-        """
-        own = self.state_dict()
         if tensors.keys() == {"prototypes", "owners"}:  # saved before thresholds were measured
             shape = (len(tensors["owners"].unique()), PERCENT)
             tensors["thresholds"] = torch.full(shape, FARTHEST, dtype=torch.float32)
-        if {key: tensor.dtype for key, tensor in tensors.items()} != {key: own[key].dtype for key in own}:
-            raise ValueError(f"it holds {sorted(tensors)}, but the model needs {sorted(own)}.")
-        prototypes, owners, thresholds = (tensors[key] for key in own)
-        shapes = (tuple(prototypes.shape), tuple(thresholds.shape))
-        if owners.unique().tolist() != list(range(num_tasks)) or shapes != (
-            (*owners.shape, self.query_size),
-            (num_tasks, PERCENT),
-        ):
-            raise ValueError(
-                f"it has prototypes of shape {shapes[0]} and thresholds of shape {shapes[1]} for tasks "
-                f"{owners.unique().tolist()}, but the model has tasks {list(range(num_tasks))} and width "
-                f"{self.query_size}."
-            )
-        for key, tensor in tensors.items():
-            setattr(self, key, tensor.to(own[key]))
+        super().load(tensors, num_tasks, num_classes)
 
     def distances(self, query: torch.Tensor) -> torch.Tensor:
         """Distance of each image to the nearest prototype of every task.

@@ -58,3 +58,34 @@ class Router(KeepsPrecision):
             [`Router`]
         """
         return cls(query_size)
+
+    def check(self, tensors: dict[str, torch.Tensor], num_tasks: int, num_classes: int) -> None:
+        """Raises `ValueError` unless [`~Router.load`] can take these tensors over. A subclass checks more than names.
+
+        Args:
+            tensors (`dict[str, torch.Tensor]`): Content of a file: `float32`, or `int64` where something is counted.
+            num_tasks (`int`): How many tasks it should know.
+            num_classes (`int`): How many classes there are.
+        """
+        own = self.state_dict()
+        if tensors.keys() != own.keys():
+            raise ValueError(f"it holds {sorted(tensors)}, but the model needs {sorted(own)}.")
+        for key, tensor in tensors.items():
+            wanted = torch.float32 if own[key].is_floating_point() else torch.int64
+            if tensor.dtype != wanted:  # whatever the precision that the model computes in
+                raise ValueError(f"{key} is of {tensor.dtype}, and is stored as {wanted}.")
+
+    def load(self, tensors: dict[str, torch.Tensor], num_tasks: int, num_classes: int) -> None:
+        """Takes over what `state_dict` gave, once [`~Router.check`] has found nothing.
+
+        Args:
+            tensors (`dict[str, torch.Tensor]`): Content of a file.
+            num_tasks (`int`): How many tasks it should know.
+            num_classes (`int`): How many classes there are.
+
+        Raises:
+            `ValueError`: Something does not fit.
+        """
+        self.check(tensors, num_tasks, num_classes)
+        for key, own in self.state_dict(keep_vars=True).items():
+            own.data = tensors[key].to(own)

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 
-from ..folder import changing, hash_file
+from ..folder import changing, hash_file, inside
 
 
 logger = logging.getLogger(__name__)
@@ -63,7 +63,7 @@ class Checkpoints:
     folder: Path = field(init=False)
 
     def __post_init__(self) -> None:
-        self.folder = Path(self.output_dir, FOLDER)
+        self.folder = inside(self.output_dir, FOLDER)
 
     def save(
         self,

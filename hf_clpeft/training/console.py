@@ -9,6 +9,7 @@ from tqdm.auto import tqdm
 
 from ..report import StreamReport
 from ..tables import print_table
+from ..text import printable
 
 
 @contextmanager
@@ -84,7 +85,7 @@ def print_reports(reports: list[StreamReport], *closing: str) -> None:
         ],
     )
     for line in closing:
-        print(line, flush=True)
+        print(printable(line), flush=True)
 
 
 def percent(value: float) -> str:

@@ -15,7 +15,7 @@ from ..checks import read_json
 from ..config import MethodConfig
 from ..errors import ConfigError
 from ..experts import Expert
-from ..folder import changing
+from ..folder import changing, inside
 from ..learners import ExpertLearner, TaskLearner
 from ..modeling import ContinualModel
 from ..streams import Task, TaskStream
@@ -35,7 +35,7 @@ class ParallelExperts:
     """
 
     def __init__(self, output_dir: str | Path, model: ContinualModel, made_with: dict):
-        self.folder, self.model = Path(output_dir, FOLDER), model
+        self.folder, self.model = inside(output_dir, FOLDER), model
         self.made_with = json.loads(json.dumps(made_with))
 
     def todo(self, stream: TaskStream, rank: int, num_processes: int) -> list[tuple[int, Task]]:

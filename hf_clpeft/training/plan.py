@@ -9,6 +9,7 @@ from ..learners import FrozenLearner
 from ..modeling import ContinualModel
 from ..streams import Split, Task, TaskStream
 from ..tables import print_table
+from ..text import printable
 from .arguments import ContinualTrainingArguments
 from .costs import count_trained
 
@@ -128,7 +129,7 @@ def print_plan(model: ContinualModel, stream: TaskStream, args: ContinualTrainin
         f"backbone: {backbone.name_or_path}, {backbone.image_size} px\n"
         f"goes to: {args.output_dir}" + (f" and {args.push_repo} on the Hub" if args.push_repo else ""),
     )
-    print(closing, flush=True)
+    print(printable(closing), flush=True)
 
 
 def number(value: int | None) -> str:

@@ -12,11 +12,11 @@ from pathlib import Path
 from ..bundled import BUNDLED_BACKBONES
 from ..config import CONFIG_NAME, MethodConfig
 from ..errors import ConfigError, told_in_one_line
-from ..folder import settle
 from ..hub.download import find_model
 from ..modeling import ContinualModel
 from ..progress import disable_progress_bars
 from ..report import PLOT_NAME, StreamReport
+from ..storage import as_saved
 from ..streams import BENCHMARKS, TaskStream
 from .arguments import ContinualTrainingArguments
 from .console import print_reports
@@ -148,8 +148,7 @@ def _find_checkpoint(args: ContinualTrainingArguments) -> str | None:
     """Folder or repo of the model to go on with."""
     if args.resume_from_checkpoint != "auto":
         return args.resume_from_checkpoint
-    settle(args.output_dir)
-    if Path(args.output_dir, CONFIG_NAME).is_file():
+    if (as_saved(args.output_dir) / CONFIG_NAME).is_file():
         return args.output_dir
     return None if args.push_repo is None else find_model(args.push_repo, args.hub_token)
 

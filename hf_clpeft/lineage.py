@@ -1,0 +1,50 @@
+"""Whether a model is a later state of another one: what was learnt is never overwritten by what does not hold it."""
+
+from .config import ContinualConfig
+
+
+def difference(config: ContinualConfig, there: ContinualConfig) -> str | None:
+    """What makes the model that is there another one, and not an earlier state of this one.
+
+    Args:
+        config ([`ContinualConfig`]): The model that is to take the place.
+        there ([`ContinualConfig`]): The one that is there.
+
+    Returns:
+        `str`, *optional*: How to call the model that is there; `None` if this one has come from it.
+
+    Example:
+
+    ```py
+    >>> from hf_clpeft.config import BackboneConfig, ContinualConfig, TaskConfig
+    >>> from hf_clpeft.lineage import difference
+    >>> from hf_clpeft.methods import s_lora
+
+    >>> backbone, pets = BackboneConfig("vit", 224, "0f3c"), TaskConfig("task-000", ["cat", "dog"])
+    >>> there = ContinualConfig(s_lora(), backbone, [pets], ["cat", "dog"])
+    >>> difference(ContinualConfig(s_lora(), backbone), there)
+    'one that has learnt task-000, which this one has not'
+
+    ```
+    """
+    ours, theirs = config.backbone, there.backbone
+    if (ours.weight_hash, ours.image_size) != (theirs.weight_hash, theirs.image_size):
+        return f"one on the backbone {theirs.name_or_path} ({theirs.weight_hash[:12]}…, {theirs.image_size} px)"
+    if (config.method.name, config.method.peft) != (there.method.name, there.method.peft):
+        return f"one of the method {there.method.name} with {there.method.peft}"
+    known = {task.name: task for task in config.tasks}
+    forgotten = [task.name for task in there.tasks if task.name not in [*known, *config.removed]]
+    if forgotten:
+        return f"one that has learnt {', '.join(forgotten[:3])}, which this one has not"
+    for path, digest in config.files.items() if config.method.experts == "per_task" else ():
+        if path.startswith("experts/") and there.files.get(path, digest) != digest:
+            return f"one with another {path}"
+    for task in there.tasks:
+        own = known.get(task.name, task)
+        if (own.classes, own.domain, own.source) != (task.classes, task.domain, task.source):
+            return (
+                f"one whose {task.name} has the classes {task.classes[:5]} (domain {task.domain}) from {task.source}"
+            )
+        if own.state != task.state:
+            return f"one that has learnt {task.name} in another run"
+    return None
