@@ -17,7 +17,7 @@ $(VENV)/installed: pyproject.toml constraints.txt
 	@touch $@
 
 demo: $(VENV)/installed  ## learn five tasks of handwritten digits one after another, offline, in about two minutes
-	$(BIN)/python recipes/demo.py --output_dir out/demo
+	$(BIN)/python recipes/demo.py --output_dir out/demo --overwrite_output_dir
 
 test: $(VENV)/installed  ## run the tests, offline
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist loadfile

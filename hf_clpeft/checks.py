@@ -5,11 +5,12 @@ import math
 import re
 from pathlib import Path
 from types import UnionType
-from typing import Any, get_args, get_origin, get_type_hints
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from .errors import ConfigError
 
 
+MOST = 2**31 - 1  # what counts and rates may be at most
 LARGEST_JSON = 4 * 2**20  # bytes; a model of 5,000 tasks needs less
 DEEPEST_JSON = 20  # mappings and lists in each other
 LARGEST_INTEGER = 2**63 - 1
@@ -90,8 +91,42 @@ def check_types(config: object) -> None:
         value = getattr(config, name)
         if not fits(value, hint):
             shown = repr(value) if len(repr(value)) <= 80 else f"{repr(value)[:77]}..."
-            raise ConfigError(f"{name}={shown} must be {getattr(hint, '__name__', hint)}.")
+            raise ConfigError(f"{name}={shown} must be {_in_words(hint)}.")
         _check_values(value, name)
+
+
+def check_ranges(config: object, **ranges: tuple[float, float]) -> None:
+    """Raises [`ConfigError`] unless numbers of a dataclass are within their bounds. `None` always is, NaN never.
+
+    Args:
+        config (dataclass): Whose fields.
+        ranges: By name of the field, the least and the most.
+
+    Example:
+
+    ```py
+    >>> from hf_clpeft.training.options import BackboneArguments
+
+    >>> BackboneArguments(image_size=0)
+    Traceback (most recent call last):
+        ...
+    hf_clpeft.errors.ConfigError: image_size=0 must be between 1 and 16,384.
+
+    ```
+    """
+    for name, (least, most) in ranges.items():
+        value = getattr(config, name)
+        if value is not None and not least <= value <= most:
+            open_ended = most == MOST and not value > most
+            bounds = f"{least:,} or more" if open_ended else f"between {least:,} and {most:,}"
+            raise ConfigError(f"{name}={value} must be {bounds}.")
+
+
+def _in_words(hint: Any) -> str:
+    for choice in (hint, *get_args(hint)):
+        if get_origin(choice) is Literal:
+            return f"one of {', '.join(get_args(choice))}"
+    return getattr(hint, "__name__", str(hint))
 
 
 def fits(value: object, hint: Any) -> bool:
@@ -108,7 +143,9 @@ def fits(value: object, hint: Any) -> bool:
     ```
     """
     origin, arguments = get_origin(hint), get_args(hint)
-    if origin is UnionType:
+    if origin is Literal:
+        return value in arguments
+    if origin in (UnionType, Union):  # with a Literal in it, it is the other one
         return any(fits(value, choice) for choice in arguments)
     if origin is list:
         return isinstance(value, list) and all(fits(item, arguments[0]) for item in value)

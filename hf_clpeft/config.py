@@ -8,7 +8,7 @@ import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from .checks import check_path, check_task_name, check_types, read_json
+from .checks import MOST, check_path, check_task_name, check_types, read_json
 from .errors import ConfigError
 from .text import printable
 
@@ -18,6 +18,7 @@ FORMAT_VERSION = 1
 LARGEST_POOL = 10_000  # experts
 LARGEST_IMAGE = 4096  # px of a side
 RESIZED_BY = "pil"  # what resizes pictures
+LARGEST_PROJECTION = 100_000  # random features, of which a router keeps a square matrix
 ONE_EXPERT = "all-tasks"  # name of the expert of methods that have just one
 
 
@@ -98,7 +99,7 @@ class MethodConfig:
         for name, allowed in _CHOICES.items():
             if getattr(self, name) not in allowed:
                 raise ConfigError(f"{name}={getattr(self, name)!r} is not one of {', '.join(allowed)}.")
-        if isinstance(self.k, str) and self.k.isdigit():  # as it comes from a command line
+        if isinstance(self.k, str) and self.k.isdecimal():  # as it comes from a command line
             self.k = int(self.k)
         if self.k != "auto" and (isinstance(self.k, str) or self.k < 1):
             raise ConfigError(f"k={self.k!r} must be a whole number of prototypes per task, 1 or more, or 'auto'.")
@@ -180,16 +181,18 @@ class MethodConfig:
             raise ConfigError("joint=True needs head='shared' and mask_logits=False: all classes train at once.")
         if not self.mix >= 1 or (self.mix > 1 and self.classifier != "both"):
             raise ConfigError(f"mix={self.mix} must be 1 or more, and more than 1 needs classifier='both'.")
-        if not self.projection_size >= 1:
-            raise ConfigError(f"projection_size={self.projection_size} must be 1 or more.")
+        if not 1 <= self.projection_size <= LARGEST_PROJECTION:
+            raise ConfigError(
+                f"projection_size={self.projection_size} must be between 1 and {LARGEST_PROJECTION:,} features."
+            )
 
     def _check_pool(self) -> None:
         if not 1 <= self.pool_size <= LARGEST_POOL:
             raise ConfigError(f"pool_size={self.pool_size} must be between 1 and {LARGEST_POOL:,}.")
         if not 1 <= self.top_n <= self.pool_size:
             raise ConfigError(f"top_n={self.top_n} must be between 1 and pool_size={self.pool_size}.")
-        if not self.pull >= 0:
-            raise ConfigError(f"pull={self.pull} must be 0 or more.")
+        if not 0 <= self.pull <= MOST:
+            raise ConfigError(f"pull={self.pull} must be a finite number, 0 or more.")
         if self.head == "per_task":
             raise ConfigError("A pool needs head='shared': its experts belong to no task.")
         self.head = "shared"

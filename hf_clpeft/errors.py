@@ -1,5 +1,8 @@
 """What the library refuses, in words that say what to do."""
 
+import re
+import signal
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -23,6 +26,8 @@ class HfClpeftError(Exception):
     ```
     """
 
+    exit_status = 1  # of a program that ends with it
+
     def __str__(self) -> str:
         return one_line(super().__str__())  # it may quote a stranger
 
@@ -45,12 +50,46 @@ class ConfigError(HfClpeftError, ValueError):
     """
 
 
+class OptionError(ConfigError):
+    """A command line, or a file of options, that cannot be meant. The message names the option and what is allowed.
+
+    Example:
+
+    ```py
+    >>> from hf_clpeft.errors import OptionError
+    >>> from hf_clpeft.training.options import StreamArguments, parse
+
+    >>> try:
+    ...     parse((StreamArguments,), ["--bench", "digits"])
+    ... except OptionError as error:
+    ...     print(error)
+    There is no option --bench; did you mean --benchmark? See --help.
+
+    ```
+    """
+
+    exit_status = 2  # as every parser of command lines ends
+
+
+@contextmanager
+def refusing_options() -> Iterator[None]:
+    """Turns every [`ConfigError`] inside this context into an [`OptionError`]: its values came from a command line."""
+    try:
+        yield
+    except OptionError:
+        raise
+    except ConfigError as error:
+        raise OptionError(*error.args) from error
+
+
 @contextmanager
 def told_in_one_line() -> Iterator[None]:
-    """For programs: ends with one line and exit code 1, rather than a traceback, on what the library refuses.
+    """For programs: ends with one line and an exit status, rather than a traceback, on what the library refuses.
+
+    The status is 2 where the command line is wrong, 130 and 143 after SIGINT and SIGTERM, as shells have it, else 1.
 
     Raises:
-        `SystemExit`: Something was refused, or a file cannot be read or written.
+        `SystemExit`: Something was refused, a file cannot be read or written, or the program was interrupted.
 
     Example:
 
@@ -68,5 +107,13 @@ def told_in_one_line() -> Iterator[None]:
     """
     try:
         yield
+    except KeyboardInterrupt as error:
+        print("interrupted", file=sys.stderr, flush=True)
+        raise SystemExit(128 + getattr(error, "signal", signal.SIGINT)) from None
     except (HfClpeftError, OSError) as error:
-        raise SystemExit(f"error: {one_line(error)}") from error
+        line = one_line(re.sub(r"^\[Errno -?\d+\] ", "", str(error)))
+        status = getattr(error, "exit_status", 1)
+        if status == 1:
+            raise SystemExit(f"error: {line}") from error
+        print(f"error: {line}", file=sys.stderr, flush=True)
+        raise SystemExit(status) from error

@@ -5,9 +5,11 @@ from dataclasses import replace
 from typing import Any
 
 from .config import MethodConfig
+from .errors import ConfigError
 
 
 Layers = int | list[int] | None
+LARGEST_SIZE = 10_000  # rank of LoRA, tokens of a prompt
 
 
 def s_lora(
@@ -404,11 +406,18 @@ def _closed_form(name: str, router: str, route_layer: Layers) -> MethodConfig:
 
 
 def _lora(r: int, further: dict) -> dict:
+    _check_size("r", r)
     return {"peft_type": "LORA", "r": r, "lora_alpha": r, **further}
 
 
 def _prompt(length: int) -> dict:
+    _check_size("prompt_length", length)
     return {"peft_type": "PROMPT_TUNING", "num_virtual_tokens": length}
+
+
+def _check_size(name: str, value: int) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= LARGEST_SIZE:
+        raise ConfigError(f"{name}={value!r} must be a whole number between 1 and {LARGEST_SIZE:,}.")
 
 
 METHODS: dict[str, Callable[..., MethodConfig]] = {

@@ -28,10 +28,12 @@ import numpy as np
 import torch
 
 from hf_clpeft import METHODS, ConfigError, ContinualTrainingArguments, MethodConfig, StreamReport, TaskStream
-from hf_clpeft.errors import told_in_one_line
+from hf_clpeft.checks import MOST, check_ranges, check_types
+from hf_clpeft.errors import OptionError, refusing_options, told_in_one_line
 from hf_clpeft.plots import plot_bars, plot_comparison, plot_series
 from hf_clpeft.streams import BENCHMARKS
 from hf_clpeft.training.options import BackboneArguments, StreamArguments
+from hf_clpeft.training.parsing import OptionParser, nearest, read_yaml as read_file
 from hf_clpeft.training.recipe import command_line, learn
 
 
@@ -68,6 +70,10 @@ class CompareArguments:
         metadata={"help": "Runs at a time, each in a process of its own. Default: one for each GPU, or 2 without."},
     )
 
+    def __post_init__(self):
+        check_types(self)
+        check_ranges(self, num_workers=(1, MOST))
+
 
 @dataclass(frozen=True)
 class Run:
@@ -95,20 +101,36 @@ class Run:
 def read_config(path: str) -> dict:
     """The YAML file on top of its `base`, after checking that it has what a comparison needs."""
     config = read_yaml(Path(path))
-    unknown = set(config) - {"seeds", "benchmarks", "methods", "options"}
-    missing = {"benchmarks", "methods"} - set(config)
-    if unknown or missing:
-        raise ConfigError(f"{path}: it lacks {sorted(missing)} and has {sorted(unknown)}, which nothing reads.")
+    check_keys(path, config, {"benchmarks", "methods"}, {"seeds", "options"})
     return config
 
 
-def read_yaml(path: Path) -> dict:
-    import yaml
+def check_keys(path: str, config: dict, needed: set[str], others: set[str]) -> None:
+    """Raises an error unless a file has all that is needed, and nothing that nobody reads."""
+    missing, unknown = needed - {name for name in config if config[name]}, set(config) - needed - others
+    if unknown or missing:
+        raise OptionError(
+            f"{path}: it lacks {sorted(missing)} and has {sorted(unknown, key=str)}, which nothing reads."
+        )
+    seeds = config.get("seeds", [0])
+    if not isinstance(seeds, list) or not all(isinstance(seed, int) for seed in seeds):
+        raise OptionError(f"{path}: seeds={seeds!r} must be a list of whole numbers.")
+    for name in ("benchmarks", "methods", "series", "options"):
+        entries = config.get(name, {})
+        if not isinstance(entries, dict):
+            raise OptionError(f"{path}: {name}={entries!r} must be a mapping of names.")
+        for entry, options in entries.items() if name != "options" else ():
+            if not isinstance(options or {}, dict):
+                raise OptionError(f"{path}: {name}: {entry}={options!r} must be a mapping of options.")
 
-    config = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+
+def read_yaml(path: Path, above: tuple[Path, ...] = ()) -> dict:
+    if path in above:
+        raise OptionError(f"{above[0]}: its base leads back to {path}.")
+    config = read_file(path)
     bases, below = config.pop("base", []), {}
     for base in [bases] if isinstance(bases, str) else bases:
-        below = merge(below, read_yaml(path.parent / base))
+        below = merge(below, read_yaml(path.parent / base, (*above, path)))
     return merge(below, config)
 
 
@@ -130,10 +152,15 @@ def folder_of(args: CompareArguments) -> Path:
 def plan(args: CompareArguments, config: dict) -> list[Run]:
     """All runs of the table."""
     folder, runs = folder_of(args), []
+    for kind in ("methods", "benchmarks"):
+        for name in getattr(args, kind) or ():
+            if name not in config[kind]:
+                raise OptionError(f"--{kind}: {args.config} has no {name!r}{nearest(name, config[kind])}")
     for seed in args.seeds or config.get("seeds", [0]):
         for benchmark, of_benchmark in config["benchmarks"].items():
             if benchmark not in BENCHMARKS:
-                raise ConfigError(f"There is no benchmark {benchmark!r}; choose one of {', '.join(BENCHMARKS)}.")
+                near = nearest(str(benchmark), BENCHMARKS)
+                raise OptionError(f"There is no benchmark {benchmark!r}{near} There are {', '.join(BENCHMARKS)}.")
             of_benchmark = dict(of_benchmark or {})
             of_both = of_benchmark.pop("methods", {})
             for method, of_method in config["methods"].items():
@@ -162,8 +189,11 @@ def plan(args: CompareArguments, config: dict) -> list[Run]:
                 if needs is not None:
                     options["experts_from"] = str(place / slug(needs))
                 runs.append(Run(benchmark, method, seed, options, str(place / slug(method)), needs))
-    for run in runs:
-        make_method(run)  # an option that does not exist is found before anything is learnt
+    for run in runs:  # what cannot be meant is found before anything is learnt
+        with refusing_options():
+            make_method(run)
+            for group, options in zip(GROUPS, split_options(run)[0], strict=True):
+                group(**options)
     return runs
 
 
@@ -187,14 +217,16 @@ def make_method(run: Run) -> MethodConfig:
     }
     unknown = sorted(options.keys() - accepted(preset))
     if unknown and "lora" not in accepted(preset):  # what PEFT's LoRA takes, PEFT checks
-        raise ConfigError(f"{run.method} on {run.benchmark}: there is no option {unknown[0]!r}.")
+        near = nearest(unknown[0], accepted(preset) | COMMON)
+        raise OptionError(f"{run.method} on {run.benchmark}: there is no option {unknown[0]!r}{near}")
     return replace(METHODS[preset](**options), **changed)
 
 
 def accepted(preset: str) -> set[str]:
     """Names of a preset's options."""
     if preset not in METHODS:
-        raise ConfigError(f"There is no method {preset!r}; choose one of {', '.join(METHODS)}.")
+        near = nearest(str(preset), METHODS)
+        raise OptionError(f"There is no method {preset!r}{near} There are {', '.join(METHODS)}.")
     return set(inspect.signature(METHODS[preset]).parameters)
 
 
@@ -451,9 +483,7 @@ def report_of(row: dict) -> StreamReport:
 
 
 def main():
-    from transformers import HfArgumentParser
-
-    (args,) = HfArgumentParser(CompareArguments).parse_args_into_dataclasses()
+    (args,) = OptionParser((CompareArguments,)).read()
     results = Path(args.results or folder_of(args) / "results.csv")
     rows = run_all(plan(args, read_config(args.config)), results, args.num_workers)
     table = make_table(rows)

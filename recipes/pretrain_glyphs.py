@@ -20,7 +20,7 @@ import re
 import time
 import unicodedata
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Literal
 
@@ -41,13 +41,16 @@ from transformers import (
     ConvNextModel,
     Dinov2Config,
     Dinov2Model,
-    HfArgumentParser,
     PreTrainedModel,
     ViTConfig,
     ViTImageProcessor,
     ViTModel,
     set_seed,
 )
+
+from hf_clpeft.checks import MOST, check_ranges, check_types
+from hf_clpeft.errors import told_in_one_line
+from hf_clpeft.training.parsing import OptionParser
 
 
 # Computer Modern has its own encoding outside the ASCII letters, so only A-Z and a-z are taken from it.
@@ -87,6 +90,13 @@ class GlyphArguments:
     sketch_weight: float = field(default=1.0, metadata={"help": "Weight of the 8x8 sketch loss."})
     eval_steps: int = field(default=500, metadata={"help": "Measure the frozen features every so many steps."})
     seed: int = field(default=0, metadata={"help": "Random seed."})
+
+    def __post_init__(self):
+        check_types(self)
+        numbers = [f.name for f in fields(self) if f.name not in ("output_dir", "architecture")]
+        check_ranges(self, **dict.fromkeys(numbers, (0, MOST)))
+        check_ranges(self, **dict.fromkeys(("steps", "batch_size", "eval_steps"), (1, MOST)))
+        check_ranges(self, warmup_ratio=(0, 1), ramp_ratio=(0.001, 1))
 
 
 def wanted(code: int, ascii_only: bool) -> bool:
@@ -282,7 +292,7 @@ def feature_of(model: PreTrainedModel, pixel_values: torch.Tensor) -> torch.Tens
 
 def main() -> None:
     """Render the glyphs, train the ViT on them, measure it on the digits and save it."""
-    args = HfArgumentParser(GlyphArguments).parse_args_into_dataclasses()[0]
+    (args,) = OptionParser((GlyphArguments,)).read()
     set_seed(args.seed)
     torch.set_flush_denormal(True)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -344,4 +354,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with told_in_one_line():
+        main()

@@ -13,21 +13,18 @@ All else is as in `recipes/compare.py`: parallel with `--num_workers`, and what 
 from pathlib import Path
 
 import numpy as np
-from compare import CompareArguments, folder_of, make_table, plan, read_yaml, run_all, values_of
+from compare import CompareArguments, check_keys, folder_of, make_table, plan, read_yaml, run_all, values_of
 
-from hf_clpeft import ConfigError
-from hf_clpeft.errors import told_in_one_line
+from hf_clpeft.errors import OptionError, told_in_one_line
 from hf_clpeft.plots import plot_series
+from hf_clpeft.training.parsing import OptionParser
 from hf_clpeft.training.recipe import command_line
 
 
 def read_sweep(path: str) -> dict:
     """The YAML file as one for a comparison: every point of a series a method of its own."""
     config = read_yaml(Path(path))
-    missing = {name for name in ("benchmarks", "series", "x") if not config.get(name)}
-    unknown = set(config) - {"seeds", "benchmarks", "methods", "series", "options", "x", "measures"}
-    if unknown or missing:
-        raise ConfigError(f"{path}: it lacks {sorted(missing)} and has {sorted(unknown)}, which nothing reads.")
+    check_keys(path, config, {"benchmarks", "series", "x"}, {"seeds", "methods", "options", "measures"})
     methods = {}
     for points in points_of(config).values():
         methods.update(points)
@@ -38,8 +35,10 @@ def points_of(config: dict) -> dict[str, dict[str, dict]]:
     """Name and options of every point of every series, in its order."""
     series: dict[str, dict[str, dict]] = {}
     for name, entry in config["series"].items():
-        entry = {"method": name, **entry}
+        entry = {"method": name, **(entry or {})}
         vary, giver = entry.pop("vary", {}), entry.pop("experts_from", None)
+        if not isinstance(vary, dict) or len({len(v) if isinstance(v, list) else 0 for v in vary.values()} or {1}) > 1:
+            raise OptionError(f"{name}: vary={vary!r} must be lists of as many values each, by name of the option.")
         series[name] = {}
         for number, values in enumerate(zip(*vary.values(), strict=True) if vary else [()]):
             label = ", ".join([name, *(f"{option} {value}" for option, value in zip(vary, values[:1], strict=False))])
@@ -94,9 +93,7 @@ def line_of(rows: list[dict], points: dict[str, dict], x: str, measure: str) -> 
 
 
 def main():
-    from transformers import HfArgumentParser
-
-    (args,) = HfArgumentParser(CompareArguments).parse_args_into_dataclasses()
+    (args,) = OptionParser((CompareArguments,)).read()
     results, config = Path(args.results or folder_of(args) / "results.csv"), read_yaml(Path(args.config))
     rows = run_all(plan(args, read_sweep(args.config)), results, args.num_workers)
     table = make_table(rows)

@@ -20,13 +20,16 @@ from pathlib import Path
 
 import torch
 from peft import PeftModel, set_peft_model_state_dict
-from transformers import HfArgumentParser, ViTConfig, ViTImageProcessorPil, ViTModel
+from transformers import ViTConfig, ViTImageProcessorPil, ViTModel
 
 from hf_clpeft import Backbone, Expert, ExpertBank, KeyRouter, load_backbone
+from hf_clpeft.checks import MOST, check_ranges, check_types
 from hf_clpeft.config import BackboneConfig, TaskConfig
+from hf_clpeft.errors import ConfigError, told_in_one_line
 from hf_clpeft.experts.expert import make_peft_config, make_peft_model
 from hf_clpeft.learners import ExpertLearner, PoolLearner
 from hf_clpeft.plots import plot_throughput
+from hf_clpeft.training.parsing import OptionParser
 from hf_clpeft.versions import library_versions
 
 
@@ -34,6 +37,12 @@ SHAPES = {  # hidden size, layers, heads, image size, patch size
     "tiny": (32, 12, 2, 64, 16),
     "vit_s16": (384, 12, 6, 224, 16),
     "vit_b16": (768, 12, 12, 224, 16),
+}
+CHOICES = {
+    "modes": ("predict", "train"),
+    "techniques": ("lora", "prompts"),
+    "dtypes": ("float32", "bfloat16", "float16"),
+    "compile": ("off", "on"),
 }
 CLASSES, TOP_N = 10, 5
 LINE = (
@@ -64,6 +73,17 @@ class ThroughputArguments:
     repeats: int = field(default=15, metadata={"help": "Counted runs of each system."})
     threads: int | None = field(default=None, metadata={"help": "CPU threads."})
     output_dir: str = field(default="out/throughput", metadata={"help": "Folder for the CSV and the plot."})
+
+    def __post_init__(self):
+        check_types(self)
+        for name, allowed in CHOICES.items():
+            unknown = [value for value in getattr(self, name) if value not in allowed]
+            if unknown:
+                raise ConfigError(f"{name}: {unknown[0]!r} is not one of {', '.join(allowed)}.")
+        check_ranges(self, max_peft_experts=(0, MOST), warmup=(0, MOST), repeats=(1, MOST), threads=(1, 4096))
+        for name in ("num_experts", "ranks", "prompt_lengths", "batch_sizes"):
+            if min(getattr(self, name)) < 1:
+                raise ConfigError(f"{name}={getattr(self, name)} must be 1 or more each.")
 
 
 @dataclass
@@ -277,7 +297,7 @@ def name_of(device: torch.device) -> str:
 
 
 def main():
-    (args,) = HfArgumentParser(ThroughputArguments).parse_args_into_dataclasses()
+    (args,) = OptionParser((ThroughputArguments,)).read()
     if args.threads:
         torch.set_num_threads(args.threads)
     torch.manual_seed(0)
@@ -308,4 +328,5 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    with told_in_one_line():
+        main()

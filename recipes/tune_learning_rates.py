@@ -9,10 +9,13 @@ and writes every trial to `tuning.csv` in the output folder.
 
 import csv
 from dataclasses import dataclass, field, replace
+from itertools import product
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Literal
 
-from hf_clpeft import METHODS, ContinualTrainingArguments, Task, TaskStream
+from hf_clpeft import METHODS, ConfigError, ContinualTrainingArguments, Task, TaskStream
+from hf_clpeft.checks import MOST, check_ranges, check_types
 from hf_clpeft.errors import told_in_one_line
 from hf_clpeft.training.options import BackboneArguments, StreamArguments, parse
 from hf_clpeft.training.recipe import learn
@@ -31,6 +34,15 @@ class TuningArguments:
         default_factory=lambda: [2e-3, 1e-2], metadata={"help": "Learning rates of the head to try."}
     )
 
+    def __post_init__(self):
+        check_types(self)
+        check_ranges(self, tuning_tasks=(1, MOST))
+        for rate in [*self.learning_rates, *self.head_learning_rates]:
+            if not 0 <= rate <= MOST:
+                raise ConfigError(
+                    f"learning_rates and head_learning_rates: {rate} must be a finite number, 0 or more."
+                )
+
 
 def hold_out(task: Task, seed: int) -> Task:
     """The task, judged by a fifth of its own training images."""
@@ -46,12 +58,13 @@ def main():
     stream = TaskStream(tasks, name=f"first {len(tasks)} tasks")
     method = METHODS[tuning.method](**({"k": 1} if tuning.method.startswith("s_") else {}))
     trials = []
-    for head_rate in tuning.head_learning_rates:
-        for rate in tuning.learning_rates:
-            args = replace(training, learning_rate=rate, head_learning_rate=head_rate)
-            summary = learn(stream, backbone, args, method).summary()
-            trials.append((summary.get("oracle_accuracy", summary["average_accuracy"]), rate, head_rate))
-            print("accuracy {:.4f} with --learning_rate {:g} --head_learning_rate {:g}".format(*trials[-1]))
+    for head_rate, rate in product(tuning.head_learning_rates, tuning.learning_rates):
+        with TemporaryDirectory() as folder:  # nobody needs the models
+            rates = {"learning_rate": rate, "head_learning_rate": head_rate}
+            summary = learn(stream, backbone, replace(training, output_dir=folder, **rates), method).summary()
+        trials.append((summary.get("oracle_accuracy", summary["average_accuracy"]), rate, head_rate))
+        print("accuracy {:.4f} with --learning_rate {:g} --head_learning_rate {:g}".format(*trials[-1]))
+    Path(training.output_dir).mkdir(parents=True, exist_ok=True)
     with open(Path(training.output_dir, "tuning.csv"), "w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(["accuracy", "learning_rate", "head_learning_rate"])

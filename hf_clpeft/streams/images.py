@@ -5,12 +5,11 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
-import PIL.Image
 import torch
 from datasets import Dataset, Features, Value, concatenate_datasets
 from datasets.exceptions import DatasetGenerationError
 
-from ..backbones.pictures import READER, PictureError, open_image
+from ..backbones.pictures import READER, PictureError
 from ..backbones.transform import ImageTransform
 from .source import ROW, StreamError
 from .task import Split

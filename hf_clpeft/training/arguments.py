@@ -1,11 +1,34 @@
 """How to train: everything that is neither the method nor the stream."""
 
+import os
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
 
+from ..checks import MOST, check_ranges, check_types
 from ..errors import ConfigError
+
+
+COUNTS = (
+    "num_train_epochs",
+    "train_batch_size",
+    "eval_batch_size",
+    "gradient_accumulation_steps",
+    "save_total_limit",
+    "ddp_timeout",
+    "logging_steps",
+)
+FROM_ZERO = (
+    "learning_rate",
+    "head_learning_rate",
+    "weight_decay",
+    "max_grad_norm",
+    "max_bad_images",
+    "save_steps",
+    "seed",
+    "dataloader_num_workers",
+)
 
 
 @dataclass
@@ -40,9 +63,15 @@ class ContinualTrainingArguments:
     head_learning_rate: float = field(default=2e-3, metadata={"help": "Learning rate of the head."})
     optim: Literal["adamw", "sgd"] = field(default="adamw", metadata={"help": "AdamW, or SGD with momentum 0.9."})
     weight_decay: float = field(default=0.0, metadata={"help": "Weight decay of the expert and the head."})
-    lr_scheduler_type: str = field(
-        default="cosine", metadata={"help": "Name of a transformers scheduler; restarts with every task."}
-    )
+    lr_scheduler_type: Literal[
+        "linear",
+        "cosine",
+        "cosine_with_restarts",
+        "polynomial",
+        "constant",
+        "constant_with_warmup",
+        "inverse_sqrt",
+    ] = field(default="cosine", metadata={"help": "Name of a transformers scheduler; restarts with every task."})
     warmup_ratio: float = field(default=0.05, metadata={"help": "Share of a task's steps with rising learning rate."})
     max_grad_norm: float = field(default=1.0, metadata={"help": "Clip gradients to this norm; 0 does not clip."})
     gradient_accumulation_steps: int = field(default=1, metadata={"help": "Batches per optimizer step."})
@@ -78,6 +107,13 @@ class ContinualTrainingArguments:
         metadata={
             "help": "Go on after the last task that a model has learnt: the model's folder or repo id, or auto for "
             "the one in output_dir, else the one in the repo that is pushed to, else none."
+        },
+    )
+    overwrite_output_dir: bool = field(
+        default=False,
+        metadata={
+            "help": "Let a new model take the place of another one in output_dir, once its first task is saved. "
+            "Otherwise that is refused before anything is done."
         },
     )
     task_parallel: bool = field(
@@ -120,7 +156,9 @@ class ContinualTrainingArguments:
         default=None, metadata={"help": "Licence of the experts as the Hub spells it; default: apache-2.0."}
     )
     seed: int = field(default=0, metadata={"help": "Seed of initialisation, order of images, and k-means."})
-    report_to: str = field(default="none", metadata={"help": "Tracker: tensorboard, wandb, trackio or none."})
+    report_to: Literal["tensorboard", "wandb", "trackio", "none"] = field(
+        default="none", metadata={"help": "Tracker."}
+    )
     run_name: str = field(default="hf_clpeft", metadata={"help": "Name of the tracker's project."})
     logging_steps: int = field(default=10, metadata={"help": "Optimizer steps between two logged losses."})
     dataloader_num_workers: int = field(
@@ -131,26 +169,14 @@ class ContinualTrainingArguments:
     )
 
     def __post_init__(self) -> None:
-        counts = ("num_train_epochs", "train_batch_size", "eval_batch_size", "gradient_accumulation_steps")
-        for name in (*counts, "save_total_limit", "ddp_timeout"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name}={getattr(self, name)} must be 1 or more.")
-        for name in (
-            "learning_rate",
-            "head_learning_rate",
-            "weight_decay",
-            "max_grad_norm",
-            "save_steps",
-            "max_bad_images",
-        ):
-            if not getattr(self, name) >= 0:
-                raise ConfigError(f"{name}={getattr(self, name)} must be 0 or more.")
-        if self.cache_size_gb is not None and not self.cache_size_gb > 0:
+        self.output_dir = os.fspath(self.output_dir)
+        check_types(self)
+        check_ranges(self, **dict.fromkeys(COUNTS, (1, MOST)), **dict.fromkeys(FROM_ZERO, (0, MOST)))
+        check_ranges(self, warmup_ratio=(0, 1))
+        if not self.output_dir:
+            raise ConfigError("output_dir is empty; name a folder, or . for the one you are in.")
+        if self.cache_size_gb is not None and not 0 < self.cache_size_gb <= MOST:
             raise ConfigError(f"cache_size_gb={self.cache_size_gb} must be more than 0.")
-        if not 0 <= self.warmup_ratio <= 1:
-            raise ConfigError(f"warmup_ratio={self.warmup_ratio} must be between 0 and 1.")
-        if self.report_to not in ("tensorboard", "wandb", "trackio", "none"):
-            raise ConfigError(f"report_to={self.report_to!r} is not one of tensorboard, wandb, trackio, none.")
         if self.report_to != "none" and find_spec(self.report_to) is None:
             raise ConfigError(f"report_to={self.report_to!r} is not installed; run `pip install {self.report_to}`.")
 

@@ -1,12 +1,12 @@
 """The options of a recipe's command line that are neither the method's nor the trainer's, and how they are read."""
 
 import sys
-from dataclasses import dataclass, field, fields
-from pathlib import Path
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from ..bundled import BUNDLED_BACKBONES
-from ..errors import ConfigError
+from ..checks import MOST, check_ranges, check_types
+from ..errors import ConfigError, OptionError
 from ..streams import BENCHMARKS, TaskStream, load_benchmark
 
 
@@ -37,6 +37,20 @@ class StreamArguments:
     domain_column: str | None = field(default=None, metadata={"help": "Column of domains (by domain only)."})
     max_train_samples_per_task: int | None = field(default=None, metadata={"help": "Use at most so many images."})
     max_test_samples_per_task: int | None = field(default=None, metadata={"help": "Use at most so many images."})
+
+    def __post_init__(self) -> None:
+        check_types(self)
+        limits = ("num_tasks", "max_train_samples_per_task", "max_test_samples_per_task")
+        check_ranges(self, **dict.fromkeys(limits, (1, MOST)), class_order_seed=(0, MOST))
+        known = BENCHMARKS.get(self.benchmark or "")
+        scenario = self.scenario if known is None else known.scenario
+        foreign = ("num_tasks", "class_order_seed") if scenario == "domain" else ("domain_column",)
+        for name in foreign:
+            if getattr(self, name) is not None:
+                raise ConfigError(
+                    f"{name}={getattr(self, name)!r} has no meaning where tasks bring new "
+                    f"{'domains' if scenario == 'domain' else 'classes'}; leave it out."
+                )
 
     def load(self) -> TaskStream:
         """Builds the stream."""
@@ -78,6 +92,10 @@ class BackboneArguments:
             "bfloat16 on a CPU is much faster with eager."
         },
     )
+
+    def __post_init__(self) -> None:
+        check_types(self)
+        check_ranges(self, image_size=(1, 16_384))
 
 
 @dataclass
@@ -139,7 +157,8 @@ def parse(
         One instance of each dataclass.
 
     Raises:
-        [`ConfigError`]: The YAML file has an option that does not exist, or the benchmark does not.
+        [`OptionError`]: An option or the benchmark does not exist, a value is none of the option's, or the YAML file
+            cannot be read.
 
     Example:
 
@@ -152,32 +171,22 @@ def parse(
 
     ```
     """
-    from transformers import HfArgumentParser
+    from .parsing import OptionParser, nearest
 
     argv = sys.argv[1:] if argv is None else argv
-    parser = HfArgumentParser(groups)  # type: ignore[arg-type]  # a NewType that it does not export
+    parser = OptionParser(groups)
     parser.add_argument("--config", help="YAML file of options; the command line wins over it.")
-    options = {f.name for group in groups for f in fields(group)}
-    given, _ = parser.parse_known_args(argv)
-    from_file = _read_yaml(given.config, options) if given.config else {}
-    benchmark = given.benchmark or from_file.get("benchmark")
-    if benchmark is None and not (given.dataset or from_file.get("dataset")):
+    path = parser.given(argv).config
+    words = [*(parser.words_of(path) if path else []), *argv]
+    given = parser.given(words)
+    benchmark = given.benchmark
+    if benchmark is None and not given.dataset:
         benchmark = default_benchmark
     if benchmark is not None and benchmark not in BENCHMARKS:
-        raise ConfigError(f"There is no benchmark {benchmark!r}; choose one of {', '.join(BENCHMARKS)}.")
+        near = nearest(benchmark, BENCHMARKS)
+        raise OptionError(f"benchmark: there is no {benchmark!r}{near} There are {', '.join(BENCHMARKS)}.")
     suited = BENCHMARKS[benchmark].options_for(method) if benchmark is not None else {}
-    suited = {name: value for name, value in suited.items() if name in options}
-    parser.set_defaults(**suited, **{"benchmark": benchmark})
-    parser.set_defaults(**from_file)
-    *parsed, _ = parser.parse_args_into_dataclasses(argv, look_for_args_file=False)
+    suited = {name: value for name, value in suited.items() if name in parser.names}
+    parser.set_defaults(**{"benchmark": benchmark, **suited, **parser.emptied})
+    *parsed, _ = parser.read(words)
     return tuple(parsed)
-
-
-def _read_yaml(path: str, options: set[str]) -> dict:
-    import yaml
-
-    values = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
-    unknown = sorted(set(values) - options)
-    if unknown:
-        raise ConfigError(f"{path}: there is no option {unknown[0]!r}; see --help.")
-    return values

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -56,12 +57,25 @@ def join_processes(ddp_timeout: int) -> PartialState:
     return PartialState(cpu=cpu_only(), timeout=timedelta(seconds=ddp_timeout))
 
 
-def agree(stop: threading.Event, accelerator: Accelerator) -> bool:
-    """Whether any process was asked to stop: they must all do so at the same place."""
+class Stop(threading.Event):
+    """Set to end training where it can go on.
+
+    Attributes:
+        signal (`int`): The signal that asked for it.
+    """
+
+    signal: int = signal.SIGINT
+
+
+def agree(stop: Stop, accelerator: Accelerator) -> bool:
+    """Whether any process was asked to stop: they must all do so at the same place, and say the same of it."""
     if accelerator.num_processes == 1:
         return stop.is_set()
-    asked = torch.tensor(float(stop.is_set()), device=accelerator.device)
-    return bool(accelerator.reduce(asked, "sum") > 0)
+    asked = torch.tensor([stop.signal if stop.is_set() else 0], device=accelerator.device)
+    number = int(accelerator.gather(asked).max())
+    if number:
+        stop.signal = number
+    return number > 0
 
 
 @contextmanager

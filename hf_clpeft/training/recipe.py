@@ -9,9 +9,11 @@ from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
+from accelerate import PartialState
+
 from ..bundled import BUNDLED_BACKBONES
 from ..config import CONFIG_NAME, MethodConfig
-from ..errors import ConfigError, told_in_one_line
+from ..errors import ConfigError, refusing_options, told_in_one_line
 from ..hub.download import find_model
 from ..modeling import ContinualModel
 from ..progress import disable_progress_bars
@@ -21,6 +23,7 @@ from ..streams import BENCHMARKS, TaskStream
 from .arguments import ContinualTrainingArguments
 from .console import print_reports
 from .options import BackboneArguments, RunArguments, StreamArguments, parse
+from .output import check_free, check_no_state
 from .plan import print_plan
 from .processes import join_processes
 from .steps import TrainingStopped
@@ -51,19 +54,25 @@ def run_recipe(
     with told_in_one_line():
         parsed = parse(groups, argv, method=make_method.__name__)
         stream_args, backbone_args, training_args, run_args, method_args = parsed
+        with refusing_options():
+            method = make_method(**asdict(method_args))
+        if not run_args.dry_run:
+            check_output(training_args)
         require_hub(stream_args, backbone_args)
-        stream, method = stream_args.load(), make_method(**asdict(method_args))
+        stream = stream_args.load()
         if run_args.dry_run:
             model, then = open_model(backbone_args, training_args, method), command_line(without="--dry_run")
             print_plan(model, stream, training_args, f"Nothing was learnt (--dry_run). Learn it with: {then}")
             return None
         try:
             report = learn(stream, backbone_args, training_args, method)
-        except TrainingStopped:
-            print(f"Stopped, and all is saved. Go on with: {resuming_command()}", flush=True)
-            raise SystemExit(0) from None
+        except TrainingStopped as stopped:
+            if PartialState().is_main_process:
+                print(f"Stopped, and all is saved. Go on with: {resuming_command()}", flush=True)
+            raise SystemExit(128 + stopped.signal) from None
     folder, repo = Path(training_args.output_dir), training_args.push_repo
-    then = f"hf-clpeft demo {repo}" if repo else f"hf-clpeft demo {folder}    or    hf-clpeft push {folder} ME/NAME"
+    place = shlex.quote(repo or str(folder))
+    then = f"hf-clpeft demo {place}" + ("" if repo else f"    or    hf-clpeft push {place} ME/NAME")
     print_reports([report], f"results: {folder}    picture: {folder / PLOT_NAME}", f"next: {then}")
     return report
 
@@ -75,14 +84,22 @@ def command_line(without: str | None = None) -> str:
         without (`str`, *optional*): Option, with no value, to leave out.
     """
     launched = {"ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID"} & os.environ.keys()
-    program = ["accelerate", "launch"] if launched else [Path(sys.executable).name]
+    # Unless it is quiet, the launcher prints a traceback of its own below the line that says what is wrong.
+    program = ["accelerate", "launch", "--quiet"] if launched else [Path(sys.executable).name]
     return shlex.join([*program, *(word for word in sys.argv if word != without)])
 
 
 def resuming_command() -> str:
     """The command line of this program with what makes it go on."""
-    resumes = any(word.startswith("--resume_from_checkpoint") for word in sys.argv)
-    return command_line() + ("" if resumes else " --resume_from_checkpoint auto")
+    resumes = any(word.replace("-", "_").startswith("__resume_from_checkpoint") for word in sys.argv)
+    return command_line(without="--overwrite_output_dir") + ("" if resumes else " --resume_from_checkpoint auto")
+
+
+def check_output(args: ContinualTrainingArguments) -> None:
+    """Raises [`ConfigError`], before anything is loaded, if a new model would overwrite what `output_dir` holds."""
+    if args.resume_from_checkpoint is None and not args.overwrite_output_dir:
+        check_free(args.output_dir)
+        check_no_state(args.output_dir)
 
 
 def learn(
@@ -103,8 +120,9 @@ def learn(
         [`StreamReport`]
 
     Raises:
-        [`ConfigError`]: The model to go on with was made with other options.
+        [`ConfigError`]: The model to go on with was made with other options, or `output_dir` holds another one.
     """
+    check_output(training_args)
     model = open_model(backbone_args, training_args, method)
     return ContinualTrainer(model, training_args).learn_stream(stream)
 
@@ -203,7 +221,7 @@ def require_hub(stream_args: StreamArguments, backbone_args: BackboneArguments) 
     except urllib.error.HTTPError:
         return  # it answered
     except OSError as error:
-        command = f"python {os.path.relpath(sys.argv[0])} {OFFLINE_OPTION}"
+        command = f"python {shlex.quote(os.path.relpath(sys.argv[0]))} {OFFLINE_OPTION}"
         raise SystemExit(
             f"error: {' and '.join(needed)} must come from {constants.ENDPOINT}, which cannot be reached "
             f"({getattr(error, 'reason', error)}). This works offline: {command}"

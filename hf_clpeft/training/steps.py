@@ -16,7 +16,7 @@ from ..streams import StreamedImages, TaskImages
 from .arguments import ContinualTrainingArguments
 from .batches import make_batches
 from .checkpoints import Checkpoints, Progress, pack_optimizer, set_random_state, unpack_optimizer
-from .processes import TrainingError, agree
+from .processes import Stop, TrainingError, agree
 
 
 logger = logging.getLogger(__name__)
@@ -36,6 +36,7 @@ FREE = {
     "license",
     "logging_steps",
     "output_dir",
+    "overwrite_output_dir",
     "push_to_hub",
     "report_to",
     "resume_from_checkpoint",
@@ -53,7 +54,15 @@ def chosen(args: ContinualTrainingArguments) -> dict:
 
 
 class TrainingStopped(KeyboardInterrupt):
-    """Training was asked to stop, and did so where it can go on."""
+    """Training was asked to stop, and did so where it can go on.
+
+    Args:
+        signal (`int`, *optional*, defaults to SIGINT): What asked for it.
+    """
+
+    def __init__(self, signal: int = signal.SIGINT):
+        super().__init__()
+        self.signal = signal
 
 
 class StepLoop:
@@ -106,14 +115,14 @@ class StepLoop:
         self,
         loss_of: Callable[[torch.nn.Module, dict], torch.Tensor],
         after_step: Callable[[Progress, torch.Tensor], None],
-        stop: threading.Event,
+        stop: Stop,
     ) -> None:
         """Makes all steps that are left.
 
         Args:
             loss_of (callable): Takes the prepared learner and a batch, gives the loss.
             after_step (callable): Told after each optimizer step how far it is, and the loss.
-            stop (`threading.Event`): Set from outside to stop after the step that is being made.
+            stop ([`Stop`]): Set from outside to stop after the step that is being made.
 
         Raises:
             [`TrainingStopped`]: It was set.
@@ -168,7 +177,7 @@ class StepLoop:
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
 
-    def _save_or_stop(self, stop: threading.Event) -> None:
+    def _save_or_stop(self, stop: Stop) -> None:
         progress, every = self.progress, self.args.save_steps
         last = progress.step == self.num_steps
         due = last or (every and progress.step % every == 0)
@@ -182,7 +191,7 @@ class StepLoop:
             self._check_finite()
             self._save()
         if stopping:
-            raise TrainingStopped
+            raise TrainingStopped(stop.signal)
 
     def _check_finite(self) -> None:
         if self._unusable:
@@ -241,7 +250,7 @@ def _cut(batch: dict[str, torch.Tensor], size: int) -> Iterator[dict[str, torch.
 
 
 @contextmanager
-def stopping_on_signals(stop: threading.Event) -> Iterator[None]:
+def stopping_on_signals(stop: Stop) -> Iterator[None]:
     """Lets SIGTERM and SIGINT set an event inside this context; a second one ends the process as usual.
 
     Signals can be caught in the main thread only; in others nothing changes.
@@ -249,6 +258,7 @@ def stopping_on_signals(stop: threading.Event) -> Iterator[None]:
     before: dict[int, Any] = {}
 
     def ask(number: int, frame: FrameType | None) -> None:
+        stop.signal = number
         stop.set()
         signal.signal(number, before[number])
 

@@ -2,7 +2,7 @@
 
 import logging
 import math
-import threading
+import shlex
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -32,9 +32,10 @@ from .costs import bytes_beside_experts, describe_environment, note_costs, timed
 from .evaluation import Evaluator
 from .experts_from import Donor
 from .features import extract_queries
+from .output import check_free, check_no_state
 from .parallel import LocalAccelerator, ParallelExperts, check_independent
 from .probe import fit_probe
-from .processes import agree, cpu_only, explaining_lost_processes, join_processes
+from .processes import Stop, agree, cpu_only, explaining_lost_processes, join_processes
 from .steps import StepLoop, TrainingStopped, chosen, stopping_on_signals
 
 
@@ -114,7 +115,8 @@ class ContinualTrainer:
         self._tests: dict[int, Task] = {}  # tasks that can be tested, by position in the model
         self._seen: list[tuple[Task, TaskImages]] = []  # training images, for methods that train on all tasks at once
         self._step = 0  # optimizer steps so far, as trackers count them
-        self.stop = threading.Event()  # set from outside to end training where it can go on
+        self._fresh = True  # nothing was learnt by this trainer yet
+        self.stop = Stop()  # set from outside to end training where it can go on
         self._checkpoints = Checkpoints(
             self.args.output_dir, self.args.save_total_limit, self.accelerator.process_index
         )
@@ -133,8 +135,8 @@ class ContinualTrainer:
             [`StreamReport`]: Of all tasks of the model.
 
         Raises:
-            [`ConfigError`]: The model has learnt a task of this name with other classes, or another run is writing
-                into `output_dir`.
+            [`ConfigError`]: The model has learnt a task of this name with other classes, `output_dir` holds another
+                model, or another run is writing into it.
             [`TrainingError`]: The loss is not finite, or another process is gone; the model is as it was after the
                 task before.
             [`TrainingStopped`]: The process got SIGTERM or SIGINT, and all that is needed to go on is saved.
@@ -152,7 +154,7 @@ class ContinualTrainer:
                 self._train_in_parallel(stream)
             for task in stream:
                 if agree(self.stop, self.accelerator):
-                    raise TrainingStopped
+                    raise TrainingStopped(self.stop.signal)
                 if task.name in learnt:
                     self._take_up(task, learnt[task.name])
                 elif task is not last and self.model.config.method.joint:
@@ -177,7 +179,7 @@ class ContinualTrainer:
             [`StreamReport`]: Of all tasks of the model.
 
         Raises:
-            [`ConfigError`]: Another run is writing into `output_dir`.
+            [`ConfigError`]: `output_dir` holds another model, or another run is writing into it.
             [`ExpertError`]: Another thread is teaching the model.
             [`TrainingError`]: The loss is not finite, or another process is gone; the model is as it was.
         """
@@ -189,12 +191,22 @@ class ContinualTrainer:
         """Keeps other runs out of the folder, and its checkpoints out of this run, if it is a new one."""
         main = self.accelerator.is_main_process
         with locked(self.args.output_dir) if main else nullcontext():
+            if main:
+                self._check_output()
             if main and self.args.resume_from_checkpoint is None:
                 self._checkpoints.clear()
                 self._parallel.clear()
+            self._fresh = False
             self.accelerator.wait_for_everyone()
             with self.model.bank.learning():
                 yield
+
+    def _check_output(self) -> None:
+        args = self.args
+        if not args.overwrite_output_dir:
+            check_free(args.output_dir, self.model.config)
+            if self._fresh and args.resume_from_checkpoint is None:
+                check_no_state(args.output_dir)
 
     def _learn(self, task: Task) -> StreamReport:
         args, method = self.args, self.model.config.method
@@ -251,7 +263,7 @@ class ContinualTrainer:
         checkpoints = Checkpoints(self._parallel.folder / f".rank-{rank}", args.save_total_limit)
         for position, task in self._parallel.todo(stream, rank, self.accelerator.num_processes):
             if self.stop.is_set():
-                raise TrainingStopped
+                raise TrainingStopped(self.stop.signal)
             seconds: dict[str, float] = {}
             images = self._open(task.train)
             set_seed(args.seed + position)
@@ -432,7 +444,7 @@ class ContinualTrainer:
     def _save(self) -> None:
         if self.accelerator.is_main_process:
             try:
-                self.model.save_pretrained(self.args.output_dir)
+                self.model.save_pretrained(self.args.output_dir, overwrite=self.args.overwrite_output_dir)
             except OSError as error:
                 hint = "Mend that, and go on after the last saved task with --resume_from_checkpoint auto."
                 raise OSError(error.errno, f"{error.strerror}. {hint}") from error
@@ -463,5 +475,5 @@ class ContinualTrainer:
                 error,
                 len(self._outbox.pending()),
                 self._outbox.folder,
-                self.args.output_dir,
+                shlex.quote(self.args.output_dir),
             )

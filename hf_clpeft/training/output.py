@@ -1,0 +1,81 @@
+"""What stands in the folder that a run is to write into: nothing of anybody's is overwritten in silence."""
+
+from pathlib import Path
+
+from ..config import CONFIG_NAME, ContinualConfig
+from ..errors import ConfigError
+from ..folder import READY
+from ..lineage import difference
+from .checkpoints import FOLDER as CHECKPOINTS
+from .parallel import FOLDER as PARALLEL
+
+
+WRITTEN = ("README.md", "preprocessor_config.json", "experts")  # what somebody else may have under the same name
+WAYS_OUT = (
+    "Go on with it (--resume_from_checkpoint auto, or ContinualModel.from_pretrained), let a new model take its place "
+    "(--overwrite_output_dir), or choose another output_dir."
+)
+
+
+def check_free(folder: str | Path, config: ContinualConfig | None = None) -> None:
+    """Raises [`ConfigError`] if a model that is saved into a folder would overwrite what is not its own past.
+
+    Args:
+        folder (`str` or `Path`): Where it is to be saved.
+        config ([`ContinualConfig`], *optional*): Of the model; `None` for one that has yet to be made.
+
+    Example:
+
+    ```py
+    >>> from hf_clpeft.bundled import bundled_folder
+    >>> from hf_clpeft.training.output import check_free
+
+    >>> check_free("a/new/folder")
+    >>> check_free(bundled_folder("hf-clpeft/s-lora-digits"))
+    Traceback (most recent call last):
+        ...
+    hf_clpeft.errors.ConfigError: ...s-lora-digits holds another model, which would be lost: ...
+
+    ```
+    """
+    folder = Path(folder)
+    if folder.exists() and not folder.is_dir():
+        raise ConfigError(f"output_dir={folder} is a file; choose a folder.")
+    # A save that was killed is read from where it waits.
+    places = [place for place in (folder / READY, folder) if (place / CONFIG_NAME).is_file()]
+    if not places:
+        found = [name for name in WRITTEN if (folder / name).exists()]
+        if found:
+            raise ConfigError(
+                f"{folder} holds {found[0]}, which is of no model and would be overwritten. Choose another "
+                "output_dir, or allow it with --overwrite_output_dir."
+            )
+        return
+    try:
+        there = ContinualConfig.load(places[0])
+    except ConfigError as error:
+        raise ConfigError(
+            f"{folder} holds a {CONFIG_NAME} that would be overwritten, and cannot be read as a model of this library "
+            f"({error}). Choose another output_dir, or allow it with --overwrite_output_dir."
+        ) from error
+    if not there.tasks:
+        return
+    what = f"one that has learnt {len(there.tasks)} task{'s' if len(there.tasks) > 1 else ''}"
+    if config is not None:
+        what = difference(config, there)
+    if what is not None:
+        raise ConfigError(f"{folder} holds another model, which would be lost: {what}. {WAYS_OUT}")
+
+
+def check_no_state(folder: str | Path) -> None:
+    """Raises [`ConfigError`] if a run was interrupted in a folder, inside a task: a new run would throw that away.
+
+    Args:
+        folder (`str` or `Path`): Where the new run is to write.
+    """
+    for name in (CHECKPOINTS, PARALLEL):
+        states = sorted(path.name for path in Path(folder, name).glob("[!.]*"))
+        if states:
+            raise ConfigError(
+                f"{folder} holds the state of a run that was interrupted ({name}/{states[-1]}). {WAYS_OUT}"
+            )

@@ -1,0 +1,239 @@
+"""Options that cannot be meant: one line that names them, and exit status 2, before anything is loaded."""
+
+import sys
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import get_args, get_type_hints
+
+import pytest
+from compare import CompareArguments, plan, read_config
+from control import ControlArguments, control
+from pretrain_glyphs import GlyphArguments
+from s_lora import SLoraArguments
+from sweep import points_of
+from throughput import ThroughputArguments
+from tune_learning_rates import TuningArguments
+
+from hf_clpeft import ConfigError, ContinualTrainingArguments, cli, l2p, s_lora
+from hf_clpeft.errors import OptionError, refusing_options
+from hf_clpeft.training.options import BackboneArguments, PoolArguments, RunArguments, StreamArguments, parse
+from hf_clpeft.training.parsing import OptionParser, read_yaml
+from hf_clpeft.training.recipe import run_recipe
+
+
+GROUPS = (StreamArguments, BackboneArguments, ContinualTrainingArguments, RunArguments)
+PROGRAMS = (CompareArguments, GlyphArguments, ThroughputArguments, TuningArguments)
+REQUIRED = {CompareArguments: ["--config", "x.yaml"], GlyphArguments: ["--output_dir", "x"]}
+
+
+@dataclass
+class Prompts(PoolArguments):
+    prompt_length: int = field(default=5, metadata={"help": "Tokens."})
+
+
+def refused(argv, capsys, arguments=SLoraArguments, method=s_lora):
+    with pytest.raises(SystemExit) as end:
+        run_recipe(arguments, method, argv)
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert end.value.code == 2 and len(lines) == 1, (end.value, lines)
+    return lines[0]
+
+
+@pytest.mark.parametrize(
+    "argv, message",
+    [
+        (["--learnig_rate", "0.1"], "There is no option --learnig_rate; did you mean --learning_rate?"),
+        (["--learnig-rate=0.1"], "did you mean --learning_rate?"),
+        (["--learning", "0.1"], "There is no option --learning; did you mean --learning_rate?"),
+        (["--zzz"], "There is no option --zzz."),
+        (["digits"], "'digits' belongs to no option"),
+        (["--r", "-3"], "r=-3 must be a whole number between 1"),
+        (["--r", "two"], "--r: 'two' is not a whole number"),
+        (["--r"], "--r: expected one argument"),
+        (["--k", "none"], "k='none' must be a whole number of prototypes"),
+        (["--k", "²"], "k='²' must be a whole number of prototypes"),
+        (["--route_layer", "2", "1"], "route_layer=[2, 1] must be layers"),
+        (["--head", "sharde"], "head='sharde' is not one of"),
+        (["--optim", "adam"], "--optim: 'adam' is not one of adamw, sgd; did you mean adamw?"),
+        (["--lr_scheduler_type", "cosin"], "did you mean cosine?"),
+        (["--learning_rate", "nan"], "learning_rate=nan must be 0 or more"),
+        (["--learning_rate", "inf"], "learning_rate=inf must be between 0 and 2,147,483,647"),
+        (["--cache_size_gb", "nan"], "cache_size_gb=nan must be more than 0"),
+        (["--logging_steps", "0"], "logging_steps=0 must be 1 or more"),
+        (["--seed", "-1"], "seed=-1 must be 0 or more"),
+        (["--image_size", "0"], "image_size=0 must be between"),
+        (["--streaming", "perhaps"], "--streaming: 'perhaps' is not true or false"),
+        (["--output_dir", ""], "output_dir is empty"),
+        (["--benchmark", "digit"], "there is no 'digit'; did you mean digits?"),
+        (
+            ["--benchmark", "digits_domains", "--num_tasks", "2"],
+            "num_tasks=2 has no meaning where tasks bring",
+        ),
+        (["--dataset", "x", "--domain_column", "d"], "domain_column='d' has no meaning where tasks bring new classes"),
+    ],
+    ids=str,
+)
+def test_a_command_line_that_cannot_be_meant_is_told_in_one_line(argv, message, capsys):
+    assert message in refused(argv, capsys)
+
+
+def test_methods_options_are_looked_at_before_anything_is_loaded(capsys, monkeypatch):
+    monkeypatch.setattr(StreamArguments, "load", lambda self: pytest.fail("loaded"))
+    monkeypatch.setattr("hf_clpeft.training.recipe.require_hub", lambda *args: pytest.fail("asked"))
+    pools = [("--top_n", "11"), ("--pool_size", "0"), ("--pull", "inf"), ("--pull", "nan"), ("--prompt_length", "0")]
+    for option, value in pools:
+        name = option[2:]
+        assert f"{name}=" in refused([option, value], capsys, Prompts, l2p)
+    argv = ["--method", "ranpac", "--projection_size", "0"]
+    assert "projection_size=0" in refused(argv, capsys, ControlArguments, control)
+
+
+def test_every_option_of_every_program_names_itself_when_its_value_is_of_another_type():
+    for group in (*GROUPS, *PROGRAMS, SLoraArguments, ControlArguments):
+        parser = OptionParser((group,))
+        for name, hint in get_type_hints(group).items():
+            kinds = {hint, *get_args(hint), *(kind for each in get_args(hint) for kind in get_args(each))}
+            if kinds & {str, list[str]}:
+                continue
+            with pytest.raises(OptionError, match=rf"^--{name}: 'wrong' is not .*See --help\.$"):
+                parser.read([*REQUIRED.get(group, []), f"--{name}", "wrong"])
+        with pytest.raises(OptionError, match="There is no option --xyzzy"):
+            parser.read([*REQUIRED.get(group, []), "--xyzzy", "1"])
+
+
+def test_every_number_of_a_program_has_bounds():
+    for group in (*GROUPS, *PROGRAMS):
+        needed = {"config": "x", "output_dir": "x"}
+        for name, hint in get_type_hints(group).items():
+            kinds = {hint, *get_args(hint)} - {type(None)}
+            if kinds & {int, float, list[int], list[float]} and (group, name) != (CompareArguments, "seeds"):
+                given = {f.name: needed[f.name] for f in fields(group) if f.name in needed}
+                for value in (-1, float("nan")) if kinds & {float, list[float]} else (-1,):
+                    given[name] = [value] if kinds & {list[int], list[float]} else value
+                    with pytest.raises(ConfigError, match=rf"{name}\b.*{value}"):
+                        group(**given)
+
+
+@pytest.mark.parametrize("value", ["adam", 3, None, ["adamw"]])
+def test_choices_hold_for_whoever_gives_no_command_line_too(value):
+    with pytest.raises(ConfigError, match="optim=.* must be one of adamw, sgd"):
+        ContinualTrainingArguments(optim=value)
+    with pytest.raises(ConfigError, match="learning_rate='1e-3' must be float"):
+        ContinualTrainingArguments(learning_rate="1e-3")
+
+
+@pytest.mark.parametrize("name", get_args(get_type_hints(ContinualTrainingArguments)["lr_scheduler_type"]))
+def test_every_scheduler_on_offer_works(name):
+    import torch
+    from transformers import get_scheduler
+
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    scheduler = get_scheduler(name, optimizer, 1, 4)
+    for _ in range(4):
+        optimizer.step()
+        scheduler.step()
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("seed: 1\nseed: 2", "'seed' is given twice"),
+        ("seed: [1", "is no YAML in line"),
+        ("- seed", "holds no mapping of options"),
+        ("just words", "holds no mapping of options"),
+        ("seed: !!python/object/apply:os.getcwd []", "is no YAML in line 1"),
+        ("lerning_rate: 1", "no option 'lerning_rate'; did you mean learning_rate?"),
+        ("7: 1", "there is no option 7"),
+        ("learning_rate: [1, 2]", r"learning_rate is \[1, 2\]; it takes a single value"),
+        ("learning_rate: {a: 1}", "it takes a single value"),
+        ("learning_rate: fast", "--learning_rate: 'fast' is not a number"),
+        ("learning_rate:", "learning_rate is nothing; it takes a single value"),
+        ("num_train_epochs: 2.5", "--num_train_epochs: '2.5' is not a whole number"),
+        ("num_train_epochs: true", "--num_train_epochs: 'True' is not a whole number"),
+        ("optim: adam", "did you mean adamw?"),
+        ("seed: -1", "seed=-1 must be 0 or more"),
+        ("benchmark: mnist", "there is no 'mnist'"),
+        (b"\xff\xfe\x00", "is no YAML"),
+        ("a: " + "[" * 1500, "is no YAML"),
+    ],
+    ids=lambda value: str(value)[:30],
+)
+def test_a_file_of_options_that_cannot_be_meant_is_told_in_one_line(text, message, capsys):
+    Path("options.yaml").write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(OptionError, match=message):
+        parse(GROUPS, ["--config", "options.yaml"])
+    assert "error: " in refused(["--config", "options.yaml"], capsys)
+
+
+@pytest.mark.parametrize("path", ["nowhere.yaml", "."])
+def test_a_file_of_options_that_is_not_there_is_named(path, capsys):
+    assert refused(["--config", path], capsys).startswith(f"error: {path} cannot be read: ")
+
+
+def test_values_of_a_file_are_read_as_those_of_a_command_line():
+    Path("options.yaml").write_text(
+        "learning_rate: 1e-3\nstreaming: true\nseed: '7'\nimage_size:\ncache_query_features: no"
+    )
+    stream, backbone, training, _ = parse(GROUPS, ["--config", "options.yaml", "--benchmark", "digits"])
+    assert (training.learning_rate, stream.streaming, training.seed) == (0.001, True, 7)
+    assert backbone.image_size is None and training.cache_query_features is False
+    Path("layers.yaml").write_text("route_layer: [-2, -1]\nk: 3")
+    parser = OptionParser((SLoraArguments,))
+    (method,) = parser.read(parser.words_of("layers.yaml"))
+    assert (method.route_layer, method.k) == ([-2, -1], "3")
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("benchmarks: {digits: {}}\nmethods: {s_lora: {r: 0}}", "r=0 must be a whole number"),
+        ("benchmarks: {digits: {}}\nmethods: {s_lora: {learning_rate: 1e-3}}", "learning_rate='1e-3' must be float"),
+        ("benchmarks: {digits: {num_tasks: 0}}\nmethods: {ncm: {}}", "num_tasks=0 must be 1 or more"),
+        ("benchmarks: {digits: {}}\nmethods: {ncm: {lerning_rate: 1}}", "'lerning_rate'; did you mean learning_rate"),
+        ("benchmarks: {digit: {}}\nmethods: {ncm: {}}", "no benchmark 'digit'; did you mean digits"),
+        ("benchmarks: [digits]\nmethods: {ncm: {}}", "benchmarks=.* must be a mapping"),
+        ("benchmarks: {digits: 3}\nmethods: {ncm: {}}", "digits=3 must be a mapping"),
+        ("benchmarks: {digits: {}}\nmethods: {ncm: {}}\nseeds: 3", "seeds=3 must be a list"),
+        ("base: file.yaml", "its base leads back"),
+        ("base: other.yaml", "other.yaml cannot be read"),
+    ],
+)
+def test_a_comparison_that_cannot_be_meant_is_refused_before_anything_is_learnt(text, message):
+    Path("file.yaml").write_text(text)
+    with pytest.raises(OptionError, match=message):
+        plan(CompareArguments("file.yaml"), read_config("file.yaml"))
+
+
+def test_names_that_a_comparison_does_not_have_are_refused():
+    Path("file.yaml").write_text("benchmarks: {digits: {}}\nmethods: {ncm: {}, slda: {}}")
+    with pytest.raises(OptionError, match="--methods: file.yaml has no 'sdla'; did you mean slda"):
+        plan(CompareArguments("file.yaml", methods=["sdla"]), read_config("file.yaml"))
+    with pytest.raises(OptionError, match="vary=.* must be lists of as many values"):
+        points_of({"series": {"s_lora": {"vary": {"k": [1, 2], "r": [1]}}}})
+
+
+@pytest.mark.parametrize(
+    "argv, message",
+    [
+        (["info", "x", "--tokn", "y"], "No such option: --tokn"),
+        (["inof", "x"], "No such command 'inof'"),
+        (["predict", "x", "nowhere.png"], "nowhere.png"),
+        (["predict", "x"], "Missing argument"),
+        (["demo", "--port", "70000"], "port"),
+        (["demo", "--port", "seven"], "port"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_a_command_that_cannot_be_meant_is_told_in_one_line(argv, message, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["hf-clpeft", *argv])
+    with pytest.raises(SystemExit) as end:
+        cli.main()
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert end.value.code == 2 and len(lines) == 1 and message in lines[0], lines
+
+
+def test_what_a_command_line_said_is_no_other_error():
+    with pytest.raises(OptionError, match="k=0"), refusing_options():
+        s_lora(k=0)
+    with pytest.raises(OptionError, match="x.yaml cannot be read"):
+        read_yaml("x.yaml")
