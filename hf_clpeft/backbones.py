@@ -252,8 +252,11 @@ def load_backbone(
 
     ```
     """
-    from transformers import AutoConfig, AutoImageProcessor, AutoModel
+    from transformers import AutoConfig, AutoModel
     from transformers.models.auto import MODEL_MAPPING
+
+    # The name in `transformers` itself asked for torchvision before 5.2x.
+    from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
     bundled = bundled_folder(name_or_path)
     source = str(bundled or name_or_path)

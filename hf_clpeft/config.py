@@ -3,6 +3,7 @@
 Everything here is plain data. It imports nothing heavy, so that a command line can show its help at once.
 """
 
+import hashlib
 import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -244,6 +245,7 @@ class TaskConfig:
         domain (`str`, *optional*): Its domain, if the stream is domain-incremental.
         num_train_images (`int`, *optional*, defaults to 0): Images it was trained on.
         source (`str`, *optional*): The model that it was taken from, if models were combined.
+        state (`str`, *optional*): SHA-256 over what the model's files were once it was learnt, which tells runs apart.
 
     Example:
 
@@ -263,6 +265,7 @@ class TaskConfig:
     domain: str | None = None
     num_train_images: int = 0
     source: str | None = None
+    state: str | None = None
 
     def __post_init__(self) -> None:
         check_types(self)
@@ -329,6 +332,12 @@ class ContinualConfig:
         for path in self.files:
             check_path(path)
 
+    def seal(self) -> None:
+        """Notes at the latest task, once, what the model's files are."""
+        if self.tasks and self.files and self.tasks[-1].state is None:
+            lines = "".join(f"{path} {digest}\n" for path, digest in sorted(self.files.items()))
+            self.tasks[-1].state = hashlib.sha256(lines.encode()).hexdigest()
+
     @property
     def expert_names(self) -> list[str]:
         """Names of the experts of a model that has learnt these tasks."""
@@ -341,6 +350,7 @@ class ContinualConfig:
     # What `transformers.pipeline` asks of a model's configuration
 
     problem_type = "single_label_classification"
+    _commit_hash = None
 
     @property
     def num_labels(self) -> int:
@@ -369,9 +379,11 @@ class ContinualConfig:
             values["method"] = MethodConfig(**values["method"])
             values["backbone"] = BackboneConfig(**values["backbone"])
             values["tasks"] = [TaskConfig(**task) for task in values["tasks"]]
-            return cls(**values)
+            config = cls(**values)
         except (KeyError, TypeError, AttributeError) as error:
             raise ConfigError(f"The configuration lacks a field or has one that is unknown: {error}.") from error
+        config.seal()
+        return config
 
     def save(self, folder: str | Path) -> None:
         """Writes `config.json` into `folder`."""

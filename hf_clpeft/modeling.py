@@ -74,6 +74,7 @@ class ContinualModel(torch.nn.Module):
         # What a router can do besides routing follows from the method.
         self.router: Any = find_router(method).from_method(method, self.query_size)
         self.heads = Heads(backbone.hidden_size, shared=method.head == "shared")
+        self.origin: str | None = None  # where it was loaded from
         self.report: StreamReport | None = None
         self.unchanged_experts: dict[str, dict[str, str]] = {}  # their files since they were last saved or loaded
 
@@ -85,8 +86,7 @@ class ContinualModel(torch.nn.Module):
             name_or_path (`str`): Repo id or folder of the backbone.
             method ([`MethodConfig`]): A preset of [`hf_clpeft.methods`], or your own.
             options: `revision`, `image_size`, `dtype`, `attn_implementation`, `token`, `cache_dir`,
-                `local_files_only`; see
-                [`load_backbone`].
+                `local_files_only`; see [`load_backbone`].
 
         Returns:
             [`ContinualModel`]
@@ -491,6 +491,7 @@ class ContinualModel(torch.nn.Module):
                 f"{backbone.config.image_size} px."
             )
         model = cls(backbone, config)
+        model.origin = f"{name_or_path}@{revision}" if revision else str(name_or_path)
         load_into(model, folder)
         return model
 

@@ -27,6 +27,7 @@ HEADS_NAME = "heads.safetensors"
 PROCESSOR_NAME = "preprocessor_config.json"
 EXPERTS_FOLDER = "experts"
 PICKLES = {".bin", ".ckpt", ".dill", ".joblib", ".npy", ".npz", ".pickle", ".pkl", ".pt", ".pth"}
+WEIGHTS = {".safetensors", *PICKLES}
 
 
 def save_model(model: "ContinualModel", folder: str | Path) -> None:
@@ -62,6 +63,7 @@ def save_model(model: "ContinualModel", folder: str | Path) -> None:
         _write(staging / HEADS_NAME, _head_rows(model))
         model.backbone.processor.save_pretrained(staging)
         config.files |= {name: hash_file(staging / name) for name in (ROUTER_NAME, HEADS_NAME, PROCESSOR_NAME)}
+        config.seal()
         config.versions = library_versions()
         config.save(staging)
         if model.report is not None:

@@ -14,6 +14,7 @@ from ..config import CONFIG_NAME, MethodConfig
 from ..errors import ConfigError, told_in_one_line
 from ..folder import settle
 from ..hub.download import find_model
+from ..hub.outbox import Outbox
 from ..modeling import ContinualModel
 from ..progress import disable_progress_bars
 from ..report import PLOT_NAME, StreamReport
@@ -63,7 +64,10 @@ def run_recipe(
             print(f"Stopped, and all is saved. Go on with: {resuming_command()}", flush=True)
             raise SystemExit(0) from None
     folder, repo = Path(training_args.output_dir), training_args.push_repo
-    then = f"hf-clpeft demo {repo}" if repo else f"hf-clpeft demo {folder}    or    hf-clpeft push {folder} ME/NAME"
+    then = f"hf-clpeft demo {folder}    or    hf-clpeft push {folder} ME/NAME"
+    if repo:
+        outbox = Outbox(folder)
+        then = f"hf-clpeft push {folder}" if outbox.pending() else f"hf-clpeft demo {outbox.target.repo_id}"
     print_reports([report], f"results: {folder}    picture: {folder / PLOT_NAME}", f"next: {then}")
     return report
 
@@ -207,5 +211,6 @@ def require_hub(stream_args: StreamArguments, backbone_args: BackboneArguments) 
         command = f"python {os.path.relpath(sys.argv[0])} {OFFLINE_OPTION}"
         raise SystemExit(
             f"error: {' and '.join(needed)} must come from {constants.ENDPOINT}, which cannot be reached "
-            f"({getattr(error, 'reason', error)}). This works offline: {command}"
+            f"({getattr(error, 'reason', error)}). What is in the cache is used with HF_HUB_OFFLINE=1; this works "
+            f"offline: {command}"
         ) from None
