@@ -11,6 +11,7 @@ from .errors import ConfigError
 
 
 MOST = 2**31 - 1  # what counts and rates may be at most
+LONGEST_NAME = 96  # signs of a task's name
 LARGEST_JSON = 4 * 2**20  # bytes; a model of 5,000 tasks needs less
 DEEPEST_JSON = 20  # mappings and lists in each other
 LARGEST_INTEGER = 2**63 - 1
@@ -29,8 +30,10 @@ def check_task_name(name: str) -> str:
 
     ```
     """
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]{0,95}", name):
-        raise ConfigError(f"Task name {name!r} must be 1 to 96 letters, digits, '_' or '-', and start with no sign.")
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", name) or len(name) > LONGEST_NAME:
+        raise ConfigError(
+            f"Task name {name!r} must be 1 to {LONGEST_NAME} letters, digits, '_' or '-', and start with no sign."
+        )
     return name
 
 

@@ -369,6 +369,7 @@ class ContinualConfig:
     # What `transformers.pipeline` asks of a model's configuration
 
     problem_type = "single_label_classification"
+    _commit_hash = None
 
     @property
     def num_labels(self) -> int:

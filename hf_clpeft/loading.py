@@ -55,6 +55,7 @@ def load_model(
     else:
         backbone = load_saved_backbone(config.backbone, processor, backbone, name_or_path, **how, **hub_options)
     model = model_class(backbone, config)
+    model.origin = f"{name_or_path}@{revision}" if revision else str(name_or_path)
     load_into(model, folder)
     return model
 

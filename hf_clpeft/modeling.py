@@ -71,6 +71,7 @@ class ContinualModel(torch.nn.Module):
         # What a router can do besides routing follows from the method.
         self.router: Any = find_router(method).from_method(method, self.query_size)
         self.heads = Heads(backbone.hidden_size, shared=method.head == "shared")
+        self.origin: str | None = None  # where it was loaded from
         self.report: StreamReport | None = None
         self.unchanged_experts: dict[str, dict[str, str]] = {}  # their files since they were last saved or loaded
 

@@ -36,6 +36,7 @@ EXPERTS_FOLDER = "experts"
 STORED = (torch.float32, torch.int64)  # features, and numbers of classes and tasks
 SAVE_ELSEWHERE = "Save this one into another folder, or pass overwrite=True."
 PICKLES = {".bin", ".ckpt", ".dill", ".joblib", ".npy", ".npz", ".pickle", ".pkl", ".pt", ".pth"}
+WEIGHTS = {".safetensors", *PICKLES}
 
 
 def save_model(model: "ContinualModel", folder: str | Path, overwrite: bool = False) -> None:

@@ -12,8 +12,9 @@ import torch
 from conftest import make_trainer, pattern_dataset
 from hub_server import Fault
 from huggingface_hub import HfApi, ModelCard
+from PIL import ImageOps
 
-from hf_clpeft import ConfigError, ContinualModel, ContinualTrainer, HubError, TaskStream, l2l, s_lora
+from hf_clpeft import ConfigError, ContinualModel, ContinualTrainer, HubError, TaskStream, l2l, ranpac, s_lora
 from hf_clpeft.hub import push
 from hf_clpeft.hub.outbox import Outbox
 
@@ -42,6 +43,11 @@ def trainer_to(folder="out", method=None, **options):
 def logits(model):
     with torch.no_grad():
         return model(torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))).logits
+
+
+def other_images():
+    """As many images of the same classes, but turned around."""
+    return pattern_dataset(6).map(lambda row: {"image": ImageOps.mirror(row["image"])})
 
 
 def titles(hub, revision="main"):
@@ -214,6 +220,73 @@ def test_another_model_is_not_pushed_away(hub, stream, saved):
         trainer_to("elsewhere")
 
 
+@pytest.mark.parametrize("method", [l2l(pool_size=3, top_n=2), ranpac(projection_size=64)], ids=lambda m: m.name)
+def test_the_same_method_in_another_run_is_another_model(hub, stream, method):
+    """Pools and controls have no experts by which runs could be told apart."""
+    for folder, taught in (
+        ("first", stream[:2]),
+        ("second", TaskStream.class_incremental(other_images(), num_tasks=3)[:2]),
+    ):
+        trainer = make_trainer(method, folder, num_train_epochs=1)
+        trainer.learn_stream(taught)
+    first, second = (ContinualModel.from_pretrained(folder) for folder in ("first", "second"))
+    first.push_to_hub(REPO, token="hf_alice")
+    with pytest.raises(HubError, match="holds another model: one that has learnt task-000 in another run. Go on with"):
+        second.push_to_hub(REPO, token="hf_alice")
+    target = {"push_to_hub": True, "hub_model_id": REPO, "hub_token": "hf_alice"}
+    with pytest.raises(HubError, match="in another run.*, or push to another repo or branch"):
+        ContinualTrainer(second, replace(trainer.args, **target))
+    # What is there is no hindrance where it is an earlier state of the same model.
+    first.config.license = "mit"
+    first.push_to_hub(REPO, token="hf_alice")
+    again = ContinualModel.from_pretrained(REPO)
+    ContinualTrainer(again, replace(trainer.args, output_dir="more", **target)).learn(stream[2])
+    assert list(hub.repo(REPO).tags) == ["task-001", "task-002"]
+
+
+@pytest.mark.parametrize("name", ["adapter_model.safetensors", "pytorch_model.bin", "folder/model.safetensors"])
+@pytest.mark.parametrize("learnt", ["s_lora"], indirect=True)
+def test_weights_of_other_libraries_are_not_pushed_over(hub, saved, name):
+    hub.commit(REPO, {name: b"weights", "README.md": b"# Mine"})
+    with pytest.raises(HubError, match=f"holds {name} of another library's model. Push to another repo"):
+        ContinualModel.from_pretrained(saved).push_to_hub(REPO, token="hf_alice")
+    assert hub.repo(REPO).files()["README.md"] == b"# Mine"
+
+
+def test_two_branches_of_one_repo_have_tags_of_their_own(hub, stream, caplog):
+    args = trainer_to().args
+    trainer_to().learn(stream[0])
+    models = [ContinualModel.from_pretrained(REPO) for _ in range(2)]
+    for model, branch in zip(models, ("main", "feature/b"), strict=True):
+        options = {"output_dir": branch.replace("/", "-"), "hub_revision": branch, "seed": len(branch)}
+        HfApi(token="hf_alice").create_branch(REPO, branch=branch, revision="task-000", exist_ok=True)
+        ContinualTrainer(model, replace(args, **options)).learn(stream[1])
+    assert f"{REPO}@task-001 is another model, so this one is {REPO}@feature-b-task-001" in caplog.text
+    assert list(hub.repo(REPO).tags) == ["task-000", "task-001", "feature-b-task-001"]
+    for model, tag in zip(models, ("task-001", "feature-b-task-001"), strict=True):
+        assert torch.equal(logits(ContinualModel.from_pretrained(REPO, revision=tag)), logits(model))
+    models[1].push_to_hub(REPO, token="hf_alice", revision="feature/b")  # nothing is new
+    assert len(hub.repo(REPO).tags) == 3
+
+
+def test_a_tag_moves_along_its_own_branch_and_never_from_a_stranger(hub, stream, caplog):
+    trainer = trainer_to()
+    trainer.learn_stream(stream[:2])
+    trainer.model.remove("task-000")
+    trainer.model.push_to_hub(REPO, token="hf_alice")
+    assert f"{REPO}@task-001 was an earlier state of this model" in caplog.text
+    repo = hub.repo(REPO)
+    assert repo.tags["task-001"] == repo.at().sha
+    HfApi(token="hf_alice").create_branch(REPO, branch="new", revision=repo.commits()[-1].sha)
+    stranger = repo.tags["task-000"]
+    trainer_to("other", hub_revision="new", seed=7).learn(stream[0])
+    assert f"{REPO}@task-000 is another model, so this one is {REPO}@new-task-000" in caplog.text
+    assert repo.tags["task-000"] == stranger
+    repo.refs["refs/tags/task-001"] = repo.refs["refs/tags/new-task-001"] = stranger
+    trainer.model.push_to_hub(REPO, token="hf_alice", revision="third")
+    assert set(repo.tags) == {"task-000", "new-task-000", "task-001", "new-task-001", "third-task-001"}
+
+
 def test_somebody_who_learnt_on_meanwhile_is_not_pushed_away(hub, stream):
     trainer = trainer_to()
     trainer.learn(stream[0])
@@ -244,7 +317,8 @@ def test_squashing_leaves_nothing_of_a_removed_task(hub, stream):
     trainer.model.remove("task-001")
     trainer.model.push_to_hub(REPO, token="hf_alice", squash_history=True)
     repo = hub.repo(REPO)
-    assert titles(hub) == ["Remove task-001"] and list(repo.tags) == ["task-000"]
+    assert titles(hub) == ["Remove task-001"] and list(repo.tags) == ["task-000", "task-002"]
+    assert repo.tags["task-002"] == repo.at().sha
     assert secret not in repo.objects.values()
     assert torch.equal(logits(ContinualModel.from_pretrained(REPO)), logits(trainer.model))
     ContinualModel.from_pretrained(REPO, revision="task-000")

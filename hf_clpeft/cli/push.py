@@ -1,5 +1,6 @@
 """`hf-clpeft push`: a saved model, or what a run could not push, to the Hub."""
 
+import sys
 from pathlib import Path
 from shlex import quote
 from typing import Annotated
@@ -38,10 +39,13 @@ def push(
     target, waited, address = None, 0, None
     if repo is not None:
         target = PushTarget(repo, token, private, revision, create_pr)
-    if target is None or Outbox.exists(folder):
-        outbox = Outbox(folder)
-        target = target or replace(outbox.target, token=token)
-        waited = len(outbox.pending())
+    outbox = Outbox(folder) if target is None or Outbox.exists(folder) else None
+    if outbox is not None:
+        target, waited = target or replace(outbox.target, token=token), len(outbox.pending())
+    assert target is not None
+    # Said before, as it may take a while until a storage that does not answer is given up.
+    print(f"Pushing {folder} to {target.repo_id} ...", file=sys.stderr, flush=True)
+    if outbox is not None:
         address = outbox.flush(target)
     if address is None or squash_history:
         address = push_folder(as_saved(folder), target, message, squash_history=squash_history)

@@ -1,6 +1,6 @@
 """Experts of several models in one model and one router."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ from ..experts import Expert
 from ..loading import load_saved_backbone
 from ..modeling import ContinualModel
 from .download import split_revision
+from .labels import join_name, label_sources
 
 
 # What must not differ, and where it stands in a configuration.
@@ -24,17 +25,18 @@ ALIKE: dict[str, Callable[[ContinualConfig], Any]] = {
 
 
 def combine(
-    sources: Sequence[str | Path | ContinualModel], backbone: str | None = None, **options: Any
+    sources: Iterable[str | Path | ContinualModel], backbone: str | None = None, **options: Any
 ) -> ContinualModel:
     """Puts the experts of several models into one; every image finds its own among all of them.
 
     Nothing is trained: experts, what routers know and head rows stay. Classes are merged by name. Where two
     models with a shared head know the same class, the combined head judges every image by the rows of its own expert's
     task alone; otherwise heads stay as they were. Task names stay where no two are the same; else they get the name of
-    their source in front.
+    their source in front, as much of it as tells sources apart: `a-out-task-000` and `b-out-task-000` of the folders
+    `a/out` and `b/out`.
 
     Args:
-        sources (sequence of `str`, `Path` or [`ContinualModel`]): Repo ids (`me/model@task-003` for a revision),
+        sources (iterable of `str`, `Path` or [`ContinualModel`]): Repo ids (`me/model@task-003` for a revision),
             folders or models; two or more, each with one expert per task.
         backbone (`str`, *optional*): Where the backbone is now, when not where it was.
         options: `dtype`, `token`, `cache_dir`, `local_files_only`; see [`ContinualModel.from_pretrained`].
@@ -61,13 +63,14 @@ def combine(
 
     ```
     """
+    sources = [sources] if isinstance(sources, str | Path | ContinualModel) else list(sources)
     if len(sources) < 2:
         raise ConfigError(f"Combining needs two models or more; got {len(sources)}.")
-    labels = [_label(source) for source in sources]
+    labels, prefixes = label_sources([_origin(source) for source in sources])
     models = [_open(source, backbone, options) for source in sources]
     for label, model in zip(labels, models, strict=True):
         _check_alike(models[0], model, labels[0], label)
-    tasks = _rename([[*model.config.tasks] for model in models], labels)
+    tasks = _rename([model.config.tasks for model in models], labels, prefixes)
     classes = list(dict.fromkeys(name for group in tasks for task in group for name in task.classes))
     first = models[0].config
     licenses = {model.config.license for model in models}
@@ -102,11 +105,9 @@ def _open(source: str | Path | ContinualModel, backbone: str | None, options: di
     return ContinualModel.from_pretrained(name, backbone=backbone, revision=revision, **options)
 
 
-def _label(source: str | Path | ContinualModel) -> str:
-    """What to call a source: its repo id with revision, or the last part of a folder's path."""
-    if isinstance(source, ContinualModel):
-        return source.config.method.name
-    return Path(source).resolve().name if Path(source).is_dir() else str(source)
+def _origin(source: str | Path | ContinualModel) -> str:
+    """Where a source is, or was; a model that was never loaded is called by its method."""
+    return source.origin or source.config.method.name if isinstance(source, ContinualModel) else str(source)
 
 
 def _check_alike(one: ContinualModel, two: ContinualModel, name: str, other_name: str) -> None:
@@ -139,16 +140,18 @@ def _share_head(models: list[ContinualModel]) -> bool:
     return all(model.heads.shared for model in models) and len(set(classes)) == len(classes)
 
 
-def _rename(groups: list[list[TaskConfig]], labels: list[str]) -> list[list[TaskConfig]]:
-    names = [task.name for group in groups for task in group]
+def _rename(groups: list[list[TaskConfig]], labels: list[str], prefixes: list[str]) -> list[list[TaskConfig]]:
+    names = [task.name.casefold() for group in groups for task in group]  # folders of some disks do not tell A from a
     unique = len(set(names)) == len(names)
-    renamed = []
-    for group, label in zip(groups, labels, strict=True):
-        prefix = "".join(sign if sign.isalnum() else "-" for sign in split_revision(label)[0]).strip("-")
-        renamed.append(
-            [
-                replace(task, name=task.name if unique else f"{prefix}-{task.name}", source=task.source or label)
-                for task in group
-            ]
-        )
-    return renamed
+    return [
+        [
+            replace(
+                task,
+                name=task.name if unique else join_name(prefix, task.name),
+                source=task.source or label,
+                state=None,  # of a model that this one is not
+            )
+            for task in group
+        ]
+        for group, label, prefix in zip(groups, labels, prefixes, strict=True)
+    ]

@@ -1,14 +1,21 @@
 """From the Hub: the files that a model is loaded from, and no others."""
 
+import logging
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..checks import LARGEST_JSON
 from ..config import CONFIG_NAME, ContinualConfig
 from ..errors import ConfigError
 from ..report import METRICS_NAME
 from ..storage import check_names
-from .errors import HubError, explained
+from .errors import HfHubHTTPError, HubError, RevisionResolutionError, explained, transferring
+
+
+if TYPE_CHECKING:
+    from huggingface_hub import HfApi
+
+logger = logging.getLogger(__name__)
 
 
 def split_revision(name: str) -> tuple[str, str | None]:
@@ -78,18 +85,16 @@ def fetch_config(
 
     api = HfApi(token=token, library_name="hf-clpeft")
     with explained("load", repo_id, revision):
-        commit = api.resolve_revision(
-            repo_id, revision=revision, cache_dir=cache_dir, local_files_only=local_files_only
-        )
-        cached = try_to_load_from_cache(repo_id, CONFIG_NAME, cache_dir=cache_dir, revision=commit.resolved)
+        commit = _resolve(api, repo_id, revision, cache_dir, local_files_only)
+        cached = try_to_load_from_cache(repo_id, CONFIG_NAME, cache_dir=cache_dir, revision=commit)
         if isinstance(cached, str):
             return Path(cached).parent
         if local_files_only:
             raise HubError(f"Cannot load {repo_id}: {CONFIG_NAME} is not in the cache, and local_files_only=True.")
-        api.repo_info(repo_id, revision=commit.resolved)  # fails at once if the Hub is gone; listing takes 23 s to
+        api.repo_info(repo_id, revision=commit)  # fails at once if the Hub is gone; listing takes 23 s to
         sizes = {
             entry.path: entry.size
-            for entry in api.list_repo_tree(repo_id, recursive=True, revision=commit.resolved)
+            for entry in api.list_repo_tree(repo_id, recursive=True, revision=commit)
             if hasattr(entry, "size")
         }
         if CONFIG_NAME not in sizes:
@@ -97,10 +102,11 @@ def fetch_config(
         for name, size in sizes.items():
             if name.endswith(".json") and size > LARGEST_JSON:
                 raise ConfigError(f"{repo_id} holds {name} with {size:,} bytes; at most {LARGEST_JSON:,} are read.")
-        where: dict[str, Any] = {"cache_dir": cache_dir, "revision": commit.resolved, "token": token}
-        if METRICS_NAME in sizes:
-            hf_hub_download(repo_id, METRICS_NAME, **where)
-        folder = Path(hf_hub_download(repo_id, CONFIG_NAME, **where)).parent
+        where: dict[str, Any] = {"cache_dir": cache_dir, "revision": commit, "token": token}
+        with transferring():
+            if METRICS_NAME in sizes:
+                hf_hub_download(repo_id, METRICS_NAME, **where)
+            folder = Path(hf_hub_download(repo_id, CONFIG_NAME, **where)).parent
     try:
         config = ContinualConfig.load(folder)
         check_names(list(sizes), config, repo_id)
@@ -111,6 +117,24 @@ def fetch_config(
         (folder / CONFIG_NAME).unlink()  # whoever comes next shall not take it from the cache unchecked
         raise
     return folder
+
+
+def _resolve(
+    api: "HfApi", repo_id: str, revision: str | None, cache_dir: str | Path | None, local_files_only: bool
+) -> str:
+    """Commit of a revision. What the cache says has to do where the Hub is not there, or turns away who asks often."""
+    where: dict[str, Any] = {"revision": revision, "cache_dir": cache_dir}
+    try:
+        return api.resolve_revision(repo_id, local_files_only=local_files_only, **where).resolved
+    except HfHubHTTPError as error:
+        if error.response.status_code != 429:
+            raise
+        try:
+            commit = api.resolve_revision(repo_id, local_files_only=True, **where).resolved
+        except RevisionResolutionError:
+            raise error from None
+        logger.warning("The Hub answers 429 (too many requests): %s is taken from the cache.", repo_id)
+        return commit
 
 
 def fetch_model(repo_id: str, revision: str | None = None, **hub_options: Any) -> Path:
@@ -135,7 +159,8 @@ def fetch_model(repo_id: str, revision: str | None = None, **hub_options: Any) -
         commit = folder.name
         with explained("load", repo_id, revision):
             HfApi(token=hub_options.get("token")).repo_info(repo_id, revision=commit)  # fails at once, as above
-            snapshot_download(repo_id, revision=commit, allow_patterns=missing, **hub_options)
+            with transferring():
+                snapshot_download(repo_id, revision=commit, allow_patterns=missing, **hub_options)
     return folder
 
 

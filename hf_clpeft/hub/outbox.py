@@ -49,7 +49,8 @@ class Outbox:
         if target is None:
             if not path.is_file():
                 raise ConfigError(f"{folder} does not say which repo its model goes to; name one.")
-            target = PushTarget(**read_json(path))
+            self.target = PushTarget(**read_json(path))
+            return
         self.target = target
         self.folder.mkdir(parents=True, exist_ok=True)
         new = path.with_suffix(".new")

@@ -12,10 +12,10 @@ from ..config import CONFIG_NAME, ContinualConfig
 from ..errors import ConfigError
 from ..lineage import difference
 from ..report import METRICS_NAME, REPORT_FILES, StreamReport
-from ..storage import check_files
+from ..storage import WEIGHTS, check_files
 from ..text import get_logger
 from .card import CARD_NAME, make_card
-from .errors import HubError, explained
+from .errors import HfHubHTTPError, HubError, explained, transferring
 
 
 if TYPE_CHECKING:
@@ -97,7 +97,8 @@ def push_folder(
     """Makes the repo hold what a model's folder holds, in one commit; what the repo has already is not sent again.
 
     If somebody else has changed the repo in the meantime, the push is tried again on top of that, as long as what is
-    there is an earlier state of the same model. The name of the latest task becomes a tag, unless there is one.
+    there is an earlier state of the same model. The name of the latest task becomes a tag. Where that leads to an
+    earlier state of this model, it is moved; where it leads to another one, the tag gets the branch's name in front.
 
     Args:
         folder (`str` or `Path`): What [`~ContinualModel.save_pretrained`] wrote.
@@ -129,21 +130,22 @@ def push_folder(
         head = _read_head(api, ready)
         _check_lineage(config, head.config, ready.repo_id)
         text = message or _what_changed(config, head.config)
-        commit = api.create_commit(
-            ready.repo_id,
-            _changes(folder, config, head, ready.repo_id),
-            commit_message=text,
-            revision=ready.revision,
-            parent_commit=head.commit,
-            create_pr=ready.create_pr,
-        )
+        changes = _changes(folder, config, head, ready.repo_id)
+        with transferring():
+            commit = api.create_commit(
+                ready.repo_id,
+                changes,
+                commit_message=text,
+                revision=ready.revision,
+                parent_commit=head.commit,
+                create_pr=ready.create_pr,
+            )
         if ready.create_pr:
             assert commit.pr_url is not None
             return commit.pr_url
+        oid = _squash(api, ready, config, text) if squash_history else commit.oid
         if config.tasks:
-            api.create_tag(ready.repo_id, tag=config.tasks[-1].name, revision=commit.oid, exist_ok=True)
-        if squash_history:
-            _squash(api, ready, config, text)
+            _tag(api, ready, config, oid)
         return commit.commit_url
 
     return _retrying(attempt, "push to", target.repo_id)
@@ -163,9 +165,12 @@ def _read_head(api: "HfApi", target: PushTarget, revision: str | None = None) ->
     info: Any = api.repo_info(target.repo_id, revision=revision)
     files = {sibling.rfilename for sibling in info.siblings or []}
     if CONFIG_NAME not in files:
+        if weights := sorted(name for name in files if Path(name).suffix in WEIGHTS):
+            raise HubError(f"{target.repo_id} holds {weights[0]} of another library's model. Push to another repo.")
         return _Head(info.sha, files, None)
     with TemporaryDirectory() as folder:
-        api.hf_hub_download(target.repo_id, CONFIG_NAME, revision=info.sha, local_dir=folder)
+        with transferring():
+            api.hf_hub_download(target.repo_id, CONFIG_NAME, revision=info.sha, local_dir=folder)
         try:
             return _Head(info.sha, files, ContinualConfig.load(folder))
         except ConfigError as error:
@@ -218,17 +223,53 @@ def _changes(folder: Path, config: ContinualConfig, head: _Head, repo_id: str) -
     ]
 
 
-def _squash(api: "HfApi", target: PushTarget, config: ContinualConfig, message: str) -> None:
-    """One commit in place of the history, and nothing that still leads to a removed task."""
-    api.super_squash_history(target.repo_id, branch=target.revision or "main", commit_message=message)
+def _squash(api: "HfApi", target: PushTarget, config: ContinualConfig, message: str) -> str:
+    """One commit in place of the history, and nothing that still leads to a removed task. Returns that commit."""
+    branch, removed = target.revision or "main", set(config.removed)
+    api.super_squash_history(target.repo_id, branch=branch, commit_message=message)
     for tag in api.list_repo_refs(target.repo_id).tags:
         there = _read_head(api, target, tag.target_commit).config
-        if there is not None and set(_names(there)) & set(config.removed):
+        if there is not None and removed & {*_names(there), *there.removed}:  # or it is in the tag's own history
             api.delete_tag(target.repo_id, tag=tag.name)
     folders = tuple(f"experts/{name}/" for name in config.removed)
     orphans = [file for file in api.list_lfs_files(target.repo_id) if folders and file.filename.startswith(folders)]
     if orphans:
         api.permanently_delete_lfs_files(target.repo_id, orphans, rewrite_history=False)
+    squashed: Any = api.repo_info(target.repo_id, revision=branch)
+    return squashed.sha
+
+
+def _tag(api: "HfApi", target: PushTarget, config: ContinualConfig, commit: str) -> None:
+    """Names a commit after its latest task; where that is the name of another model, after its branch and the task."""
+    task, repo_id = config.tasks[-1].name, target.repo_id
+    names = task, f"{target.revision or 'main'}-{task}".replace("/", "-")
+    tagged = next((name for name in names if _set_tag(api, target, config, commit, name)), None)
+    if tagged is None:
+        logger.warning("The tags %s of %s lead to other models: %s has none.", " and ".join(names), repo_id, commit)
+    elif tagged != task:
+        logger.warning("%s@%s is another model, so this one is %s@%s.", repo_id, task, repo_id, tagged)
+
+
+def _set_tag(api: "HfApi", target: PushTarget, config: ContinualConfig, commit: str, name: str) -> bool:
+    """Whether a tag leads to this model: because it is made or moved, or has done before."""
+    repo_id = target.repo_id
+    try:
+        api.create_tag(repo_id, tag=name, revision=commit)
+        return True
+    except HfHubHTTPError as error:
+        if error.response.status_code != 409:  # there is one
+            raise
+    old = next((tag.target_commit for tag in api.list_repo_refs(repo_id).tags if tag.name == name), None)
+    if old is not None and old != commit:
+        there = _read_head(api, target, old).config
+        if there is not None and (there.tasks, there.files) == (config.tasks, config.files):
+            return True
+        if old not in {earlier.commit_id for earlier in api.list_repo_commits(repo_id, revision=commit)}:
+            return False
+        api.delete_tag(repo_id, tag=name)
+        api.create_tag(repo_id, tag=name, revision=commit)
+        logger.warning("%s@%s was an earlier state of this model, %s; now it is this one.", repo_id, name, old[:7])
+    return True
 
 
 def _retrying(attempt: Callable[[], T], doing: str, repo_id: str) -> T:

@@ -15,6 +15,7 @@ from ..bundled import BUNDLED_BACKBONES
 from ..config import CONFIG_NAME, MethodConfig
 from ..errors import ConfigError, refusing_options, told_in_one_line
 from ..hub.download import find_model
+from ..hub.outbox import Outbox
 from ..modeling import ContinualModel
 from ..progress import disable_progress_bars
 from ..report import PLOT_NAME, StreamReport
@@ -71,8 +72,11 @@ def run_recipe(
                 print(f"Stopped, and all is saved. Go on with: {resuming_command()}", flush=True)
             raise SystemExit(128 + stopped.signal) from None
     folder, repo = Path(training_args.output_dir), training_args.push_repo
-    place = shlex.quote(repo or str(folder))
-    then = f"hf-clpeft demo {place}" + ("" if repo else f"    or    hf-clpeft push {place} ME/NAME")
+    then = f"hf-clpeft demo {shlex.quote(str(folder))}    or    hf-clpeft push {shlex.quote(str(folder))} ME/NAME"
+    if repo:
+        outbox = Outbox(folder)
+        waits = f"hf-clpeft push {shlex.quote(str(folder))}"
+        then = waits if outbox.pending() else f"hf-clpeft demo {shlex.quote(outbox.target.repo_id)}"
     print_reports([report], f"results: {folder}    picture: {folder / PLOT_NAME}", f"next: {then}")
     return report
 
@@ -224,5 +228,6 @@ def require_hub(stream_args: StreamArguments, backbone_args: BackboneArguments) 
         command = f"python {shlex.quote(os.path.relpath(sys.argv[0]))} {OFFLINE_OPTION}"
         raise SystemExit(
             f"error: {' and '.join(needed)} must come from {constants.ENDPOINT}, which cannot be reached "
-            f"({getattr(error, 'reason', error)}). This works offline: {command}"
+            f"({getattr(error, 'reason', error)}). What is in the cache is used with HF_HUB_OFFLINE=1; this works "
+            f"offline: {command}"
         ) from None

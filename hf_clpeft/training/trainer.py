@@ -123,6 +123,8 @@ class ContinualTrainer:
         self._parallel = ParallelExperts(self.args.output_dir, model, {**chosen(self.args), **self._made_with()})
         self._donor = None if self.args.experts_from is None else Donor(self.args.experts_from, model)
         self._outbox = self._open_outbox() if self.args.push_to_hub and self.accelerator.is_main_process else None
+        if self._outbox is not None:
+            self._flush(self._outbox)
 
     def learn_stream(self, stream: TaskStream | BorderlessStream) -> StreamReport:
         """Learns the tasks of a stream in order; evaluates, saves and pushes after each. Goes on where the model is.
@@ -460,20 +462,21 @@ class ContinualTrainer:
         target, there = target.prepare(config)
         outbox = Outbox(args.output_dir, target)
         outbox.take_up(config, there)
-        outbox.flush()
         return outbox
 
     def _push(self) -> None:
-        if self._outbox is None:
-            return
-        self._outbox.put()
+        if self._outbox is not None:
+            self._outbox.put()
+            self._flush(self._outbox)
+
+    def _flush(self, outbox: Outbox) -> None:
         try:
-            self._outbox.flush()
+            outbox.flush()
         except HubError as error:
             logger.warning(
                 "%s Learning goes on. %d tasks wait in %s; they go with the next task, or with: hf-clpeft push %s",
                 error,
-                len(self._outbox.pending()),
-                self._outbox.folder,
+                len(outbox.pending()),
+                outbox.folder,
                 shlex.quote(self.args.output_dir),
             )

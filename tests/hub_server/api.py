@@ -68,6 +68,7 @@ class Api:
             ("POST", repo + "/paths-info/{revision:part}", self.paths_info, "read"),
             ("POST", repo + "/preupload/{revision:part}", self.preupload, "commit"),
             ("POST", repo + "/commit/{revision:part}", self.commit, "commit"),
+            ("GET", repo + "/xet-{kind:part}-token/{revision:part}", self.xet_token, "read"),
             ("POST", repo + "/super-squash/{branch:part}", self.squash, "write"),
             ("GET", repo + "/lfs-files", self.list_lfs, "read"),
             ("POST", repo + "/lfs-files/batch", self.delete_lfs, "write"),
@@ -299,6 +300,15 @@ class Api:
             answers.append(answer)
         return {"transfer": "basic", "objects": answers}
 
+    def xet_token(self, call: Call, kind: str, revision: str):
+        if self.hub.xet_storage is None:
+            raise HubError(404, "Not Found")
+        if kind == "write":
+            self._check_writer(call, call.repo.id.split("/")[0])
+        answer = {"accessToken": "xet", "exp": 2**31, "casUrl": self.hub.xet_storage}
+        names = {"X-Xet-Access-Token": "accessToken", "X-Xet-Token-Expiration": "exp", "X-Xet-Cas-Url": "casUrl"}
+        return JSONResponse(answer, headers={name: str(answer[key]) for name, key in names.items()})
+
     def put_object(self, call: Call, oid: str):
         if hashlib.sha256(call.body).hexdigest() != oid:
             raise HubError(400, f"The content is not that of {oid}")
@@ -314,6 +324,8 @@ class Api:
         return {}
 
     def resolve(self, call: Call, revision: str, path: str):
+        if call.repo.id in self.hub.gated:
+            raise HubError(403 if call.user else 401, f"Access to model {call.repo.id} is restricted.", "GatedRepo")
         commit = call.repo.at(revision)
         headers, file = {"X-Repo-Commit": commit.sha}, commit.files.get(path)
         if file is None:
@@ -322,6 +334,9 @@ class Api:
         if not file.sha256:
             return _content(call.request, data, headers)
         headers |= {"X-Linked-Etag": f'"{file.sha256}"', "X-Linked-Size": str(file.size)}
+        if self.hub.xet_storage is not None:
+            refresh = f"{call.request.base_url}api/{call.repo.type}s/{call.repo.id}/xet-read-token/{commit.sha}"
+            headers |= {"X-Xet-Hash": file.sha256, "X-Xet-Refresh-Route": refresh}
         # another name of this machine: to the client it is another host, which must not get its token
         storage = f"http://localhost:{call.request.url.port}/lfs/{call.repo.type}s/{call.repo.id}"
         return RedirectResponse(f"{storage}/{file.sha256}", 302, headers)

@@ -34,6 +34,10 @@ class Hub:
 
     Attributes:
         url (`str`): Address, once served.
+        gated (`set[str]`): Ids of repositories whose files need terms to be accepted, which nobody has done.
+        renamed (`dict[str, str]`): New ids by old ones, from which requests are redirected.
+        xet_storage (`str`, *optional*): Where large files are sent to and had from by clients that speak Xet. This
+            server does not, so the address is for what happens when that storage refuses.
         faults (`list[Fault]`): The first that strikes decides about a request.
         log (`list` of `(method, path, headers)`): Every request so far; paths as sent, without the query.
     """
@@ -47,6 +51,9 @@ class Hub:
         self.url = ""
         self.lock = threading.RLock()
         self.repos: dict[tuple[str, str], Repo] = {}  # by type and id
+        self.gated: set[str] = set()
+        self.renamed: dict[str, str] = {}
+        self.xet_storage: str | None = None
         self.faults: list[Fault] = []
         self.log: list[tuple[str, str, dict[str, str]]] = []
 
@@ -101,6 +108,9 @@ class Hub:
         """Forgets all repositories, faults and requests."""
         with self.lock:
             self.repos.clear()
+        self.gated.clear()
+        self.renamed.clear()
+        self.xet_storage = None
         self.faults.clear()
         self.log.clear()
 

@@ -13,7 +13,7 @@ import uvicorn
 from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import JSONResponse, RedirectResponse, Response
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from .api import Api
@@ -79,6 +79,9 @@ def application(hub: Hub) -> Callable:
     async def serve_request(scope, receive, send) -> None:
         method, path = scope["method"], scope["raw_path"].decode()
         hub.log.append((method, path, {key.decode(): value.decode("latin-1") for key, value in scope["headers"]}))
+        if old := next((old for old in hub.renamed if f"/{old}" in path), None):
+            url = str(Request(scope).url).replace(f"/{old}", f"/{hub.renamed[old]}", 1)
+            return await RedirectResponse(url, 307)(scope, receive, send)
         scope["path"] = path  # as sent: otherwise a quoted slash would separate parts
         fault = next((fault for fault in hub.faults if fault.strikes(method, path)), None)
         if fault is not None:
