@@ -9,7 +9,7 @@ import torch
 from datasets import Dataset, Features, Value, concatenate_datasets
 from datasets.exceptions import DatasetGenerationError
 
-from ..backbones.pictures import READER, PictureError
+from ..backbones.pictures import READER, PictureError, open_image
 from ..backbones.transform import ImageTransform
 from .source import ROW, StreamError
 from .task import Split
@@ -20,6 +20,8 @@ logger = logging.getLogger(__name__)
 BAD = -1  # label of an image that cannot be decoded
 LISTED = 5  # such images that a message lists
 AUGMENTATIONS = ("none", "flip", "crop_flip")
+
+decode = open_image  # what `datasets.Image(decode=False)` gives
 
 
 def augment(pixels: torch.Tensor, augmentation: str) -> torch.Tensor:
@@ -188,7 +190,7 @@ def to_pixels(
     pixels, numbers = [], []
     for encoded, value, row in zip(batch[image_column], batch[label_column], batch[ROW], strict=True):
         try:
-            pixels.append(transform.resize([encoded]).tobytes())
+            pixels.append(transform.resize([decode(encoded)]).tobytes())
             numbers.append(labels[value])
         except PictureError as error:
             pixels.append(f"row {row}: the image cannot be decoded ({error})".encode())
