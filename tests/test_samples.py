@@ -134,6 +134,10 @@ def test_hidden_test_labels_leave_the_split_to_another_one(caplog):
     assert "split 'test' has no labels" in caplog.text
     (task,) = TaskStream.class_incremental(DatasetDict(train=full, test=hidden), num_tasks=1)
     assert len(list(task.test)) == 4  # held out of training
+    for nothing in ({}, {"test": hidden.to_iterable_dataset()}):
+        with pytest.raises(StreamError, match="has no test split with labels, and nothing is held out of a stream"):
+            TaskStream.class_incremental(IterableDatasetDict(train=full.to_iterable_dataset(), **nothing), num_tasks=1)
+    assert load_task(full.to_iterable_dataset(), "untested", test_size=0).test is None
     nothing = rows([None] * 4).cast_column("label", Value("string"))
     strings = rows(["abcd"[label] for label in LABELS])
     (task,) = TaskStream.class_incremental(DatasetDict(train=strings, test=nothing, dev=strings), num_tasks=1)
