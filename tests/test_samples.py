@@ -3,6 +3,7 @@
 import base64
 import io
 import logging
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -89,7 +90,7 @@ def encoded():
 
 
 @pytest.mark.parametrize("cast", [False, True])
-@pytest.mark.parametrize("column", ["image", "url", "scan"])
+@pytest.mark.parametrize("column", ["image", "scan"])
 @pytest.mark.parametrize(
     "value", ["https://example.com/1.png", "s3://bucket/1.png", "data:image/png;base64,AAAA", None]
 )
@@ -110,7 +111,7 @@ def test_the_usual_image_column_is_looked_at_when_none_holds_images():
         load_task(Dataset.from_dict({"images": [pictures(2)] * 2, "label": [0, 1]}), "several")
 
 
-@pytest.mark.parametrize("column", ["row", "pixels", "index", "image_column", "hf_clpeft"])
+@pytest.mark.parametrize("column", ["row", "pixels"])
 @pytest.mark.parametrize("streaming", [False, True])
 def test_columns_may_be_called_anything(column, streaming, backbone, tmp_path):
     names = {"label": [0, 1] * 4}
@@ -229,6 +230,16 @@ def test_a_share_is_held_out_of_small_classes_but_never_all_of_one():
         TaskStream.class_incremental(rows(["a", "b"]), num_tasks=1)
     with pytest.raises(StreamError, match="test_size=1.0 must be a share"):
         TaskStream.from_batches([], lambda images: images, test_size=1.0)
+
+
+def test_every_class_of_a_task_has_a_label_of_its_own():
+    task = load_task(named(LABELS), "four", test_size=0)
+    for classes, message in (
+        (("a", "b", "c", "d", "e"), "a class without a label"),
+        (("a", "b", "c", "a"), "'a' twice"),
+    ):
+        with pytest.raises(StreamError, match=message):
+            replace(task, classes=classes)
 
 
 def test_a_domain_without_a_class_makes_a_task_without_it(caplog):
