@@ -202,6 +202,9 @@ def test_places_without_a_data_set_are_told(tmp_path):
         load_task(tmp_path / "empty", "none")
     with pytest.raises(StreamError, match=r"pets.zip' is a file. Give the folder"):
         load_task(tmp_path / "pets.zip", "none")
+    for place in ("./pets", "/data/pets", "lab/pets/train"):
+        with pytest.raises(StreamError, match=f"There is no folder '{place}'"):
+            load_task(place, "none")
     with pytest.raises(StreamError, match="A list is no data set"):
         load_task([1, 2], "none")
 

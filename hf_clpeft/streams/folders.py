@@ -184,8 +184,8 @@ def find_pictures(root: str, files: Iterable[str], named: Collection[str] = ()) 
 
     >>> find_pictures("toys", ["car/1.png", "train/1.png"]).classes
     ['car', 'train']
-    >>> list(find_pictures("toys", ["train/car/1.png", "test/car/2.png"]).splits)
-    ['train', 'test']
+    >>> list(find_pictures("toys", ["train/car/1.png", "val/car/2.png"]).splits)
+    ['train', 'val']
 
     ```
     """

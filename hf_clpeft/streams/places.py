@@ -118,6 +118,8 @@ def find_place(
             raise StreamError(
                 f"{str(dataset)!r} is a file. Give the folder of pictures or Parquet files that it is in."
             )
+        if str(dataset).startswith((".", "/", "~")) or str(dataset).count("/") > 1:
+            raise StreamError(f"There is no folder {str(dataset)!r}, and no data set on the Hub is called like that.")
         return _on_hub(str(dataset), name, revision, named)
     if (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file():
         with _told(f"Data set {str(dataset)!r}"):
@@ -297,8 +299,8 @@ def _told(what: str) -> Iterator[None]:
     except StreamError:
         raise
     except (DatasetsError, HfHubHTTPError, OSError, ValueError, RuntimeError) as error:
-        reason = " ".join(str(error).split())
-        if "gated" in reason:
+        reason = " ".join(str(error).split()).rstrip(".") + "."
+        if "is a gated dataset" in reason:
             reason += " Accept its terms on its page on the Hub, and log in with `hf auth login`."
         if isinstance(error, ConnectionError):
             reason += " If it has been downloaded before, set HF_HUB_OFFLINE=1."

@@ -356,13 +356,17 @@ class _Sides:
         place = find_place(dataset, name, revision, [split for split in (train_split, test_split) if split])
         train_split = train_split or "train"
         limits = (max_train_samples_per_task, max_test_samples_per_task)
-        if streaming and test_split is None and not place.test_splits:
-            raise StreamError(f"Data set {place.name!r} has no test split; name one with test_split to stream it.")
         train = place.source(train_split, streaming, **columns)
+        test: ImageSource | None = None
         if test_split is not None:
-            test: ImageSource | None = place.source(test_split, streaming, **columns)
+            test = place.source(test_split, streaming, **columns)
         else:
             test = _find_test(place, train, streaming, columns)
+        if test is None and train.streaming and test_size:
+            raise StreamError(
+                f"Data set {place.name!r} has no test split with labels, and nothing is held out of a stream; name "
+                f"one of {place.splits} with test_split, or test on nothing with test_size=0."
+            )
         if test is None:
             if not test_size:
                 return cls(train, None, None, None, *limits, dataset)

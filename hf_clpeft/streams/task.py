@@ -50,7 +50,7 @@ class Task:
         domain (`str`, *optional*): Its domain, if the stream is domain-incremental.
 
     Raises:
-        [`StreamError`]: No class, or a class without a name or of the same name as another one.
+        [`StreamError`]: No class, or one without a label, without a name or of the same name as another one.
 
     Example:
 
@@ -74,6 +74,10 @@ class Task:
         check_task_name(self.name)
         if not self.classes:
             raise StreamError(f"Task {self.name!r} ({self.train.title}) has no class. Check label_column.")
+        if set(range(len(self.classes))) - set(self.train.labels.values()):
+            raise StreamError(
+                f"Task {self.name!r} ({self.train.title}) has a class without a label, so without images."
+            )
         for number, name in enumerate(self.classes):
             if not name.strip() or any(unicodedata.category(character) in ("Cc", "Cs") for character in name):
                 raise StreamError(
