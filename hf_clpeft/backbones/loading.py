@@ -86,7 +86,7 @@ def load_backbone(
     if image_size not in (None, size):
         raise BackboneError(f"The image processor of {name_or_path!r} makes pictures of {size} px, not {image_size}.")
     if image_size is None:
-        _check_size(config, size, name_or_path, "Its image processor makes pictures of that size. ")
+        _check_size(config, size, name_or_path, f"its image processor makes pictures of {size} px")
     layout = _try_without_weights(config, folder, (channels, size, size), name_or_path)
     model = _load_weights(folder, config, attn_implementation, name_or_path)
     weight_hash = hash_weights(model)
@@ -138,7 +138,11 @@ def _check_size(config: "PretrainedConfig", image_size: int | None, name: str, w
         return
     if not isinstance(image_size, int) or image_size < patch_size or image_size % patch_size:
         near = max(patch_size, round(image_size / patch_size) * patch_size)
-        raise BackboneError(f"image_size={image_size} is no multiple of the patch size {patch_size}; {why}try {near}.")
+        if why:
+            raise BackboneError(
+                f"{name!r}: {why}, no multiple of the patch size {patch_size}; pass image_size={near}."
+            )
+        raise BackboneError(f"image_size={image_size} is no multiple of the patch size {patch_size}; try {near}.")
     _check_patches(image_size, patch_size, name)
 
 
@@ -152,9 +156,7 @@ def _check_patches(image_size: int, patch_size: int, name: str) -> None:
         )
 
 
-def _try_without_weights(
-    config: "PretrainedConfig", folder: Path, shape: tuple[int, int, int], name: str
-) -> Layout:
+def _try_without_weights(config: "PretrainedConfig", folder: Path, shape: tuple[int, int, int], name: str) -> Layout:
     """Builds the model without memory, lets it take a picture, and refuses what would not work with weights."""
     from transformers.models.auto import MODEL_MAPPING
 
@@ -176,10 +178,10 @@ def _try_without_weights(
         fit_positions(model, size)
         layout = probe(model, shape)
     except Exception as error:
-        what = f"image_size={size}; leave it out, or pass {own}" if own not in (None, size) else f"{size} px"
+        then = f"Leave image_size out, or pass {own}." if own not in (None, size) else "Choose another backbone."
         raise BackboneError(
-            f"{model_class.__name__} of {name!r} does not take pictures at {what} ({type(error).__name__}: "
-            f"{_line(error)})"
+            f"{model_class.__name__} of {name!r} does not take pictures of {size} px ({type(error).__name__}: "
+            f"{_line(error)}). {then}"
         ) from error
     if layout.random is not None:
         raise BackboneError(

@@ -88,7 +88,9 @@ def set_size(processor: Any, image_size: int) -> None:
     if getattr(processor, "do_center_crop", False) and not hasattr(processor, "crop_pct"):
         old = _side(processor.crop_size)
         grown = {
-            name: round(length * image_size / old) for name, length in dict(processor.size).items() if length is not None
+            name: round(length * image_size / old)
+            for name, length in dict(processor.size).items()
+            if length is not None
         }
         processor.size = grown
         processor.crop_size = {"height": image_size, "width": image_size}
