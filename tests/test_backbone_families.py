@@ -1,4 +1,4 @@
-"""What `docs/backbones.md` says of each family is true: LoRA, prompts and other sizes work, or are refused in words."""
+"""What `docs/backbones.md` says of each family is true: LoRA, prompts, other sizes work or are refused."""
 
 import copy
 import json
@@ -28,9 +28,10 @@ STAGES = {"hidden_sizes": [8, 16, 24, 32], "depths": [1, 1, 1, 1]}
 HIERA = {"embed_dim": 8, "image_size": [32, 32], "patch_stride": [4, 4], "patch_size": [7, 7], "patch_padding": [3, 3]}
 HIERA |= {"depths": [1, 1], "num_heads": [1, 2], "masked_unit_size": [4, 4], "query_stride": [2, 2]}
 PVT = STAGES | {"image_size": 64, "num_attention_heads": [1, 1, 2, 2]}
-MOBILE = {"image_size": 64, "num_attention_heads": 2, "initializer_range": 1.0, "hidden_sizes": [8, 12, 16]}
+MOBILE = {"image_size": 64, "num_attention_heads": 2, "initializer_range": 0.4, "hidden_sizes": [8, 12, 16]}
 MOBILE |= {"neck_hidden_sizes": [8, 8, 8, 8, 8, 8, 24]}
 LEVIT = {"image_size": 64, "hidden_sizes": [16, 24, 32], "num_attention_heads": [2, 2, 2], "depths": [1, 1, 1]}
+RESNET = STAGES | {"embedding_size": 8, "layer_type": "basic"}
 RELATIVE = VIT | {"use_relative_position_bias": True}
 
 # By the name in the table: model, configuration, image processor, size of pictures and another one.
@@ -64,7 +65,7 @@ FAMILIES = {
     "ResNet": (
         t.ResNetModel,
         t.ResNetConfig,
-        STAGES | {"embedding_size": 8, "layer_type": "basic"},
+        RESNET,
         "ConvNext",
         64,
         96,

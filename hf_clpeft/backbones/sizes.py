@@ -47,7 +47,8 @@ def fit_positions(model: "PreTrainedModel", image_size: int) -> None:
     Raises:
         `ValueError`: Its positions cannot be interpolated.
     """
-    config, embeddings = model.config, getattr(model, "embeddings", None)
+    config = model.config
+    embeddings: Any = getattr(model, "embeddings", None)  # fields differ from class to class
     old = own_size(config)
     if old is None or old == image_size:
         return
@@ -64,6 +65,7 @@ def fit_positions(model: "PreTrainedModel", image_size: int) -> None:
     elif isinstance(positions, torch.nn.Parameter):
         new = _interpolated(embeddings, positions, grid, old // patch_size, image_size)
         embeddings.position_embeddings = torch.nn.Parameter(new, requires_grad=False)
+    module: Any
     for module in (embeddings, getattr(embeddings, "patch_embeddings", None)):
         if hasattr(module, "num_patches"):
             module.num_patches = grid
