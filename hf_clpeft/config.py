@@ -247,8 +247,8 @@ class BackboneConfig:
         check_types(self)
         if self.resized_by != RESIZED_BY:
             raise ConfigError(
-                f"Pictures were resized by {self.resized_by[:40]!r}, and this version does it by {RESIZED_BY!r} alone: "
-                "the model would see other pixels than it was trained on. Try `pip install --upgrade hf-clpeft`."
+                f"Pictures were resized by {self.resized_by[:40]!r}, and this version does it by {RESIZED_BY!r} alone:"
+                " the model would see other pixels than it was trained on. Try `pip install --upgrade hf-clpeft`."
             )
         if not 1 <= self.image_size <= LARGEST_IMAGE:
             raise ConfigError(f"image_size={self.image_size} must be between 1 and {LARGEST_IMAGE:,} px.")

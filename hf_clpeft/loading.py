@@ -121,7 +121,7 @@ def check_backbone(
     other = backbone.transform.differs_from(ImageTransform(processor, backbone.transform.channels))
     if other:
         raise BackboneError(
-            f"{name_or_path} was trained on pictures that were resized or normalised in another way than the backbone "
-            f"does that was passed: {', '.join(other)} differ. Pass the backbone's name or folder in its place, and it "
-            "gets the image processor that was saved."
+            f"{name_or_path} was trained on pictures that were resized or normalised in another way than the "
+            f"backbone does that was passed: {', '.join(other)} differ. Pass the backbone's name or folder in its "
+            "place, and it gets the image processor that was saved."
         )

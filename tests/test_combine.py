@@ -9,6 +9,7 @@ import torch
 from conftest import BACKBONE, make_trainer, pattern_dataset
 
 from hf_clpeft import ConfigError, ContinualModel, ContinualTrainer, TaskStream, combine, s_lora, s_prompts
+from hf_clpeft.folder import hash_file
 
 
 @pytest.fixture(scope="module")
@@ -80,19 +81,23 @@ def test_one_class_known_to_both_is_one_class(halves, tmp_path):
     assert logits.shape == (16, 4) and (logits.isfinite().sum(dim=1) == 2).all()
 
 
-def edit(folder, **values):
-    config = json.loads((folder / "config.json").read_text())
-    for path, value in values.items():
-        part, name = path.split("__")
-        config[part][name] = value
-    (folder / "config.json").write_text(json.dumps(config))
+def test_the_same_weights_in_two_commits_go_together(halves, tmp_path):
+    config = json.loads((halves[0] / "high" / "config.json").read_text())
+    config["backbone"]["revision"] = "0" * 40
+    other = shutil.copytree(halves[0] / "high", tmp_path / "other")
+    (other / "config.json").write_text(json.dumps(config))
+    assert len(combine([halves[0] / "low", other]).config.tasks) == 4
 
 
 def test_models_that_do_not_go_together_are_refused_with_what_differs(halves, tmp_path):
     root, stream = halves
     other = shutil.copytree(root / "high", tmp_path / "other")
-    edit(other, backbone__revision="abc")
-    with pytest.raises(ConfigError, match="low and other .*: their backbone revision differs, None and 'abc'"):
+    processor = json.loads((other / "preprocessor_config.json").read_text()) | {"resample": 2}
+    (other / "preprocessor_config.json").write_text(json.dumps(processor))
+    config = json.loads((other / "config.json").read_text())
+    config["files"]["preprocessor_config.json"] = hash_file(other / "preprocessor_config.json")
+    (other / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ConfigError, match="low and other .*: they were trained on pictures .*; resample differ"):
         combine([root / "low", other])
     model = ContinualModel.from_backbone(BACKBONE, s_lora(k=1), image_size=48)
     ContinualTrainer(model, make_trainer(s_lora(), "big", num_train_epochs=1).args).learn(stream[0])

@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Sequence
-from functools import cached_property
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -19,9 +19,11 @@ if TYPE_CHECKING:
     from transformers.image_processing_utils import BaseImageProcessor
 
 
-QUERY_VALUE_NAMES = (("q_proj", "v_proj"), ("query", "value"), ("q_lin", "v_lin"), ("q", "v"), ("qkv", "qkv"))
-# ConvNeXt, the same in DINOv3, ResNet.
-CONVNET_NAMES = (("pwconv1", "pwconv2"), ("pointwise_conv1", "pointwise_conv2"), ("convolution", "convolution"))
+QUERY_VALUE_NAMES = (
+    *(("q_proj", "v_proj"), ("query", "value"), ("q_lin", "v_lin"), ("q", "v"), ("qkv", "qkv")),
+    # What ConvNeXt has in their place, the same in DINOv3, and ResNet, which has no linear layers.
+    *(("pwconv1", "pwconv2"), ("pointwise_conv1", "pointwise_conv2"), ("convolution", "convolution")),
+)
 CLS_NAMES = ("cls_token", "class_embedding", "class_token")
 
 
@@ -32,7 +34,7 @@ class Backbone(torch.nn.Module):
         model (`transformers.PreTrainedModel`): The model; frozen here.
         processor (`transformers.BaseImageProcessor`): Its image processor.
         config ([`BackboneConfig`]): Where it came from.
-        layout ([`Layout`], *optional*): What it makes of a picture; found out when first needed if left out.
+        layout ([`Layout`], *optional*): What it makes of a picture; found out here if left out.
 
     Example:
 
@@ -62,15 +64,16 @@ class Backbone(torch.nn.Module):
         self.transform = ImageTransform(processor, getattr(getattr(model, "config", None), "num_channels", 3))
         self._has_cls = any(name.endswith(CLS_NAMES) for name, _ in model.named_parameters())
         # Taken down while the model is still bare: an adapter on a layer hides the layer's name.
-        self._layer_names = _names_of(model, torch.nn.Linear)
-        self._convolution_names = _names_of(model, torch.nn.Conv2d)
-        if layout is not None:
-            self.layout = layout
+        self._layer_names = _names_of(model, torch.nn.Linear) or _names_of(model, torch.nn.Conv2d)
+        if layout is None:  # found out now, as there may be hooks on the model later
+            with suppress(Exception):  # which is raised by whoever asks for it
+                layout = probe(model, self.input_shape)
+        self._layout = layout
 
-    @cached_property
+    @property
     def layout(self) -> Layout:
         """What the model makes of a picture: width, layers, tokens or places."""
-        return probe(self.model, self.input_shape)
+        return self._layout or probe(self.model, self.input_shape)
 
     @property
     def input_shape(self) -> tuple[int, int, int]:
@@ -88,7 +91,7 @@ class Backbone(torch.nn.Module):
         why = places if self.layout.places else why_no_prompt(self.model, self.input_shape)
         if why is not None:
             raise BackboneError(
-                f"{self.config.name_or_path} takes no prompts: {why}. Choose LoRA, or a vision transformer such as ViT."
+                f"{self.config.name_or_path} takes no prompts: {why}. Choose LoRA, or a backbone such as ViT."
             )
 
     @property
@@ -105,14 +108,13 @@ class Backbone(torch.nn.Module):
         Raises:
             [`BackboneError`]: The model has no projections of a known name.
         """
-        found, both = self._layer_names, [*self._layer_names, *self._convolution_names]
-        for names, pairs in ((found, QUERY_VALUE_NAMES), (both, CONVNET_NAMES)):
-            for query, value in pairs:
-                if query in names and names.count(query) == names.count(value):
-                    return list(dict.fromkeys([query, value]))
+        names = self._layer_names
+        for query, value in QUERY_VALUE_NAMES:
+            if query in names and names.count(query) == names.count(value):
+                return list(dict.fromkeys([query, value]))
         raise BackboneError(
             f"No query and value projections found in {type(self.model).__name__}; its layers are named "
-            f"{sorted(set(both))}. Name those to adapt with target_modules."
+            f"{sorted(set(names))}. Name those to adapt with target_modules."
         )
 
     def train(self, mode: bool = True) -> "Backbone":
@@ -134,7 +136,7 @@ class Backbone(torch.nn.Module):
         Returns:
             `torch.Tensor` of shape `(batch, tokens, hidden_size)`, [CLS] first, in the backbone's dtype.
         """
-        model = self.model if num_layers in (None, self.num_layers) else self._shorter(num_layers)
+        model = self.model if num_layers is None else self._shorter(num_layers)
         return model(pixel_values=pixel_values.to(self.model.dtype)).last_hidden_state
 
     def forward(self, pixel_values: torch.Tensor, num_layers: int | Sequence[int] | None = None) -> torch.Tensor:
@@ -153,7 +155,7 @@ class Backbone(torch.nn.Module):
         *earlier, last = num_layers
         features: list[torch.Tensor] = []
         model = self._shorter(last)  # of this call alone, and so are the layers that are listened to
-        layers: Any = model.get_submodule(self._path_of_layers)
+        layers: Any = model.get_submodule(self.layout.layers or "")
         for i in earlier:
             layers[i - 1] = _shallow_copy(layers[i - 1])
             layers[i - 1].register_forward_hook(lambda *call: features.append(self._center(call[2])))
@@ -193,15 +195,11 @@ class Backbone(torch.nn.Module):
         features = self.pool(output[0] if isinstance(output, tuple) else output)
         return features - features.mean(dim=-1, keepdim=True)
 
-    @property
-    def _path_of_layers(self) -> str:
-        """Name of the list of layers."""
-        assert self.layout.layers is not None
-        return self.layout.layers
-
     def _shorter(self, num_layers: int) -> torch.nn.Module:
         """The same modules with fewer layers: copies of the containers on the way to the list of layers, no more."""
-        path = self._path_of_layers.split(".")
+        if self.layout.layers is None:
+            return self.model
+        path = self.layout.layers.split(".")
         model = container = _shallow_copy(self.model)
         for name in path[:-1]:
             inner = _shallow_copy(container.get_submodule(name))

@@ -1,6 +1,7 @@
 """Where a backbone's files come from, of which commit, and what is checked before they are used."""
 
 import json
+import logging
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,11 +16,12 @@ from .errors import BackboneError
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
+logger = logging.getLogger(__name__)
+
 CONFIG_NAME = "config.json"
 WEIGHTS_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
-ALL_FILES = [CONFIG_NAME, "preprocessor_config.json", "processor_config.json", WEIGHTS_NAME, INDEX_NAME]
-SHARDS = "model-*.safetensors"
+ALL_FILES = [CONFIG_NAME, "preprocessor_config.json", "processor_config.json", "model*.safetensors", INDEX_NAME]
 HINT = "Pass backbone= with the repo id or folder where you have it."
 MOST_LAYERS = 1000  # what is built in a loop, by the name of its field
 LOOPS = re.compile("layers|depth|blocks|stages|labels|levels|num_experts")
@@ -27,9 +29,7 @@ LARGEST_NUMBER = 10_000_000
 LONGEST_LIST = 1000
 
 
-def find_checkpoint(
-    name_or_path: str, revision: str | None = None, **hub_options: Any
-) -> tuple[Path, str | None]:
+def find_checkpoint(name_or_path: str, revision: str | None = None, **hub_options: Any) -> tuple[Path, str | None]:
     """The folder of a backbone's files, all of one commit.
 
     Args:
@@ -121,7 +121,7 @@ def count_numbers(folder: Path) -> int:
     try:
         for path in _weight_files(folder):
             with safe_open(path, "pt") as file:
-                for key in file.keys():
+                for key in sorted(file.keys()):
                     size = 1
                     for length in file.get_slice(key).get_shape():
                         size *= length
@@ -132,19 +132,37 @@ def count_numbers(folder: Path) -> int:
 
 
 def _download(repo_id: str, revision: str | None, **hub_options: Any) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import LocalEntryNotFoundError
+    """The folder in the cache, whose name is the commit. Where the cache has the last word, nobody is asked."""
+    from huggingface_hub import HfApi, constants, snapshot_download
 
-    options: dict[str, Any] = {"revision": revision, "allow_patterns": [*ALL_FILES, SHARDS], **hub_options}
-    with explained("load", repo_id, revision):
-        if revision is not None and re.fullmatch("[0-9a-f]{40}", revision):  # then the cache has the last word
-            try:
-                folder = Path(snapshot_download(repo_id, **options | {"local_files_only": True}))
-                if (folder / CONFIG_NAME).is_file() and _has_weights(folder):
-                    return folder
-            except LocalEntryNotFoundError:
-                pass
-        return Path(snapshot_download(repo_id, **options))
+    fixed = revision is not None and re.fullmatch("[0-9a-f]{40}", revision)
+    if fixed and (folder := _cached(repo_id, revision, **hub_options)) is not None:
+        return folder
+    options: dict[str, Any] = {"revision": revision, "allow_patterns": ALL_FILES, **hub_options}
+    try:
+        with explained("load", repo_id, revision):
+            if not (constants.HF_HUB_OFFLINE or hub_options.get("local_files_only")):
+                api = HfApi(token=hub_options.get("token"), library_name="hf-clpeft")
+                api.model_info(repo_id, revision=revision)  # fails at once if the Hub is gone; listing takes 23 s to
+            return Path(snapshot_download(repo_id, **options))
+    except HubError as error:
+        folder = _cached(repo_id, revision, **hub_options)
+        if folder is None or not error.transient:
+            raise
+        logger.warning("%s is taken from the cache, commit %s: %s", repo_id, folder.name, error)
+        return folder
+
+
+def _cached(repo_id: str, revision: str | None, **hub_options: Any) -> Path | None:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+
+    try:
+        options: dict[str, Any] = {"revision": revision, "allow_patterns": ALL_FILES, **hub_options}
+        folder = Path(snapshot_download(repo_id, **options | {"local_files_only": True}))
+    except (LocalEntryNotFoundError, HFValidationError):
+        return None
+    return folder if (folder / CONFIG_NAME).is_file() and _has_weights(folder) else None
 
 
 def _has_weights(folder: Path) -> bool:
@@ -184,8 +202,10 @@ def _check(values: Any, name: str, key: str = "") -> None:
         most = MOST_LAYERS if LOOPS.search(key) and "id" not in key.split("_") else LARGEST_NUMBER
         if key == "num_labels":
             most = 100 * MOST_LAYERS
-        if not abs(values) <= most:
-            raise BackboneError(f"{CONFIG_NAME} of the backbone {name!r} has {key}={values!r:.40}; at most {most:,}.")
+        if not abs(values) <= most or (values < 1 and key == "num_hidden_layers"):
+            raise BackboneError(
+                f"{CONFIG_NAME} of the backbone {name!r} has {key}={values!r:.40}; at most {most:,} makes sense."
+            )
 
 
 def _line(error: Exception) -> str:

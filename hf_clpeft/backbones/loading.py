@@ -74,8 +74,8 @@ def load_backbone(
     channels = getattr(config, "num_channels", 3)
     if channels not in (1, 3):
         raise BackboneError(
-            f"The backbone {name_or_path!r} takes pictures of {channels!r:.20} channels; only RGB (3) and grey (1) are "
-            "supported."
+            f"The backbone {name_or_path!r} takes pictures of {channels!r:.20} channels; only RGB (3) and grey (1) "
+            "are supported."
         )
     _check_size(config, image_size, name_or_path)
     processor = processor or read_processor(folder, name_or_path, config.model_type)
@@ -86,9 +86,9 @@ def load_backbone(
     if image_size not in (None, size):
         raise BackboneError(f"The image processor of {name_or_path!r} makes pictures of {size} px, not {image_size}.")
     if image_size is None:
-        _check_size(config, size, name_or_path, "Its image processor makes pictures of that size. ")
+        _check_size(config, size, name_or_path, f"its image processor makes pictures of {size} px")
     layout = _try_without_weights(config, folder, (channels, size, size), name_or_path)
-    model = _load_weights(folder, config, attn_implementation, name_or_path)
+    model: Any = _load_weights(folder, config, attn_implementation, name_or_path)
     weight_hash = hash_weights(model)
     fit_positions(model, size)
     dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
@@ -138,7 +138,11 @@ def _check_size(config: "PretrainedConfig", image_size: int | None, name: str, w
         return
     if not isinstance(image_size, int) or image_size < patch_size or image_size % patch_size:
         near = max(patch_size, round(image_size / patch_size) * patch_size)
-        raise BackboneError(f"image_size={image_size} is no multiple of the patch size {patch_size}; {why}try {near}.")
+        if why:
+            raise BackboneError(
+                f"{name!r}: {why}, no multiple of its patches of {patch_size}; pass image_size={near}."
+            )
+        raise BackboneError(f"image_size={image_size} is no multiple of the patch size {patch_size}; try {near}.")
     _check_patches(image_size, patch_size, name)
 
 
@@ -152,9 +156,7 @@ def _check_patches(image_size: int, patch_size: int, name: str) -> None:
         )
 
 
-def _try_without_weights(
-    config: "PretrainedConfig", folder: Path, shape: tuple[int, int, int], name: str
-) -> Layout:
+def _try_without_weights(config: "PretrainedConfig", folder: Path, shape: tuple[int, int, int], name: str) -> Layout:
     """Builds the model without memory, lets it take a picture, and refuses what would not work with weights."""
     from transformers.models.auto import MODEL_MAPPING
 
@@ -169,18 +171,26 @@ def _try_without_weights(
     described, there = sum(tensor.numel() for tensor in model.state_dict().values()), count_numbers(folder)
     if described > 2 * there:
         raise BackboneError(
-            f"The config.json of the backbone {name!r} describes a model of {described:,} numbers, but its weights are "
-            f"{there:,}: the two do not belong together."
+            f"The config.json of the backbone {name!r} describes a model of {described:,} numbers, but its weights "
+            f"are {there:,}: the two do not belong together."
         )
     try:
         fit_positions(model, size)
         layout = probe(model, shape)
     except Exception as error:
-        what = f"image_size={size}; leave it out, or pass {own}" if own not in (None, size) else f"{size} px"
+        then = (
+            f"Leave image_size out, or pass {own}." if own not in (None, size) else "Choose another size or backbone."
+        )
         raise BackboneError(
-            f"{model_class.__name__} of {name!r} does not take pictures at {what} ({type(error).__name__}: "
-            f"{_line(error)})"
+            f"{model_class.__name__} of {name!r} does not take pictures of {size} px ({type(error).__name__}: "
+            f"{_line(error)}). {then}"
         ) from error
+    width = getattr(getattr(model, "timm_model", None), "num_features", layout.hidden_size)
+    if layout.hidden_size != width:
+        raise BackboneError(
+            f"{name!r} gives its {width} channels last, which is not supported. Choose the same model in transformers' "
+            "own form, or another backbone."
+        )
     if layout.random is not None:
         raise BackboneError(
             f"{model_class.__name__} of {name!r} draws random numbers in every pass ({layout.random}): the same "

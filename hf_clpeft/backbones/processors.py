@@ -1,9 +1,9 @@
 """The image processor that a folder describes, always in the form that resizes with Pillow.
 
-transformers has two forms of most image processors, whose pixels differ by up to 2 of 255: one resizes with torchvision,
-one with Pillow. Its own choice depends on whether torchvision is installed. Here it is Pillow everywhere, so that a
-model sees the pixels that it was trained on wherever it is loaded. And a class is taken from a list, by its name: code
-that a stranger's file points to is never looked for.
+transformers has two forms of most image processors, whose pixels differ by up to 2 of 255: one resizes with Pillow,
+one with torchvision. Its own choice depends on whether torchvision is installed. Here it is Pillow everywhere, so that
+a model sees the pixels that it was trained on wherever it is loaded. And a class is taken from a list, by its name:
+code that a stranger's file points to is never looked for.
 """
 
 import math
@@ -66,8 +66,8 @@ def read_processor(folder: str | Path, name: str, model_type: str | None = None)
     kind = STAND_INS.get(kind, kind)
     if kind.removesuffix("ImageProcessor") not in PLAIN or not hasattr(transformers, f"{kind}Pil"):
         raise BackboneError(
-            f"{name} has an image processor of the type {kind[:60]!r}, which does more than resize, crop and normalise "
-            "with Pillow, or is unknown. Save a plain one into a copy of the folder, such as ViTImageProcessor or "
+            f"{name} has an image processor of the type {kind[:60]!r}, which does more than resize, crop and "
+            "normalise, or is unknown. Save a plain one into a copy of the folder, such as ViTImageProcessor or "
             "BitImageProcessor (resize, then crop), and name that folder."
         )
     _check_numbers(values, name)
@@ -88,7 +88,9 @@ def set_size(processor: Any, image_size: int) -> None:
     if getattr(processor, "do_center_crop", False) and not hasattr(processor, "crop_pct"):
         old = _side(processor.crop_size)
         grown = {
-            name: round(length * image_size / old) for name, length in dict(processor.size).items() if length is not None
+            name: round(length * image_size / old)
+            for name, length in dict(processor.size).items()
+            if length is not None
         }
         processor.size = grown
         processor.crop_size = {"height": image_size, "width": image_size}
@@ -141,9 +143,9 @@ def _read_values(folder: Path, name: str) -> dict:
     if isinstance(config.get("pretrained_cfg"), dict):
         return _as_timm_does(config["pretrained_cfg"], name)
     raise BackboneError(
-        f"{name} has no {PROCESSOR_NAME}, which says how its pictures are resized and normalised. Save one into a copy "
-        "of the folder, for example ViTImageProcessor(size={...}, image_mean=[...]).save_pretrained(FOLDER), and name "
-        "that folder."
+        f"{name} has no {PROCESSOR_NAME}, which says how its pictures are resized and normalised. Save one into a "
+        "copy of the folder, for example ViTImageProcessor(size={...}, image_mean=[...]).save_pretrained(FOLDER), "
+        "and name that folder."
     )
 
 
@@ -172,7 +174,7 @@ def _as_timm_does(config: dict, name: str) -> dict:
         raise BackboneError(f"The pretrained_cfg of {name} does not say how to resize pictures: {error!r}.") from error
 
 
-def _default_kind(model_type: str | None) -> str | None:
+def _default_kind(model_type: Any) -> str | None:
     from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPING_NAMES
 
     kinds = IMAGE_PROCESSOR_MAPPING_NAMES.get(model_type, {})

@@ -8,7 +8,7 @@ from .errors import BackboneError
 
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PretrainedConfig
+    from transformers import PretrainedConfig, PreTrainedModel
 
 
 def own_size(config: "PretrainedConfig") -> int | None:
@@ -43,13 +43,15 @@ def fit_positions(model: "PreTrainedModel", image_size: int) -> None:
     Args:
         model (`transformers.PreTrainedModel`): Changed in place, its `config.image_size` too.
         image_size (`int`): Side, in pixels.
+
+    Raises:
+        `ValueError`: Its positions cannot be interpolated.
     """
-    config, embeddings = model.config, getattr(model, "embeddings", None)
+    config = model.config
+    embeddings: Any = getattr(model, "embeddings", None)  # fields differ from class to class
     old = own_size(config)
     if old is None or old == image_size:
         return
-    if isinstance(config.image_size, list | tuple):
-        raise ValueError("its parts are made for one size")
     patch_size = patch_size_of(config)
     grid = (image_size // patch_size) ** 2
     table = getattr(embeddings, "position_embedding", None)
@@ -63,12 +65,13 @@ def fit_positions(model: "PreTrainedModel", image_size: int) -> None:
     elif isinstance(positions, torch.nn.Parameter):
         new = _interpolated(embeddings, positions, grid, old // patch_size, image_size)
         embeddings.position_embeddings = torch.nn.Parameter(new, requires_grad=False)
+    module: Any
     for module in (embeddings, getattr(embeddings, "patch_embeddings", None)):
         if hasattr(module, "num_patches"):
             module.num_patches = grid
         if hasattr(module, "image_size"):
             module.image_size = image_size if isinstance(module.image_size, int) else (image_size, image_size)
-    config.image_size = image_size
+    config.image_size = image_size if isinstance(config.image_size, int) else [image_size, image_size]
 
 
 @torch.no_grad()
@@ -76,5 +79,8 @@ def _interpolated(embeddings: Any, positions: torch.Tensor, grid: int, side: int
     """Positions of `grid` patches and of the tokens before them, as the model's own method makes them."""
     before = positions.shape[1] - side**2  # [CLS], and what else stands there
     tokens = positions.new_zeros(1, grid + before, positions.shape[2])
-    new = embeddings.interpolate_pos_encoding(tokens, image_size, image_size)
+    try:
+        new = embeddings.interpolate_pos_encoding(tokens, image_size, image_size)
+    except (AttributeError, TypeError, RuntimeError) as error:
+        raise ValueError("its position embeddings cannot be interpolated") from error
     return new.detach().clone().contiguous()
