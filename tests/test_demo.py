@@ -1,13 +1,18 @@
 """The demo's endpoints, called as strangers call them."""
 
+import copy
 import json
 import shutil
+import sys
 import threading
 import urllib.error
 import urllib.request
+import weakref
+from concurrent.futures import Future
 from dataclasses import replace
 from pathlib import Path
 
+import gradio as gr
 import numpy as np
 import pytest
 import torch
@@ -37,6 +42,7 @@ from hf_clpeft.demo.handlers import Handlers
 from hf_clpeft.demo.models import Models
 from hf_clpeft.demo.pictures import VisitorError
 from hf_clpeft.demo.teaching import sort_pictures, teach
+from hf_clpeft.streams import PictureError
 
 
 EXAMPLES = sorted((bundled_folder(DIGITS_MODEL) / "examples").glob("*.png"))
@@ -52,6 +58,11 @@ def digits():
 def client(page):
     # Without TLS to speak, its client need not load certificates for every request.
     return Client(page, verbose=False, ssl_verify=False)
+
+
+@pytest.fixture(scope="module")
+def handlers():
+    return Handlers(Models(DIGITS_MODEL))
 
 
 @pytest.fixture
@@ -268,6 +279,115 @@ def test_no_request_makes_the_server_read_or_fetch_what_was_not_uploaded(page, p
         assert "event: error" in answer and "root:" not in answer
     with pytest.raises(urllib.error.HTTPError, match="403"):
         urllib.request.urlopen(f"{page}gradio_api/file=https://example.org/x.png", timeout=60)
+
+
+WRONG = [None, [], ["x"], [[[]]], {}, {"path": ["x"]}, 5, -1.5, float("nan"), True, "x" * 9999, "\ud800"]
+
+
+def requests_of(picture):
+    """A good request to each function."""
+    drawing = {"background": None, "layers": [], "composite": picture} if isinstance(picture, dict) else picture
+    return {
+        "predict": [picture, "nearest", ""],
+        "scan_drawing": [drawing],
+        "predict_files": [[picture], ""],
+        "look_inside": [2, picture, ""],
+        "teach": ["cat", None, ""],  # refused for want of pictures
+        "add_drawing": [drawing, [picture]],
+        "push": ["alice/x", "hf_wrong", ""],  # and of a model
+    }
+
+
+def with_wrong(values, arguments):
+    for i in range(len(arguments)):
+        yield from ([*arguments[:i], value, *arguments[i + 1 :]] for value in values)
+
+
+def test_values_of_any_json_type_are_refused_and_the_server_lives(page, ask):
+    upload = urllib.request.Request(
+        f"{page}gradio_api/upload",
+        b'--x\r\nContent-Disposition: form-data; name="files"; filename="7.png"\r\n\r\n%b\r\n--x--'
+        % SEVEN.read_bytes(),
+        {"Content-Type": "multipart/form-data; boundary=x"},
+    )
+    [path] = json.load(urllib.request.urlopen(upload, timeout=60))
+    for endpoint, good in requests_of({"path": path, "meta": {"_type": "gradio.FileData"}}).items():
+        for data in with_wrong(WRONG[1::3], good):
+            address, call = f"{page}gradio_api/call/{endpoint}", json.dumps({"data": data}).encode()
+            request = urllib.request.Request(address, call, {"Content-Type": "application/json"})
+            event = json.load(urllib.request.urlopen(request, timeout=60))["event_id"]
+            answer = urllib.request.urlopen(f"{address}/{event}", timeout=60).read().decode()
+            assert "event: error" in answer or "event: complete" in answer
+    with pytest.raises(AppError, match="expert must be of type"):
+        ask("/predict", SEVEN, ["task-000"], "")
+    assert ask("/predict", SEVEN, "nearest", "")[3]["label"] == "7"
+
+
+def test_functions_answer_or_refuse_values_of_any_type_in_words(handlers):
+    for name, good in requests_of(str(SEVEN)).items():
+        for arguments in with_wrong(WRONG, good):
+            try:
+                getattr(handlers, name)(*arguments)
+            except gr.Error as error:
+                assert str(error.message).endswith(".") and "\n" not in str(error.message)
+    assert handlers.predict(str(SEVEN))[3]["label"] == "7"
+
+
+def test_no_request_ends_the_batching_thread(digits):
+    batcher, image = Batcher(), Image.open(SEVEN)
+    for options in ({"expert": ["task-000"]}, {"expert": {}}, {"top_k": 0}, {"reject_rate": "0.1"}):
+        with pytest.raises(ConfigError, match="|".join(options)):
+            batcher.predict(digits, [image], **options)
+    with pytest.raises(PictureError, match="is of type NoneType"):
+        batcher.predict(digits, [None])
+    jobs = [(digits, [("expert", [])]), (digits, (("no_option", 1),)), None, 5]
+    pixels = digits.backbone.transform.resize([image])
+    waiting = [Future() for _ in jobs]
+    for job, future in zip(jobs, waiting, strict=True):  # what predict lets nobody ask
+        batcher._waiting.put((job, pixels, future))
+    for future in waiting:
+        with pytest.raises((TypeError, ValueError)):
+            future.result(timeout=60)
+    with pytest.raises(SystemExit):
+        batcher.run(lambda: sys.exit("no"))
+    assert batcher.predict(digits, [image])[0].label == "7"
+
+
+def test_tasks_of_one_title_have_a_bar_and_a_name_each(digits):
+    digits = copy.copy(digits)
+    digits.config = copy.deepcopy(digits.config)
+    first, second, third, fourth, _ = digits.config.tasks
+    first.domain = second.domain = "photos"
+    third.domain, fourth.domain = "photos (task-000)", views.PICTURE
+    names = views.titles(digits)
+    assert len(set(names.values()) | {views.PICTURE}) == 6 and "photos" in names["task-001"]
+    assert len(views.colours(digits)) == 6
+    (found,) = digits.predict(SEVEN, top_k=5)
+    assert [row[0] for row in views.distance_bars(found, digits)["data"]] == list(names.values())
+
+
+def test_many_pictures_are_not_in_memory_at_once(handlers, monkeypatch):
+    class Picture:
+        alive, most = 0, 0
+
+    def read_uploads(files):
+        for number in range(70):
+            image = Image.new("RGB", (8, 8))
+            Picture.alive += 1
+            Picture.most = max(Picture.most, Picture.alive)
+            weakref.finalize(image, lambda: setattr(Picture, "alive", Picture.alive - 1))
+            yield f"{number}.png", image
+            del image
+
+    monkeypatch.setattr("hf_clpeft.demo.handlers.read_uploads", read_uploads)
+    table, _ = handlers.predict_files(["all.zip"])
+    assert len(table) == 70 and Picture.most < 4 and table["answer"].notna().all()
+
+
+def test_pictures_to_teach_from_fit_into_memory():
+    big = Image.new("1", (20_000, 20_000))
+    with pytest.raises(VisitorError, match="more than 800 megapixels together"):
+        sort_pictures("cat", [(f"{number}.png", big) for number in range(3)], known=[])
 
 
 def test_concurrent_visitors_get_their_own_answers(page):

@@ -14,8 +14,9 @@ import PIL.Image
 import pytest
 import torch
 from datasets import Dataset, DatasetDict, Features, Image, Value
+from huggingface_hub import HfApi
 
-from hf_clpeft import HfClpeftError, TaskStream
+from hf_clpeft import HfClpeftError, StreamError, TaskStream
 from hf_clpeft.backbones.pictures import READER
 from hf_clpeft.demo.pictures import open_picture
 from hf_clpeft.streams import PictureError, cache_images, images, load_task, open_image
@@ -245,6 +246,37 @@ def test_training_predicting_and_the_demo_see_the_same_pixels(backbone):
 
 
 BROKEN = ("eXIf with a wrong sum", "a text with a wrong sum", "two photos, an index of garbage")  # not for Pillow
+
+
+@pytest.mark.parametrize("form", ["torch", "numpy", "arrow", "pandas"])
+def test_the_form_in_which_a_data_set_gives_its_rows_changes_no_pixel(backbone, patterns, form):
+    expected = backbone.transform.resize(patterns["train"]["image"][:3])
+    data = DatasetDict({side: rows.with_format(form) for side, rows in patterns.items()})
+    cached = cache_images(TaskStream.class_incremental(data, num_tasks=1)[0].train, backbone.transform)
+    assert np.array_equal(cached.__getitems__([0, 1, 2])["pixels"], expected)
+
+
+def test_a_transform_that_would_not_be_seen_is_refused(patterns):
+    data = DatasetDict({side: rows.with_transform(lambda batch: batch) for side, rows in patterns.items()})
+    with pytest.raises(StreamError, match="split 'train' has a transform"):
+        TaskStream.class_incremental(data, num_tasks=1)
+
+
+def test_folders_of_pictures_on_the_hub_are_streamed_through_the_same_reader(backbone, hub):
+    files = [DAMAGED["EXIF that is none"], FILES["LA"], FILES["16-bit PNG"], with_orientation("JPEG", 6)]
+    for number, data in enumerate(files):
+        path = Path("data", "train", "ab"[number % 2], f"{number}.png")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(data)
+    api = HfApi(token="hf_alice")
+    api.create_repo("alice/pictures", repo_type="dataset")
+    api.upload_folder(repo_id="alice/pictures", repo_type="dataset", folder_path="data")
+    options = {"num_tasks": 1, "test_split": "train", "streaming": True}
+    cached = cache_images(
+        TaskStream.class_incremental("alice/pictures", **options)[0].train, backbone.transform
+    ).__getitems__(range(4))
+    for pixels, number in zip(cached["pixels"].numpy(), (0, 2, 1, 3), strict=True):  # class by class
+        assert np.array_equal(pixels, backbone.transform.resize([files[number]])[0])
 
 
 def test_pixels_change_with_the_version_of_the_reader_alone():

@@ -71,7 +71,7 @@ def open_picture(file: str | Path | bytes, name: str | None = None) -> PIL.Image
         try:
             with open(file, "rb") as opened:
                 data = opened.read(LARGEST_FILE + 1)
-        except OSError as error:
+        except (OSError, ValueError) as error:  # a path may be a mere string
             raise VisitorError(f"{name} did not arrive; upload it once more.") from error
     if not data:
         raise VisitorError(f"{name} is empty; choose another file.")
@@ -152,7 +152,7 @@ def _is_archive(path: Path) -> bool:
     try:
         with open(path, "rb") as file:
             return file.read(4) in (b"PK\3\4", b"PK\5\6")  # a picture with an archive behind it is a picture
-    except OSError:  # which open_picture puts into words
+    except (OSError, ValueError):  # which open_picture puts into words
         return False
 
 

@@ -113,7 +113,14 @@ class ImageSource:
     def _narrow(self, dataset: Dataset | IterableDataset, rows: np.ndarray | None = None) -> Dataset | IterableDataset:
         """The columns that are needed, images encoded, rows numbered: one after the other unless it is told how."""
         columns = [self.image_column, self.label_column] + ([self.domain_column] if self.domain_column else [])
-        dataset = dataset.select_columns(list(dict.fromkeys(columns)))
+        if isinstance(dataset, Dataset) and dataset.format["type"] == "custom":
+            raise StreamError(
+                f"{self.title} has a transform, which would not be seen: apply it with `dataset.map`, or drop it with "
+                "`dataset.reset_format()`."
+            )
+        if isinstance(dataset, IterableDataset) and dataset.features:
+            dataset = dataset.decode(False)  # what comes from the Hub is decoded in threads, whatever it is cast to
+        dataset = dataset.select_columns(list(dict.fromkeys(columns))).with_format(None)
         dataset = dataset.cast_column(self.image_column, Image(decode=False))
         if self.streaming:
             return dataset.map(_number_row, with_indices=True, fn_kwargs={"rows": rows})
