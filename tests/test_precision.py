@@ -65,12 +65,13 @@ def test_a_model_answers_alike_in_every_precision_and_saves_the_same_files(name,
         found = [p.label for p in model.predict(pictures)]
         assert sum(a == b for a, b in zip(found, right, strict=True)) >= len(right) - 1, what
         assert {tensor.dtype for tensor in kept(model)} == {torch.float32}
-        model.unchanged_experts.clear()
-        model.save_pretrained(tmp_path / what)
-        assert json.loads(Path(tmp_path, what, "config.json").read_text())["files"] == files, what
-    for what, around in AROUND.items():
+        if what == "half":
+            model.unchanged_experts.clear()
+            model.save_pretrained(tmp_path)
+            assert json.loads(Path(tmp_path, "config.json").read_text())["files"] == files
+    for what in ("autocast to bfloat16", "default float64"):
         model = load()
-        with around():
+        with AROUND[what]():
             found = [[p.label for p in model.predict(pictures)], [p.label for p in load().predict(pictures, top_k=2)]]
         for labels in found:
             assert sum(a == b for a, b in zip(labels, right, strict=True)) >= len(right) - 1, what
