@@ -85,6 +85,14 @@ class ExpertLearner(TaskLearner):
         super().__init__(*args)
         self.peft_model, self.pool = peft_model, backbone.pool
 
+    def train(self, mode: bool = True) -> "ExpertLearner":
+        """Keeps the statistics of a ConvNet's batch norms, which are frozen like all of the backbone."""
+        super().train(mode)
+        for module in self.peft_model.modules():
+            if isinstance(module, torch.nn.modules.batchnorm._BatchNorm):
+                module.eval()
+        return self
+
     def _features(self, pixel_values: torch.Tensor, query: torch.Tensor | None) -> tuple[torch.Tensor, float]:
         pixel_values = pixel_values.to(self.peft_model.dtype)
         return self.pool(self.peft_model(pixel_values=pixel_values).last_hidden_state), 0.0

@@ -95,7 +95,7 @@ class StreamReport:
     test_forwards_per_image: float = 0.0
 
     def add_task(self, name: str, title: str, **costs: Any) -> None:
-        """Opens a row and a column of the accuracy matrix.
+        """Opens a row and a column of the accuracy matrix. Of routing, nothing is known until it is measured again.
 
         Args:
             name (`str`): Name of the task.
@@ -109,6 +109,7 @@ class StreamReport:
         self.accuracy_matrix.append([math.nan] * len(self.tasks))
         for cost in COSTS:
             getattr(self, cost).append(costs.get(cost, {} if cost == "seconds" else math.nan))
+        self.experts, self.routing_confusion, self.oracle_accuracy = [], [], []
 
     def take_up(self, tasks: list[TaskConfig]) -> None:
         """Opens rows for tasks that the model has learnt without a trainer, so that nothing was measured."""

@@ -17,7 +17,7 @@ from transformers import (
     ViTModel,
 )
 
-from hf_clpeft import BackboneError, ConfigError, ContinualModel, ExpertBank, l2l, load_backbone
+from hf_clpeft import BackboneError, ConfigError, ContinualModel, ExpertBank, l2l, load_backbone, s_lora
 from hf_clpeft.backbones import hash_weights
 from hf_clpeft.experts.expert import make_peft_config, make_peft_model
 
@@ -138,6 +138,20 @@ def test_a_convnet_gives_means_and_its_experts_those_of_peft(convnet):
             wanted = backbone.pool(alone(pixel_values=pixel_values).last_hidden_state)
             rows = [1, 2] if position == 0 else [0, 3]
             torch.testing.assert_close(mixed[rows], wanted[rows], atol=1e-5, rtol=1e-5)
+
+
+def test_training_leaves_the_statistics_of_a_convnet_as_they_are(convnet):
+    model = ContinualModel.from_backbone(convnet, s_lora(r=2))
+    before, pixel_values = hash_weights(model.backbone.model), torch.randn(4, 3, 32, 32)
+    learner = model.start_task("task-000", ["cat", "dog"]).train()
+    trained = learner.expert_parameters()
+    for parameter in trained:
+        parameter.data += 0.1 * torch.randn_like(parameter)
+    learner(pixel_values, torch.tensor([0, 1, 0, 1]))[0].backward()
+    features = learner.peft_model(pixel_values=pixel_values).last_hidden_state.mean(dim=(2, 3))
+    assert trained and hash_weights(model.backbone.model) == before
+    model.finish_task(learner, num_train_images=4)
+    torch.testing.assert_close(model.bank(pixel_values, torch.zeros(4, dtype=int)), features, atol=1e-5, rtol=1e-5)
 
 
 def test_a_prompt_has_no_place_in_a_convnet(convnet):

@@ -22,11 +22,10 @@ T = TypeVar("T")
 
 
 class Batcher:
-    """One thread that owns the backbone: whatever waits when it is free becomes one mixed-expert batch.
+    """One thread that runs the backbone: whatever waits when it is free becomes one mixed-expert batch.
 
-    Models that share a backbone must not run, nor be loaded, at the same time: experts visit it. So everything that
-    touches one goes through here. A visitor who is alone waits for nobody; while there are several, a batch waits a
-    moment for the rest of them, as a forward pass costs much the same for one image and for a few.
+    Threads may share a model, but a forward pass costs much the same for one image and for a few. A visitor who is
+    alone waits for nobody; while there are several, a batch waits a moment for the rest of them.
 
     Example:
 

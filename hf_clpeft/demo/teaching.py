@@ -153,7 +153,7 @@ def teach(
     why_not = refusal(old)
     if why_not is not None:
         raise ConfigError(why_not)
-    # With a backbone of its own: an expert in training sits inside it.
+    # With a backbone of its own, which training may take to another device.
     model = ContinualModel.from_pretrained(
         models.folder(key) or models.source,
         backbone=models.backbone,

@@ -347,5 +347,5 @@ class ExpertBank(torch.nn.Module):
         if thread not in (0, threading.get_ident()) and thread in (other.ident for other in threading.enumerate()):
             raise ExpertError(
                 f"Another thread is training {what} in this model, and {why}. Wait until it has finished the task, or "
-                "take a copy of the model that is loaded from its folder."
+                "use another model, loaded from the same folder."
             )

@@ -24,6 +24,7 @@ class _Running(threading.local):
 
 
 _running = _Running()
+hooking = threading.RLock()  # held by who changes or copies the hooks of a backbone
 
 
 @contextmanager
@@ -41,8 +42,9 @@ def hook(layer: torch.nn.Module, key: str) -> None:
 
     One hook serves all banks that share a backbone, and holds on to none of them.
     """
-    if not any(getattr(known, "func", None) is _ask for known in layer._forward_hooks.values()):
-        layer.register_forward_hook(partial(_ask, key))
+    with hooking:
+        if not any(getattr(known, "func", None) is _ask for known in layer._forward_hooks.values()):
+            layer.register_forward_hook(partial(_ask, key))
 
 
 def _ask(key: str, layer: torch.nn.Module, args: tuple, output: torch.Tensor) -> torch.Tensor | None:

@@ -4,6 +4,7 @@ import copy
 from typing import Any
 
 from ..backbones import Backbone
+from .calls import hooking
 
 
 def twin_of(backbone: Backbone) -> Backbone:
@@ -32,10 +33,11 @@ def twin_of(backbone: Backbone) -> Backbone:
     ```
     """
     shared: list[Any] = [*backbone.model.parameters(), backbone.model.config]
-    for module in backbone.model.modules():  # hooks of others are theirs
-        for name, hooks in vars(module).items():
-            shared += hooks.values() if name.endswith("_hooks") and isinstance(hooks, dict) else []
     twin = copy.copy(backbone)
     twin._modules = dict(backbone._modules)
-    twin.model = copy.deepcopy(backbone.model, {id(thing): thing for thing in shared})
+    with hooking:
+        for module in backbone.model.modules():  # hooks of others are theirs
+            for name, hooks in vars(module).items():
+                shared += hooks.values() if name.endswith("_hooks") and isinstance(hooks, dict) else []
+        twin.model = copy.deepcopy(backbone.model, {id(thing): thing for thing in shared})
     return twin

@@ -1,7 +1,5 @@
 """Experts of a model that has learnt the same tasks, taken over in place of training the same ones again."""
 
-import copy
-
 import torch
 
 from ..errors import ConfigError
@@ -24,8 +22,7 @@ class Donor:
 
     def __init__(self, source: str, model: ContinualModel):
         self.source, self.model = source, model
-        # On a backbone of its own: experts without a fused form sit inside it.
-        self.donor = ContinualModel.from_pretrained(source, backbone=copy.deepcopy(model.backbone))
+        self.donor = ContinualModel.from_pretrained(source, backbone=model.backbone)
         gives, takes = self.donor.config.method, model.config.method
         if gives.experts != "per_task" or takes.experts not in ("per_task", "first"):
             raise ConfigError(f"experts_from={source}: {takes.name} cannot take experts of {gives.name}.")

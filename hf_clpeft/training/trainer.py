@@ -29,7 +29,7 @@ from .arguments import ContinualTrainingArguments
 from .checkpoints import Checkpoints, Progress
 from .console import print_task, waiting
 from .costs import bytes_beside_experts, describe_environment, note_costs, timed
-from .evaluation import Evaluator
+from .evaluation import Evaluator, TaskEvaluation
 from .experts_from import Donor
 from .features import extract_queries
 from .output import check_free, check_no_state
@@ -421,13 +421,19 @@ class ContinualTrainer:
 
     def _evaluate(self, before: float | None) -> None:
         """Fills the last row of the accuracy matrix."""
-        report, model, count = self.report, self.model, len(self.model.config.tasks)
-        if before is not None and count > 1:
-            report.accuracy_matrix[-2][-1] = before
         results = {
             position: self.evaluator.evaluate(task.name, task.classes, position)
             for position, task in sorted(self._tests.items())
         }
+        with self.model.bank.turns.changing():  # no other thread saves half of it
+            self._note(results, before)
+        self.accelerator.log({f"eval/{name}": value for name, value in self.report.summary().items()}, step=self._step)
+
+    def _note(self, results: dict[int, TaskEvaluation], before: float | None) -> None:
+        """Puts what was measured into the report."""
+        report, model, count = self.report, self.model, len(self.model.config.tasks)
+        if before is not None and count > 1:
+            report.accuracy_matrix[-2][-1] = before
         for position, result in results.items():
             report.accuracy_matrix[-1][position] = result.accuracy
         if model.config.method.experts in ("per_task", "pool"):
@@ -441,7 +447,6 @@ class ContinualTrainer:
                 results[position].oracle_accuracy if position in results else math.nan for position in range(count)
             ]
         report.test_forwards_per_image = self.evaluator.forwards_per_image()
-        self.accelerator.log({f"eval/{name}": value for name, value in report.summary().items()}, step=self._step)
 
     def _save(self) -> None:
         if self.accelerator.is_main_process:
