@@ -160,7 +160,8 @@ def as_saved(folder: str | Path) -> Path:
     removed, names = change
     copy = Path(mkdtemp(prefix="hf-clpeft-"))
     atexit.register(shutil.rmtree, copy, ignore_errors=True)
-    kept = {name for name in _names_in(folder) if not any(f"{name}/".startswith(f"{gone}/") for gone in removed)}
+    ours = {name for name in _names_in(folder) if Path(name).suffix in {".json", ".safetensors", *PICKLES}}
+    kept = {name for name in ours if not any(f"{name}/".startswith(f"{gone}/") for gone in removed)}
     for name in kept | set(names):
         (copy / name).parent.mkdir(parents=True, exist_ok=True)
         new = folder / READY / name
@@ -237,9 +238,11 @@ def check_names(names: list[str], config: ContinualConfig, where: str | Path) ->
 
 
 def _names_in(folder: Path) -> list[str]:
-    """Files of a folder that may belong to a model: those in it, and those of experts."""
-    paths = [*folder.glob("*"), *folder.glob(f"{EXPERTS_FOLDER}/**/*")]
-    return [path.relative_to(folder).as_posix() for path in paths if path.is_file()]
+    """What may belong to a model in a folder: its files, and all that is beside and in its experts."""
+    paths = [path for path in folder.glob("*") if path.is_file()]
+    for path in folder.glob(f"{EXPERTS_FOLDER}/*"):
+        paths += path.iterdir() if path.is_dir() else [path]
+    return [path.relative_to(folder).as_posix() for path in paths]
 
 
 def _experts_in(there: ContinualConfig | None) -> set[str]:
