@@ -14,6 +14,7 @@ import stat
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError
@@ -24,6 +25,7 @@ from .errors import ConfigError
 
 STAGING, READY, LOCK = ".saving", ".saved", ".lock"
 REMOVED = ".removed.json"
+DEEPEST = 8  # folders in each other
 
 
 @contextmanager
@@ -185,8 +187,15 @@ def pending(folder: str | Path) -> tuple[list[str], list[str]] | None:
 
     ```
     """
-    folder = Path(folder)
-    return _read_change(folder, folder / READY) if os.path.lexists(folder / READY) else None
+    folder, ready = Path(folder), Path(folder, READY)
+    if not os.path.lexists(ready):
+        return None
+    try:
+        return _read_change(folder, ready)
+    except ConfigError as error:
+        raise ConfigError(
+            f"{ready} cannot be used and nothing was touched: {error} If you do not know what it is, delete it."
+        ) from error
 
 
 def settle(folder: str | Path) -> None:
@@ -216,27 +225,24 @@ def hash_file(path: str | Path) -> str:
 
 
 def _read_change(folder: Path, change: Path) -> tuple[list[str], list[str]]:
-    """Names to remove and names to put in place, once each is known to stay inside the folder."""
-    try:
-        if not _is_folder(change):
-            raise ConfigError(f"{change.name} is no folder.")
-        names, removed = [], []
-        for name in _walk(change):
-            if name == REMOVED:
-                values = read_json(change / REMOVED).get("removed")
-                if not isinstance(values, list) or not all(isinstance(value, str) for value in values):
-                    raise ConfigError(f"{REMOVED} holds no list of paths.")
-                removed = values
-            else:
-                names.append(check_path(name))
-        for name in [*removed, *names]:
-            parent, _, _ = check_path(name).rpartition("/")
-            if parent:
-                inside(folder, parent)
-    except ConfigError as error:
-        raise ConfigError(
-            f"{change} cannot be used and nothing was touched: {error} If you do not know what it is, delete it."
-        ) from error
+    """Names to remove and names to put in place, once each is known to stay inside the folder and find its place."""
+    if not _is_folder(change):
+        raise ConfigError(f"{change.name} is no folder.")
+    names = list(_walk(change))
+    removed: Any = []
+    if REMOVED in names:
+        names.remove(REMOVED)
+        removed = read_json(change / REMOVED).get("removed")
+        if not isinstance(removed, list) or not all(isinstance(path, str) for path in removed):
+            raise ConfigError(f"{REMOVED} holds no list of paths.")
+    for name in [*removed, *names]:
+        parents = [parent.as_posix() for parent in Path(check_path(name)).parents][:-1]
+        for parent in parents:
+            if inside(folder, parent).exists() and not (folder / parent).is_dir():
+                raise ConfigError(f"{folder / parent} is a file where a folder is needed.")
+    for name in names:
+        if _is_folder(folder / name):
+            raise ConfigError(f"{folder / name} is a folder where a file is to be written.")
     return removed, names
 
 
@@ -244,12 +250,12 @@ def _walk(folder: Path, prefix: str = "") -> Iterator[str]:
     """Paths of the files below a folder, in order. There must be nothing but files and folders."""
     for path in sorted(folder.iterdir()):
         mode = path.lstat().st_mode
-        if stat.S_ISDIR(mode):
+        if stat.S_ISDIR(mode) and prefix.count("/") < DEEPEST:
             yield from _walk(path, f"{prefix}{path.name}/")
         elif stat.S_ISREG(mode):
             yield prefix + path.name
         else:
-            raise ConfigError(f"{prefix}{path.name} is neither a file nor a folder.")
+            raise ConfigError(f"{prefix}{path.name} is neither a file nor a folder near the top.")
 
 
 def _is_folder(path: Path) -> bool:

@@ -3,6 +3,7 @@
 import atexit
 import shutil
 from collections.abc import Callable
+from copy import copy
 from dataclasses import replace
 from pathlib import Path
 from tempfile import mkdtemp
@@ -79,7 +80,7 @@ def save_model(model: "ContinualModel", folder: str | Path, overwrite: bool = Fa
         files |= {name: hash_file(staging / name) for name in (ROUTER_NAME, HEADS_NAME, PROCESSOR_NAME)}
         config = replace(
             model.config,
-            tasks=[replace(task) for task in model.config.tasks],
+            tasks=[*model.config.tasks[:-1], *map(copy, model.config.tasks[-1:])],  # of which the last is sealed
             files=files,
             versions=library_versions(),
         )
@@ -96,13 +97,14 @@ def save_model(model: "ContinualModel", folder: str | Path, overwrite: bool = Fa
 
 
 def check_same_model(
-    folder: str | Path, config: ContinualConfig, ways_out: str = SAVE_ELSEWHERE, overwrite: bool = False
+    folder: str | Path, config: ContinualConfig | None, ways_out: str = SAVE_ELSEWHERE, overwrite: bool = False
 ) -> ContinualConfig | None:
     """Looks whether a model may be saved into a folder: it is empty, or holds an earlier state of that model.
 
     Args:
         folder (`str` or `Path`): Only looked at.
-        config ([`ContinualConfig`]): The model's configuration; of one that is to learn yet, as it is before.
+        config ([`ContinualConfig`], *optional*): The model's; as it is before, if it is to learn yet. `None` for one
+            that has yet to be made.
         ways_out (`str`, *optional*): What the error advises.
         overwrite (`bool`, *optional*, defaults to `False`): Let another model be there.
 
@@ -120,11 +122,14 @@ def check_same_model(
     except ConfigError as error:
         what = f"one that cannot be read ({error})"
     if there is not None and there.tasks:
-        what = difference(config, there)
+        learnt = f"one that has learnt {', '.join(task.name for task in there.tasks[:3])}"
+        what = learnt if config is None else difference(config, there)
     if what is not None and not overwrite:
         raise ConfigError(f"{folder} holds another model, which would be lost: {what}. {ways_out}")
     known = there.files if there is not None else {}
-    check_names([name for name in _names_in(saved) if name not in known], config, folder)
+    vouching = config or there
+    if vouching is not None:
+        check_names([name for name in _names_in(saved) if name not in known], vouching, folder)
     return there
 
 
@@ -159,14 +164,15 @@ def as_saved(folder: str | Path) -> Path:
     if change is None:
         return folder
     removed, names = change
-    copy = Path(mkdtemp(prefix="hf-clpeft-"))
-    atexit.register(shutil.rmtree, copy, ignore_errors=True)
-    kept = {name for name in _names_in(folder) if not any(f"{name}/".startswith(f"{gone}/") for gone in removed)}
+    place = Path(mkdtemp(prefix="hf-clpeft-"))
+    atexit.register(shutil.rmtree, place, ignore_errors=True)
+    ours = {name for name in _names_in(folder) if Path(name).suffix in {".json", ".safetensors", *PICKLES}}
+    kept = {name for name in ours if not any(f"{name}/".startswith(f"{gone}/") for gone in removed)}
     for name in kept | set(names):
-        (copy / name).parent.mkdir(parents=True, exist_ok=True)
+        (place / name).parent.mkdir(parents=True, exist_ok=True)
         new = folder / READY / name
-        shutil.copyfile(new if name in names and new.is_file() else folder / name, copy / name)
-    return copy
+        shutil.copyfile(new if name in names and new.is_file() else folder / name, place / name)
+    return place
 
 
 def load_into(model: "ContinualModel", folder: str | Path) -> None:
@@ -238,9 +244,11 @@ def check_names(names: list[str], config: ContinualConfig, where: str | Path) ->
 
 
 def _names_in(folder: Path) -> list[str]:
-    """Files of a folder that may belong to a model: those in it, and those of experts."""
-    paths = [*folder.glob("*"), *folder.glob(f"{EXPERTS_FOLDER}/**/*")]
-    return [path.relative_to(folder).as_posix() for path in paths if path.is_file()]
+    """What may belong to a model in a folder: its files, and all that is beside and in its experts."""
+    paths = [path for path in folder.glob("*") if path.is_file()]
+    for path in folder.glob(f"{EXPERTS_FOLDER}/*"):
+        paths += path.iterdir() if path.is_dir() else [path]
+    return [path.relative_to(folder).as_posix() for path in paths]
 
 
 def _experts_in(there: ContinualConfig | None) -> set[str]:

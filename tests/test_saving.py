@@ -134,7 +134,10 @@ def test_what_is_no_model_of_ours_is_not_replaced(make):
     Path("data", "features.npz").write_bytes(b"")
     with pytest.raises(ConfigError, match="data holds features.npz, which can run code"):
         model.save_pretrained("data")
-    assert check_same_model("nowhere", model.config) is None
+    assert check_same_model("nowhere", model.config) is check_same_model("nowhere", None) is None
+    model.save_pretrained("ours")
+    with pytest.raises(ConfigError, match="ours holds another model, .*: one that has learnt task-000, task-001. Go"):
+        check_same_model("ours", None, "Go away.")
 
 
 def test_the_same_is_true_of_the_trainer(tmp_path):

@@ -112,6 +112,12 @@ ATTACKS = {
     "a change that is a link": lambda folder, home: (folder / ".saved").symlink_to(home),
     "a change that is a file": lambda folder, home: (folder / ".saved").write_text("boo"),
     "a pipe that nobody fills": lambda folder, home: (change_with(folder), os.mkfifo(folder / ".saved" / "pipe")),
+    "a file in the place of a folder": lambda folder, home: (
+        (folder / "experts2").write_text("boo"),
+        change_with(folder, experts2__key="mine"),
+    ),
+    "a folder in the place of a file": lambda folder, home: change_with(folder, experts="mine"),
+    "a folder without end": lambda folder, home: os.makedirs(folder / ".saved" / "/".join("a" * 100)),
     "a name of control characters": lambda folder, home: change_with(folder, **{"\x1b[2J": "boo"}),
 }
 READERS = {
@@ -141,6 +147,12 @@ def test_a_forged_change_reaches_nothing(folder, home, model, what):
         with pytest.raises(ConfigError, match=r"\.saved cannot be used and nothing was touched: .* delete it"):
             access(folder, model)
     assert tree(folder, home) == before
+
+
+def test_folders_in_each_other_are_no_experts(folder, model):
+    os.makedirs(folder / "experts" / "/".join("a" * 500))
+    with pytest.raises(ConfigError, match="holds experts/a/a, which its config.json does not know"):
+        ContinualModel.from_pretrained(folder, backbone=model.backbone)
 
 
 def interrupt(monkeypatch, act):
@@ -251,9 +263,7 @@ DTYPES = "float16 bfloat16 float64 float8_e4m3fn complex64 bool uint8 int8 int32
     "name, key",
     [
         ("heads.safetensors", "task-001.weight"),
-        ("heads.safetensors", "task-001.bias"),
         ("router.safetensors", "prototypes"),
-        ("router.safetensors", "thresholds"),
         ("experts/task-001/adapter_model.safetensors", ""),
     ],
 )
@@ -269,7 +279,7 @@ def test_tensors_of_another_dtype_are_refused(folder, model, name, key, dtype):
         ContinualModel.from_pretrained(folder, backbone=model.backbone)
 
 
-@pytest.mark.parametrize("number", [-1, 5, 2**40, 10**18, -(2**63)])
+@pytest.mark.parametrize("number", [-1, 5, 10**18, -(2**63)])
 @pytest.mark.parametrize(
     "bundled, name, key",
     [
@@ -279,13 +289,9 @@ def test_tensors_of_another_dtype_are_refused(folder, model, name, key, dtype):
         ("s-lora-mix", "router.safetensors", "owners"),
     ],
 )
-@pytest.mark.parametrize("dtype", ["int64", "int32", "float32"])
-def test_numbers_that_count_nothing_are_refused(tmp_path, backbone, bundled, name, key, number, dtype):
-    if dtype == "int32" and abs(number) > 2**31:
-        pytest.skip("does not fit")
+def test_numbers_that_count_nothing_are_refused(tmp_path, backbone, bundled, name, key, number):
     folder = shutil.copytree(bundled_folder(f"hf-clpeft/{bundled}-digits"), tmp_path / "clone")
     tensors = load_file(folder / name)
-    tensors[key] = tensors[key].to(getattr(torch, dtype))
     tensors[key][0] = number
     save_file(tensors, folder / name)
     vouch(folder)
