@@ -105,7 +105,10 @@ def test_a_checkpoint_of_another_run_is_not_gone_on_with(stream, tmp_path):
     with pytest.raises(RuntimeError):
         begin(s_lora(k=2), tmp_path / "run", 5).learn_stream(stream)
     shutil.copytree(tmp_path / "run", tmp_path / "fresh")
-    for folder, options in (("run", {"learning_rate": 1e-3}), ("fresh", {"resume_from_checkpoint": None})):
+    for folder, options in (
+        ("run", {"learning_rate": 1e-3}),
+        ("fresh", {"resume_from_checkpoint": None, "overwrite_output_dir": True}),
+    ):
         steps = []
         trainer = make_trainer(s_lora(k=2), tmp_path / folder, **{**OPTIONS, **options})
         trainer.on_step = lambda done, total, steps=steps: steps.append(done)
@@ -136,7 +139,7 @@ def test_a_signal_ends_a_recipe_with_the_command_that_goes_on(tmp_path):
         assert process.poll() is None, process.stderr.read()
     process.send_signal(signal.SIGTERM)
     output, errors = process.communicate(timeout=60)
-    assert process.returncode == 0, errors[-2000:]
+    assert process.returncode == 128 + signal.SIGTERM, errors[-2000:]
     assert output.strip().endswith("--resume_from_checkpoint auto") and "s_lora.py" in output
 
 
@@ -162,8 +165,24 @@ def test_every_epoch_has_each_image_once_and_an_order_of_its_own():
         orders.append([index for batch in batches for index in batch])
         assert sorted(orders[-1]) == list(range(11))
     assert orders[0] != orders[1] != orders[2]
-    filled = list(EpochBatches(num_images=3, batch_size=8, seed=0, fill=True))
-    assert len(filled) == 1 and filled[0] == (filled[0][:3] * 3)[:8]
+
+
+@pytest.mark.parametrize("num_images, num_processes", [(11, 2), (65, 2), (17, 3), (3, 2), (1, 4), (16, 4)])
+def test_processes_share_each_batch_row_by_row_and_fill_up_with_what_counts_for_nothing(num_images, num_processes):
+    alone = list(EpochBatches(num_images, batch_size=16, seed=0))
+    of_each = [EpochBatches(num_images, 16, 0, rank, num_processes) for rank in range(num_processes)]
+    for number, rows in enumerate(alone):
+        parts = [list(batches)[number] for batches in of_each]
+        shares = [batches.share(number) for batches in of_each]
+        assert len({len(part) for part in parts}) == 1 and parts[0]
+        assert sum((part[: share.size] for part, share in zip(parts, shares, strict=True)), []) == rows
+        views = torch.arange(len(rows))
+        for part, share in zip(parts, shares, strict=True):
+            weights = share.weights(len(part), num_processes)
+            assert weights.count_nonzero() == share.size and share.total == len(rows)
+            assert [rows[view] for view in share.own(views, len(part))][: share.size] == part[: share.size]
+        total = sum(share.weights(len(parts[0]), num_processes).sum() for share in shares) / num_processes
+        assert total == pytest.approx(1)
 
 
 def test_a_loss_that_is_not_finite_ends_the_task_and_leaves_the_model_as_it_was(stream, tmp_path):
@@ -180,7 +199,7 @@ def test_a_loss_that_is_not_finite_ends_the_task_and_leaves_the_model_as_it_was(
 
 def test_two_runs_in_one_folder_are_refused(stream, tmp_path):
     trainer = make_trainer(s_lora(k=2), tmp_path, **OPTIONS)
-    other = make_trainer(s_lora(k=2), tmp_path)
+    other = make_trainer(s_lora(k=2), tmp_path, overwrite_output_dir=True)
     refused = []
 
     def meanwhile(done, total):
