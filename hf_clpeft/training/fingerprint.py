@@ -66,13 +66,17 @@ def note_pictures(environment: dict, task: str, trained_on: dict, test: TaskImag
     environment["pictures"][task] = {"train": trained_on["data"], "test": tested_on}
 
 
-def check_pictures(environment: dict, task: str, test: TaskImages) -> None:
-    """Tells where a task is tested again on other images than a report's `environment` says."""
+def same_pictures(environment: dict, task: str, test: TaskImages) -> bool:
+    """Whether a task is tested again on the images that a report's `environment` says; notes those that it is."""
     noted = environment["pictures"].get(task)
-    before = noted.get("test") if isinstance(noted, dict) else None
-    if before not in (None, fingerprint(test)):
-        logger.warning(
-            "%s was tested on other images before: its accuracies then and from now on do not compare, and what "
-            "it has learnt of the images that were there stays.",
-            task,
-        )
+    if not isinstance(noted, dict):
+        return True
+    before, noted["test"] = noted.get("test"), fingerprint(test)
+    if before in (None, noted["test"]):
+        return True
+    logger.warning(
+        "%s was tested on other images before: its accuracies then and from now on do not compare, and what it has "
+        "learnt of the images that were there stays.",
+        task,
+    )
+    return False

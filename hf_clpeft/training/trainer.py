@@ -35,7 +35,7 @@ from .costs import bytes_beside_experts, describe_environment, note_costs, timed
 from .evaluation import Evaluator
 from .experts_from import Donor
 from .features import extract_queries
-from .fingerprint import check_pictures, describe, note_pictures
+from .fingerprint import describe, note_pictures, same_pictures
 from .output import check_output
 from .parallel import LocalAccelerator, ParallelExperts, check_independent
 from .probe import fit_probe
@@ -247,9 +247,8 @@ class ContinualTrainer:
         if task.test is not None:
             test = self._images(task.test)
             self._tests[position] = task
-            if self.accelerator.is_main_process:
-                check_pictures(self.report.environment, task.name, test)
-            self.evaluator.add(task.name, test, position if position in self._measured else None)
+            same = same_pictures(self.report.environment, task.name, test)
+            self.evaluator.add(task.name, test, position if same and position in self._measured else None)
 
     def _train_in_parallel(self, stream: TaskStream) -> None:
         """Trains the experts of all tasks to come, every process its own ones; they are taken up in order later."""
