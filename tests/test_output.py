@@ -1,5 +1,6 @@
 """A model is not overwritten by another one unless that is asked for."""
 
+import dataclasses
 import shutil
 from pathlib import Path
 
@@ -8,7 +9,6 @@ from conftest import make_trainer, outcome, pattern_dataset
 from s_lora import SLoraArguments
 
 from hf_clpeft import ConfigError, ContinualModel, ContinualTrainer, TaskStream, l2l, ncm, s_lora, sequential_lora
-from hf_clpeft.lineage import grown_from
 from hf_clpeft.training.options import StreamArguments
 from hf_clpeft.training.output import check_output
 from hf_clpeft.training.recipe import run_recipe
@@ -43,7 +43,7 @@ def test_a_new_model_never_takes_the_place_of_another_in_silence(name, finished,
     with pytest.raises(ConfigError) as refused:
         make_trainer(METHODS[name], folder, num_train_epochs=1, seed=7).learn(stream[0])
     for word in (
-        "out holds another model, which has learnt 2 tasks",
+        "out holds another model",
         "--resume_from_checkpoint",
         "--overwrite_output",
     ):
@@ -67,12 +67,11 @@ def test_a_model_goes_on_where_it_is_and_nowhere_else(name, finished, stream):
     ContinualTrainer(model, args).learn(stream[2])
     assert len(ContinualModel.from_pretrained(folder).config.tasks) == 3
     old = ContinualModel.from_pretrained(finished / name)
-    with pytest.raises(ConfigError, match="out holds another model, which has learnt 3 tasks"):
+    with pytest.raises(ConfigError, match="out holds another model"):
         ContinualTrainer(old, args).learn(stream[2])
     if name == "s_lora":
         model.remove("task-000")
-        assert not grown_from(old.config, model.config) and grown_from(model.config, old.config)
-        model.save_pretrained("out")
+        ContinualTrainer(model, args).learn(dataclasses.replace(stream[0], name="again"))
 
 
 @pytest.mark.parametrize("name, content", [("config.json", '{"model_type": "vit"}'), ("README.md", "mine")])

@@ -103,12 +103,13 @@ def draw_views(batch: int, augmentation: str, device: torch.device) -> torch.Ten
     """
     if augmentation == "none":
         return None
+    kind: Any = {"dtype": torch.float32, "device": device}
     flip = 1 - 2 * torch.randint(0, 2, (batch,), device=device)
-    side = torch.ones(batch, device=device)
+    side = torch.ones(batch, **kind)
     if augmentation == "crop_flip":
-        side = torch.empty(batch, device=device).uniform_(0.5, 1).sqrt()
-    shift = (1 - side).unsqueeze(1) * torch.empty(batch, 2, device=device).uniform_(-1, 1)
-    theta = torch.zeros(batch, 2, 3, device=device)
+        side = torch.empty(batch, **kind).uniform_(0.5, 1).sqrt()
+    shift = (1 - side).unsqueeze(1) * torch.empty(batch, 2, **kind).uniform_(-1, 1)
+    theta = torch.zeros(batch, 2, 3, **kind)
     theta[:, 0, 0], theta[:, 1, 1], theta[:, :, 2] = side * flip, side, shift
     return theta
 

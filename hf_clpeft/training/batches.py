@@ -31,7 +31,7 @@ class Share(NamedTuple):
 
     def weights(self, length: int, num_processes: int) -> torch.Tensor:
         """What each of `length` rows counts for, so that the mean over processes is the mean over the whole batch."""
-        weights = torch.zeros(length)
+        weights = torch.zeros(length, dtype=torch.float32)
         weights[: self.size] = num_processes / self.total
         return weights
 

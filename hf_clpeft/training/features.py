@@ -59,7 +59,7 @@ def extract(
         # The first image of a batch may come again, to even out the last one; writing by position keeps it once.
         found, index = accelerator.gather((found.float(), batch["index"]))
         if features is None:
-            features = torch.full((len(rows), found.shape[1]), torch.nan)
+            features = torch.full((len(rows), found.shape[1]), torch.nan, dtype=torch.float32)
         features[position[index.cpu()]] = found.cpu()
     assert features is not None
     if features.isnan().any():
