@@ -60,7 +60,9 @@ FREE = {
 class ContinualTrainingArguments:
     """How to train each task. Field names are those of `transformers.TrainingArguments` where it has them.
 
-    Batch sizes are totals: N processes share a batch, so that a run does not depend on how many there are.
+    Batch sizes are totals: N processes share every batch row by row, so that a run does not depend on how many there
+    are, but for the order in which floats are added up: in tests, the weights of experts differed by 2e-5 at most, and
+    no accuracy. Dropout in an adapter is drawn by each process for itself.
 
     Raises:
         [`ConfigError`]: A value is out of range.
