@@ -46,6 +46,7 @@ def refused(argv, capsys, arguments=SLoraArguments, method=s_lora):
         (["--learnig_rate", "0.1"], "There is no option --learnig_rate; did you mean --learning_rate?"),
         (["--learnig-rate=0.1"], "did you mean --learning_rate?"),
         (["--learning", "0.1"], "There is no option --learning; did you mean --learning_rate?"),
+        (["--bench", "digits"], "There is no option --bench; did you mean --benchmark?"),
         (["--zzz"], "There is no option --zzz."),
         (["digits"], "'digits' belongs to no option"),
         (["--r", "-3"], "r=-3 must be a whole number between 1"),
