@@ -36,7 +36,11 @@ class TaskLearner(torch.nn.Module, ABC):
         return [parameter for parameter in self.parameters() if parameter.requires_grad and parameter not in head]
 
     def forward(
-        self, pixel_values: torch.Tensor, labels: torch.Tensor, query: torch.Tensor | None = None
+        self,
+        pixel_values: torch.Tensor,
+        labels: torch.Tensor,
+        query: torch.Tensor | None = None,
+        weight: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Loss over the rows that are trained, which masks the classes that are not.
 
@@ -45,19 +49,22 @@ class TaskLearner(torch.nn.Module, ABC):
             labels (integer `torch.Tensor` of shape `(batch,)`): Positions in the task's classes.
             query (`torch.Tensor` of shape `(batch, hidden_size)`, *optional*): Query features, if experts come from a
                 pool.
+            weight (`torch.Tensor` of shape `(batch,)`, *optional*): What each image counts for; default: one share of
+                the mean.
 
         Returns:
             The loss, and the logits of shape `(batch, len(classes))`.
         """
         features, penalty = self._features(pixel_values, query)
         logits = self.head(features.to(self.head.weight.dtype))
-        return torch.nn.functional.cross_entropy(logits.float(), self.targets[labels]) + penalty, logits
+        losses = torch.nn.functional.cross_entropy(logits.float(), self.targets[labels], reduction="none") + penalty
+        return (losses.mean() if weight is None else losses @ weight), logits
 
     @abstractmethod
     def _features(
         self, pixel_values: torch.Tensor, query: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor | float]:
-        """What the head classifies, of shape `(batch, hidden_size)`, and what is added to the loss."""
+        """What the head classifies, of shape `(batch, hidden_size)`, and what is added to each image's loss."""
 
 
 class FrozenLearner(TaskLearner):
@@ -127,7 +134,7 @@ class PoolLearner(TaskLearner):
         assert query is not None
         routing = self.router(query)
         features = self.bank(pixel_values, routing.selection, self.readout)
-        return features, self.pull * routing.selection.shape[1] * routing.distance.mean()
+        return features, self.pull * routing.selection.shape[1] * routing.distance
 
 
 def rows_to_train(classes: Sequence[str], known: Sequence[str], mask: bool) -> tuple[list[int], torch.Tensor]:

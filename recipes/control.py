@@ -1,7 +1,7 @@
 """What to compare with: closed forms on frozen features, and one adapter trained in turn or on everything at once.
 
-accelerate launch recipes/control.py --method slda                      # ViT-B/16, Split CIFAR-100
-accelerate launch recipes/control.py --method ncm --benchmark digits    # offline, on what comes with the package
+accelerate launch --quiet recipes/control.py --method slda                    # ViT-B/16, Split CIFAR-100
+accelerate launch --quiet recipes/control.py --method ncm --benchmark digits  # offline, on what comes with the package
 """
 
 from dataclasses import dataclass, field

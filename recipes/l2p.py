@@ -1,7 +1,7 @@
 """L2P: a pool of prompts; every image selects those with the nearest keys (arXiv 2112.08654).
 
-accelerate launch recipes/l2p.py                      # ViT-B/16, Split CIFAR-100
-accelerate launch recipes/l2p.py --benchmark digits   # offline, on what comes with the package
+accelerate launch --quiet recipes/l2p.py                      # ViT-B/16, Split CIFAR-100
+accelerate launch --quiet recipes/l2p.py --benchmark digits   # offline, on what comes with the package
 """
 
 from dataclasses import dataclass, field

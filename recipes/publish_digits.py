@@ -14,6 +14,7 @@ from typing import Annotated
 import typer
 
 from hf_clpeft.checks import read_json
+from hf_clpeft.cli.run import run_program
 from hf_clpeft.config import ContinualConfig
 from hf_clpeft.hub.card import CARD_NAME, make_card
 from hf_clpeft.report import METRICS_NAME, StreamReport
@@ -43,4 +44,4 @@ def main(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run_program(main)

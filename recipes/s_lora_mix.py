@@ -1,7 +1,7 @@
 """S-LoRA-Mix: one LoRA adapter per task; a Gaussian router, and the likeliest experts judge every image together.
 
-accelerate launch recipes/s_lora_mix.py                      # ViT-B/16, Split CIFAR-100
-accelerate launch recipes/s_lora_mix.py --benchmark digits   # offline, on what comes with the package
+accelerate launch --quiet recipes/s_lora_mix.py                      # ViT-B/16, Split CIFAR-100
+accelerate launch --quiet recipes/s_lora_mix.py --benchmark digits   # offline, on what comes with the package
 """
 
 from dataclasses import dataclass, field

@@ -1,7 +1,7 @@
 """S-LoRA++: S-LoRA whose query features are taken with the first task's adapter (arXiv 2406.03216).
 
-accelerate launch recipes/s_lora_pp.py                      # ViT-B/16, Split CIFAR-100
-accelerate launch recipes/s_lora_pp.py --benchmark digits   # offline, on what comes with the package
+accelerate launch --quiet recipes/s_lora_pp.py                      # ViT-B/16, Split CIFAR-100
+accelerate launch --quiet recipes/s_lora_pp.py --benchmark digits   # offline, on what comes with the package
 """
 
 from dataclasses import dataclass, field

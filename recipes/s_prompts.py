@@ -1,7 +1,7 @@
 """S-Prompts: one prompt per task, chosen by the nearest k-means prototype (arXiv 2207.12819).
 
-accelerate launch recipes/s_prompts.py                      # ViT-B/16, Split CIFAR-100
-accelerate launch recipes/s_prompts.py --benchmark digits   # offline, on what comes with the package
+accelerate launch --quiet recipes/s_prompts.py                      # ViT-B/16, Split CIFAR-100
+accelerate launch --quiet recipes/s_prompts.py --benchmark digits   # offline, on what comes with the package
 """
 
 from dataclasses import dataclass, field

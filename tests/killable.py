@@ -1,14 +1,16 @@
 """A run that a test starts in a process of its own, kills, and starts again."""
 
+import hashlib
 import os
 from pathlib import Path
 
 import torch
 
-from hf_clpeft import ContinualTrainingArguments, l2l, load_benchmark, s_lora
+from hf_clpeft import ContinualTrainingArguments, TaskStream, l2l, load_benchmark, s_lora
 from hf_clpeft.training.options import BackboneArguments
 from hf_clpeft.training.processes import TrainingError
 from hf_clpeft.training.recipe import learn
+from hf_clpeft.training.steps import StepLoop
 
 
 METHODS = {"s_lora": s_lora(k=5), "l2l": l2l(pool_size=4, top_n=2)}
@@ -25,6 +27,35 @@ def run_together(rank: int, num_processes: int, port: int, *args, **options) -> 
     except TrainingError as error:
         Path(f"error-{rank}").write_text(str(error))
         raise
+
+
+def run_noted(rank: int, num_processes: int, port: int, num_images: int, method: str, folder: str, **options) -> None:
+    """Learns two tasks of `num_images` each, and notes every row that is trained on: its pixels, label and view."""
+    from conftest import pattern_dataset
+
+    rows, complete = [], StepLoop._complete
+
+    def noted(loop, batch, share):
+        complete(loop, batch, share)
+        for i in range(share.size):
+            parts = [batch["pixels"][i], batch["label"][i], batch["view"][i]]
+            rows.append(hashlib.sha256(b"".join(part.numpy().tobytes() for part in parts)).hexdigest())
+        rows.append("")
+
+    StepLoop._complete = noted
+    if num_processes > 1:
+        place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": num_processes, "LOCAL_WORLD_SIZE": num_processes}
+        place |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        os.environ.update({name: str(value) for name, value in place.items()})
+    torch.set_num_threads(1)
+    data = pattern_dataset(per_class=33)
+    kept = [*range(-(-num_images // 2)), *range(33, 33 + num_images // 2)]  # rows of the first two classes
+    data["train"] = data["train"].select([*kept, *(66 + row for row in kept)])
+    defaults = {"num_train_epochs": 2, "train_batch_size": 16, "disable_tqdm": True, "augmentation": "crop_flip"}
+    args = ContinualTrainingArguments(output_dir=folder, **{**defaults, **options})
+    stream = TaskStream.class_incremental(data, num_tasks=2)
+    learn(stream, BackboneArguments(backbone="hf-clpeft/vit-tiny-glyphs"), args, METHODS[method])
+    Path(folder, f"rows-{rank}").write_text("\n".join(rows))
 
 
 def run(method: str, folder: str, repo_id: str | None = None, **options) -> None:

@@ -1,8 +1,10 @@
 """Inside a task, too, a run goes on as if nothing had happened."""
 
+import dataclasses
 import json
 import logging
 import random
+import re
 import shutil
 from pathlib import Path
 
@@ -10,6 +12,8 @@ import numpy as np
 import pytest
 import torch
 from conftest import BACKBONE, make_trainer, outcome, pattern_dataset
+from datasets import ClassLabel, Dataset, DatasetDict, Features, Image as ImageColumn
+from PIL import Image
 
 from hf_clpeft import ConfigError, ContinualModel, ContinualTrainer, TaskStream, l2l, s_lora, s_prompts
 from hf_clpeft.training.batches import EpochBatches
@@ -105,12 +109,124 @@ def test_a_checkpoint_of_another_run_is_not_gone_on_with(stream, tmp_path):
     with pytest.raises(RuntimeError):
         begin(s_lora(k=2), tmp_path / "run", 5).learn_stream(stream)
     shutil.copytree(tmp_path / "run", tmp_path / "fresh")
-    for folder, options in (("run", {"learning_rate": 1e-3}), ("fresh", {"resume_from_checkpoint": None})):
+    with pytest.raises(ConfigError, match=r"state of a run that was interrupted \(checkpoints/task-000-00000004\)"):
+        make_trainer(s_lora(k=2), tmp_path / "fresh", **{**OPTIONS, "resume_from_checkpoint": None}).learn(stream[0])
+    for folder, options in (
+        ("run", {"learning_rate": 1e-3}),
+        ("fresh", {"resume_from_checkpoint": None, "overwrite_output_dir": True}),
+    ):
         steps = []
         trainer = make_trainer(s_lora(k=2), tmp_path / folder, **{**OPTIONS, **options})
         trainer.on_step = lambda done, total, steps=steps: steps.append(done)
         trainer.learn(stream[0])
         assert steps[0] == 1
+
+
+def other_pictures(per_class=6, **changes):
+    """The data set of `stream`, or one that somebody has edited."""
+    data = pattern_dataset(per_class=per_class)
+    rows = data["train"].to_dict()
+    images, labels, names = list(data["train"]["image"]), rows["label"], data["train"].features["label"].names
+    if changes.get("one"):
+        pixels = np.array(images[7])
+        pixels[5, 5, 0] ^= 1
+        images[7] = Image.fromarray(pixels)
+    if changes.get("swapped"):
+        images[0], images[1] = images[1], images[0]
+    if changes.get("relabelled"):
+        labels[0], labels[per_class] = labels[per_class], labels[0]
+    if changes.get("renamed"):
+        names = [f"kind {name}" for name in names]
+    features = Features({"image": ImageColumn(), "label": ClassLabel(names=names)})
+    test = {"image": list(data["test"]["image"]), "label": data["test"]["label"][:]}
+    sides = {"train": {"image": images, "label": labels}, "test": test}
+    sides = {side: Dataset.from_dict(columns, features) for side, columns in sides.items()}
+    return TaskStream.class_incremental(DatasetDict(sides), num_tasks=2)
+
+
+@pytest.mark.parametrize("room", [{}, {"cache_size_gb": 2e-5}], ids=["cached", "streamed"])
+@pytest.mark.parametrize("change", [None, "one", "swapped", "relabelled", "renamed"])
+def test_a_state_is_gone_on_with_on_the_same_pictures_only(change, room, tmp_path, caplog):
+    if room and change in ("one", "swapped"):
+        pytest.skip("of what is streamed, a sample is looked at")
+    with pytest.raises(RuntimeError, match="killed"):
+        begin(s_lora(k=1), tmp_path / "run", 5, **room).learn(other_pictures()[0])
+    steps = []
+    trainer = make_trainer(s_lora(k=1), tmp_path / "run", **{**OPTIONS, **room})
+    trainer.on_step = lambda done, total: steps.append(done)
+    with caplog.at_level(logging.WARNING):
+        trainer.learn(other_pictures(**{change or "": True})[0])
+    assert steps[0] == (5 if change is None else 1)
+    told = "other classes" if change == "renamed" else "other training images"
+    assert (told in caplog.text and "task-000 is trained anew" in caplog.text) == (change is not None)
+
+
+def test_experts_that_were_trained_in_parallel_are_taken_up_on_the_same_pictures_only(tmp_path):
+    steps, options = [], {**OPTIONS, "task_parallel": True, "num_train_epochs": 1}
+
+    def die(done, total):
+        steps.append(done)
+        if len(steps) == total + 1:
+            raise RuntimeError("killed")
+
+    trainer = make_trainer(s_lora(k=1), tmp_path, **options)
+    trainer.on_step = die
+    with pytest.raises(RuntimeError, match="killed"):
+        trainer.learn_stream(other_pictures())
+    trainer = make_trainer(s_lora(k=1), tmp_path, **options)
+    trainer.on_step = lambda done, total: steps.append(done)
+    count = len(steps)
+    trainer.learn_stream(other_pictures(one=True))
+    assert len(steps) - count == 2 * 3  # three steps a task, of both tasks
+
+
+def test_tasks_learnt_otherwise_and_tested_on_other_pictures_are_told_of(tmp_path, caplog):
+    make_trainer(s_lora(k=1), tmp_path, **OPTIONS).learn(other_pictures()[0])
+    stream = other_pictures()
+    halved = dataclasses.replace(stream[0].test, dataset=stream[0].test.dataset.select(range(4)))
+    edited = TaskStream([dataclasses.replace(stream[0], test=halved), stream[1]])
+    with caplog.at_level(logging.WARNING):
+        resume(s_lora(k=1), tmp_path, seed=7, learning_rate=1e-3).learn_stream(edited)
+    assert "learnt with learning_rate=0.005, not 0.001, seed=0, not 7" in caplog.text
+    assert "task-000 was tested on other images before" in caplog.text
+    caplog.clear()
+    resume(s_lora(k=1), tmp_path, seed=7, learning_rate=1e-3).learn_stream(edited)
+    assert not caplog.text  # these are the ones by now
+
+
+def test_a_full_disk_is_seen_before_a_state_is_written_and_told_in_one_line(stream, tmp_path, monkeypatch):
+    from hf_clpeft.errors import told_in_one_line
+
+    with pytest.raises(RuntimeError):
+        begin(s_lora(k=2), tmp_path, 3).learn(stream[0])
+    before = {path: path.read_bytes() for path in (tmp_path / "checkpoints").rglob("*") if path.is_file()}
+    trainer = make_trainer(s_lora(k=2), tmp_path, **OPTIONS)
+    usage = shutil.disk_usage(tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=100_000))
+        patch.setattr(Path, "write_bytes", lambda path, data: pytest.fail("written"))
+        with pytest.raises(SystemExit) as end, told_in_one_line():
+            trainer.learn(stream[0])
+    wanted = r"error: .*task-000-00000004 could not be saved \(No space left on device: [\d,]+ bytes needed, 100,0"
+    assert re.match(wanted, str(end.value)) and str(end.value).endswith("--resume_from_checkpoint auto.")
+    write_bytes = Path.write_bytes
+
+    def full(path, data):
+        if "state" in path.name:
+            raise OSError(28, "No space left on device")
+        return write_bytes(path, data)
+
+    with monkeypatch.context() as patch:  # by somebody else, meanwhile
+        patch.setattr(Path, "write_bytes", full)
+        with pytest.raises(OSError, match="task-000-00000004 could not be saved .*No space left on device"):
+            make_trainer(s_lora(k=2), tmp_path, **OPTIONS).learn(stream[0])
+    after = {path: path.read_bytes() for path in (tmp_path / "checkpoints").rglob("*") if path.is_file()}
+    assert after == before
+    steps = []
+    trainer = make_trainer(s_lora(k=2), tmp_path, **OPTIONS)
+    trainer.on_step = lambda done, total: steps.append(done)
+    trainer.learn(stream[0])
+    assert steps[0] == 3
 
 
 def test_asked_to_stop_it_saves_and_goes_on_from_there(undisturbed, stream, tmp_path):
@@ -136,7 +252,7 @@ def test_a_signal_ends_a_recipe_with_the_command_that_goes_on(tmp_path):
         assert process.poll() is None, process.stderr.read()
     process.send_signal(signal.SIGTERM)
     output, errors = process.communicate(timeout=60)
-    assert process.returncode == 0, errors[-2000:]
+    assert process.returncode == 128 + signal.SIGTERM, errors[-2000:]
     assert output.strip().endswith("--resume_from_checkpoint auto") and "s_lora.py" in output
 
 
@@ -162,8 +278,24 @@ def test_every_epoch_has_each_image_once_and_an_order_of_its_own():
         orders.append([index for batch in batches for index in batch])
         assert sorted(orders[-1]) == list(range(11))
     assert orders[0] != orders[1] != orders[2]
-    filled = list(EpochBatches(num_images=3, batch_size=8, seed=0, fill=True))
-    assert len(filled) == 1 and filled[0] == (filled[0][:3] * 3)[:8]
+
+
+@pytest.mark.parametrize("num_images, num_processes", [(11, 2), (65, 2), (17, 3), (3, 2), (1, 4), (16, 4)])
+def test_processes_share_each_batch_row_by_row_and_fill_up_with_what_counts_for_nothing(num_images, num_processes):
+    alone = list(EpochBatches(num_images, batch_size=16, seed=0))
+    of_each = [EpochBatches(num_images, 16, 0, rank, num_processes) for rank in range(num_processes)]
+    for number, rows in enumerate(alone):
+        parts = [list(batches)[number] for batches in of_each]
+        shares = [batches.share(number) for batches in of_each]
+        assert len({len(part) for part in parts}) == 1 and parts[0]
+        assert sum((part[: share.size] for part, share in zip(parts, shares, strict=True)), []) == rows
+        views = torch.arange(len(rows))
+        for part, share in zip(parts, shares, strict=True):
+            weights = share.weights(len(part), num_processes)
+            assert weights.count_nonzero() == share.size and share.total == len(rows)
+            assert [rows[view] for view in share.own(views, len(part))][: share.size] == part[: share.size]
+        total = sum(share.weights(len(parts[0]), num_processes).sum() for share in shares) / num_processes
+        assert total == pytest.approx(1)
 
 
 def test_a_loss_that_is_not_finite_ends_the_task_and_leaves_the_model_as_it_was(stream, tmp_path):
@@ -180,7 +312,7 @@ def test_a_loss_that_is_not_finite_ends_the_task_and_leaves_the_model_as_it_was(
 
 def test_two_runs_in_one_folder_are_refused(stream, tmp_path):
     trainer = make_trainer(s_lora(k=2), tmp_path, **OPTIONS)
-    other = make_trainer(s_lora(k=2), tmp_path)
+    other = make_trainer(s_lora(k=2), tmp_path, overwrite_output_dir=True)
     refused = []
 
     def meanwhile(done, total):

@@ -10,7 +10,7 @@ from PIL import Image as PILImage
 
 from hf_clpeft import StreamError, TaskStream
 from hf_clpeft.streams import cache_images
-from hf_clpeft.streams.images import AUGMENTATIONS, augment, open_image
+from hf_clpeft.streams.images import AUGMENTATIONS, augment, draw_views, open_image
 
 
 def test_resizing_then_normalising_is_what_the_processor_does(backbone):
@@ -94,7 +94,7 @@ def test_as_many_unreadable_images_as_allowed_are_left_out(backbone, broken, str
 def test_augmented_views_keep_shape_and_range(augmentation):
     torch.manual_seed(0)
     pixels = torch.rand(64, 3, 16, 16)
-    views = augment(pixels, augmentation)
+    views = augment(pixels, draw_views(64, augmentation, pixels.device))
     assert views.shape == pixels.shape and views.min() >= 0 and views.max() <= 1
     if augmentation == "flip":
         mirrored = (views - pixels.flip(-1)).abs().amax(dim=(1, 2, 3)) < 1e-5

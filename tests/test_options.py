@@ -1,5 +1,6 @@
 """Options that cannot be meant: one line that names them, and exit status 2, before anything is loaded."""
 
+import runpy
 import sys
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -45,6 +46,7 @@ def refused(argv, capsys, arguments=SLoraArguments, method=s_lora):
         (["--learnig_rate", "0.1"], "There is no option --learnig_rate; did you mean --learning_rate?"),
         (["--learnig-rate=0.1"], "did you mean --learning_rate?"),
         (["--learning", "0.1"], "There is no option --learning; did you mean --learning_rate?"),
+        (["--bench", "digits"], "There is no option --bench; did you mean --benchmark?"),
         (["--zzz"], "There is no option --zzz."),
         (["digits"], "'digits' belongs to no option"),
         (["--r", "-3"], "r=-3 must be a whole number between 1"),
@@ -230,6 +232,15 @@ def test_a_command_that_cannot_be_meant_is_told_in_one_line(argv, message, capsy
         cli.main()
     lines = capsys.readouterr().err.strip().splitlines()
     assert end.value.code == 2 and len(lines) == 1 and message in lines[0], lines
+
+
+@pytest.mark.parametrize("script", ["publish_digits", "tutorials/own_pictures", "tutorials/add_classes"])
+def test_a_script_tells_it_in_one_line_too(script, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", [script, "pictures", "me/birds", "october", "--xyzzy", "1"])
+    with pytest.raises(SystemExit) as end:
+        runpy.run_path(str(Path(__file__).parents[1] / "recipes" / f"{script}.py"), run_name="__main__")
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert end.value.code == 2 and len(lines) == 1 and "No such option: --xyzzy" in lines[0], lines
 
 
 def test_what_a_command_line_said_is_no_other_error():

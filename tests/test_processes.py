@@ -17,7 +17,7 @@ import pytest
 from accelerate.utils import DistributedType
 from conftest import make_trainer, outcome
 
-from hf_clpeft import s_lora
+from hf_clpeft import ContinualModel, s_lora
 
 
 KILLS = int(os.environ.get("HF_CLPEFT_KILLS", 4)) // 4  # for each kind of images
@@ -69,6 +69,49 @@ def test_processes_that_are_killed_go_on_as_if_nothing_had_happened(options, tmp
         assert outcome(folder) == expected, f"run {i}"
     assert deaths >= KILLS // 2
     print(f"{deaths} of {KILLS} two-process runs killed, undisturbed {seconds:.1f} s")
+
+
+@pytest.mark.parametrize(
+    "num_images, method, options",
+    [
+        (65, "s_lora", {}),
+        (17, "l2l", {"gradient_accumulation_steps": 2}),
+        (3, "l2l", {"cache_query_features": False}),
+        (65, "s_lora", {"cache_size_gb": 7e-5}),  # streamed
+    ],
+    ids=["65", "17-pool", "3-pool", "65-streamed"],
+)
+def test_two_processes_train_on_the_rows_of_one_and_give_its_matrix(num_images, method, options, tmp_path):
+    port, together, alone = free_port(), str(tmp_path / "together"), str(tmp_path / "alone")
+    places = [(0, 2, port, together), (1, 2, port, together), (0, 1, port, alone)]
+    started = [
+        _processes.Process(
+            target=killable.run_noted, args=(rank, count, port, num_images, method, folder), kwargs=options
+        )
+        for rank, count, port, folder in places
+    ]
+    for process in started:
+        process.start()
+    assert join(started) == [0, 0, 0]
+
+    def batches(folder, rank):
+        found = [[]]
+        for row in Path(folder, f"rows-{rank}").read_text().split("\n"):
+            found[-1].append(row) if row else found.append([])
+        return found
+
+    shares = [batches(together, rank) for rank in (0, 1)]
+    assert [one + other for one, other in zip(*shares, strict=True)] == batches(alone, 0)
+    reports = [json.loads(Path(folder, "metrics.json").read_text()) for folder in (together, alone)]
+    assert reports[0]["accuracy_matrix"] == reports[1]["accuracy_matrix"]
+    models = [ContinualModel.from_pretrained(folder) for folder in (together, alone)]
+    furthest = max(
+        float((one.tensors[key] - other.tensors[key]).abs().max())
+        for one, other in zip(*(model.bank for model in models), strict=True)
+        for key in one.tensors
+    )
+    print(f"{num_images} images, {method}: weights differ by {furthest:.1e} at most")
+    assert furthest < 2e-4  # the order in which floats are added up, which AdamW makes larger
 
 
 def test_a_process_that_does_not_answer_ends_the_run_with_what_to_do(tmp_path):

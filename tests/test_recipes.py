@@ -4,6 +4,7 @@ import csv
 import json
 import os
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 
 from hf_clpeft import ConfigError, ContinualTrainingArguments
 from hf_clpeft.training.options import BackboneArguments, StreamArguments, parse
+from hf_clpeft.training.recipe import resuming_command
 
 
 REPO = Path(__file__).parents[1]
@@ -33,11 +35,32 @@ def test_a_recipe_learns_a_benchmark_and_prints_a_table(script, tmp_path):
     assert metrics["tasks"] == [f"task-00{i}" for i in range(5)]
 
 
-def test_the_demo_ends_with_a_table_and_a_picture(tmp_path):
-    done = run("demo.py", "--output_dir", tmp_path, "--num_tasks", "2", "--disable_tqdm", *QUICK)
+def test_the_demo_ends_with_a_table_and_a_picture_and_may_be_run_again(tmp_path, monkeypatch, capsys):
+    options = ["--output_dir", str(tmp_path), "--num_tasks", "2", "--disable_tqdm", *QUICK]
+    done = run("demo.py", *options)
     assert done.returncode == 0, done.stderr[-2000:]
     assert all(f"\n{name} " in done.stdout for name in ("s_lora", "s_prompts", "sequential_lora"))
     assert (tmp_path / "demo.png").is_file() and str(tmp_path / "demo.png") in done.stdout
+    monkeypatch.setattr(sys, "argv", ["demo.py", *options])
+    runpy.run_path(str(REPO / "recipes" / "demo.py"), run_name="__main__")
+    assert "next: hf-clpeft demo" in capsys.readouterr().out
+    (tmp_path / "demo.png").unlink()  # what is there may be anybody's then
+    with pytest.raises(SystemExit, match="error: .*s_lora holds another model"):
+        runpy.run_path(str(REPO / "recipes" / "demo.py"), run_name="__main__")
+
+
+def test_under_a_quiet_launcher_no_traceback_follows_a_line(monkeypatch):
+    script = str(REPO / "recipes" / "s_lora.py")
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--quiet", "--cpu", script, "--r", "-3"]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    said = [line for line in done.stderr.splitlines() if "--num_" not in line and "accelerate launch" not in line]
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert said[-1] == "error: r=-3 must be a whole number between 1 and 10,000.", done.stderr
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
+    monkeypatch.setattr(sys, "argv", ["recipes/s_lora.py", "--output_dir", "my model", "--overwrite_output_dir"])
+    assert resuming_command() == (
+        "accelerate launch --quiet recipes/s_lora.py --output_dir 'my model' --resume_from_checkpoint auto"
+    )
 
 
 def test_a_digits_model_is_pushed_task_by_task_and_a_refusal_ends_it(hub):

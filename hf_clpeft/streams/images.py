@@ -24,13 +24,37 @@ AUGMENTATIONS = ("none", "flip", "crop_flip")
 decode = open_image  # what `datasets.Image(decode=False)` gives
 
 
-def augment(pixels: torch.Tensor, augmentation: str) -> torch.Tensor:
-    """Random views of a batch, every image its own, on the device of the batch.
+def draw_views(batch: int, augmentation: str, device: torch.device) -> torch.Tensor | None:
+    """Random views, one for each image of a batch. They are drawn for a whole batch, whoever has which of its images.
+
+    Args:
+        batch (`int`): How many.
+        augmentation (`str`): `"none"`, `"flip"` (left to right, for half of the images) or `"crop_flip"` (a random
+            part of 50 to 100 % of the area as well).
+        device (`torch.device`): Whose generator draws.
+
+    Returns:
+        `torch.Tensor` of shape `(batch, 2, 3)`: Affine maps for [`augment`]; `None` where there is nothing to do.
+    """
+    if augmentation == "none":
+        return None
+    kind: Any = {"dtype": torch.float32, "device": device}
+    flip = 1 - 2 * torch.randint(0, 2, (batch,), device=device)
+    side = torch.ones(batch, **kind)
+    if augmentation == "crop_flip":
+        side = torch.empty(batch, **kind).uniform_(0.5, 1).sqrt()
+    shift = (1 - side).unsqueeze(1) * torch.empty(batch, 2, **kind).uniform_(-1, 1)
+    theta = torch.zeros(batch, 2, 3, **kind)
+    theta[:, 0, 0], theta[:, 1, 1], theta[:, :, 2] = side * flip, side, shift
+    return theta
+
+
+def augment(pixels: torch.Tensor, views: torch.Tensor | None) -> torch.Tensor:
+    """Views of a batch, every image its own, on the device of the batch.
 
     Args:
         pixels (`torch.Tensor` of shape `(batch, 3, height, width)`): Normalised images.
-        augmentation (`str`): `"none"`, `"flip"` (left to right, for half of the images) or `"crop_flip"` (a random
-            part of 50 to 100 % of the area as well).
+        views (`torch.Tensor` of shape `(batch, 2, 3)`, *optional*): Of [`draw_views`].
 
     Returns:
         `torch.Tensor` of the same shape.
@@ -39,25 +63,16 @@ def augment(pixels: torch.Tensor, augmentation: str) -> torch.Tensor:
 
     ```py
     >>> import torch
-    >>> from hf_clpeft.streams.images import augment
+    >>> from hf_clpeft.streams.images import augment, draw_views
 
-    >>> augment(torch.zeros(2, 3, 32, 32), "crop_flip").shape
+    >>> augment(torch.zeros(2, 3, 32, 32), draw_views(2, "crop_flip", torch.device("cpu"))).shape
     torch.Size([2, 3, 32, 32])
 
     ```
     """
-    if augmentation == "none":
+    if views is None:
         return pixels
-    batch, device = len(pixels), pixels.device
-    kind: Any = {"dtype": pixels.dtype, "device": device}
-    flip = 1 - 2 * torch.randint(0, 2, (batch,), device=device)
-    side = torch.ones(batch, **kind)
-    if augmentation == "crop_flip":
-        side = torch.empty(batch, **kind).uniform_(0.5, 1).sqrt()
-    shift = (1 - side).unsqueeze(1) * torch.empty(batch, 2, **kind).uniform_(-1, 1)
-    theta = torch.zeros(batch, 2, 3, **kind)
-    theta[:, 0, 0], theta[:, 1, 1], theta[:, :, 2] = side * flip, side, shift
-    grid = torch.nn.functional.affine_grid(theta, list(pixels.shape), align_corners=False)
+    grid = torch.nn.functional.affine_grid(views, list(pixels.shape), align_corners=False)
     return torch.nn.functional.grid_sample(pixels, grid, padding_mode="reflection", align_corners=False)
 
 

@@ -8,8 +8,7 @@ from itertools import count, islice
 
 import numpy as np
 import torch
-from datasets import Dataset, IterableDataset
-from datasets.distributed import split_dataset_by_node
+from datasets import Dataset
 
 from .images import BAD, ImageTransform, TaskImages, cache_images, to_pixels
 from .sampling import Places
@@ -20,6 +19,23 @@ from .task import Split
 BUFFER_SIZE = 2048  # encoded images that are in memory, and shuffled, at a time
 SAMPLE_SIZE = 20_000  # images of a task that teach the router, at most
 SHARDS = 64  # into which a data set on disk is cut, as far as it has rows
+
+
+def share_of(rows: list, rank: int, num_processes: int) -> list:
+    """The rows of a batch that a process has: as many as every other one, or fewer at the end.
+
+    Example:
+
+    ```py
+    >>> from hf_clpeft.streams.streamed import share_of
+
+    >>> [share_of([7, 8, 9], rank, num_processes=2) for rank in (0, 1)]
+    [[7, 8], [9]]
+
+    ```
+    """
+    size = -(-len(rows) // num_processes)
+    return rows[rank * size : (rank + 1) * size]
 
 
 class StreamedImages:
@@ -42,18 +58,10 @@ class StreamedImages:
         dataset = split.dataset
         if isinstance(dataset, Dataset):
             dataset = dataset.to_iterable_dataset(num_shards=min(len(dataset), SHARDS))
-        self._dataset, self._strategy = dataset, "auto"
+        self._dataset = dataset
 
     def __len__(self) -> int:
         return self.num_images
-
-    def count_share(self, rank: int, num_processes: int, seed: int) -> int:
-        """How many images [`~StreamedImages.read`] gives a process in an epoch."""
-        return sum(1 for _ in self._ordered(rank, num_processes, seed, 0))
-
-    def share_row_by_row(self) -> None:
-        """Lets every process read all files and take every so many rows: whole files would leave one with none."""
-        self._strategy = "examples"
 
     def read(
         self,
@@ -70,21 +78,22 @@ class StreamedImages:
         used up before the next one is read. So nothing is in memory that a position would not know of.
 
         Args:
-            batch_size (`int`): Images per batch.
+            batch_size (`int`): Images per batch, over all processes.
             seed (`int`), epoch (`int`): What the order follows from.
             position (`dict`, *optional*): Where to go on: what came with the last batch that was used.
             rank (`int`, *optional*, defaults to 0): Number of this process.
-            num_processes (`int`, *optional*, defaults to 1): How many share the images.
+            num_processes (`int`, *optional*, defaults to 1): How many share each batch. All of them read all encoded
+                images, so that batches are what a single process makes; each decodes its own.
 
         Yields:
-            `pixels` of shape `(batch, 3, height, width)` and `label` of shape `(batch,)`; and the position after them,
-            ready for JSON.
+            `pixels` of shape `(batch, 3, height, width)` and `label` of shape `(batch,)` of this process's share,
+            which may be empty; and the position after the batch, ready for JSON.
 
         Raises:
             [`StreamError`]: Too many images cannot be decoded.
         """
         position = position or {"block": 0, "used": 0, "stream": None, "bad": 0}
-        dataset = self._ordered(rank, num_processes, seed, epoch)
+        dataset = self._dataset.shuffle(seed=seed + epoch, buffer_size=1)
         if position["stream"] is not None:
             dataset.load_state_dict(position["stream"])
         stream, used, bad = position["stream"], position["used"], position["bad"]
@@ -99,24 +108,17 @@ class StreamedImages:
             order = np.random.default_rng([seed, epoch, block]).permutation(len(images))
             for start in range(used, len(images), batch_size):
                 chosen = [images[i] for i in order[start : start + batch_size]]
-                batch, problems = self._decode(chosen)
+                batch, problems = self._decode(share_of(chosen, rank, num_processes))
                 bad += len(problems)
                 if bad > self.max_bad_images:
                     raise StreamError(
                         f"{self.split.title}, {problems[0]}. More than max_bad_images={self.max_bad_images} cannot be "
                         "decoded. Mend or drop them (`dataset.filter`), or leave out more with --max_bad_images."
                     )
-                if len(batch["label"]):
-                    yield batch, {"block": block, "used": start + batch_size, "stream": stream, "bad": bad}
+                place = {"block": block, "used": start + batch_size, "stream": stream, "bad": bad}
+                if len(batch["label"]) or num_processes > 1:
+                    yield batch, {**place, "rows": len(chosen)}
             stream, used = after, 0
-
-    def _ordered(self, rank: int, num_processes: int, seed: int, epoch: int) -> IterableDataset:
-        """The rows of a process. Several must have as many in each epoch, so that their shards stay theirs."""
-        alone = num_processes == 1
-        dataset = self._dataset.shuffle(seed=seed + epoch if alone else seed, buffer_size=1)
-        if alone:
-            return dataset
-        return split_dataset_by_node(dataset, rank, num_processes, strategy=self._strategy)
 
     def _decode(self, rows: list[dict]) -> tuple[dict[str, torch.Tensor], list[str]]:
         split = self.split

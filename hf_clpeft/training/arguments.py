@@ -30,12 +30,39 @@ FROM_ZERO = (
     "dataloader_num_workers",
 )
 
+# What may differ between a run and the one that goes on with it.
+FREE = {
+    "dataloader_num_workers",
+    "ddp_timeout",
+    "disable_tqdm",
+    "eval_batch_size",
+    "experts_from",
+    "forward_transfer",
+    "hub_model_id",
+    "hub_private_repo",
+    "hub_revision",
+    "hub_token",
+    "license",
+    "logging_steps",
+    "output_dir",
+    "overwrite_output_dir",
+    "push_to_hub",
+    "report_to",
+    "resume_from_checkpoint",
+    "run_name",
+    "save_steps",
+    "save_total_limit",
+    "task_parallel",
+}
+
 
 @dataclass
 class ContinualTrainingArguments:
     """How to train each task. Field names are those of `transformers.TrainingArguments` where it has them.
 
-    Batch sizes are totals: N processes share a batch, so that a run does not depend on how many there are.
+    Batch sizes are totals: N processes share every batch row by row, so that a run does not depend on how many there
+    are, but for the order in which floats are added up: in tests, the weights of experts differed by 2e-5 at most, and
+    no accuracy. Dropout in an adapter is drawn by each process for itself.
 
     Raises:
         [`ConfigError`]: A value is out of range.
@@ -184,6 +211,10 @@ class ContinualTrainingArguments:
     def push_repo(self) -> str | None:
         """Repo to push to, if any."""
         return (self.hub_model_id or Path(self.output_dir).absolute().name) if self.push_to_hub else None
+
+    def decisive(self) -> dict:
+        """The arguments that decide what training gives."""
+        return {name: value for name, value in vars(self).items() if name not in FREE}
 
     def to_log(self) -> dict:
         """What may be shown to everybody: all but the token, empty values left out."""

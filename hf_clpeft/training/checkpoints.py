@@ -1,7 +1,9 @@
 """The state of a task's training, again and again on disk, so that a killed run goes on where it was."""
 
+import errno
 import json
 import logging
+import os
 import random
 import re
 import shutil
@@ -12,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 
 from ..folder import changing, hash_file, inside
 
@@ -22,6 +24,14 @@ logger = logging.getLogger(__name__)
 FOLDER = "checkpoints"
 STATE_NAME = "state.json"
 TENSORS_NAME = "state.safetensors"
+BESIDE = 2**17  # bytes of a checkpoint besides its tensors, and a few more
+IN_WORDS = {
+    "data": "other training images",
+    "classes": "other classes",
+    "model": "another model before the task",
+    "method": "another method",
+    "backbone": "another backbone",
+}
 
 
 @dataclass
@@ -81,30 +91,56 @@ class Checkpoints:
             values (`dict`): What is not a tensor, ready for JSON.
             position (`dict`, *optional*): Where in the images this process is, ready for JSON.
             wait (callable): Waits for the other processes.
+
+        Raises:
+            `OSError`: It cannot be written, for example because the disk is full; those before are untouched.
         """
         path = self.folder / f"{progress.task}-{progress.step:08d}"
-        beside = path.with_name(f".{path.name}")  # what is each process's own, until all are there
+        beside = self.folder / ".beside"  # what is each process's own, until all are there
+        try:
+            self._write(path, beside, progress, tensors, values, position, wait)
+        except OSError as error:
+            raise OSError(
+                error.errno,
+                f"{path} could not be saved ({error.strerror or error}). Mend that, and go on where it was saved last "
+                "with --resume_from_checkpoint auto.",
+            ) from error
+        finally:
+            if self.rank == 0:
+                shutil.rmtree(beside, ignore_errors=True)
+
+    def _write(
+        self,
+        path: Path,
+        beside: Path,
+        progress: Progress,
+        tensors: dict[str, torch.Tensor],
+        values: dict,
+        position: dict | None,
+        wait: Callable[[], None],
+    ) -> None:
+        num_bytes = sum(tensor.nbytes for tensor in tensors.values()) + BESIDE
         if self.rank == 0:
             shutil.rmtree(beside, ignore_errors=True)
             beside.mkdir(parents=True)
+            free = shutil.disk_usage(beside).free
+            if free < num_bytes:
+                raise OSError(errno.ENOSPC, f"{os.strerror(errno.ENOSPC)}: {num_bytes:,} bytes needed, {free:,} free")
         wait()
         random_tensors, random_values = random_state()
-        save_file(random_tensors, beside / f"rank-{self.rank}.safetensors")
+        write_tensors(beside / f"rank-{self.rank}.safetensors", random_tensors)
         text = json.dumps({"random": random_values, "position": position})
         (beside / f"rank-{self.rank}.json").write_text(text, encoding="utf-8")
         wait()
         if self.rank == 0:
-            with changing(path) as staging:
+            with changing(path, num_bytes) as staging:
                 for file in beside.iterdir():
                     shutil.move(file, staging)
-                save_file(
-                    {name: tensor.contiguous().cpu() for name, tensor in tensors.items()}, staging / TENSORS_NAME
-                )
+                write_tensors(staging / TENSORS_NAME, tensors)
                 files = {file.name: hash_file(file) for file in sorted(staging.iterdir())}
                 content = {"progress": asdict(progress), "values": values, "files": files}
                 text = json.dumps(content, allow_nan=False)
                 (staging / STATE_NAME).write_text(text, encoding="utf-8")
-            shutil.rmtree(beside)
             for old in self._newest()[self.keep :]:
                 shutil.rmtree(old)
         wait()
@@ -120,11 +156,20 @@ class Checkpoints:
             if there is nothing to go on with.
         """
         made_with = json.loads(json.dumps(wanted.made_with))
+        told = False
         for path in self._newest():
             try:
                 content = json.loads((path / STATE_NAME).read_text(encoding="utf-8"))
                 progress = Progress(**content["progress"])
-                if (progress.task, progress.made_with) != (wanted.task, made_with):
+                if progress.task != wanted.task:
+                    continue
+                if progress.made_with != made_with:
+                    if not told and self.rank == 0:
+                        differences = _differences(progress.made_with, made_with)
+                        logger.warning(
+                            "The state in %s was saved with %s. %s is trained anew.", path, differences, wanted.task
+                        )
+                    told = True
                     continue
                 damaged = [name for name, digest in content["files"].items() if hash_file(path / name) != digest]
                 if damaged:
@@ -146,6 +191,18 @@ class Checkpoints:
             return []
         found = [path for path in self.folder.iterdir() if re.fullmatch(r"[A-Za-z0-9].*-\d{8}", path.name)]
         return sorted(found, key=lambda path: path.name[-8:], reverse=True)
+
+
+def write_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:
+    """Writes safetensors by Python, whose errors say that a disk is full; those of the library are of another kind."""
+    path.write_bytes(save({name: tensor.contiguous().cpu() for name, tensor in tensors.items()}))
+
+
+def _differences(found: dict, wanted: dict) -> str:
+    """In words, what is not the same in two descriptions of what a state depends on."""
+    names = [name for name in sorted(found | wanted) if found.get(name) != wanted.get(name)]
+    told = [IN_WORDS.get(name) or f"{name}={found.get(name)!r}, not {wanted.get(name)!r}" for name in names]
+    return "; ".join(told)
 
 
 def random_state() -> tuple[dict[str, torch.Tensor], dict]:

@@ -1,5 +1,6 @@
 """What a task has cost, and what it takes to repeat the numbers."""
 
+import logging
 import math
 import time
 from collections.abc import Iterator
@@ -13,6 +14,9 @@ from ..modeling import ContinualModel
 from ..report import StreamReport
 from ..versions import library_versions
 from .arguments import ContinualTrainingArguments
+
+
+logger = logging.getLogger(__name__)
 
 
 @contextmanager
@@ -88,12 +92,29 @@ def note_costs(
     )
 
 
-def describe_environment(model: ContinualModel, accelerator: Accelerator, seed: int) -> dict:
-    """Backbone, seed, versions and device of a run, ready for JSON."""
-    device = accelerator.device
+def describe_environment(
+    model: ContinualModel, accelerator: Accelerator, args: ContinualTrainingArguments, before: dict
+) -> dict:
+    """Backbone, arguments, seed, versions and device of a run, ready for JSON.
+
+    Args:
+        model ([`ContinualModel`]): What learns.
+        accelerator (`accelerate.Accelerator`): On what.
+        args ([`ContinualTrainingArguments`]): How. Where a run is resumed with others than before, that is told.
+        before (`dict`): The same of the run before, if there was one; what tasks were trained on is kept.
+    """
+    device, arguments = accelerator.device, args.decisive()
+    former, pictures = before.get("arguments"), before.get("pictures")
+    if args.resume_from_checkpoint is not None and isinstance(former, dict) and model.config.tasks:
+        changed = [name for name in arguments if former.get(name, arguments[name]) != arguments[name]]
+        if changed and accelerator.is_main_process:
+            told = ", ".join(f"{name}={former[name]!r}, not {arguments[name]!r}" for name in changed)
+            logger.warning("The tasks that are learnt already were learnt with %s.", told)
     return {
         "backbone": vars(model.config.backbone),
-        "seed": seed,
+        "seed": args.seed,
+        "arguments": arguments,
+        "pictures": pictures if isinstance(pictures, dict) else {},
         "versions": library_versions(),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "num_processes": accelerator.num_processes,

@@ -37,23 +37,47 @@ class Evaluator:
         model ([`ContinualModel`]): The model.
         accelerator (`accelerate.Accelerator`): Shares out the images.
         args ([`ContinualTrainingArguments`]): Batch size and progress bars.
+
+    Attributes:
+        before (`float`): What [`~Evaluator.forwards_per_image`] was when the model was saved last.
     """
 
     def __init__(self, model: ContinualModel, accelerator: Accelerator, args: ContinualTrainingArguments):
         self.model, self.accelerator, self.args = model, accelerator, args
+        self.before = 0.0
         self._tests: dict[str, TestFeatures] = {}
+        self._recalled: set[str] = set()
 
-    def add(self, name: str, images: TaskImages) -> None:
-        """Registers a test split, and computes its query features."""
-        if name not in self._tests:
-            query = extract_queries(images, self.model, self.accelerator, self.args, desc=f"Querying {name}")
-            cost = self.model.query_layers[-1] / self.model.backbone.num_layers
-            self._tests[name] = TestFeatures(images, query, cost)
+    def add(self, name: str, images: TaskImages, measured: int | None = None) -> None:
+        """Registers a test split, and computes its query features.
+
+        Args:
+            name (`str`): Name of the task.
+            images ([`TaskImages`]): Its test images.
+            measured (`int`, *optional*): Position of the task, if an earlier process has tested this model on it: what
+                that took is part of `before`.
+        """
+        if name in self._tests:
+            return
+        query = extract_queries(images, self.model, self.accelerator, self.args, desc=f"Querying {name}")
+        test = self._tests[name] = TestFeatures(images, query)
+        if measured is not None:
+            self._recalled.add(name)
+            routing, method = self.model.route(query.to(self.model.device)), self.model.config.method
+            routings = [routing, routing.sent_to(measured)] if method.experts == "per_task" else [routing]
+            for each in routings if method.uses_experts and method.experts != "pool" else []:
+                for selection in each.selection.cpu().reshape(len(query), -1).T:
+                    test.recall(selection)
 
     def forwards_per_image(self) -> float:
-        """Forward passes so far per registered test image, query included."""
-        tests = self._tests.values()
-        return sum(test.forwards for test in tests) / max(1, sum(len(test.images) for test in tests))
+        """Forward passes so far per registered test image, query included; the same after a run that was killed."""
+        depth, of_query = self.model.backbone.num_layers, self.model.query_layers[-1]
+        layers, images, recalled = 0, 0, 0  # whole numbers, so that nothing is lost in adding up
+        for name, test in self._tests.items():
+            layers += depth * test.forwards + (0 if name in self._recalled else of_query * len(test.images))
+            images += len(test.images)
+            recalled += len(test.images) * (name in self._recalled)
+        return (layers + round(self.before * depth * recalled)) / (depth * max(1, images))
 
     def expert_changed(self) -> None:
         """Tells that an expert was trained again, so that its features are stale."""
@@ -87,7 +111,9 @@ class Evaluator:
             if owner is not None:
                 oracle_accuracy = accuracy(routing.sent_to(owner))
         counts = np.bincount(chosen.flatten().numpy(), minlength=len(model.bank))
-        return TaskEvaluation(accuracy(routing), oracle_accuracy, counts)
+        result = TaskEvaluation(accuracy(routing), oracle_accuracy, counts)
+        test.drop_unused()
+        return result
 
     def _features(self, test: TestFeatures, selection: torch.Tensor, name: str) -> torch.Tensor:
         """What is classified; see [`ContinualModel.classify`]."""

@@ -1,7 +1,6 @@
 """Features of many images over all processes, and those of test images, each computed at most once."""
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -9,8 +8,13 @@ from tqdm.auto import tqdm
 
 from ..modeling import ContinualModel
 from ..streams import TaskImages
+from ..streams.streamed import share_of
 from .arguments import ContinualTrainingArguments
+from .batches import on_device
 from .processes import TrainingError
+
+
+ABSENT, COUNTED = -1, -2  # places of features that are not there; the latter were, in a process before
 
 
 @torch.no_grad()
@@ -41,15 +45,18 @@ def extract(
     position = torch.full((len(images),), -1)
     position[rows] = torch.arange(len(rows))
     features: torch.Tensor | None = None
-    batches: dict[str, Any] = {"batch_size": args.eval_batch_size, "rows": rows.tolist()}
-    loader = images.loader(args.dataloader_num_workers, **batches)
-    loader = accelerator.prepare_data_loader(loader)
+    order, size = rows.tolist(), args.eval_batch_size
+    shares = []
+    for batch in (order[start : start + size] for start in range(0, len(order), size)):
+        own, most = (share_of(batch, rank, accelerator.num_processes) for rank in (accelerator.process_index, 0))
+        shares.append(own + batch[:1] * (len(most) - len(own)))  # all must have as many to give
+    loader = on_device(images.loader(args.dataloader_num_workers, batch_sampler=shares), accelerator)
     silent = args.disable_tqdm or not accelerator.is_main_process
     for batch in tqdm(loader, desc=desc, disable=silent, leave=False):
         pixel_values = model.backbone.transform.normalize(batch["pixels"])
         with accelerator.autocast():
             found = features_of(pixel_values, batch["index"].cpu())
-        # Processes repeat images to even out the last batch; writing by position keeps each once.
+        # The first image of a batch may come again, to even out the last one; writing by position keeps it once.
         found, index = accelerator.gather((found.float(), batch["index"]))
         if features is None:
             features = torch.full((len(rows), found.shape[1]), torch.nan, dtype=torch.float32)
@@ -80,22 +87,46 @@ def extract_queries(
 
 
 class TestFeatures:
-    """Features of one task's test images: frozen backbone and frozen experts never change, so nothing is redone.
+    """Features of one task's test images: frozen backbone and frozen experts never change, so little is redone.
+
+    What an evaluation has used is kept for the next one. What it has used follows from the model alone, so that a run
+    that was killed knows what it need not count again.
 
     Args:
         images ([`TaskImages`]): The task's test images.
         query (`torch.Tensor` of shape `(images, query_size)`): Their query features.
-        query_cost (`float`): Forward passes that one of these took; less than 1 behind an earlier layer.
+
+    Attributes:
+        forwards (`int`): Images of this split that have passed an expert so far.
     """
 
     __test__ = False  # not a test case, whatever pytest makes of the name
 
-    def __init__(self, images: TaskImages, query: torch.Tensor, query_cost: float):
+    def __init__(self, images: TaskImages, query: torch.Tensor):
         self.images, self.query = images, query
         self.labels = torch.from_numpy(images.labels)
-        self.features = query.new_empty(0)
-        self._where = torch.full((len(images), 0), -1)  # row and expert to position in features
-        self.forwards = query_cost * len(images)
+        self.forwards = 0
+        self.forget()
+
+    def forget(self) -> None:
+        """Drops what experts gave, for methods that train an expert again."""
+        self.features = self.query.new_empty(0)
+        # Row and expert to position in features, or a number below: not there, or only counted.
+        self._where = torch.full((len(self.images), 0), ABSENT)
+        self._used = torch.zeros_like(self._where, dtype=torch.bool)
+
+    def recall(self, selection: torch.Tensor) -> None:
+        """Counts features as known that an earlier process has used: in its last evaluation, by the same model."""
+        every = self._make_room(selection)
+        self._where[every, selection] = COUNTED
+
+    def drop_unused(self) -> None:
+        """Forgets what was not used since this was called last."""
+        used = self._used & (self._where >= 0)
+        self.features = self.features[self._where[used]]
+        self._where = torch.where(self._used & (self._where == COUNTED), COUNTED, ABSENT)
+        self._where[used] = torch.arange(len(self.features))
+        self._used.zero_()
 
     def under(self, selection: torch.Tensor, compute: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
         """Features of every image under its selected experts.
@@ -111,18 +142,19 @@ class TestFeatures:
         if selection.dim() == 2:
             self.forwards += len(selection)
             return compute(torch.arange(len(selection)))
-        missing_experts = int(selection.max()) + 1 - self._where.shape[1]
-        if missing_experts > 0:
-            self._where = torch.nn.functional.pad(self._where, (0, missing_experts), value=-1)
-        every = torch.arange(len(selection))
+        every = self._make_room(selection)
         rows = every[self._where[every, selection] < 0]
         rows = rows[selection[rows].argsort(stable=True)]
         if len(rows):
+            self.forwards += int((self._where[rows, selection[rows]] == ABSENT).sum())
             self._where[rows, selection[rows]] = len(self.features) + torch.arange(len(rows))
             self.features = torch.cat([self.features, compute(rows)])
-            self.forwards += len(rows)
+        self._used[every, selection] = True
         return self.features[self._where[every, selection]]
 
-    def forget(self) -> None:
-        """Drops what experts gave, for methods that train an expert again."""
-        self.features, self._where = self.query.new_empty(0), self._where[:, :0]
+    def _make_room(self, selection: torch.Tensor) -> torch.Tensor:
+        missing_experts = int(selection.max()) + 1 - self._where.shape[1]
+        if missing_experts > 0:
+            self._where = torch.nn.functional.pad(self._where, (0, missing_experts), value=ABSENT)
+            self._used = torch.nn.functional.pad(self._used, (0, missing_experts))
+        return torch.arange(len(selection))

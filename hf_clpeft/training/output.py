@@ -6,6 +6,7 @@ from ..config import CONFIG_NAME, ContinualConfig
 from ..errors import ConfigError
 from ..folder import READY
 from ..lineage import difference
+from .arguments import ContinualTrainingArguments
 from .checkpoints import FOLDER as CHECKPOINTS
 from .parallel import FOLDER as PARALLEL
 
@@ -15,6 +16,23 @@ WAYS_OUT = (
     "Go on with it (--resume_from_checkpoint auto, or ContinualModel.from_pretrained), let a new model take its place "
     "(--overwrite_output_dir), or choose another output_dir."
 )
+
+
+def check_output(
+    args: ContinualTrainingArguments, config: ContinualConfig | None = None, new_run: bool = True
+) -> None:
+    """Raises [`ConfigError`] if a run would overwrite a model that is not its own, or throw away another run's state.
+
+    Args:
+        args ([`ContinualTrainingArguments`]): `overwrite_output_dir` allows it.
+        config ([`ContinualConfig`], *optional*): Of the model that learns; `None` for one that has yet to be made.
+        new_run (`bool`, *optional*, defaults to `True`): Whether the run has yet to begin.
+    """
+    if args.overwrite_output_dir:
+        return
+    check_free(args.output_dir, config)
+    if new_run and args.resume_from_checkpoint is None:
+        check_no_state(args.output_dir)
 
 
 def check_free(folder: str | Path, config: ContinualConfig | None = None) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from ..checks import read_json
 from ..config import MethodConfig
@@ -19,6 +19,7 @@ from ..folder import changing, inside
 from ..learners import ExpertLearner, TaskLearner
 from ..modeling import ContinualModel
 from ..streams import Task, TaskStream
+from .checkpoints import write_tensors
 
 
 FOLDER = ".parallel"
@@ -39,30 +40,30 @@ class ParallelExperts:
         self.made_with = json.loads(json.dumps(made_with))
 
     def todo(self, stream: TaskStream, rank: int, num_processes: int) -> list[tuple[int, Task]]:
-        """Positions and tasks that a process has to train: every so many of those that nobody has learnt yet."""
+        """Positions and tasks that a process has to train: every so many of those that the model has not learnt."""
         learnt = {task.name for task in self.model.config.tasks}
         tasks = [task for task in stream if task.name not in learnt]
-        numbered = list(enumerate(tasks, start=len(learnt)))[rank::num_processes]
-        return [(position, task) for position, task in numbered if not self._has(task.name)]
+        return list(enumerate(tasks, start=len(learnt)))[rank::num_processes]
 
-    def _has(self, task: str) -> bool:
+    def has(self, task: str, trained_on: dict) -> bool:
+        """Whether a task's expert is there, trained alike on the same."""
         path = self.folder / task / RUN_NAME
-        return path.is_file() and read_json(path)["made_with"] == self.made_with
+        return path.is_file() and read_json(path)["made_with"] == {**self.made_with, **trained_on}
 
-    def put(self, learner: ExpertLearner, seconds: float) -> None:
+    def put(self, learner: ExpertLearner, seconds: float, trained_on: dict) -> None:
         """Keeps what a learner has trained, as a whole or not at all."""
         name = learner.config.name
-        with changing(self.folder / name) as staging:
+        num_bytes = sum(parameter.nbytes for parameter in learner.parameters() if parameter.requires_grad)
+        with changing(self.folder / name, num_bytes) as staging:
             Expert.from_peft_model(name, learner.peft_model).save(staging)
-            rows = {key: value.detach().cpu().contiguous() for key, value in learner.head.state_dict().items()}
-            save_file(rows, staging / HEAD_NAME)
-            text = json.dumps({"seconds": seconds, "made_with": self.made_with})
+            write_tensors(staging / HEAD_NAME, learner.head.state_dict())
+            text = json.dumps({"seconds": seconds, "made_with": {**self.made_with, **trained_on}})
             (staging / RUN_NAME).write_text(text, encoding="utf-8")
 
-    def give(self, learner: TaskLearner, seconds: dict[str, float]) -> bool:
+    def give(self, learner: TaskLearner, seconds: dict[str, float], trained_on: dict) -> bool:
         """Fills what a task would train; as [`Donor.give`]."""
         folder = self.folder / learner.config.name
-        if not isinstance(learner, ExpertLearner) or not self._has(learner.config.name):
+        if not isinstance(learner, ExpertLearner) or not self.has(learner.config.name, trained_on):
             return False
         Expert.load(learner.config.name, folder).copy_to(learner.peft_model)
         learner.head.load_state_dict(load_file(folder / HEAD_NAME))

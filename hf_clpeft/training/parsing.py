@@ -71,7 +71,8 @@ class OptionParser(HfArgumentParser):
             name = word.partition("=")[0]
             if name.startswith("--"):
                 known = [option for option in self._option_string_actions if "-" not in option[2:]]
-                raise OptionError(f"There is no option {name}{nearest(name.replace('-', '_'), known)} See --help.")
+                near = nearest(f"--{name[2:].replace('-', '_')}", known)
+                raise OptionError(f"There is no option {name}{near} See --help.")
         if rest:
             raise OptionError(f"{rest[0]!r} belongs to no option. See --help.")
         return namespace

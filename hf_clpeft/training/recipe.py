@@ -24,7 +24,7 @@ from ..streams import BENCHMARKS, TaskStream
 from .arguments import ContinualTrainingArguments
 from .console import print_reports
 from .options import BackboneArguments, RunArguments, StreamArguments, parse
-from .output import check_free, check_no_state
+from .output import check_output
 from .plan import print_plan
 from .processes import join_processes
 from .steps import TrainingStopped
@@ -57,7 +57,7 @@ def run_recipe(
         stream_args, backbone_args, training_args, run_args, method_args = parsed
         with refusing_options():
             method = make_method(**asdict(method_args))
-        if not run_args.dry_run:
+        if training_args.resume_from_checkpoint is None and not run_args.dry_run:
             check_output(training_args)
         require_hub(stream_args, backbone_args)
         stream = stream_args.load()
@@ -99,13 +99,6 @@ def resuming_command() -> str:
     return command_line(without="--overwrite_output_dir") + ("" if resumes else " --resume_from_checkpoint auto")
 
 
-def check_output(args: ContinualTrainingArguments) -> None:
-    """Raises [`ConfigError`], before anything is loaded, if a new model would overwrite what `output_dir` holds."""
-    if args.resume_from_checkpoint is None and not args.overwrite_output_dir:
-        check_free(args.output_dir)
-        check_no_state(args.output_dir)
-
-
 def learn(
     stream: TaskStream,
     backbone_args: BackboneArguments,
@@ -126,7 +119,8 @@ def learn(
     Raises:
         [`ConfigError`]: The model to go on with was made with other options, or `output_dir` holds another one.
     """
-    check_output(training_args)
+    if training_args.resume_from_checkpoint is None:
+        check_output(training_args)
     model = open_model(backbone_args, training_args, method)
     return ContinualTrainer(model, training_args).learn_stream(stream)
 

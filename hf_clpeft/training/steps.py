@@ -13,44 +13,16 @@ from accelerate import Accelerator
 
 from ..learners import TaskLearner
 from ..streams import StreamedImages, TaskImages
+from ..streams.images import draw_views
 from .arguments import ContinualTrainingArguments
-from .batches import make_batches
+from .batches import Share, make_batches
 from .checkpoints import Checkpoints, Progress, pack_optimizer, set_random_state, unpack_optimizer
 from .processes import Stop, TrainingError, agree
 
 
 logger = logging.getLogger(__name__)
 
-# What may differ between the run that wrote a checkpoint and the one that goes on with it.
-FREE = {
-    "dataloader_num_workers",
-    "ddp_timeout",
-    "disable_tqdm",
-    "eval_batch_size",
-    "experts_from",
-    "forward_transfer",
-    "hub_model_id",
-    "hub_private_repo",
-    "hub_revision",
-    "hub_token",
-    "license",
-    "logging_steps",
-    "output_dir",
-    "overwrite_output_dir",
-    "push_to_hub",
-    "report_to",
-    "resume_from_checkpoint",
-    "run_name",
-    "save_steps",
-    "save_total_limit",
-    "task_parallel",
-}
 STOP_STEPS = 10  # how often several processes agree on whether one of them was asked to stop
-
-
-def chosen(args: ContinualTrainingArguments) -> dict:
-    """The arguments that decide what training gives."""
-    return {name: value for name, value in vars(args).items() if name not in FREE}
 
 
 class TrainingStopped(KeyboardInterrupt):
@@ -100,7 +72,7 @@ class StepLoop:
         else:
             optimizer = torch.optim.SGD(groups, momentum=0.9, weight_decay=args.weight_decay)
         self.batches = make_batches(images, args, accelerator)
-        self.module, self.optimizer, self.batches.loader = accelerator.prepare(learner, optimizer, self.batches.loader)
+        self.module, self.optimizer = accelerator.prepare(learner, optimizer)
         self.num_steps = args.num_train_epochs * -(-len(self.batches) // args.gradient_accumulation_steps)
         scheduler = get_scheduler(
             args.lr_scheduler_type, self.optimizer, round(args.warmup_ratio * self.num_steps), self.num_steps
@@ -109,7 +81,7 @@ class StepLoop:
         self._num_parts = 1  # in which a batch passes the device
         self._unusable = torch.zeros((), dtype=torch.bool, device=accelerator.device)
         sizes = {"images": len(images), "num_processes": accelerator.num_processes}
-        self.progress = Progress(learner.config.name, {**chosen(args), **sizes, **made_with}, logged=logged)
+        self.progress = Progress(learner.config.name, {**args.decisive(), **sizes, **made_with}, logged=logged)
 
     def run(
         self,
@@ -120,7 +92,8 @@ class StepLoop:
         """Makes all steps that are left.
 
         Args:
-            loss_of (callable): Takes the prepared learner and a batch, gives the loss.
+            loss_of (callable): Takes the prepared learner and a batch, gives the sum of its images' losses, each times
+                its `weight`.
             after_step (callable): Told after each optimizer step how far it is, and the loss.
             stop ([`Stop`]): Set from outside to stop after the step that is being made.
 
@@ -132,9 +105,10 @@ class StepLoop:
         accelerator, args, progress = self.accelerator, self.args, self.progress
         self.module.train()
         while progress.epoch < args.num_train_epochs:
-            for batch in self.batches.read(progress.epoch, progress.batch, position):
+            for batch, share in self.batches.read(progress.epoch, progress.batch, position):
                 restore_random()  # once there is a batch: making a loader draws from the generators
                 restore_random = _nothing
+                self._complete(batch, share)
                 with accelerator.accumulate(self.module):
                     loss = self._backward(loss_of, batch)
                     if accelerator.sync_gradients and args.max_grad_norm:
@@ -152,6 +126,14 @@ class StepLoop:
             progress.epoch, progress.batch, position = progress.epoch + 1, 0, None
         self.learner.eval()
 
+    def _complete(self, batch: dict[str, torch.Tensor], share: Share) -> None:
+        """Adds what each image counts for, and how it is looked at."""
+        length, device = len(batch["label"]), self.accelerator.device
+        batch["weight"] = share.weights(length, self.accelerator.num_processes).to(device)
+        views = draw_views(share.total, self.args.augmentation, device)
+        if views is not None:
+            batch["view"] = share.own(views, length)
+
     def _backward(self, loss_of: Callable, batch: dict) -> torch.Tensor:
         """Adds the gradients of a batch, in as many parts as the memory of the device needs. Gives the loss."""
         before = [None if parameter.grad is None else parameter.grad.clone() for parameter in self._trained]
@@ -160,9 +142,9 @@ class StepLoop:
                 loss = torch.zeros((), device=self.accelerator.device)
                 count = len(batch["label"])
                 for part in _cut(batch, -(-count // self._num_parts)):
-                    share = loss_of(self.module, part) * (len(part["label"]) / count)
-                    self.accelerator.backward(share)
-                    loss += share.detach()
+                    of_part = loss_of(self.module, part)
+                    self.accelerator.backward(of_part)
+                    loss += of_part.detach()
                 return loss
             except torch.OutOfMemoryError as error:
                 if self.accelerator.num_processes > 1 or self._num_parts >= count:

@@ -1,5 +1,7 @@
 """The loop over tasks: cache images, train the expert, teach the router, evaluate, save, push."""
 
+import hashlib
+import json
 import logging
 import math
 import shlex
@@ -22,6 +24,7 @@ from ..learners import ExpertLearner, FrozenLearner, TaskLearner
 from ..modeling import ContinualModel
 from ..report import StreamReport
 from ..routing.prototypes import fit_prototypes, fit_thresholds
+from ..storage import PROCESSOR_NAME
 from ..streams import Split, StreamedImages, Task, TaskImages, TaskStream, cache_images, open_images
 from ..streams.images import augment
 from ..streams.stream import BorderlessStream
@@ -32,11 +35,12 @@ from .costs import bytes_beside_experts, describe_environment, note_costs, timed
 from .evaluation import Evaluator, TaskEvaluation
 from .experts_from import Donor
 from .features import extract_queries
-from .output import check_free, check_no_state
+from .fingerprint import describe, note_pictures, same_pictures
+from .output import check_output
 from .parallel import LocalAccelerator, ParallelExperts, check_independent
 from .probe import fit_probe
 from .processes import Stop, agree, cpu_only, explaining_lost_processes, join_processes
-from .steps import StepLoop, TrainingStopped, chosen, stopping_on_signals
+from .steps import StepLoop, TrainingStopped, stopping_on_signals
 
 
 logger = logging.getLogger(__name__)
@@ -52,7 +56,7 @@ class ContinualTrainer:
             steps of the task, for a progress bar of your own. What it raises ends the training.
 
     Raises:
-        [`ConfigError`]: A batch cannot be shared evenly by the processes.
+        [`ConfigError`]: The model cannot take the experts of `experts_from`.
         [`HubError`]: The model is to be pushed, and the Hub cannot be reached, refuses, or holds another model.
 
     Example:
@@ -93,12 +97,6 @@ class ContinualTrainer:
                 split_batches=True, use_seedable_sampler=True, data_seed=self.args.seed
             ),
         )
-        for name in ("train_batch_size", "eval_batch_size"):
-            if getattr(self.args, name) % self.accelerator.num_processes:
-                raise ConfigError(
-                    f"{name}={getattr(self.args, name)} is a total that {self.accelerator.num_processes} processes "
-                    "cannot share evenly; choose a multiple."
-                )
         if self.args.report_to != "none":
             self.accelerator.init_trackers(self.args.run_name, config=self.args.to_log())
         self.model = model.to(self.accelerator.device)
@@ -108,7 +106,9 @@ class ContinualTrainer:
             for task in model.config.tasks:
                 model.report.add_task(task.name, task.title)
         self.report = model.report
-        self.report.environment = describe_environment(model, self.accelerator, self.args.seed)
+        self._measured = self.report.measured()
+        self.evaluator.before = self.report.test_forwards_per_image
+        self.report.environment = describe_environment(model, self.accelerator, self.args, self.report.environment)
         if self.args.license is not None:
             model.config.license = self.args.license
         self._shows = self.accelerator.is_main_process and not self.args.disable_tqdm
@@ -120,7 +120,7 @@ class ContinualTrainer:
         self._checkpoints = Checkpoints(
             self.args.output_dir, self.args.save_total_limit, self.accelerator.process_index
         )
-        self._parallel = ParallelExperts(self.args.output_dir, model, {**chosen(self.args), **self._made_with()})
+        self._parallel = ParallelExperts(self.args.output_dir, model, {**self.args.decisive(), **self._made_with()})
         self._donor = None if self.args.experts_from is None else Donor(self.args.experts_from, model)
         self._outbox = self._open_outbox() if self.args.push_to_hub and self.accelerator.is_main_process else None
         if self._outbox is not None:
@@ -194,7 +194,7 @@ class ContinualTrainer:
         main = self.accelerator.is_main_process
         with locked(self.args.output_dir) if main else nullcontext():
             if main:
-                self._check_output()
+                check_output(self.args, self.model.config, new_run=self._fresh)
             if main and self.args.resume_from_checkpoint is None:
                 self._checkpoints.clear()
                 self._parallel.clear()
@@ -202,13 +202,6 @@ class ContinualTrainer:
             self.accelerator.wait_for_everyone()
             with self.model.bank.learning():
                 yield
-
-    def _check_output(self) -> None:
-        args = self.args
-        if not args.overwrite_output_dir:
-            check_free(args.output_dir, self.model.config)
-            if self._fresh and args.resume_from_checkpoint is None:
-                check_no_state(args.output_dir)
 
     def _learn(self, task: Task) -> StreamReport:
         args, method = self.args, self.model.config.method
@@ -222,7 +215,8 @@ class ContinualTrainer:
         set_seed(args.seed + owner)
         learner = self.model.start_task(task.name, task.classes, task.domain)
         images, stored = self._join(task, train), bytes_beside_experts(self.model)
-        self._fit(learner, images, seconds)
+        trained_on = describe(task, owner, images)
+        self._fit(learner, images, seconds, trained_on)
         with self.model.bank.turns.changing():  # no other thread sees, or saves, a task without its prototypes
             self.model.finish_task(learner, len(train))
             if method.routed:
@@ -236,6 +230,7 @@ class ContinualTrainer:
                 self._tests[owner] = task
                 self.evaluator.add(task.name, test)
             self._evaluate(before)
+        note_pictures(self.report.environment, task.name, trained_on, test)
         if self._shows:
             print_task(self.report)
         self._save()
@@ -255,8 +250,10 @@ class ContinualTrainer:
             assert isinstance(images, TaskImages)
             self._seen.append((task, images))
         if task.test is not None:
+            test = self._images(task.test)
             self._tests[position] = task
-            self.evaluator.add(task.name, self._images(task.test))
+            same = same_pictures(self.report.environment, task.name, test)
+            self.evaluator.add(task.name, test, position if same and position in self._measured else None)
 
     def _train_in_parallel(self, stream: TaskStream) -> None:
         """Trains the experts of all tasks to come, every process its own ones; they are taken up in order later."""
@@ -268,12 +265,15 @@ class ContinualTrainer:
                 raise TrainingStopped(self.stop.signal)
             seconds: dict[str, float] = {}
             images = self._open(task.train)
+            trained_on = describe(task, position, images)
+            if self._parallel.has(task.name, trained_on):
+                continue
             set_seed(args.seed + position)
             learner = self.model.start_task(task.name, task.classes, task.domain)
             with timed(seconds, "train"):
-                self._train(learner, images, None, local, checkpoints)
+                self._train(learner, images, None, local, checkpoints, trained_on)
             assert isinstance(learner, ExpertLearner)
-            self._parallel.put(learner, seconds["train"])
+            self._parallel.put(learner, seconds["train"], trained_on)
         self.model.bank.abandon()
         self.accelerator.wait_for_everyone()
 
@@ -316,10 +316,18 @@ class ContinualTrainer:
         args = self.args
         return open_images(split, self.model.backbone.transform, args.max_bad_images, args.cache_size_gb, args.seed)
 
-    def _fit(self, learner: TaskLearner, images: TaskImages | StreamedImages, seconds: dict[str, float]) -> None:
+    def _fit(
+        self,
+        learner: TaskLearner,
+        images: TaskImages | StreamedImages,
+        seconds: dict[str, float],
+        trained_on: dict,
+    ) -> None:
         """Fills the learner: by training, from a model that has learnt the task, or, for a probe, at once."""
         method, queries, name = self.model.config.method, None, learner.config.name
-        if any(giver.give(learner, seconds) for giver in (self._parallel, self._donor) if giver is not None):
+        if self._parallel.give(learner, seconds, trained_on):
+            return
+        if self._donor is not None and self._donor.give(learner, seconds):
             return
         probe = isinstance(learner, FrozenLearner) and method.classifier == "head"
         cached = method.experts == "pool" and self.args.cache_query_features
@@ -332,7 +340,7 @@ class ContinualTrainer:
                 fit_probe(learner.head, queries, learner.targets.cpu()[torch.from_numpy(images.labels)])
         elif not isinstance(learner, FrozenLearner):
             with timed(seconds, "train"):
-                self._train(learner, images, queries, self.accelerator, self._checkpoints)
+                self._train(learner, images, queries, self.accelerator, self._checkpoints, trained_on)
 
     def _teach_router(self, task: Task, images: TaskImages | StreamedImages) -> None:
         """Adds the query features of all training images to the router, or of a sample where they are not on disk."""
@@ -364,12 +372,14 @@ class ContinualTrainer:
         queries: torch.Tensor | None,
         accelerator: Accelerator | LocalAccelerator,
         checkpoints: Checkpoints,
+        trained_on: dict,
     ) -> None:
         """Trains the experts and the head rows of one task; query features are computed in every step if not given."""
         if len(learner.classes) == 1:
             return  # nothing to be told from: the loss is zero, whatever the weights are
         args, transform = self.args, self.model.backbone.transform
-        loop = StepLoop(learner, images, accelerator, args, checkpoints, self._made_with(), self._step)
+        made_with = {**self._made_with(), **trained_on, "model": self._state()}
+        loop = StepLoop(learner, images, accelerator, args, checkpoints, made_with, self._step)
         bar = tqdm(
             total=loop.num_steps,
             desc=f"Training {learner.config.name} ({learner.config.title})",
@@ -378,9 +388,10 @@ class ContinualTrainer:
         )
 
         def loss_of(module: torch.nn.Module, batch: dict) -> torch.Tensor:
-            pixel_values = augment(transform.normalize(batch["pixels"]), args.augmentation)
+            pixel_values = augment(transform.normalize(batch["pixels"]), batch.get("view"))
             with accelerator.autocast():
-                return module(pixel_values, batch["label"], self._query(pixel_values, batch, queries))[0]
+                query = self._query(pixel_values, batch, queries)
+                return module(pixel_values, batch["label"], query, batch["weight"])[0]
 
         def after_step(progress: Progress, loss: torch.Tensor) -> None:
             bar.update(progress.step - bar.n)
@@ -401,6 +412,11 @@ class ContinualTrainer:
             "method": {name: value for name, value in vars(config.method).items() if name != "head"},
             "backbone": [config.backbone.weight_hash, config.backbone.image_size],
         }
+
+    def _state(self) -> str:
+        """What the model was when it was last saved or loaded: a task that shares what it trains begins there."""
+        files = {path: digest for path, digest in self.model.config.files.items() if path != PROCESSOR_NAME}
+        return hashlib.sha256(json.dumps(sorted(files.items())).encode()).hexdigest()
 
     def _query(self, pixel_values: torch.Tensor, batch: dict, queries: torch.Tensor | None) -> torch.Tensor | None:
         """Query features of a training batch, for methods whose loss needs them."""

@@ -5,10 +5,8 @@ python recipes/tutorials/add_classes.py me/birds new/pictures october
 A single class is enough. Old experts stay as they are, to the bit; the Hub gets one commit, and a tag: october.
 """
 
-import typer
-
 from hf_clpeft import ContinualModel, ContinualTrainer, ContinualTrainingArguments, load_task
-from hf_clpeft.errors import told_in_one_line
+from hf_clpeft.cli.run import run_program
 
 
 def main(repo_id: str, pictures: str, name: str, backbone: str | None = None):
@@ -27,5 +25,4 @@ def main(repo_id: str, pictures: str, name: str, backbone: str | None = None):
 
 
 if __name__ == "__main__":
-    with told_in_one_line():
-        typer.run(main)
+    run_program(main)

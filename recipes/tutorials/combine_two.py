@@ -3,10 +3,8 @@
 python recipes/tutorials/combine_two.py me/birds you/butterflies me/garden
 """
 
-import typer
-
 from hf_clpeft import combine
-from hf_clpeft.errors import told_in_one_line
+from hf_clpeft.cli.run import run_program
 
 
 def main(first: str, second: str, repo_id: str, backbone: str | None = None):
@@ -18,5 +16,4 @@ def main(first: str, second: str, repo_id: str, backbone: str | None = None):
 
 
 if __name__ == "__main__":
-    with told_in_one_line():
-        typer.run(main)
+    run_program(main)

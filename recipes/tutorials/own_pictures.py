@@ -7,10 +7,8 @@ The folder holds a folder for each class: my/pictures/robin/1.jpg, my/pictures/w
 is held out to measure how well it went. What comes next, in a month: add_classes.py.
 """
 
-import typer
-
 from hf_clpeft import ContinualModel, ContinualTrainer, ContinualTrainingArguments, load_task, s_lora
-from hf_clpeft.errors import told_in_one_line
+from hf_clpeft.cli.run import run_program
 
 
 def main(pictures: str, repo_id: str, backbone: str = "google/vit-base-patch16-224-in21k"):
@@ -29,5 +27,4 @@ def main(pictures: str, repo_id: str, backbone: str = "google/vit-base-patch16-2
 
 
 if __name__ == "__main__":
-    with told_in_one_line():
-        typer.run(main)
+    run_program(main)
