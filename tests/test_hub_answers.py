@@ -119,7 +119,7 @@ def test_a_private_repo_of_others_and_one_that_is_missing_are_told_alike_by_stat
 @pytest.mark.parametrize("token", ["hf_alice", False])
 def test_gated_repos_say_where_to_accept_the_terms(hub, pushed, token):
     hub.gated.add(REPO)
-    with pytest.raises(HubError, match=f"accept their terms. Do so on {hub.url}/{REPO}, and log in") as error:
+    with pytest.raises(HubError, match=f"accept their terms .* Do so on {hub.url}/{REPO}, and log in") as error:
         load(token=token)
     line_of(error)
 

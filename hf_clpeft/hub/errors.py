@@ -128,8 +128,8 @@ def _explain_answer(error: HfHubHTTPError, pushes: bool, repo_id: str, no_folder
     said = f"the Hub answers {status} ({error.server_message or _first_line(error)})."
     if isinstance(error, GatedRepoError):
         return (
-            f"its owners ask everybody to accept their terms. Do so on {constants.ENDPOINT}/{repo_id}, and log in "
-            f"here as the same user with `hf auth login` or pass token=; {said}"
+            f"its owners ask everybody to accept their terms (the Hub answers {status}). Do so on "
+            f"{constants.ENDPOINT}/{repo_id}, and log in here as the same user with `hf auth login` or pass token=."
         ), False
     if isinstance(error, RepositoryNotFoundError) and not (sent_token and status == 401):
         access = "the token has no access to it" if sent_token else "you are not logged in"
