@@ -44,7 +44,7 @@ from transformers import (
     HfArgumentParser,
     PreTrainedModel,
     ViTConfig,
-    ViTImageProcessorPil,
+    ViTImageProcessor,
     ViTModel,
     set_seed,
 )
@@ -339,7 +339,7 @@ def main() -> None:
             print(f"step {step} digits: {evaluate(model)}", flush=True)
             half = {name: tensor.half().cpu() for name, tensor in model.state_dict().items()}
             model.save_pretrained(args.output_dir, state_dict=half)  # fp16 on disk, the config keeps float32
-            ViTImageProcessorPil(size={"height": 32, "width": 32}, resample=3).save_pretrained(args.output_dir)
+            ViTImageProcessor(size={"height": 32, "width": 32}, resample=3).save_pretrained(args.output_dir)
     print(f"saved to {args.output_dir} after {(time.time() - start) / 60:.0f} minutes")
 
 
