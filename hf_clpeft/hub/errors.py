@@ -67,7 +67,7 @@ def transferring() -> Iterator[None]:
         yield
     except CLIENT_ERRORS:
         raise
-    except (OSError, RuntimeError) as error:
+    except (OSError, RuntimeError, ValueError) as error:
         if isinstance(error.__cause__, HTTPError):
             raise error.__cause__ from error  # what the storage said
         of_this_disk = getattr(error, "errno", None) is not None
@@ -118,8 +118,11 @@ def _explain(error: BaseException, pushes: bool, repo_id: str, revision: str | N
             f"the storage of {constants.ENDPOINT} cannot be reached ({_first_line(error)}), {hint} Where only Xet is "
             "kept out, HF_HUB_DISABLE_XET=1 goes another way."
         ), False
-    may_pass = isinstance(error, HTTPError | ConnectionError | TimeoutError)
-    return f"{constants.ENDPOINT} cannot be reached ({type(error).__name__}), {hint}", may_pass
+    if isinstance(error, HTTPError | ConnectionError | TimeoutError):
+        return f"{constants.ENDPOINT} cannot be reached ({type(error).__name__}), {hint}", True
+    if isinstance(error, NOT_CACHED):
+        return "it is not in the cache, and local_files_only=True forbids to ask the Hub.", False
+    return f"{constants.ENDPOINT} does not answer as a Hub does ({_first_line(error)}), {hint}", False
 
 
 def _explain_answer(error: HfHubHTTPError, pushes: bool, repo_id: str, no_folder: str) -> tuple[str, bool]:
