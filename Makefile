@@ -1,26 +1,35 @@
 # Two commands for everybody: `make demo` and `make test`. Both set up a virtual environment first, if need be.
 PYTHON ?= python3
 VENV ?= .venv
+CONSTRAINTS ?= constraints.txt
+EXTRAS ?= test,quality
+TESTS ?=
 BIN = $(VENV)/bin
-PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint $(CONSTRAINTS)
+# What calls the libraries whose versions differ from user to user.
+CORE = bank card class_routers cli combine controls download experts heads hub_answers images modeling naming push \
+	routing storage streams training
 export PYTHONUNBUFFERED = 1
 
-.PHONY: help demo test quality style
+.PHONY: help demo test test-lowest quality style
 
 help:  ## show this text
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-9s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' Makefile
 
-$(VENV)/installed: pyproject.toml constraints.txt
+$(VENV)/installed: pyproject.toml $(CONSTRAINTS)
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) torch
-	$(PIP) --editable ".[test,quality]"
+	$(PIP) --editable ".[$(EXTRAS)]"
 	@touch $@
 
 demo: $(VENV)/installed  ## learn five tasks of handwritten digits one after another, offline, in about two minutes
 	$(BIN)/python recipes/demo.py --output_dir out/demo --overwrite_output_dir
 
 test: $(VENV)/installed  ## run the tests, offline
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist loadfile $(TESTS)
+
+test-lowest:  ## run the core tests on the lowest versions that are supported
+	$(MAKE) test VENV=.venv-lowest CONSTRAINTS=constraints-lowest.txt EXTRAS=test TESTS="$(CORE:%=tests/test_%.py)"
 
 quality: $(VENV)/installed  ## check style and types
 	$(BIN)/ruff check .

@@ -378,7 +378,7 @@ class ContinualModel(torch.nn.Module):
             save_model(self, folder, overwrite)
 
     def push_to_hub(self, repo_id: str, squash_history: bool = False, **options: Any) -> str:
-        """Puts the model on the Hub as one commit. Its latest task's name becomes a tag, if it is new.
+        """Puts the model on the Hub as one commit, tagged with its latest task's name; see [`push_folder`].
 
         Args:
             repo_id (`str`): Repo id; made if needed.

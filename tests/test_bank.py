@@ -7,7 +7,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings, strategies as st
 from peft import PeftModel, set_peft_model_state_dict
-from transformers import ViTConfig, ViTImageProcessor, ViTModel
+from transformers import ViTConfig, ViTImageProcessorPil, ViTModel
 
 from hf_clpeft import Backbone, Expert, ExpertBank, ExpertError
 from hf_clpeft.config import BackboneConfig
@@ -40,7 +40,7 @@ def small_backbone(dtype=torch.float32):
         initializer_range=0.3,
     )
     model = ViTModel(config, add_pooling_layer=False).to(dtype)
-    processor = ViTImageProcessor(size={"height": SIZE, "width": SIZE})
+    processor = ViTImageProcessorPil(size={"height": SIZE, "width": SIZE})
     return Backbone(model, processor, BackboneConfig("small", SIZE, "0"))
 
 

@@ -3,6 +3,7 @@
 import json
 import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -49,7 +50,7 @@ def test_experts_prototypes_and_rows_stay_bit_identical(halves):
 def test_a_combined_model_is_a_model_like_any_other(halves):
     root, stream = halves
     both = combine([root / "high", ContinualModel.from_pretrained(root / "low")])
-    assert both.bank.names[2] == "s-lora-task-000"  # a model in memory has no other name than its method's
+    assert both.bank.names[2] == "low-task-000"  # a model in memory is called by where it was loaded from
     both.save_pretrained("both")
     loaded = ContinualModel.from_pretrained("both")
     with torch.no_grad():
@@ -58,6 +59,68 @@ def test_a_combined_model_is_a_model_like_any_other(halves):
     report = ContinualTrainer(loaded, make_trainer(s_lora(), "more", num_train_epochs=1).args).learn(new)
     assert len(loaded.config.tasks) == 5 and report.measured() == [4]
     assert len(ContinualModel.from_pretrained("more").report.tasks) == 5
+
+
+def place(root, *folders):
+    """Copies of the model at these places."""
+    return [shutil.copytree(root / "low", Path(folder), dirs_exist_ok=True) for folder in folders]
+
+
+@pytest.mark.parametrize(
+    "folders, names",
+    [
+        (["a/out", "b/out"], ["a-out", "b-out"]),
+        (["a/x/out", "b/x/out", "c"], ["a-x-out", "b-x-out", "c"]),
+        (["a/out", "a/out", "b/out"], ["a-out-1", "a-out-2", "b-out"]),
+        (["modèle", "Straße (new)"], ["modele", "Stra-e-new"]),
+        (["模型", "型号", "___", "ok"], ["model-1", "model-2", "model-3", "ok"]),
+        (["model-2", "模型"], ["model-2-1", "model-2-2"]),
+        (["v1.2", "v1-2", "v1-2-1"], ["v1-2-2", "v1-2-3", "v1-2-1"]),
+        (["Out", "out"], ["Out-1", "out-2"]),
+        (["with space/$(x)`", "-rf"], ["x", "rf"]),
+    ],
+)
+def test_names_say_which_folder_a_task_comes_from(halves, folders, names):
+    if len({folder.casefold() for folder in folders}) < len({*folders}) and Path("OUT").exists():
+        pytest.skip("this disk does not tell Out from out")
+    both = combine(str(folder) for folder in place(halves[0], *folders))  # a generator
+    assert [task.name for task in both.config.tasks] == [f"{name}-task-00{i}" for name in names for i in (0, 1)]
+    assert not any(str(Path.cwd()) in task.source for task in both.config.tasks)
+    assert [task.source.split("/")[-1] for task in both.config.tasks[::2]] == [f.split("/")[-1] for f in folders]
+
+
+def test_long_names_stay_names_and_keep_both_ends(halves):
+    folders = place(halves[0], "n" * 200, "n" * 199)
+    names = [task.name for task in combine(folders).config.tasks]
+    assert len(set(names)) == 4 and all(len(name) <= 96 and name.endswith("-task-00" + name[-1]) for name in names)
+    again = combine([combine(folders), combine(folders)])
+    assert len({task.name for task in again.config.tasks}) == 8
+
+
+def test_the_folder_one_is_in_can_be_named(halves, monkeypatch):
+    here, there = place(halves[0], "here", "there")
+    monkeypatch.chdir(here)
+    assert combine([".", "../there"]).bank.names[::2] == ["here-task-000", "there-task-000"]
+
+
+def test_models_in_memory_are_named_by_their_origin_or_else_by_their_method(halves):
+    a, b = (ContinualModel.from_pretrained(folder) for folder in place(halves[0], "a/out", "b/out"))
+    assert combine([a, b]).bank.names[::2] == ["a-out-task-000", "b-out-task-000"]
+    assert combine([a, a]).bank.names[::2] == ["out-1-task-000", "out-2-task-000"]
+    a.origin = b.origin = None  # as if they had just been trained
+    both = combine([a, b])
+    assert both.bank.names[::2] == ["s-lora-1-task-000", "s-lora-2-task-000"]
+    nested = combine([both, combine([a, "b/out"]), both])
+    assert len({task.name for task in nested.config.tasks}) == 12
+    nested.save_pretrained("nested")
+    assert ContinualModel.from_pretrained("nested").config.classes == a.config.classes
+
+
+def test_two_revisions_of_one_repo_are_told_apart(hub, halves):
+    model = ContinualModel.from_pretrained(halves[0] / "low")
+    model.push_to_hub("alice/low", token="hf_alice")
+    both = combine(["alice/low@task-001", "alice/low@main"])
+    assert both.bank.names[::2] == ["alice-low-task-001-task-000", "alice-low-main-task-000"]
 
 
 def test_from_the_hub_at_a_revision(hub, halves):
@@ -121,3 +184,5 @@ def test_methods_whose_experts_do_not_stand_alone_are_refused(learnt):
 def test_one_model_alone_is_refused(halves):
     with pytest.raises(ConfigError, match="two models or more; got 1"):
         combine([halves[0] / "low"])
+    with pytest.raises(ConfigError, match="two models or more; got 1"):
+        combine(str(halves[0] / "low"))

@@ -4,12 +4,15 @@ import os
 import subprocess
 import sys
 import tarfile
+import tomllib
 import zipfile
 from importlib.metadata import metadata
 from pathlib import Path
 
 import numpy as np
 import pytest
+from packaging.utils import canonicalize_name
+from packaging.version import Version
 
 import hf_clpeft
 from hf_clpeft import ContinualModel, load_benchmark
@@ -55,6 +58,19 @@ def test_the_sdist_makes_the_same_wheel(wheel, source, tmp_path):
 
 def test_the_version_stands_in_one_place():
     assert metadata("hf-clpeft")["Version"] == hf_clpeft.__version__
+
+
+def test_lower_bounds_are_what_the_core_tests_run_on():
+    def read(lines, sign):
+        pairs = (line.strip().partition(sign) for line in lines if sign in line)
+        return {canonicalize_name(name): Version(version) for name, _, version in pairs}
+
+    lowest = read((ROOT / "constraints-lowest.txt").read_text().splitlines(), "==")
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    bounds = read(project["dependencies"] + project["optional-dependencies"]["demo"], ">=")
+    assert all(bounds[name] <= lowest[name] for name in bounds)
+    for name in ("accelerate", "datasets", "gradio", "huggingface-hub", "peft", "transformers"):
+        assert bounds[name].release[:2] == lowest[name].release[:2]
 
 
 @pytest.fixture(scope="module")

@@ -67,7 +67,7 @@ def transferring() -> Iterator[None]:
         yield
     except CLIENT_ERRORS:
         raise
-    except (OSError, RuntimeError) as error:
+    except (OSError, RuntimeError, ValueError) as error:
         if isinstance(error.__cause__, HTTPError):
             raise error.__cause__ from error  # what the storage said
         of_this_disk = getattr(error, "errno", None) is not None
@@ -118,8 +118,11 @@ def _explain(error: BaseException, pushes: bool, repo_id: str, revision: str | N
             f"the storage of {constants.ENDPOINT} cannot be reached ({_first_line(error)}), {hint} Where only Xet is "
             "kept out, HF_HUB_DISABLE_XET=1 goes another way."
         ), False
-    may_pass = isinstance(error, HTTPError | ConnectionError | TimeoutError)
-    return f"{constants.ENDPOINT} cannot be reached ({type(error).__name__}), {hint}", may_pass
+    if isinstance(error, HTTPError | ConnectionError | TimeoutError):
+        return f"{constants.ENDPOINT} cannot be reached ({type(error).__name__}), {hint}", True
+    if isinstance(error, NOT_CACHED):
+        return "it is not in the cache, and local_files_only=True forbids to ask the Hub.", False
+    return f"{constants.ENDPOINT} does not answer as a Hub does ({_first_line(error)}), {hint}", False
 
 
 def _explain_answer(error: HfHubHTTPError, pushes: bool, repo_id: str, no_folder: str) -> tuple[str, bool]:
@@ -128,8 +131,8 @@ def _explain_answer(error: HfHubHTTPError, pushes: bool, repo_id: str, no_folder
     said = f"the Hub answers {status} ({error.server_message or _first_line(error)})."
     if isinstance(error, GatedRepoError):
         return (
-            f"its owners ask everybody to accept their terms. Do so on {constants.ENDPOINT}/{repo_id}, and log in "
-            f"here as the same user with `hf auth login` or pass token=; {said}"
+            f"its owners ask everybody to accept their terms (the Hub answers {status}). Do so on "
+            f"{constants.ENDPOINT}/{repo_id}, and log in here as the same user with `hf auth login` or pass token=."
         ), False
     if isinstance(error, RepositoryNotFoundError) and not (sent_token and status == 401):
         access = "the token has no access to it" if sent_token else "you are not logged in"

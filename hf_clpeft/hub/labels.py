@@ -44,6 +44,7 @@ def label_sources(sources: Sequence[str]) -> tuple[list[str], list[str]]:
             break
         for i in longer:
             chosen[i] += 1
+    labels = [label if Path(source).is_dir() else source for label, source in zip(labels, sources, strict=True)]
     return labels, _number(names)
 
 
@@ -68,10 +69,11 @@ def join_name(prefix: str, name: str) -> str:
 
 
 def _choices(source: str) -> list[str]:
-    """Labels of a source, from short to long."""
+    """Labels of a source, from short to long; of a folder, no longer than it was written: others will read them."""
     if Path(source).is_dir():
-        parts = [part for part in Path(source).resolve().parts if part != Path(part).anchor]
-        return ["/".join(parts[-count:]) for count in range(1, len(parts) + 1)] or [source]
+        written = [part for part in Path(source).parts if part not in ("..", Path(source).anchor)]
+        parts = Path(source).resolve().parts
+        return ["/".join(parts[-count:]) for count in range(1, max(1, len(written)) + 1)]
     name = split_revision(source)[0]
     return [name] if name == source else [name, source]
 
@@ -85,13 +87,14 @@ def _name(label: str) -> str:
 def _is_alike(i: int, names: list[str], choices: list[list[str]]) -> bool:
     """Whether another source has the same name, and a longer label would tell them apart."""
     return any(
-        name.casefold() == names[i].casefold() and _name(other[-1]) != _name(choices[i][-1])
+        name.casefold() == names[i].casefold() and _name(other[-1]).casefold() != _name(choices[i][-1]).casefold()
         for name, other in zip(names, choices, strict=True)
     )
 
 
 def _number(names: list[str]) -> list[str]:
-    folded, numbered = [name.casefold() for name in names], []
+    folded = [name.casefold() for name in names]
+    numbered: list[str] = []
     for i, name in enumerate(names):
         unique, count = name, folded[:i].count(name.casefold())
         while folded.count(name.casefold()) > 1 and unique.casefold() in {*folded, *map(str.casefold, numbered)}:
