@@ -7,6 +7,7 @@ import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+from .adapters import check_peft
 from .checks import check_path, check_task_name, check_types, read_json
 from .errors import ConfigError
 
@@ -114,8 +115,8 @@ class MethodConfig:
             raise ConfigError(f"peft={self.peft} cannot be saved: {error}.") from error
         if self.experts == "none" and self.peft:
             raise ConfigError(f"peft={self.peft} has no use with experts='none'; leave it empty.")
-        if self.experts != "none" and not isinstance(self.peft.get("peft_type"), str):
-            raise ConfigError("peft needs a 'peft_type', for example {'peft_type': 'LORA', 'r': 1}.")
+        if self.experts != "none":
+            check_peft(self.peft)
         if self.readout == "prompts" and (self.experts, self.peft["peft_type"]) != ("pool", "PROMPT_TUNING"):
             raise ConfigError("readout='prompts' needs a pool of prompts, experts='pool' and PROMPT_TUNING.")
         if self.query_with_first_expert and self.experts not in ("per_task", "first"):

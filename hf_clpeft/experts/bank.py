@@ -8,7 +8,7 @@ import torch
 from peft import PeftConfig, PeftModel
 
 from ..backbones import Backbone
-from .expert import ADAPTER, Expert, ExpertError, make_peft_model
+from .expert import ADAPTER, Expert, ExpertError, Seal, make_peft_model
 from .lora import LoraTable
 from .prompts import PromptTable
 
@@ -67,6 +67,7 @@ class ExpertBank(torch.nn.Module):
         self._configs: list[PeftConfig] = []
         self._at_rest: list[Expert] = []  # where experts are, if not
         self._in_slot: Expert | None = None
+        self._seal: Seal | None = None
 
     def __len__(self) -> int:
         return len(self.names)
@@ -92,10 +93,12 @@ class ExpertBank(torch.nn.Module):
         experts = list(experts)
         for count, expert in enumerate(experts):
             if self.table is None:
-                self._put(expert)
+                self._try(expert)
             self._keep(expert)
             if count == 0:
                 self.reserve(len(self) - 1 + len(experts))
+        if self._seal is not None:
+            self._seal.check("An expert that was loaded")
         self._clear_slot()
 
     def reserve(self, num_experts: int) -> None:
@@ -110,12 +113,15 @@ class ExpertBank(torch.nn.Module):
             `peft.PeftModel`: Its trainable parameters are the expert's.
         """
         slot = self._put(self[self.names.index(name)]) if name in self.names else self._make_slot(config)
+        if self._seal is not None:
+            self._seal.check(f"The peft of {name!r}")
         self._in_slot = None  # from here on the slot holds nothing that is at rest
         return slot
 
     def finish(self, name: str) -> Expert:
         """Moves the trained expert from the slot into the bank, replacing one of the same name."""
-        assert self.slot is not None
+        assert self.slot is not None and self._seal is not None
+        self._seal.check(f"Training {name!r}")
         expert = self._in_slot = Expert.from_peft_model(name, self.slot)
         if name not in self.names:
             self._keep(expert)
@@ -237,6 +243,13 @@ class ExpertBank(torch.nn.Module):
     def _slot_disabled(self) -> AbstractContextManager[None]:
         return nullcontext() if self.slot is None else self.slot.disable_adapter()
 
+    def _try(self, expert: Expert) -> None:
+        """Puts an expert from elsewhere into the slot, and takes no memory for one that does not fit."""
+        if self.slot is None or not _alike(self.slot.peft_config[ADAPTER], expert.config):
+            self._empty_slot()
+            expert.check_fits(self.backbone)
+        self._put(expert)
+
     def _put(self, expert: Expert) -> PeftModel:
         slot = self.slot
         if slot is None or not _alike(slot.peft_config[ADAPTER], expert.config):
@@ -247,6 +260,8 @@ class ExpertBank(torch.nn.Module):
 
     def _make_slot(self, config: PeftConfig) -> PeftModel:
         self._empty_slot()
+        if self._seal is None:
+            self._seal = Seal(self.backbone.model)
         slot = self.slot = make_peft_model(self.backbone, config).to(self.backbone.device)
         return slot
 
