@@ -410,6 +410,7 @@ TECHNIQUES: dict[str, dict[str, Rule]] = {
         "randlora_alpha": _FACTOR,
     },
     "ROAD": {**_ON_LAYERS, "variant": _one_of("road_1", "road_2", "road_4"), "group_size": _RANK},
+    "SHIRA": {**_ON_LAYERS, "r": _RANK, "mask_type": _one_of("random"), "random_seed": _SEED},
     "TINYLORA": {
         **_ON_LAYERS,
         "r": _RANK,
@@ -449,9 +450,9 @@ _NOT_HERE = {
         "LORA."
     ),
     ("TRAINABLE_TOKENS",): "trains embeddings of words, and a vision backbone has none. Choose LORA.",
-    ("SHIRA", "SUPERTUNING", "FROD"): (
+    ("SUPERTUNING", "FROD"): (
         "trains single weights, and saves which ones as whole numbers, which are not loaded again here. Choose LORA, "
-        "or FOURIERFT for fewer numbers."
+        "or SHIRA."
     ),
     ("XLORA", "POLY", "SHADOW"): (
         "wants more than an image: other adapters, the number of a task, or a second model. Choose LORA."

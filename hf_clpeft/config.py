@@ -34,7 +34,8 @@ class MethodConfig:
             ([`GaussianRouter`]), `"class_means"` ([`ClassMeanRouter`]) or `"ridge"` ([`RidgeRouter`]), or by one that
             you have put into [`hf_clpeft.routing.ROUTERS`]. A pool has its keys, and a single expert needs none.
         classifier (`str`, *optional*, defaults to `"head"`): What names the class: the trained `"head"`; the
-            `"router"`, if it knows classes, on query features alone; or `"both"`: see [`hf_clpeft.mixing`].
+            `"router"`, if it knows classes, on query features alone; or `"both"`, if it gives likelihoods: see
+            [`hf_clpeft.mixing`].
         mix (`int`, *optional*, defaults to 1): How many experts judge an image, the likeliest ones, in one pass
             through the bank. More than one needs `classifier="both"`, which weighs them.
         joint (`bool`, *optional*, defaults to `False`): Train on the images of all tasks at once, which no continual
@@ -148,25 +149,21 @@ class MethodConfig:
         """Whether images are classified under an expert, rather than by their query features."""
         return self.experts != "none" and self.classifier != "router"
 
-    @property
-    def knows_classes(self) -> bool:
-        """Whether the router keeps every class, not just prototypes of a task or keys of a pool."""
-        return self.router != "prototypes"
-
     def _check_routing(self) -> None:
         routed = self.experts in ("per_task", "first", "none")
-        if not routed and (self.knows_classes or self.classifier != "head"):
+        if not routed and (self.router != "prototypes" or self.classifier != "head"):
             raise ConfigError(
                 f"router={self.router!r} and classifier={self.classifier!r} do not go with experts={self.experts!r}, "
                 "which are not chosen by a router; leave both out."
             )
-        if self.classifier == "router" and not (self.knows_classes and self.experts in ("first", "none")):
+        # Whether the router is up to it, it says itself: see `find_router`.
+        if self.classifier == "router" and self.experts not in ("first", "none"):
             raise ConfigError(
                 "classifier='router' needs a router that knows classes, and experts='none' or 'first': the experts of "
                 "all others would have nothing to say."
             )
-        if self.classifier == "both" and (self.experts, self.router) != ("per_task", "gaussian"):
-            raise ConfigError("classifier='both' needs experts='per_task' and router='gaussian', for its scores.")
+        if self.classifier == "both" and self.experts != "per_task":
+            raise ConfigError("classifier='both' needs experts='per_task', and a router like 'gaussian'.")
         if self.experts == "first" and not (self.classifier == "router" and self.query_with_first_expert):
             raise ConfigError("experts='first' needs classifier='router' and query_with_first_expert=True.")
         if self.experts == "none" and self.classifier == "head" and not self.joint:

@@ -15,6 +15,7 @@ from .experts import Expert
 from .experts.naming import rename_old_keys
 from .folder import changing, hash_file, remove_with, settle
 from .hub.card import CARD_NAME, make_card
+from .learners import check_routes
 from .report import METRICS_NAME, REPORT_FILES, StreamReport
 from .versions import library_versions
 
@@ -38,8 +39,12 @@ def save_model(model: "ContinualModel", folder: str | Path) -> None:
 
     Raises:
         `OSError`: It cannot be written; what was there before is untouched.
+        [`ConfigError`]: The router has not learnt all tasks.
     """
     folder, config = Path(folder), model.config
+    check_routes(model.router, config)
+    if model.report is not None:
+        model.report.catch_up(config.tasks)
     settle(folder)
     there, unchanged = _files_of(folder), model.unchanged_experts
     changed = {

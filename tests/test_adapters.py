@@ -284,6 +284,19 @@ def test_tensors_of_another_kind_are_refused_by_their_file(adapter):
         assert Expert.load("x", path.parent).tensors[key].dtype == dtype
 
 
+def test_places_outside_of_a_layer_are_refused(small, tmp_path):
+    bank = ExpertBank(small)
+    learn(bank, "a", {"peft_type": "SHIRA", "r": 1}).save(tmp_path)
+    path = tmp_path / "adapter_model.safetensors"
+    bank.abandon()
+    tensors = load_file(path)
+    key = next(key for key in tensors if key.endswith("shira_indices"))
+    for spoil in (lambda places: places + 16, lambda places: -places - 1, lambda places: places[:1]):
+        save_file({**tensors, key: spoil(tensors[key])}, path)
+        with pytest.raises(ExpertError, match="shira_indices points outside of a layer of shape"):
+            ExpertBank(small).extend([Expert.load("a", tmp_path)])
+
+
 def test_a_file_that_is_no_experts_is_refused_before_it_is_read(adapter, monkeypatch):
     folder = adapter()
     monkeypatch.setattr("hf_clpeft.experts.expert.LARGEST_FILE", 100)

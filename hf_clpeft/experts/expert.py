@@ -26,6 +26,7 @@ ADAPTER = "default"  # the only adapter name we give PEFT; it is not part of any
 LARGEST_FILE = 4 * 2**30  # bytes of an expert's tensors; those of rank 64 on all of a ViT-H need a tenth
 MOST_TENSORS = 20_000
 DTYPES = {"F64", "F32", "F16", "BF16"}
+PLACES = ".shira_indices"  # which weights of a layer SHiRA trains: the only whole numbers in an expert
 
 
 class ExpertError(HfClpeftError, ValueError):
@@ -112,11 +113,27 @@ class Expert:
         if config.is_prompt_learning:
             self._check_shapes({"prompt_embeddings": (config.num_virtual_tokens, backbone.hidden_size)})
             return
+        if config.peft_type == "SHIRA":  # PEFT itself lets it take no more than the backbone has
+            self._check_places(backbone)
+            return
         bare, taken = _without_numbers(backbone.model), copy.deepcopy(config)
         # BOFT reads numbers while it is put on, one layer after the other.
         place = nullcontext() if config.peft_type == "BOFT" else torch.device("meta")
         with place, _explained(backbone, config):
             self._check_homes(PeftModel(bare, taken, adapter_name=ADAPTER))
+
+    def _check_places(self, backbone: Backbone) -> None:
+        layers = dict(backbone.model.named_modules())
+        for key, tensor in self.tensors.items():
+            layer: Any = layers.get(key.removeprefix("base_model.model.").removesuffix(PLACES))
+            if not key.endswith(PLACES) or layer is None:
+                continue  # without a home, which is told later
+            size = torch.tensor(layer.weight.shape)[:, None]
+            if tensor.shape[:1] != size.shape[:1] or not ((tensor >= 0) & (tensor < size)).all():
+                raise ExpertError(
+                    f"Expert {self.name!r} does not fit the backbone: {key} points outside of a layer of shape "
+                    f"{tuple(layer.weight.shape)}."
+                )
 
     def _check_homes(self, peft_model: PeftModel) -> None:
         wanted = get_peft_model_state_dict(peft_model, adapter_name=ADAPTER, save_embedding_layers=False)
@@ -182,7 +199,7 @@ def _read_header(path: Path) -> list[str]:
             raise ExpertError(f"{path} has {len(names):,} tensors, or one with an endless name; it is no expert.")
         dtypes = {name: file.get_slice(name).get_dtype() for name in names}
     for name, dtype in dtypes.items():
-        if dtype not in DTYPES:
+        if dtype not in DTYPES and not (name.endswith(PLACES) and dtype == "I32"):
             raise ExpertError(f"{path} holds {dtype} in {name}; an expert is made of float32, float16 or bfloat16.")
     return names
 

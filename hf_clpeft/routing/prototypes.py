@@ -120,7 +120,7 @@ class PrototypeRouter(Router):
             tensors["thresholds"] = torch.full((len(tensors["owners"].unique()), PERCENT), FARTHEST)
         if {key: tensor.dtype for key, tensor in tensors.items()} != {key: own[key].dtype for key in own}:
             raise ValueError(f"it holds {sorted(tensors)}, but the model needs {sorted(own)}.")
-        prototypes, owners, thresholds = (tensors[key] for key in own)
+        prototypes, owners, thresholds = (tensors[key] for key in ("prototypes", "owners", "thresholds"))
         shapes = (tuple(prototypes.shape), tuple(thresholds.shape))
         if owners.unique().tolist() != list(range(num_tasks)) or shapes != (
             (*owners.shape, self.query_size),
@@ -131,6 +131,10 @@ class PrototypeRouter(Router):
                 f"{owners.unique().tolist()}, but the model has tasks {list(range(num_tasks))} and width "
                 f"{self.query_size}."
             )
+        for key, tensor in tensors.items():
+            # What a subclass keeps besides has one shape for all, or the subclass loads it itself.
+            if key not in ("prototypes", "owners", "thresholds") and tensor.shape != own[key].shape:
+                raise ValueError(f"{key} has shape {tuple(tensor.shape)}, not {tuple(own[key].shape)}.")
         for key, tensor in tensors.items():
             setattr(self, key, tensor.to(own[key]))
 

@@ -41,7 +41,7 @@ class ParallelExperts:
     def todo(self, stream: TaskStream, rank: int, num_processes: int) -> list[tuple[int, Task]]:
         """Positions and tasks that a process has to train: every so many of those that nobody has learnt yet."""
         learnt = {task.name for task in self.model.config.tasks}
-        tasks = [task for task in stream if task.name not in learnt]
+        tasks = [task for task in stream if task.name not in learnt and task.name not in self.model.config.removed]
         numbered = list(enumerate(tasks, start=len(learnt)))[rank::num_processes]
         return [(position, task) for position, task in numbered if not self._has(task.name)]
 
