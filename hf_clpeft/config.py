@@ -8,6 +8,7 @@ import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+from .adapters import check_peft
 from .checks import MOST, check_path, check_task_name, check_types, read_json
 from .errors import ConfigError
 from .text import printable
@@ -38,7 +39,8 @@ class MethodConfig:
             ([`GaussianRouter`]), `"class_means"` ([`ClassMeanRouter`]) or `"ridge"` ([`RidgeRouter`]), or by one that
             you have put into [`hf_clpeft.routing.ROUTERS`]. A pool has its keys, and a single expert needs none.
         classifier (`str`, *optional*, defaults to `"head"`): What names the class: the trained `"head"`; the
-            `"router"`, if it knows classes, on query features alone; or `"both"`: see [`hf_clpeft.mixing`].
+            `"router"`, if it knows classes, on query features alone; or `"both"`, if it gives likelihoods: see
+            [`hf_clpeft.mixing`].
         mix (`int`, *optional*, defaults to 1): How many experts judge an image, the likeliest ones, in one pass
             through the bank. More than one needs `classifier="both"`, which weighs them.
         joint (`bool`, *optional*, defaults to `False`): Train on the images of all tasks at once, which no continual
@@ -119,8 +121,8 @@ class MethodConfig:
             raise ConfigError(f"peft={self.peft} cannot be saved: {error}.") from error
         if self.experts == "none" and self.peft:
             raise ConfigError(f"peft={self.peft} has no use with experts='none'; leave it empty.")
-        if self.experts != "none" and not isinstance(self.peft.get("peft_type"), str):
-            raise ConfigError("peft needs a 'peft_type', for example {'peft_type': 'LORA', 'r': 1}.")
+        if self.experts != "none":
+            check_peft(self.peft)
         if self.readout == "prompts" and (self.experts, self.peft["peft_type"]) != ("pool", "PROMPT_TUNING"):
             raise ConfigError("readout='prompts' needs a pool of prompts, experts='pool' and PROMPT_TUNING.")
         if self.query_with_first_expert and self.experts not in ("per_task", "first"):
@@ -152,25 +154,21 @@ class MethodConfig:
         """Whether images are classified under an expert, rather than by their query features."""
         return self.experts != "none" and self.classifier != "router"
 
-    @property
-    def knows_classes(self) -> bool:
-        """Whether the router keeps every class, not just prototypes of a task or keys of a pool."""
-        return self.router != "prototypes"
-
     def _check_routing(self) -> None:
         routed = self.experts in ("per_task", "first", "none")
-        if not routed and (self.knows_classes or self.classifier != "head"):
+        if not routed and (self.router != "prototypes" or self.classifier != "head"):
             raise ConfigError(
                 f"router={self.router!r} and classifier={self.classifier!r} do not go with experts={self.experts!r}, "
                 "which are not chosen by a router; leave both out."
             )
-        if self.classifier == "router" and not (self.knows_classes and self.experts in ("first", "none")):
+        # Whether the router is up to it, it says itself: see `find_router`.
+        if self.classifier == "router" and self.experts not in ("first", "none"):
             raise ConfigError(
                 "classifier='router' needs a router that knows classes, and experts='none' or 'first': the experts of "
                 "all others would have nothing to say."
             )
-        if self.classifier == "both" and (self.experts, self.router) != ("per_task", "gaussian"):
-            raise ConfigError("classifier='both' needs experts='per_task' and router='gaussian', for its scores.")
+        if self.classifier == "both" and self.experts != "per_task":
+            raise ConfigError("classifier='both' needs experts='per_task', and a router like 'gaussian'.")
         if self.experts == "first" and not (self.classifier == "router" and self.query_with_first_expert):
             raise ConfigError("experts='first' needs classifier='router' and query_with_first_expert=True.")
         if self.experts == "none" and self.classifier == "head" and not self.joint:

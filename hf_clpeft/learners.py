@@ -6,9 +6,11 @@ from typing import Any
 
 import torch
 from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
 
 from .backbones import Backbone
-from .config import TaskConfig
+from .config import ContinualConfig, TaskConfig
+from .errors import ConfigError
 from .experts import ExpertBank
 from .routing import KeyRouter
 
@@ -93,11 +95,14 @@ class ExpertLearner(TaskLearner):
         self.peft_model, self.pool = peft_model, backbone.pool
 
     def train(self, mode: bool = True) -> "ExpertLearner":
-        """Keeps the statistics of a ConvNet's batch norms, which are frozen like all of the backbone."""
+        """Keeps the backbone in evaluation mode: it is frozen, with its dropout and the statistics of its norms."""
         super().train(mode)
-        for module in self.peft_model.modules():
-            if isinstance(module, torch.nn.modules.batchnorm._BatchNorm):
-                module.eval()
+        self.peft_model.eval()
+        for layer in self.peft_model.modules():
+            if isinstance(layer, BaseTunerLayer):
+                layer.training = mode
+                for name, part in layer.named_children():
+                    part.train(mode and name != "base_layer")
         return self
 
     def _features(self, pixel_values: torch.Tensor, query: torch.Tensor | None) -> tuple[torch.Tensor, float]:
@@ -135,6 +140,32 @@ class PoolLearner(TaskLearner):
         routing = self.router(query)
         features = self.bank(pixel_values, routing.selection, self.readout)
         return features, self.pull * routing.selection.shape[1] * routing.distance
+
+
+def check_routes(router: Any, config: ContinualConfig) -> None:
+    """Raises [`ConfigError`] if the router of a model does not know all of its tasks and classes.
+
+    Args:
+        router ([`Router`]): The model's.
+        config ([`ContinualConfig`]): What the model has learnt.
+    """
+    if not config.method.routed:
+        return
+    names, known = [task.name for task in config.tasks], router.num_owners
+    add = "model.router.add(model.query_features(pixel_values), " + ("numbers)" if router.knows_classes else "k)")
+    if known != len(names):
+        missing = f"not {', '.join(names[known:][:3])}" if known < len(names) else "more than that"
+        raise ConfigError(
+            f"The router has learnt {known} of {len(names)} tasks, {missing}. Call {add} once for each task, after "
+            "finish_task and with its training images."
+        )
+    unknown = set(range(len(config.classes))) - set(router.classes.tolist()) if router.knows_classes else set()
+    if unknown:
+        labels = [config.classes[number] for number in sorted(unknown)]
+        raise ConfigError(
+            f"The router knows no image of {len(labels)} classes, {labels[:3]}: every class of a task needs one among "
+            "its training images."
+        )
 
 
 def rows_to_train(classes: Sequence[str], known: Sequence[str], mask: bool) -> tuple[list[int], torch.Tensor]:

@@ -238,7 +238,7 @@ class ContinualModel(torch.nn.Module):
     def can_reject(self) -> bool:
         """Whether [`~ContinualModel.predict`] takes a `reject_rate`."""
         method = self.config.method
-        return method.routed and not method.knows_classes and all(self.router.calibrated())
+        return method.routed and not self.router.knows_classes and all(self.router.calibrated())
 
     # Learning a task
 
@@ -269,7 +269,7 @@ class ContinualModel(torch.nn.Module):
         method, task = self.config.method, TaskConfig(name, list(classes), domain)
         if method.head == "auto":
             # Where classes have been compared by the router already, rows of other tasks can only mislead.
-            self.heads.shared = domain is None and not method.knows_classes
+            self.heads.shared = domain is None and not self.router.knows_classes
         known = list(dict.fromkeys([*self.config.classes, *classes]))
         trained, targets = rows_to_train(known if method.joint else classes, known, method.mask_logits)
         rows = (task, self.heads.start(trained), trained, targets)
@@ -288,7 +288,7 @@ class ContinualModel(torch.nn.Module):
 
     @changing
     def finish_task(self, learner: TaskLearner, num_train_images: int) -> None:
-        """Adds a trained task. Where each task has its own expert, images find it once the router has its prototypes.
+        """Adds a trained task. Routers learn it apart: `model.router.add(query, k)`, or `(query, class_numbers)`.
 
         Args:
             learner ([`TaskLearner`]): What [`~ContinualModel.start_task`] gave, trained.
@@ -338,7 +338,7 @@ class ContinualModel(torch.nn.Module):
         shared = sorted(elsewhere & set(self.config.tasks[position].classes))
         if method.experts in ("pool", "single") or method.joint:
             raise ConfigError(f"All tasks trained the same experts in {method.name}; none can be removed exactly.")
-        if method.knows_classes:
+        if self.router.knows_classes:
             raise ConfigError(
                 f"The sums of the {method.router} router hold the images of all tasks; {task!r} cannot be removed "
                 "exactly. Choose router='prototypes' where tasks must be unlearnt."

@@ -111,11 +111,17 @@ class StreamReport:
             getattr(self, cost).append(costs.get(cost, {} if cost == "seconds" else math.nan))
         self.experts, self.routing_confusion, self.oracle_accuracy = [], [], []
 
-    def take_up(self, tasks: list[TaskConfig]) -> None:
-        """Opens rows for tasks that the model has learnt without a trainer, so that nothing was measured."""
-        for task in tasks[len(self.tasks) :]:
+    def catch_up(self, tasks: list[TaskConfig]) -> None:
+        """Opens rows for tasks that were learnt without a trainer, about which nothing was measured.
+
+        Args:
+            tasks (`list[TaskConfig]`): All tasks of the model.
+        """
+        unknown = [task for task in tasks if task.name not in self.tasks]
+        for task in unknown:
             self.add_task(task.name, task.title)
-            self.experts, self.routing_confusion, self.oracle_accuracy = [], [], []
+        if unknown:  # what was measured of the model as it was before
+            self.experts, self.routing_confusion, self.oracle_accuracy = list(self.titles), [], []
 
     def remove_task(self, name: str) -> None:
         """Takes a task's row and column away, and what was measured of the model as it was with that task."""

@@ -22,6 +22,7 @@ from .experts.naming import rename_old_keys
 from .folder import READY, changing, hash_file, inside, pending, remove_with, settle
 from .heads import Heads
 from .hub.card import CARD_NAME, make_card
+from .learners import check_routes
 from .lineage import difference
 from .report import METRICS_NAME, REPORT_FILES, StreamReport
 from .versions import library_versions
@@ -56,12 +57,13 @@ def save_model(model: "ContinualModel", folder: str | Path, overwrite: bool = Fa
             before is untouched.
     """
     folder = Path(folder)
+    check_routes(model.router, model.config)
     settle(folder)
     there = check_same_model(folder, model.config, overwrite=overwrite)
     inside(folder, EXPERTS_FOLDER)
     names, unchanged, report = model.bank.names, dict(model.unchanged_experts), model.report
     if report is not None:
-        report.take_up(model.config.tasks)
+        report.catch_up(model.config.tasks)
     changed = {
         name: model.bank[index] for index, name in enumerate(names) if not _has(folder, unchanged.get(name, {}))
     }

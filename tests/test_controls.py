@@ -185,7 +185,10 @@ def test_experts_that_do_not_fit_are_not_taken_over(stream, tmp_path):
         (lambda: s_lora(route_layer=[3, 2]), r"route_layer=\[3, 2\] must be layers"),
         (lambda: method(experts="pool", router="gaussian"), "do not go with experts='pool'"),
         (lambda: method(classifier="router", router="gaussian"), "needs a router that knows classes, and experts="),
-        (lambda: method(classifier="both"), "needs experts='per_task' and router='gaussian'"),
+        (
+            lambda: ContinualModel.from_backbone(BACKBONE, method(classifier="both")),
+            "'prototypes' are none",
+        ),
         (lambda: method(mix=2), "more than 1 needs classifier='both'"),
         (lambda: method(experts="first"), "needs classifier='router' and query_with_first_expert"),
         (lambda: method(experts="none"), "has no use with experts='none'"),

@@ -173,8 +173,7 @@ def test_the_configuration_of_an_early_peft_is_read(fresh_backbone, backbone, tm
         "task_type": None,
     }
     (tmp_path / "old" / "adapter_config.json").write_text(json.dumps(config))
-    with pytest.warns(UserWarning, match="enable_lora"):
-        migrate_adapter(tmp_path / "old", tmp_path / "new", backbone)
+    migrate_adapter(tmp_path / "old", tmp_path / "new", backbone)
     with torch.no_grad():
         expected = bank(IMAGES, torch.zeros(4, dtype=int))
     assert torch.equal(features(copy.deepcopy(backbone), Expert.load("task-0", tmp_path / "new")), expected)

@@ -110,7 +110,7 @@ def sort_pictures(
 def refusal(model: ContinualModel) -> str | None:
     """Why a model cannot be taught without changing old answers; `None` if it can."""
     method = model.config.method
-    if method.knows_classes:
+    if model.router.knows_classes:
         return (
             f"The {method.router} router weighs the classes of all tasks against each other, so a new one changes "
             "old answers. A model with router='prototypes' can be taught here; this one learns in a recipe."

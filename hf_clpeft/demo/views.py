@@ -57,7 +57,7 @@ def titles(model: ContinualModel) -> dict[str, str]:
 def landmark(model: ContinualModel) -> str:
     """What distances are measured to: a prototype, an expert's key, or, where the router knows classes, a class."""
     method = model.config.method
-    return "key" if method.experts == "pool" else "class" if method.knows_classes else "prototype"
+    return "key" if method.experts == "pool" else "class" if model.router.knows_classes else "prototype"
 
 
 def verdict(prediction: Prediction, model: ContinualModel, reject_rate: float, chosen: bool = False) -> str:

@@ -10,7 +10,7 @@ from peft import PeftConfig, PeftModel
 
 from ..backbones import Backbone
 from ..errors import ConfigError
-from .expert import ADAPTER, Expert, ExpertError
+from .expert import ADAPTER, Expert, ExpertError, Seal
 from .lora import LoraTable
 from .prompts import PromptTable
 from .stage import Stage
@@ -79,6 +79,7 @@ class ExpertBank(torch.nn.Module):
         self._stage_turns = Turns()
         self._trained: tuple[str, int] | None = None  # what is trained, and by which thread
         self._learner = 0  # thread that learns, whatever it is doing
+        self._seal: Seal | None = None
 
     def __len__(self) -> int:
         return len(self.names)
@@ -118,10 +119,11 @@ class ExpertBank(torch.nn.Module):
         with self.turns.changing():
             for count, expert in enumerate(experts):
                 if self.table is None:
-                    self._put(expert)
+                    self._try(expert)
                 self._keep(expert, self._stage)
                 if count == 0:
                     self.reserve(len(self) - 1 + len(experts))
+            self._check_seal("An expert that was loaded")
             if self.table is not None:
                 self._stage = None  # was needed to try the first alone
 
@@ -143,8 +145,10 @@ class ExpertBank(torch.nn.Module):
         self.claim(name)
         try:
             known = self[self.names.index(name)] if name in self.names else None
-            slot = self.slot = Stage(self.backbone, config if known is None else known.config)
-            return slot.peft_model if known is None else slot.put(known)
+            slot = self.slot = self._make_stage(config if known is None else known.config)
+            peft_model = slot.peft_model if known is None else slot.put(known)
+            self._check_seal(f"The peft of {name!r}")
+            return peft_model
         except BaseException:
             self.abandon()
             raise
@@ -152,6 +156,7 @@ class ExpertBank(torch.nn.Module):
     def finish(self, name: str) -> Expert:
         """Moves the trained expert from the slot into the bank, replacing one of the same name."""
         assert self.slot is not None
+        self._check_seal(f"Training {name!r}")
         expert = Expert.from_peft_model(name, self.slot.peft_model)
         with self.turns.changing():
             if name not in self.names:
@@ -337,9 +342,25 @@ class ExpertBank(torch.nn.Module):
         """Lets an expert run on the stage."""
         stage = self._stage
         if stage is None:
-            stage = self._stage = Stage(self.backbone, expert.config)
+            stage = self._stage = self._make_stage(expert.config)
         stage.put(expert)
         return stage
+
+    def _try(self, expert: Expert) -> None:
+        """Lets an expert from elsewhere run on the stage, and takes no memory for one that does not fit."""
+        if self._stage is None or not self._stage.takes(expert.config):
+            expert.check_fits(self.backbone)
+        self._put(expert)
+
+    def _make_stage(self, config: PeftConfig) -> Stage:
+        if self._seal is None:
+            self._seal = Seal(self.backbone.model)
+        return Stage(self.backbone, config)
+
+    def _check_seal(self, who: str) -> None:
+        """Raises [`ExpertError`] if the backbone, whose weights a stage shares, is not what it was."""
+        if self._seal is not None:
+            self._seal.check(who)
 
     def _refuse_strangers(self, why: str) -> None:
         """Raises [`ExpertError`] if another thread, which is alive, trains something here."""

@@ -2,24 +2,31 @@
 
 import copy
 import warnings
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftConfig, PeftModel, get_peft_config, get_peft_model_state_dict, set_peft_model_state_dict
+from peft import PeftConfig, PeftModel, PeftType, get_peft_model_state_dict, set_peft_model_state_dict
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 
+from ..adapters import check_peft
 from ..backbones import Backbone
 from ..checks import read_json
-from ..errors import HfClpeftError
+from ..errors import ConfigError, HfClpeftError
 from .prompts import PromptTunedVisionModel
 
 
-DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 ADAPTER = "default"  # the only adapter name we give PEFT; it is not part of any file
+LARGEST_FILE = 4 * 2**30  # bytes of an expert's tensors; those of rank 64 on all of a ViT-H need a tenth
+MOST_TENSORS = 20_000
+DTYPES = {"F64", "F32", "F16", "BF16"}
+PLACES = ".shira_indices"  # which weights of a layer SHiRA trains: the only whole numbers in an expert
 
 
 class ExpertError(HfClpeftError, ValueError):
@@ -87,19 +94,65 @@ class Expert:
         Raises:
             [`ExpertError`]: A tensor has no home, a home gets no tensor, or shapes differ.
         """
+        self._check_homes(peft_model)
         try:
-            result: Any = set_peft_model_state_dict(peft_model, self.tensors, adapter_name=ADAPTER)
+            set_peft_model_state_dict(peft_model, self.tensors, adapter_name=ADAPTER)
         except (RuntimeError, KeyError) as error:
             raise ExpertError(f"Expert {self.name!r} does not fit the backbone: {error}") from error
-        homeless = [key for key in result.unexpected_keys if key != "prompt_embeddings"]
-        expected = get_peft_model_state_dict(peft_model, adapter_name=ADAPTER, save_embedding_layers=False)
-        untrained = sorted(set(expected) - set(self.tensors))
+
+    def check_fits(self, backbone: Backbone) -> None:
+        """Tries the adapter on a copy of the backbone that has shapes and no numbers, before memory is taken for it.
+
+        Args:
+            backbone ([`Backbone`]): The frozen model, without an adapter on it.
+
+        Raises:
+            [`ExpertError`]: As for [`~Expert.copy_to`]; or PEFT cannot use the configuration on this backbone.
+        """
+        config: Any = self.config
+        if config.is_prompt_learning:
+            self._check_shapes({"prompt_embeddings": (config.num_virtual_tokens, backbone.hidden_size)})
+            return
+        if config.peft_type == "SHIRA":  # PEFT itself lets it take no more than the backbone has
+            self._check_places(backbone)
+            return
+        bare, taken = _without_numbers(backbone.model), copy.deepcopy(config)
+        # BOFT reads numbers while it is put on, one layer after the other.
+        place = nullcontext() if config.peft_type == "BOFT" else torch.device("meta")
+        with place, _explained(backbone, config):
+            self._check_homes(PeftModel(bare, taken, adapter_name=ADAPTER))
+
+    def _check_places(self, backbone: Backbone) -> None:
+        layers = dict(backbone.model.named_modules())
+        for key, tensor in self.tensors.items():
+            layer: Any = layers.get(key.removeprefix("base_model.model.").removesuffix(PLACES))
+            if not key.endswith(PLACES) or layer is None:
+                continue  # without a home, which is told later
+            size = torch.tensor(layer.weight.shape)[:, None]
+            if tensor.shape[:1] != size.shape[:1] or not ((tensor >= 0) & (tensor < size)).all():
+                raise ExpertError(
+                    f"Expert {self.name!r} does not fit the backbone: {key} points outside of a layer of shape "
+                    f"{tuple(layer.weight.shape)}."
+                )
+
+    def _check_homes(self, peft_model: PeftModel) -> None:
+        wanted = get_peft_model_state_dict(peft_model, adapter_name=ADAPTER, save_embedding_layers=False)
+        self._check_shapes({key: tuple(tensor.shape) for key, tensor in wanted.items()})
+
+    def _check_shapes(self, wanted: dict[str, tuple[int, ...]]) -> None:
+        homeless, untrained = sorted(self.tensors.keys() - wanted), sorted(wanted.keys() - self.tensors)
         if homeless or untrained:
             raise ExpertError(
                 f"Expert {self.name!r} does not fit the backbone: {len(homeless)} tensors have no home "
                 f"{homeless[:2]} and {len(untrained)} places got no tensor {untrained[:2]}. Was it trained on another "
                 "backbone, or before transformers 5.9 renamed the projections of ViT?"
             )
+        for key, shape in wanted.items():
+            if tuple(self.tensors[key].shape) != shape:
+                raise ExpertError(
+                    f"Expert {self.name!r} does not fit the backbone: {key} has shape "
+                    f"{tuple(self.tensors[key].shape)} and should have {shape}, as its {CONFIG_NAME} says."
+                )
 
     def save(self, folder: str | Path) -> None:
         """Writes `adapter_config.json` and `adapter_model.safetensors`, as PEFT does."""
@@ -123,25 +176,59 @@ class Expert:
         for file in (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME):
             if not Path(folder, file).is_file():
                 raise ExpertError(f"Expert {name!r} lacks the file {Path(folder, file)}.")
+        path = Path(folder, SAFETENSORS_WEIGHTS_NAME)
         try:
-            tensors = load_file(Path(folder, SAFETENSORS_WEIGHTS_NAME))
+            config = _read_config(Path(folder, CONFIG_NAME), _read_header(path))
+            tensors = load_file(path)
         except SafetensorError as error:
-            raise ExpertError(f"{Path(folder, SAFETENSORS_WEIGHTS_NAME)} is damaged: {error}") from error
-        broken = [key for key, t in tensors.items() if not (t.dtype in DTYPES and torch.isfinite(t).all())]
+            raise ExpertError(f"{path} is damaged: {error}") from error
+        broken = [key for key, tensor in tensors.items() if not torch.isfinite(tensor).all()]
         if broken:
-            raise ExpertError(
-                f"{Path(folder, SAFETENSORS_WEIGHTS_NAME)} has values that are no finite numbers in {broken[0]}."
-            )
-        try:
-            read_json(Path(folder, CONFIG_NAME))
-            config = PeftConfig.from_pretrained(str(folder))
-        except Exception as error:  # PEFT raises anything, even RecursionError, on what somebody has tampered with
-            raise ExpertError(f"{Path(folder, CONFIG_NAME)} cannot be used: {error}") from error
-        for field, value in vars(config).items():
-            if isinstance(value, set | list) and len({type(item) for item in value}) > 1:
-                raise ExpertError(f"{Path(folder, CONFIG_NAME)} cannot be used: {field} mixes types, {list(value)}.")
+            raise ExpertError(f"{path} has values that are no finite numbers in {broken[0]}.")
         config.inference_mode = False
         return cls(name, config, tensors)
+
+
+def _read_header(path: Path) -> list[str]:
+    """Names of the tensors of a file, after checking that they can be an expert's."""
+    if path.stat().st_size > LARGEST_FILE:
+        raise ExpertError(f"{path} has {path.stat().st_size:,} bytes; an expert has {LARGEST_FILE:,} at most.")
+    with safe_open(path, framework="pt") as file:
+        names = list(file.keys())
+        if len(names) > MOST_TENSORS or any(len(name) > 512 for name in names):
+            raise ExpertError(f"{path} has {len(names):,} tensors, or one with an endless name; it is no expert.")
+        dtypes = {name: file.get_slice(name).get_dtype() for name in names}
+    for name, dtype in dtypes.items():
+        if dtype not in DTYPES and not (name.endswith(PLACES) and dtype == "I32"):
+            raise ExpertError(f"{path} holds {dtype} in {name}; an expert is made of float32, float16 or bfloat16.")
+    return names
+
+
+def _read_config(path: Path, names: list[str]) -> PeftConfig:
+    """What an `adapter_config.json` says, after checking all of it, with the names of the tensors beside it."""
+    try:
+        values = read_json(path)
+        whole = values.get("modules_to_save")
+        if isinstance(whole, list) and not any(f".{module}." in name for module in whole for name in names):
+            # The classifier of whoever trained it, mostly, which did not come along.
+            values["modules_to_save"] = None
+        return _make_config(values)
+    except Exception as error:  # PEFT raises anything, even RecursionError, on what somebody has tampered with
+        raise ExpertError(f"{path} cannot be used: {error}") from error
+
+
+def _make_config(values: dict) -> Any:
+    technique = values.get("peft_type")
+    kinds: dict[Any, Any] = dict(PEFT_TYPE_TO_CONFIG_MAPPING)
+    kind = kinds.get(technique) if isinstance(technique, str) else None
+    if kind is None:
+        check_peft(values)
+        raise ConfigError(f"peft_type={technique!r} needs a newer PEFT; try `pip install --upgrade peft`.")
+    defaults = {
+        field.name: field.default if field.default_factory is MISSING else field.default_factory()
+        for field in fields(kind)
+    }
+    return kind(**check_peft(values, defaults))
 
 
 def make_peft_config(arguments: dict, backbone: Backbone) -> PeftConfig:
@@ -155,7 +242,8 @@ def make_peft_config(arguments: dict, backbone: Backbone) -> PeftConfig:
         `peft.PeftConfig`
 
     Raises:
-        [`ExpertError`]: PEFT knows no such type or argument.
+        [`ExpertError`]: The technique does not work here, or an argument is unknown or out of bounds: see
+            [`~hf_clpeft.adapters.check_peft`].
 
     Example:
 
@@ -170,7 +258,9 @@ def make_peft_config(arguments: dict, backbone: Backbone) -> PeftConfig:
     ```
     """
     try:
-        config: Any = get_peft_config(dict(arguments))  # fields differ from class to class
+        config = _make_config(arguments)
+    except ConfigError as error:
+        raise ExpertError(str(error)) from error
     except Exception as error:
         raise ExpertError(f"PEFT cannot make a configuration of {arguments}: {error}") from error
     config.base_model_name_or_path = backbone.config.name_or_path
@@ -197,12 +287,104 @@ def make_peft_model(backbone: Backbone, config: PeftConfig) -> PeftModel:
     if config.is_prompt_learning:
         backbone.check_prompts()
     make: type[PeftModel] = PromptTunedVisionModel if config.is_prompt_learning else PeftModel
+    weights = dict(backbone.model.named_parameters())
+    with _explained(backbone, config):
+        peft_model = make(backbone.model, config, adapter_name=ADAPTER)
+    trained = [name for name, weight in weights.items() if weight.requires_grad]
+    if trained:
+        raise ExpertError(_CHANGED.format(f"This {PeftType(config.peft_type).value} adapter", trained[0]))
+    return peft_model
+
+
+_CHANGED = "{} changes {} of the frozen backbone, which all experts share. Load the model again without it."
+
+
+class Seal:
+    """Knows a model's weights by their sums, so that nobody changes them unnoticed.
+
+    Args:
+        model (`torch.nn.Module`): A frozen model, without an adapter on it.
+
+    Example:
+
+    ```py
+    >>> import torch
+    >>> from hf_clpeft.experts.expert import Seal
+
+    >>> model = torch.nn.Linear(2, 2).requires_grad_(False)
+    >>> seal = Seal(model)
+    >>> model.bias[0] += 1
+    >>> seal.check("Somebody")
+    Traceback (most recent call last):
+        ...
+    hf_clpeft.experts.expert.ExpertError: Somebody changes bias of the frozen backbone, which all experts share...
+
+    ```
+    """
+
+    def __init__(self, model: torch.nn.Module):
+        # By their modules: a tensor is another one after a move to another device.
+        self._places = {
+            f"{path}.{name}".lstrip("."): (module, name)
+            for path, module in model.named_modules()
+            for name, weight in [*module._parameters.items(), *module._buffers.items()]
+            if weight is not None
+        }
+        self._sums = self._sum_up()
+
+    def check(self, who: str) -> None:
+        """Raises [`ExpertError`] if a weight is not what it was. In another precision, nothing can be told.
+
+        Args:
+            who (`str`): What may have changed it, for the message.
+        """
+        for name, found in self._sum_up().items():
+            if found != self._sums[name] and found[0] == self._sums[name][0]:
+                raise ExpertError(_CHANGED.format(who, name))
+
+    def _sum_up(self) -> dict[str, tuple[torch.dtype, int]]:
+        """Sums of the bits as whole numbers, which are the same in any order and on any device."""
+        weights = {path: getattr(module, name).detach() for path, (module, name) in self._places.items()}
+        # Asked for all at once: a device works through them without waiting for an answer to each.
+        sums = {path: _sum_of_bits(weight) for path, weight in weights.items()}
+        return {path: (weight.dtype, int(sums[path])) for path, weight in weights.items()}
+
+
+def _sum_of_bits(weight: torch.Tensor) -> torch.Tensor:
+    flat = weight.flatten()
+    bits = (flat if flat.data_ptr() % 8 == 0 else flat.clone()).view(torch.uint8)
+    whole = len(bits) // 8 * 8
+    return bits[:whole].view(torch.int64).sum() + bits[whole:].sum(dtype=torch.int64)
+
+
+@contextmanager
+def _explained(backbone: Backbone, config: PeftConfig) -> Iterator[None]:
+    """Tells in words what PEFT raises while it puts an adapter on a backbone."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")  # asked by PEFT, not us
         try:
-            return make(backbone.model, config, adapter_name=ADAPTER)
+            yield
+        except ExpertError:
+            raise
         except Exception as error:
             raise ExpertError(
-                f"PEFT cannot put a {config.peft_type} adapter on {backbone.config.name_or_path} ({error!r}). Check "
-                "the method's peft, or the adapter's adapter_config.json."
+                f"PEFT cannot put a {PeftType(config.peft_type).value} adapter on {backbone.config.name_or_path} "
+                f"({error!r}). Check the method's peft, or the adapter's adapter_config.json."
             ) from error
+
+
+def _without_numbers(module: torch.nn.Module) -> torch.nn.Module:
+    """The same modules on the meta device, without hooks: whatever is put on them takes no memory either."""
+    twin = copy.copy(module)
+    for name, value in vars(twin).items():
+        if "_hooks" in name and isinstance(value, dict):
+            twin.__dict__[name] = type(value)()
+    twin._parameters = {
+        name: None if parameter is None else torch.nn.Parameter(parameter.to("meta"), requires_grad=False)
+        for name, parameter in module._parameters.items()
+    }
+    twin._buffers = {name: None if buffer is None else buffer.to("meta") for name, buffer in module._buffers.items()}
+    twin._modules = {
+        name: None if child is None else _without_numbers(child) for name, child in module._modules.items()
+    }
+    return twin

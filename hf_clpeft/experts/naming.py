@@ -113,6 +113,7 @@ def migrate_adapter(source_folder: str | Path, output_folder: str | Path, backbo
     old = Expert.load(Path(source_folder).name, source_folder)
     new = rename_old_keys(old, backbone)
     try:
+        new.check_fits(backbone)
         peft_model = make_peft_model(backbone, new.config)
     except ValueError as error:
         raise ExpertError(f"Expert {old.name!r} does not fit the backbone: {error}") from error

@@ -50,7 +50,7 @@ class Stage(torch.nn.Module):
         Raises:
             [`ExpertError`]: It does not fit the backbone.
         """
-        if not _alike(self.peft_model.peft_config[ADAPTER], expert.config):
+        if not self.takes(expert.config):
             self.peft_model.unload()
             self._build(expert.config)
         self.name = None  # in case that it does not fit
@@ -58,6 +58,11 @@ class Stage(torch.nn.Module):
         torch.clear_autocast_cache()  # autocast would go on with the weights of the expert before
         self.name = expert.name
         return self.peft_model
+
+    def takes(self, config: PeftConfig) -> bool:
+        """Whether an adapter of this configuration fits into the PEFT model that is here."""
+        ours, theirs = self.peft_model.peft_config[ADAPTER].to_dict(), config.to_dict()
+        return all(value == theirs.get(name) for name, value in ours.items() if name not in _PROVENANCE)
 
     def forward(self, pixel_values: torch.Tensor, num_layers: int | Sequence[int] | None = None) -> torch.Tensor:
         """Features under the expert; see [`Backbone.forward`]."""
@@ -70,10 +75,3 @@ class Stage(torch.nn.Module):
 
 # Fields that say where an adapter comes from rather than what it looks like.
 _PROVENANCE = {"base_model_name_or_path", "revision", "peft_version", "inference_mode", "task_type", "auto_mapping"}
-
-
-def _alike(config: PeftConfig, other: PeftConfig) -> bool:
-    """Whether adapters of both configurations fit into the same PEFT model."""
-    return all(
-        value == other.to_dict().get(name) for name, value in config.to_dict().items() if name not in _PROVENANCE
-    )

@@ -97,12 +97,17 @@ def make_card(
         metrics=[(key.replace("_", " "), _percent(value)) for key, value in summary.items()],
         coverage="" if measured == len(rows) else f", on the {measured} of {len(rows)} tasks whose data were at hand",
         routed=method.experts == "per_task",
-        rejects=method.routed and not method.knows_classes,
+        rejects=method.routed and not _knows_classes(method),
         routing=_percent(summary["routing_accuracy"]) if "routing_accuracy" in summary else None,
         license=_plain(config.license),
     )
     card.content += "\n"
     return card
+
+
+def _knows_classes(method: MethodConfig) -> bool:
+    """Whether the router does, as far as is known here: so, too, for `_router`."""
+    return method.router not in ROUTERS or find_router(method).knows_classes
 
 
 def _router(method: MethodConfig) -> str:

@@ -19,7 +19,8 @@ class ClassRouter(Router, ABC):
     whatever sums a subclass needs besides. No image is kept, and the order in which tasks arrive does not matter.
 
     A subclass says how well an entry fits (`scores`), what that means for classes (`class_scores`) and as a distance
-    (`to_distances`); `recipes/tutorials/new_router.py` is one.
+    (`to_distances`); `recipes/tutorials/new_router.py` is one. If its scores are log-likelihoods, it says so
+    (`gives_likelihoods = True`), and can be mixed with experts.
 
     Args:
         query_size (`int`): Width of query features.
@@ -35,6 +36,7 @@ class ClassRouter(Router, ABC):
     ```
     """
 
+    knows_classes = True
     prototypes: torch.Tensor
     counts: torch.Tensor
     classes: torch.Tensor

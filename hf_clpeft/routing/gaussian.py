@@ -38,6 +38,7 @@ class GaussianRouter(ClassRouter):
     """
 
     title = "Gaussian per class, one covariance"
+    gives_likelihoods = True
     scatter: torch.Tensor
     _whitening: torch.Tensor
     _centres: torch.Tensor

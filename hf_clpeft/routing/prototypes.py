@@ -115,6 +115,11 @@ class PrototypeRouter(Router):
                 f"{owners.unique().tolist()[:20]}, but the model has tasks {list(range(num_tasks))[:20]} and width "
                 f"{self.query_size}."
             )
+        own = self.state_dict()
+        for key in tensors.keys() - {"prototypes", "owners", "thresholds"}:
+            # What a subclass keeps besides has one shape for all, or the subclass checks it itself.
+            if tensors[key].shape != own[key].shape:
+                raise ValueError(f"{key} has shape {tuple(tensors[key].shape)}, not {tuple(own[key].shape)}.")
 
     def load(self, tensors: dict[str, torch.Tensor], num_tasks: int, num_classes: int) -> None:
         if tensors.keys() == {"prototypes", "owners"}:  # saved before thresholds were measured

@@ -36,9 +36,15 @@ class Router(KeepsPrecision):
 
     Attributes:
         title (`str`): How it does so, in a few words for model cards.
+        knows_classes (`bool`): Whether it keeps every class, not just prototypes of a task or keys of a pool, and so
+            can name one itself.
+        gives_likelihoods (`bool`): Whether its scores are log-likelihoods, which add up with an expert's
+            log-probabilities: see [`hf_clpeft.mixing`].
     """
 
     title = "unknown"
+    knows_classes = False
+    gives_likelihoods = False
     owners: torch.Tensor  # task of each prototype or class; keys belong to none
 
     @property

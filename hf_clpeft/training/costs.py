@@ -80,6 +80,7 @@ def note_costs(
     expert, keys, head = count_trained(model, learner)
     # Where tasks share experts, these were there before, unless this is the first task.
     added = expert if first or method.experts == "per_task" else 0
+    report.catch_up(model.config.tasks[:-1])
     report.add_task(
         learner.config.name,
         learner.config.title,

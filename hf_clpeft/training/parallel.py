@@ -42,7 +42,7 @@ class ParallelExperts:
     def todo(self, stream: TaskStream, rank: int, num_processes: int) -> list[tuple[int, Task]]:
         """Positions and tasks that a process has to train: every so many of those that the model has not learnt."""
         learnt = {task.name for task in self.model.config.tasks}
-        tasks = [task for task in stream if task.name not in learnt]
+        tasks = [task for task in stream if task.name not in learnt and task.name not in self.model.config.removed]
         return list(enumerate(tasks, start=len(learnt)))[rank::num_processes]
 
     def has(self, task: str, trained_on: dict) -> bool:

@@ -131,7 +131,7 @@ class ContinualTrainer:
 
         Args:
             stream ([`TaskStream`] or [`BorderlessStream`]): The tasks. Those that the model has learnt already are
-                tested again, not learnt.
+                tested again, not learnt; those that it has unlearnt are left out.
 
         Returns:
             [`StreamReport`]: Of all tasks of the model.
@@ -159,6 +159,8 @@ class ContinualTrainer:
                     raise TrainingStopped(self.stop.signal)
                 if task.name in learnt:
                     self._take_up(task, learnt[task.name])
+                elif task.name in self.model.config.removed:
+                    logger.warning("%s was unlearnt and stays so; learn it under another name.", task.name)
                 elif task is not last and self.model.config.method.joint:
                     self._postpone(task)
                 else:
@@ -348,7 +350,7 @@ class ContinualTrainer:
         query = extract_queries(images, self.model, self.accelerator, self.args, desc=f"Querying {task.name}")
         router, classes = self.model.router, self.model.config.classes
         with waiting(f"Teaching the router {task.name}", self._shows):
-            if self.model.config.method.knows_classes:
+            if router.knows_classes:
                 numbers = torch.tensor([classes.index(label) for label in task.classes])
                 router.add(query, numbers[torch.from_numpy(images.labels)])
             else:
