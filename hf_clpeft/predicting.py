@@ -58,7 +58,7 @@ def _brief(value: Any) -> str:
 
 def _check_reject_rate(model: "ContinualModel", reject_rate: Any) -> None:
     method = model.config.method
-    if method.knows_classes or not method.routed:
+    if model.router.knows_classes or not method.routed:
         raise ConfigError(
             f"reject_rate needs prototypes, and {method.name} has none: choose an S-X method with router='prototypes'."
         )

@@ -57,6 +57,24 @@ class Outbox:
         new.write_text(json.dumps({**asdict(target), "token": None}), encoding="utf-8")
         os.replace(new, path)
 
+    @classmethod
+    def open(cls, folder: str | Path, target: PushTarget, config: ContinualConfig) -> "Outbox":
+        """The outbox of a model that is to be pushed, once the Hub has said that it can be.
+
+        Args:
+            folder (`str` or `Path`): Where the model is saved.
+            target ([`PushTarget`]): Where it goes.
+            config ([`ContinualConfig`]): The model, new or going on.
+
+        Raises:
+            [`HubError`]: The Hub cannot be reached, refuses, or holds another model.
+            [`ConfigError`]: What waits here is of another model.
+        """
+        target, there = target.prepare(config)
+        outbox = cls(folder, target)
+        outbox.take_up(config, there)
+        return outbox
+
     @staticmethod
     def exists(folder: str | Path) -> bool:
         """Whether a run in this folder was to be pushed."""

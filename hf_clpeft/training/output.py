@@ -78,9 +78,8 @@ def check_free(folder: str | Path, config: ContinualConfig | None = None) -> Non
         ) from error
     if not there.tasks:
         return
-    what = f"one that has learnt {len(there.tasks)} task{'s' if len(there.tasks) > 1 else ''}"
-    if config is not None:
-        what = difference(config, there)
+    tasks = f"one that has learnt {len(there.tasks)} task{'s' if len(there.tasks) > 1 else ''}"
+    what = tasks if config is None else difference(config, there)
     if what is not None:
         raise ConfigError(f"{folder} holds another model, which would be lost: {what}. {WAYS_OUT}")
 

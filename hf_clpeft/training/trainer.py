@@ -83,46 +83,43 @@ class ContinualTrainer:
         args: ContinualTrainingArguments | None = None,
         on_step: Callable[[int, int], None] | None = None,
     ):
-        self.args = args or ContinualTrainingArguments()
+        args = self.args = args or ContinualTrainingArguments()
         self.on_step = on_step
-        join_processes(self.args.ddp_timeout)
+        join_processes(args.ddp_timeout)
         self.accelerator = Accelerator(
             cpu=cpu_only(),
-            mixed_precision=self.args.mixed_precision,
-            gradient_accumulation_steps=self.args.gradient_accumulation_steps,
-            log_with=None if self.args.report_to == "none" else self.args.report_to,
-            project_dir=self.args.output_dir,
+            mixed_precision=args.mixed_precision,
+            gradient_accumulation_steps=args.gradient_accumulation_steps,
+            log_with=None if args.report_to == "none" else args.report_to,
+            project_dir=args.output_dir,
             # A batch is a total that processes share: results do not depend on how many there are.
             dataloader_config=DataLoaderConfiguration(
-                split_batches=True, use_seedable_sampler=True, data_seed=self.args.seed
+                split_batches=True, use_seedable_sampler=True, data_seed=args.seed
             ),
         )
-        if self.args.report_to != "none":
-            self.accelerator.init_trackers(self.args.run_name, config=self.args.to_log())
+        if args.report_to != "none":
+            self.accelerator.init_trackers(args.run_name, config=args.to_log())
         self.model = model.to(self.accelerator.device)
-        self.evaluator = Evaluator(self.model, self.accelerator, self.args)
+        self.evaluator = Evaluator(self.model, self.accelerator, args)
         if model.report is None:
             model.report = StreamReport(model.config.method.name, "stream", {})
-            for task in model.config.tasks:
-                model.report.add_task(task.name, task.title)
+            model.report.catch_up(model.config.tasks)
         self.report = model.report
         self._measured = self.report.measured()
         self.evaluator.before = self.report.test_forwards_per_image
-        self.report.environment = describe_environment(model, self.accelerator, self.args, self.report.environment)
-        if self.args.license is not None:
-            model.config.license = self.args.license
-        self._shows = self.accelerator.is_main_process and not self.args.disable_tqdm
+        self.report.environment = describe_environment(model, self.accelerator, args, self.report.environment)
+        if args.license is not None:
+            model.config.license = args.license
+        self._shows = self.accelerator.is_main_process and not args.disable_tqdm
         self._tests: dict[int, Task] = {}  # tasks that can be tested, by position in the model
         self._seen: list[tuple[Task, TaskImages]] = []  # training images, for methods that train on all tasks at once
         self._step = 0  # optimizer steps so far, as trackers count them
         self._fresh = True  # nothing was learnt by this trainer yet
         self.stop = Stop()  # set from outside to end training where it can go on
-        self._checkpoints = Checkpoints(
-            self.args.output_dir, self.args.save_total_limit, self.accelerator.process_index
-        )
-        self._parallel = ParallelExperts(self.args.output_dir, model, {**self.args.decisive(), **self._made_with()})
-        self._donor = None if self.args.experts_from is None else Donor(self.args.experts_from, model)
-        self._outbox = self._open_outbox() if self.args.push_to_hub and self.accelerator.is_main_process else None
+        self._checkpoints = Checkpoints(args.output_dir, args.save_total_limit, self.accelerator.process_index)
+        self._parallel = ParallelExperts(args.output_dir, model, {**args.decisive(), **self._made_with()})
+        self._donor = None if args.experts_from is None else Donor(args.experts_from, model)
+        self._outbox = self._open_outbox() if args.push_to_hub and self.accelerator.is_main_process else None
         if self._outbox is not None:
             self._flush(self._outbox)
 
@@ -479,13 +476,10 @@ class ContinualTrainer:
 
     def _open_outbox(self) -> Outbox:
         """Checks before any work is done that the model can be pushed, and pushes what a killed run could not."""
-        args, config = self.args, self.model.config
+        args = self.args
         assert args.push_repo is not None
         target = PushTarget(args.push_repo, args.hub_token, args.hub_private_repo, args.hub_revision)
-        target, there = target.prepare(config)
-        outbox = Outbox(args.output_dir, target)
-        outbox.take_up(config, there)
-        return outbox
+        return Outbox.open(args.output_dir, target, self.model.config)
 
     def _push(self) -> None:
         if self._outbox is not None:
