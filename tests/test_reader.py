@@ -313,6 +313,8 @@ REFUSED = {
     "an empty file": (lambda: Path("empty.png").write_bytes(b"") or "empty.png", "empty.png is empty"),
     "a folder": (lambda: Path("folder").mkdir() or Path("folder"), "folder is a folder"),
     "a pipe": (pipe, "pipe is no regular file"),
+    "no name": (lambda: "", "^'' is a folder"),
+    "a path that raises": (lambda: Stubborn(), "The picture cannot be read: no."),
     "a device": (lambda: "/dev/zero", "no regular file"),
     "no file": (lambda: "gone.png", "gone.png cannot be opened: No such file"),
     "a long name": (lambda: "A" * 99_999, "AAAA… cannot be opened"),
@@ -352,6 +354,11 @@ REFUSED = {
     "a tensor of nothing": (lambda: torch.empty(3, 9, 9, device="meta"), "The picture cannot be read"),
     "objects": (lambda: np.array([[{}]]), "no picture"),
 }
+
+
+class Stubborn(os.PathLike):
+    def __fspath__(self):
+        raise RuntimeError("no")
 
 
 def closed():
@@ -401,7 +408,7 @@ def test_an_array_is_the_picture_of_its_values(change):
 
 def test_arrays_may_be_grey_or_clear_and_small():
     grey = np.asarray(NOISE.convert("L"))
-    for array in (grey, grey[:, :, None], torch.from_numpy(grey.copy())[None], grey.astype(np.uint16) * 257):
+    for array in (grey, grey[:, :, None], torch.from_numpy(grey.copy())[None], (grey * np.uint16(257)).astype(">u2")):
         assert np.array_equal(open_image(array), NOISE.convert("L").convert("RGB"))
     assert open_image(np.zeros((8, 8, 4), np.uint8)).getpixel((0, 0)) == WHITE
     assert open_image(np.asarray(NOISE)[:3]).size == (32, 3) and open_image(np.zeros((3, 9, 3), np.uint8)).size == (

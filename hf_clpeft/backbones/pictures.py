@@ -107,10 +107,10 @@ def open_image(picture: Any, name: str | None = None) -> PIL.Image.Image:
     ```
     """
     if isinstance(picture, Mapping) and picture.keys() == {"bytes", "path"}:
-        return _read_row(picture["bytes"], picture["path"])
-    if isinstance(picture, str | os.PathLike):
-        return _read_path(os.fsdecode(picture))
+        return _read_row(picture["bytes"], picture["path"], name or "it")
     name = name or "The picture"
+    if isinstance(picture, str | os.PathLike):
+        return _read_path(_attempt(_path_of, picture, name))
     if isinstance(picture, PIL.Image.Image):
         return _read(picture, name)
     if isinstance(picture, np.ndarray | torch.Tensor):
@@ -141,11 +141,16 @@ def _attempt(read: Callable[..., T], thing: Any, name: str) -> T:
         raise PictureError(f"{name} cannot be read: {_reason(error)}") from error
 
 
-def _read_row(data: Any, path: Any) -> PIL.Image.Image:
+def _path_of(path: str | os.PathLike, name: str) -> str:
+    return os.fsdecode(path)
+
+
+def _read_row(data: Any, path: Any, name: str) -> PIL.Image.Image:
     """A picture of a data set: where it is streamed from the Hub or out of an archive, its path says so."""
-    name = "it" if path is None else _shown(str(path))
-    if data is None and isinstance(path, str) and _STREAMED.match(path):
-        data = _attempt(_fetch, path, name)
+    if isinstance(path, str) and path:
+        name = _shown(path)
+        if data is None and _STREAMED.match(path):
+            data = _attempt(_fetch, path, name)
     return open_image(path if data is None else data, name)
 
 
@@ -159,7 +164,7 @@ def _fetch(path: str, name: str) -> bytes:
 def _shown(text: str) -> str:
     """A path as a message can hold it: it may be a stranger's."""
     text = text if len(text) <= _LONGEST_NAME else f"{text[:_LONGEST_NAME]}…"
-    return text if text.isprintable() else repr(text)
+    return text if text.isprintable() and text.strip() else repr(text)
 
 
 def _read_path(path: str) -> PIL.Image.Image:
@@ -185,7 +190,7 @@ def _read_path(path: str) -> PIL.Image.Image:
 
 
 def _content(file: Any, name: str) -> bytes:
-    if file.seekable():
+    if hasattr(file, "seekable") and file.seekable():
         file.seek(0)
     content = file.read()
     if not isinstance(content, bytes):
@@ -388,7 +393,7 @@ def _from_array(values: Any, name: str) -> PIL.Image.Image:
             found = f"{array.min():.4g} to {array.max():.4g}"
             raise PictureError(f"{what}, has values from {found}: floats must be from 0 to 1.")
         array = np.round(array.astype(np.float64) * 255).astype(np.uint8)
-    if array.dtype == np.uint16 and array.ndim == 2:
+    if array.dtype.kind == "u" and array.dtype.itemsize == 2 and array.ndim == 2:
         array = _eight_bits(array)
     if array.dtype != np.uint8:
         raise PictureError(f"{what}, is no picture: its values must be uint8, or floats from 0 to 1.")
