@@ -188,8 +188,8 @@ def _try_without_weights(config: "PretrainedConfig", folder: Path, shape: tuple[
     width = getattr(getattr(model, "timm_model", None), "num_features", layout.hidden_size)
     if layout.hidden_size != width:
         raise BackboneError(
-            f"{name!r} gives its {width} channels last, which is not supported. Choose the same model in transformers' "
-            "own form, or another backbone."
+            f"{name!r} gives its {width} channels last, which is not supported. Choose the same model in the form "
+            "that transformers has, or another backbone."
         )
     if layout.random is not None:
         raise BackboneError(
