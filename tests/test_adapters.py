@@ -8,12 +8,14 @@ import pytest
 import torch
 from peft import PeftType
 from safetensors.torch import load_file, save_file
-from transformers import ViTConfig, ViTModel
+from transformers import ResNetConfig, ResNetModel, ViTConfig, ViTModel
 
 from hf_clpeft import Backbone, ConfigError, Expert, ExpertBank, ExpertError, MethodConfig, s_lora
 from hf_clpeft.adapters import TECHNIQUES, Rule, check_peft, ways_to_match
+from hf_clpeft.config import TaskConfig
 from hf_clpeft.experts.expert import make_peft_config
 from hf_clpeft.experts.naming import migrate_adapter
+from hf_clpeft.learners import ExpertLearner
 
 
 IMAGES = torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(0))
@@ -134,6 +136,19 @@ def test_a_backbone_that_changes_all_the_same_is_noticed_before_training(options
     config = make_peft_config({"peft_type": "LORA", "r": 1, **options}, small)
     with pytest.raises(ExpertError, match="(LORA adapter|peft of 'a') changes .* of the frozen backbone"):
         ExpertBank(small).start("a", config)
+
+
+def test_norms_and_dropout_of_the_backbone_stay_in_evaluation_mode_while_an_expert_trains(backbone):
+    model = ResNetModel(ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1]))
+    convnet, task = Backbone(model, backbone.processor, backbone.config), TaskConfig("a", ["p", "q"])
+    bank = ExpertBank(convnet)
+    slot = bank.start("a", make_peft_config({"peft_type": "LORA", "r": 1, "lora_dropout": 0.5}, convnet))
+    learner = ExpertLearner(slot, convnet, task, torch.nn.Linear(16, 2), [0, 1], torch.tensor([0, 1])).train()
+    learner(IMAGES, torch.tensor([0, 1, 0]))
+    trained = {type(module).__name__ for module in learner.modules() if module.training}
+    assert "Dropout" in trained and not trained & {"BatchNorm2d", "ResNetModel"}
+    bank.finish("a")  # would say that the statistics of the norms have changed
+    assert not any(module.training for module in learner.eval().modules())
 
 
 def test_a_backbone_that_training_changes_is_noticed_when_the_task_ends(small):
