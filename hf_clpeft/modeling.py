@@ -213,7 +213,7 @@ class ContinualModel(torch.nn.Module):
             images (one picture, or an iterable of them): `PIL.Image.Image`, path, `bytes`, binary file, array or
                 tensor, of any mode and size; [`open_image`] says how each is read. Of an iterable, `batch_size` are
                 taken at a time.
-            batch_size (`int`, *optional*, defaults to 32): Images per forward pass.
+            batch_size (`int`, *optional*, defaults to 32): Images per forward pass; -1: all at once, as in `datasets`.
             reject_rate (`float`, *optional*): In whole percent, 0.01 to 1. Default: nothing is rejected.
             expert (`str`, *optional*): Name of the expert that judges all images, in place of the nearest.
             top_k (`int`, *optional*, defaults to 1): How many of the likeliest classes and nearest experts to tell.

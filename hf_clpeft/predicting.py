@@ -18,6 +18,8 @@ from .prediction import Prediction, read_output
 if TYPE_CHECKING:
     from .modeling import ContinualModel
 
+ALL_AT_ONCE = -1  # as a batch size, as in `datasets`
+
 
 def check_options(
     model: "ContinualModel", batch_size: Any = 1, reject_rate: Any = None, expert: Any = None, top_k: Any = 1
@@ -36,15 +38,17 @@ def check_options(
     >>> check_options(ContinualModel.from_pretrained("hf-clpeft/s-lora-digits"), batch_size=0)
     Traceback (most recent call last):
         ...
-    hf_clpeft.errors.ConfigError: batch_size=0 must be a whole number, 1 or more.
+    hf_clpeft.errors.ConfigError: batch_size=0 must be a whole number, 1 or more, or -1 for all images at once.
 
     ```
     """
     if not model.config.tasks:
         raise ConfigError("This model has learnt no task yet; call ContinualTrainer(model, ...).learn(task) first.")
     for name, value in (("batch_size", batch_size), ("top_k", top_k)):
-        if not isinstance(value, Integral) or isinstance(value, bool) or value < 1:
-            raise ConfigError(f"{name}={_brief(value)} must be a whole number, 1 or more.")
+        whole = isinstance(value, Integral) and not isinstance(value, bool)
+        if not whole or value < 1 and (name, value) != ("batch_size", ALL_AT_ONCE):
+            or_all = f", or {ALL_AT_ONCE} for all images at once" if name == "batch_size" else ""
+            raise ConfigError(f"{name}={_brief(value)} must be a whole number, 1 or more{or_all}.")
     if reject_rate is not None:
         _check_reject_rate(model, reject_rate)
     if expert is not None:
@@ -107,7 +111,7 @@ def read_batches(images: Any, batch_size: int, show_progress_bar: bool = False) 
 
     Args:
         images (one picture, or an iterable of them): See [`open_image`].
-        batch_size (`int`): Pictures per batch.
+        batch_size (`int`): Pictures per batch; -1: all in one.
         show_progress_bar (`bool`, *optional*, defaults to `False`): Show how far it is.
 
     Yields:
@@ -127,7 +131,7 @@ def read_batches(images: Any, batch_size: int, show_progress_bar: bool = False) 
         raise PictureError(f"images is of type {type(images).__name__}; give {KINDS}, or several of them in a list.")
     count = len(images) if hasattr(images, "__len__") else None
     with tqdm(total=count, desc="Predicting", unit="image", disable=not show_progress_bar) as bar:
-        while batch := list(islice(pictures, batch_size)):
+        while batch := list(islice(pictures, None if batch_size == ALL_AT_ONCE else batch_size)):
             yield (open_image(picture, f"images[{number}]") for number, picture in batch)
             bar.update(len(batch))
 

@@ -114,7 +114,7 @@ def test_neither_a_pipe_nor_a_bomb_holds_a_model_up(digits, monkeypatch):
 
 @pytest.mark.parametrize(
     "options",
-    [{name: value} for name in ("batch_size", "top_k") for value in (0, -1, 1.5, "2", None, True, [1], float("nan"))]
+    [{name: value} for name in ("batch_size", "top_k") for value in (0, -2, 1.5, "2", None, True, [1], float("nan"))]
     + [{"reject_rate": value} for value in (0, 1.1, -0.1, float("nan"), float("inf"), "0.1", True, [0.1], 1j)]
     + [{"expert": value} for value in (0, "", "task-999", ["task-000"], {}, b"task-000", True, float("nan"))],
     ids=str,
@@ -128,6 +128,7 @@ def test_options_of_any_type_are_refused_in_words_before_a_picture_is_read(digit
 
 def test_numbers_of_numpy_are_numbers(digits):
     options = {"batch_size": np.int64(2), "top_k": np.int32(3), "reject_rate": np.float32(0.05)}
+    assert digits.predict(EXAMPLES, batch_size=-1) == digits.predict(EXAMPLES, batch_size=10)  # all at once
     assert digits.predict(EXAMPLES, **options) == digits.predict(EXAMPLES, batch_size=2, top_k=3, reject_rate=0.05)
 
 
