@@ -126,14 +126,11 @@ class PoolLearner(TaskLearner):
     def __init__(self, bank: ExpertBank, router: KeyRouter, readout: str, pull: float, *args: Any):
         super().__init__(*args)
         self.bank, self.router, self.readout, self.pull = bank, router, readout, pull
-        bank.train_pool()
-        router.keys.requires_grad_(True)
+        bank.train_pool(router.keys)
 
     def finish(self) -> None:
         """Fixes the pool and its keys again."""
-        self.bank.abandon()
-        self.router.keys.requires_grad_(False)
-        self.router.keys.grad = None
+        self.bank.keep_pool()
 
     def _features(self, pixel_values: torch.Tensor, query: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
         assert query is not None

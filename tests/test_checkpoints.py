@@ -6,6 +6,7 @@ import logging
 import random
 import re
 import shutil
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -298,15 +299,17 @@ def test_processes_share_each_batch_row_by_row_and_fill_up_with_what_counts_for_
         assert total == pytest.approx(1)
 
 
-def test_a_loss_that_is_not_finite_ends_the_task_and_leaves_the_model_as_it_was(stream, tmp_path):
-    trainer = make_trainer(s_lora(k=2), tmp_path, **OPTIONS)
+@pytest.mark.parametrize("make", [partial(s_lora, k=2), partial(l2l, pool_size=4, top_n=2)])
+def test_a_loss_that_is_not_finite_ends_the_task_and_leaves_the_model_as_it_was(make, stream, tmp_path):
+    trainer = make_trainer(make(), tmp_path, **OPTIONS)
     trainer.learn(stream[0])
-    before = outcome(tmp_path)
+    before, weights = outcome(tmp_path), {name: w.clone() for name, w in trainer.model.state_dict().items()}
     trainer.args.learning_rate = float("inf")
     with pytest.raises(TrainingError, match="loss of task-001 was not finite at step .* Lower learning_rate"):
         trainer.learn(stream[1])
     assert outcome(tmp_path) == before and len(ContinualModel.from_pretrained(tmp_path).config.tasks) == 1
-    resume(s_lora(k=2), tmp_path).learn(stream[1])
+    assert all(torch.equal(weights[name], weight) for name, weight in trainer.model.state_dict().items())
+    resume(make(), tmp_path).learn(stream[1])
     assert len(ContinualModel.from_pretrained(tmp_path).config.tasks) == 2
 
 

@@ -1,7 +1,6 @@
 """Where a backbone's files come from, of which commit, and what is checked before they are used."""
 
 import json
-import logging
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -9,14 +8,15 @@ from typing import TYPE_CHECKING, Any
 from ..bundled import bundled_folder
 from ..checks import read_json
 from ..errors import ConfigError
-from ..hub.errors import HubError, explained
+from ..hub.errors import HubError, explained, transferring
+from ..text import get_logger
 from .errors import BackboneError
 
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 CONFIG_NAME = "config.json"
 WEIGHTS_NAME = "model.safetensors"
@@ -144,7 +144,8 @@ def _download(repo_id: str, revision: str | None, **hub_options: Any) -> Path:
             if not (constants.HF_HUB_OFFLINE or hub_options.get("local_files_only")):
                 api = HfApi(token=hub_options.get("token"), library_name="hf-clpeft")
                 api.model_info(repo_id, revision=revision)  # fails at once if the Hub is gone; listing takes 23 s to
-            return Path(snapshot_download(repo_id, **options))
+            with transferring():
+                return Path(snapshot_download(repo_id, **options))
     except HubError as error:
         folder = _cached(repo_id, revision, **hub_options)
         if folder is None or not error.transient:

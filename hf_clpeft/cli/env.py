@@ -13,14 +13,13 @@ def env(as_json: AsJson = False) -> None:
 
     from ..versions import library_versions
 
-    accelerator = torch.accelerator.current_accelerator()
     show(
         {
             **library_versions(),
             "python": platform.python_version(),
             "platform": platform.platform(),
             "processors": os.cpu_count(),
-            "accelerator": "none" if accelerator is None else torch.get_device_module().get_device_name(),
+            "accelerator": torch.get_device_module().get_device_name() if torch.accelerator.is_available() else "none",
             "HF_ENDPOINT": constants.ENDPOINT,
             "HF_HUB_OFFLINE": constants.HF_HUB_OFFLINE,
             "HF_HOME": constants.HF_HOME,

@@ -122,7 +122,7 @@ class Models:
         tag = model.config.tasks[step - 1].name
         if not key and tag in self._tags:
             past = self.load(self.source, revision=tag)
-            if past.config.tasks == model.config.tasks[:step]:  # not so on a branch, or once a task was unlearnt
+            if _learnt(past) == _learnt(model)[:step]:  # not so on a branch, or once a task was unlearnt
                 return past
         past = self.load(self._folders[key]) if key else self.load(self.source, self.revision)
         for task in reversed(model.config.tasks[step:]):
@@ -152,3 +152,8 @@ class Models:
             while len(self._kept) > MOST_MODELS:
                 self._kept.popitem(last=False)
         return model
+
+
+def _learnt(model: ContinualModel) -> list[tuple]:
+    """What tells the past of one model from that of another: older models do not say more of their tasks."""
+    return [(task.name, task.classes, task.domain) for task in model.config.tasks]

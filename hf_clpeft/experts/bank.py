@@ -79,6 +79,7 @@ class ExpertBank(torch.nn.Module):
         self._stage_turns = Turns()
         self._trained: tuple[str, int] | None = None  # what is trained, and by which thread
         self._learner = 0  # thread that learns, whatever it is doing
+        self._pool: list[tuple[torch.Tensor, torch.Tensor]] = []  # what of a pool is trained, and what it was
         self._seal: Seal | None = None
 
     def __len__(self) -> int:
@@ -170,11 +171,11 @@ class ExpertBank(torch.nn.Module):
         return expert
 
     def abandon(self) -> None:
-        """Ends training: takes what is in the slot out of it and forgets it, and fixes the experts of a pool."""
-        self.slot = self._trained = None
-        if self.table is not None:
-            self.table.rows.requires_grad_(False)
-            self.table.rows.grad = None
+        """Ends training and forgets it: what is in the slot goes, and a pool is what it was before."""
+        self.slot = None
+        for tensor, before in self._pool:
+            tensor.detach().copy_(before)
+        self.keep_pool()
 
     def claim(self, name: str) -> None:
         """Notes that this thread trains something, until it finishes or abandons it.
@@ -219,8 +220,11 @@ class ExpertBank(torch.nn.Module):
                 )
             self.reserve(len(names))
 
-    def train_pool(self) -> None:
-        """Lets this thread train all experts in the table, until [`~ExpertBank.abandon`].
+    def train_pool(self, keys: torch.Tensor) -> None:
+        """Lets this thread train all experts in the table, until [`~ExpertBank.keep_pool`] or [`~ExpertBank.abandon`].
+
+        Args:
+            keys (`torch.Tensor`): Those of a router, which are trained with them.
 
         Raises:
             [`ExpertError`]: Another thread is training.
@@ -228,7 +232,16 @@ class ExpertBank(torch.nn.Module):
         assert self.table is not None
         with self.turns.changing():
             self.claim("the pool")
-            self.table.rows.requires_grad_(True)
+            self._pool = [(tensor, tensor.detach().clone()) for tensor in (self.table.rows, keys)]
+            for tensor, _ in self._pool:
+                tensor.requires_grad_(True)
+
+    def keep_pool(self) -> None:
+        """Ends the training of a pool, which stays what it has become."""
+        for tensor, _ in self._pool:
+            tensor.requires_grad_(False)
+            tensor.grad = None
+        self._pool, self._trained = [], None
 
     def remove(self, name: str) -> None:
         """Takes an expert out, of the slot too; those behind it move up."""

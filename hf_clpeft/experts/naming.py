@@ -6,6 +6,7 @@ from typing import Any, cast
 
 from peft import PeftConfig
 from peft.tuners.tuners_utils import check_target_module_exists
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from peft.utils.other import get_pattern_key
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightRenaming, rename_source_key
@@ -89,7 +90,8 @@ def migrate_adapter(source_folder: str | Path, output_folder: str | Path, backbo
         `list[tuple[str, str]]`: Old and new name of every tensor that was renamed.
 
     Raises:
-        [`ExpertError`]: The adapter does not fit the backbone, or both folders are the same. Nothing is written.
+        [`ExpertError`]: The adapter does not fit the backbone, both folders are the same, or the output folder holds
+            an adapter. Nothing is written.
 
     Example:
 
@@ -110,6 +112,10 @@ def migrate_adapter(source_folder: str | Path, output_folder: str | Path, backbo
     if Path(source_folder).resolve() == Path(output_folder).resolve():
         # Tensors may still be read from the file that would be overwritten.
         raise ExpertError(f"{source_folder} cannot be migrated in place; name another output folder.")
+    if Path(output_folder, SAFETENSORS_WEIGHTS_NAME).exists():
+        raise ExpertError(
+            f"{output_folder} holds an adapter already, which would be lost; name another output folder."
+        )
     old = Expert.load(Path(source_folder).name, source_folder)
     new = rename_old_keys(old, backbone)
     try:

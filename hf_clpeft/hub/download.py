@@ -1,6 +1,5 @@
 """From the Hub: the files that a model is loaded from, and no others."""
 
-import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -9,13 +8,14 @@ from ..config import CONFIG_NAME, ContinualConfig
 from ..errors import ConfigError
 from ..report import METRICS_NAME
 from ..storage import check_names
+from ..text import get_logger
 from .errors import HfHubHTTPError, HubError, RevisionResolutionError, explained, transferring
 
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 
 def split_revision(name: str) -> tuple[str, str | None]:

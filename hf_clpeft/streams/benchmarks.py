@@ -1,18 +1,18 @@
 """Named streams, each with the data set's Hub id, the protocol, and where the protocol is documented."""
 
-import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 from huggingface_hub.errors import RevisionNotFoundError
 
+from ..text import get_logger
 from .digits import load_digits_dataset
 from .source import StreamError
 from .stream import TaskStream
 
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 
 @dataclass(frozen=True)
@@ -135,7 +135,7 @@ BENCHMARKS: dict[str, Benchmark] = {
         dataset="flwrlabs/caltech101",
         protocol="10 tasks of 10 or 11 of the 101 object classes in an order shuffled with seed 1993; where the copy "
         "has one split, 20 % of every class are held out of it for testing (images: Fei-Fei et al., CVIU 2007).",
-        stream={"num_tasks": 10, "seed": 1993},
+        stream={"num_tasks": 10, "seed": 1993, "revision": "afb5a6ba4fe9311de42497984d33266bb86e2bb9"},
     ),
     "cifar10": Benchmark(
         scenario="class",

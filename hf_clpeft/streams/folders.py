@@ -5,7 +5,6 @@ becomes a split. Here a folder is a split only if all of those beside it are, an
 """
 
 import hashlib
-import logging
 import os
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Iterator
@@ -16,10 +15,11 @@ import fsspec
 from datasets import ClassLabel, Dataset, Features, Image, IterableDataset, ReadInstruction
 from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
 
+from ..text import get_logger
 from .source import StreamError
 
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 SPLIT_WORDS = {
     **dict.fromkeys(("train", "training"), "train"),

@@ -1,6 +1,5 @@
 """Pictures to pixels: read and resized once, kept on disk, normalised and augmented on the device."""
 
-import logging
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
@@ -11,11 +10,12 @@ from datasets.exceptions import DatasetGenerationError
 
 from ..backbones.pictures import READER, PictureError, open_image
 from ..backbones.transform import ImageTransform
+from ..text import get_logger
 from .source import ROW, StreamError
 from .task import Split
 
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 BAD = -1  # label of an image that cannot be decoded
 LISTED = 5  # such images that a message lists

@@ -1,7 +1,6 @@
 """Where a data set is and which splits it has: in memory, in a folder, or on the Hub."""
 
 import glob
-import logging
 import os
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
@@ -26,11 +25,12 @@ from datasets.packaged_modules.parquet.parquet import Parquet
 from huggingface_hub import HfApi, hf_hub_download, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError
 
+from ..text import get_logger
 from .folders import SPLIT_WORDS, PictureFolder, find_metadata, find_pictures, holds_data, is_picture, list_files
 from .source import ImageSource, StreamError
 
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 AnyDataset: TypeAlias = str | Path | Dataset | IterableDataset | DatasetDict | IterableDatasetDict
 README = "README.md"

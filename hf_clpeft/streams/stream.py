@@ -1,6 +1,5 @@
 """The ordered tasks that a model learns one after another."""
 
-import logging
 import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -11,13 +10,14 @@ from typing import Any, overload
 import numpy as np
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Image
 
+from ..text import get_logger
 from .drift import DriftDetector
 from .places import AnyDataset, Place, find_place
 from .source import ImageSource, StreamError
 from .task import Task, hold_out, split_of
 
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 
 class TaskStream(Sequence[Task]):

@@ -2,7 +2,6 @@
 
 import errno
 import json
-import logging
 import os
 import random
 import re
@@ -17,9 +16,10 @@ import torch
 from safetensors.torch import load_file, save
 
 from ..folder import changing, hash_file, inside
+from ..text import get_logger
 
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 FOLDER = "checkpoints"
 STATE_NAME = "state.json"

@@ -1,6 +1,5 @@
 """What a task has cost, and what it takes to repeat the numbers."""
 
-import logging
 import math
 import time
 from collections.abc import Iterator
@@ -12,11 +11,12 @@ from accelerate import Accelerator
 from ..learners import FrozenLearner, TaskLearner
 from ..modeling import ContinualModel
 from ..report import StreamReport
+from ..text import get_logger
 from ..versions import library_versions
 from .arguments import ContinualTrainingArguments
 
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 
 @contextmanager

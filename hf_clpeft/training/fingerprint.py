@@ -1,13 +1,12 @@
 """What a task is trained on, in a few characters: so that nothing is gone on with on other pictures."""
 
-import logging
-
 import xxhash
 
 from ..streams import StreamedImages, Task, TaskImages
+from ..text import get_logger
 
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 
 def fingerprint(images: TaskImages | StreamedImages) -> str:

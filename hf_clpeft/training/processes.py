@@ -1,6 +1,5 @@
 """What processes that train together have to agree on: how they began, when to stop, and that one of them is gone."""
 
-import logging
 import os
 import signal
 import threading
@@ -12,9 +11,10 @@ import torch
 from accelerate import Accelerator, PartialState
 
 from ..errors import HfClpeftError
+from ..text import get_logger
 
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 
 class TrainingError(HfClpeftError, RuntimeError):
@@ -37,7 +37,7 @@ class TrainingError(HfClpeftError, RuntimeError):
 def cpu_only() -> bool:
     """Whether this machine has no accelerator. Accelerate must be told, or several processes on the CPU would not find
     each other and each would learn everything alone."""
-    return torch.accelerator.current_accelerator() is None
+    return not torch.accelerator.is_available()
 
 
 def join_processes(ddp_timeout: int) -> PartialState:

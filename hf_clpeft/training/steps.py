@@ -1,6 +1,5 @@
 """The optimizer steps of one task, which go on where a checkpoint left them."""
 
-import logging
 import signal
 import threading
 from collections.abc import Callable, Iterator
@@ -14,13 +13,14 @@ from accelerate import Accelerator
 from ..learners import TaskLearner
 from ..streams import StreamedImages, TaskImages
 from ..streams.images import draw_views
+from ..text import get_logger
 from .arguments import ContinualTrainingArguments
 from .batches import Share, make_batches
 from .checkpoints import Checkpoints, Progress, pack_optimizer, set_random_state, unpack_optimizer
 from .processes import Stop, TrainingError, agree
 
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 STOP_STEPS = 10  # how often several processes agree on whether one of them was asked to stop
 

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import logging
 import math
 import shlex
 from collections.abc import Callable, Iterator
@@ -28,6 +27,7 @@ from ..storage import PROCESSOR_NAME
 from ..streams import Split, StreamedImages, Task, TaskImages, TaskStream, cache_images, open_images
 from ..streams.images import augment
 from ..streams.stream import BorderlessStream
+from ..text import get_logger
 from .arguments import ContinualTrainingArguments
 from .checkpoints import Checkpoints, Progress
 from .console import print_task, waiting
@@ -43,7 +43,7 @@ from .processes import Stop, agree, cpu_only, explaining_lost_processes, join_pr
 from .steps import StepLoop, TrainingStopped, stopping_on_signals
 
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 
 class ContinualTrainer:
