@@ -160,8 +160,8 @@ def check_routes(router: Any, config: ContinualConfig) -> None:
     if unknown:
         labels = [config.classes[number] for number in sorted(unknown)]
         raise ConfigError(
-            f"The router knows no image of {len(labels)} classes, {labels[:3]}: every class of a task needs one among "
-            "its training images."
+            f"The router knows no image of {len(labels)} of the classes, {labels[:3]}: every class of a task needs "
+            "one among its training images."
         )
 
 

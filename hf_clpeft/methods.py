@@ -4,12 +4,12 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+from .adapters import LARGEST_RANK
 from .config import MethodConfig
 from .errors import ConfigError
 
 
 Layers = int | list[int] | None
-LARGEST_SIZE = 10_000  # rank of LoRA, tokens of a prompt
 
 
 def s_lora(
@@ -416,8 +416,8 @@ def _prompt(length: int) -> dict:
 
 
 def _check_size(name: str, value: int) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= LARGEST_SIZE:
-        raise ConfigError(f"{name}={value!r} must be a whole number between 1 and {LARGEST_SIZE:,}.")
+    if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= LARGEST_RANK:
+        raise ConfigError(f"{name}={value!r} must be a whole number from 1 to {LARGEST_RANK:,}.")
 
 
 METHODS: dict[str, Callable[..., MethodConfig]] = {

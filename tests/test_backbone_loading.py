@@ -201,7 +201,8 @@ def test_a_folder_has_no_commit(glyphs):
         ({"num_hidden_layers": -3}, "num_hidden_layers=-3"),
         ({"num_labels": 10**9}, "num_labels"),
         ({"image_size": 100_000}, "would take all memory|do not belong together"),
-        ({"image_size": 10**30}, "at most 10,000,000"),
+        ({"image_size": 10**18}, "at most 10,000,000"),
+        ({"image_size": 10**30}, "at most 63 are read"),
         ({"image_size": [32, 64]}, "only square ones"),
         ({"patch_size": 0}, "cannot be built|does not take"),
         ({"num_channels": 4}, "only RGB .3. and grey .1."),
@@ -231,7 +232,7 @@ def test_an_absurd_configuration_is_refused_before_it_is_built(glyphs, values, m
         ({"size": {"shortest_edge": 32}}, "square pictures of one size"),
         ({"size": {"height": -3, "width": -3}}, "cannot resize"),
         ({"image_mean": [0.5]}, "normalises with"),
-        ({"image_mean": [float("nan")] * 3}, "image_mean=nan"),
+        ({"image_mean": [float("nan")] * 3}, "NaN is no finite number"),
         ({"image_processor_type": "OneFormerImageProcessor"}, "does more than resize"),
         ({"image_processor_type": "EvilProc", "auto_map": {"AutoImageProcessor": "evil.C"}}, "or is unknown"),
         ({"resample": 77}, "cannot resize"),
@@ -255,7 +256,7 @@ def test_an_absurd_size_in_a_saved_model_is_refused(saved, size):
     config = json.loads((saved / "config.json").read_text())
     config["backbone"]["image_size"] = size
     (saved / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ConfigError, match="image_size="):
+    with pytest.raises(ConfigError, match="image_size"):
         ContinualModel.from_pretrained(saved)
 
 

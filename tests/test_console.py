@@ -75,6 +75,6 @@ def test_the_command_that_goes_on_says_so_once(monkeypatch):
     once = resuming_command()
     assert once.startswith("python") and once.endswith(".py --output_dir 'my runs' --resume_from_checkpoint auto")
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")  # as accelerate launch does
-    assert resuming_command().startswith("accelerate launch recipes/l2l.py --output_dir")
+    assert resuming_command().startswith("accelerate launch --quiet recipes/l2l.py --output_dir")
     monkeypatch.setattr("sys.argv", ["recipes/l2l.py", "--resume_from_checkpoint", "auto"])
     assert resuming_command().count("--resume_from_checkpoint") == 1

@@ -106,8 +106,8 @@ def test_what_classifies_without_experts_names_none(stream, tmp_path):
 
 def test_closed_forms_forget_nothing_whatever_the_order(stream):
     accuracies = []
-    for tasks in (stream, TaskStream(list(stream)[::-1])):
-        report = make_trainer(slda(), "out", disable_tqdm=True).learn_stream(tasks)
+    for folder, tasks in (("there", stream), ("back", TaskStream(list(stream)[::-1]))):
+        report = make_trainer(slda(), folder, disable_tqdm=True).learn_stream(tasks)
         accuracies.append(report.summary()["average_accuracy"])
     assert accuracies[0] == accuracies[1]
 
@@ -195,7 +195,7 @@ def test_experts_that_do_not_fit_are_not_taken_over(stream, tmp_path):
         (lambda: MethodConfig("x", {}, experts="none"), "needs classifier='router', or joint=True"),
         (lambda: method(joint=True), "needs experts='single' or 'none'"),
         (lambda: method(experts="single", joint=True), "needs head='shared' and mask_logits=False"),
-        (lambda: replace(ranpac(), projection_size=0), "projection_size=0 must be 1 or more"),
+        (lambda: replace(ranpac(), projection_size=0), "projection_size=0 must be between 1 and 100,000"),
     ],
 )
 def test_methods_that_cannot_work_are_refused(make, message):

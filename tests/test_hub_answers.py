@@ -246,7 +246,7 @@ def test_the_clients_own_library_is_asked_for_its_errors():
 
 
 def test_a_push_that_waits_does_not_end_with_a_command_that_shows_the_repo(hub, capsys):
-    small = "--num_tasks 2 --max_train_samples_per_task 16 --max_test_samples_per_task 4 --num_train_epochs 1"
+    small = "--num_tasks 2 --max_train_samples_per_task 16 --max_test_samples_per_task 5 --num_train_epochs 1"
     options = [*small.split(), "--disable_tqdm", "--output_dir", "out", "--push_to_hub", "--hub_token", "hf_alice"]
     hub.faults.append(Fault("POST", "/commit/", status=503, times=10**6))
     run_recipe(SLoraArguments, s_lora, ["--benchmark", "digits", *options])

@@ -49,7 +49,7 @@ def refused(argv, capsys, arguments=SLoraArguments, method=s_lora):
         (["--bench", "digits"], "There is no option --bench; did you mean --benchmark?"),
         (["--zzz"], "There is no option --zzz."),
         (["digits"], "'digits' belongs to no option"),
-        (["--r", "-3"], "r=-3 must be a whole number between 1"),
+        (["--r", "-3"], "r=-3 must be a whole number from 1"),
         (["--r", "two"], "--r: 'two' is not a whole number"),
         (["--r"], "--r: expected one argument"),
         (["--k", "none"], "k='none' must be a whole number of prototypes"),

@@ -126,7 +126,8 @@ def test_a_model_moves_between_devices_with_everything_it_keeps():
 
 
 def test_features_that_are_not_finite_name_the_learning_rate():
-    trainer = make_trainer(s_lora(k=2), learning_rate=1e30, num_train_epochs=1)  # the last step is the one too far
+    trainer = make_trainer(s_lora(k=2), num_train_epochs=1)
+    trainer.args.learning_rate = 1e30  # the last step is the one too far
     with pytest.raises(TrainingError, match="Features are not finite: .*training has diverged .lower learning_rate."):
         trainer.learn_stream(TaskStream.class_incremental(pattern_dataset(), num_tasks=2))
 

@@ -289,8 +289,8 @@ def test_pixels_change_with_the_version_of_the_reader_alone():
 
 def test_a_cache_of_another_version_of_the_reader_is_not_used(backbone, patterns, tmp_path, monkeypatch):
     patterns["train"].to_parquet(tmp_path / "data" / "train.parquet")
-    read, opened = images.open_image, []
-    monkeypatch.setattr(images, "open_image", lambda picture: opened.append(type(picture)) or read(picture))
+    read, opened = images.decode, []
+    monkeypatch.setattr(images, "decode", lambda picture: opened.append(type(picture)) or read(picture))
     counts = []
     for version in (READER, READER, READER + 1):
         monkeypatch.setattr(images, "READER", version)

@@ -55,7 +55,7 @@ def test_under_a_quiet_launcher_no_traceback_follows_a_line(monkeypatch):
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     said = [line for line in done.stderr.splitlines() if "--num_" not in line and "accelerate launch" not in line]
     assert done.returncode == 1 and "Traceback" not in done.stderr
-    assert said[-1] == "error: r=-3 must be a whole number between 1 and 10,000.", done.stderr
+    assert said[-1] == "error: r=-3 must be a whole number from 1 to 4,096.", done.stderr
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
     monkeypatch.setattr(sys, "argv", ["recipes/s_lora.py", "--output_dir", "my model", "--overwrite_output_dir"])
     assert resuming_command() == (

@@ -201,14 +201,14 @@ def test_a_model_that_is_not_whole_is_not_saved(make):
     before = files_of("out")
     learner = model.start_task("task-002", CLASSES[2])
     model.finish_task(learner, num_train_images=4)
-    with pytest.raises(ConfigError, match="not saved: it would not load. router.safetensors .* tasks are"):
+    with pytest.raises(ConfigError, match="The router has learnt 2 of 3 tasks, not task-002. Call"):
         model.save_pretrained("out")
     model.router.add(torch.randn(4, model.query_size), torch.tensor([4, 4, 4, 4]))  # and no image of class 5
-    with pytest.raises(ConfigError, match="does not know each of the 6 classes; it lacks the numbers \\[5\\]"):
+    with pytest.raises(ConfigError, match="The router knows no image of 1 of the classes"):
         model.save_pretrained("out")
     assert files_of("out") == before
     model.router.classes[-1] = 5
-    with pytest.raises(ConfigError, match="lacks the numbers \\[4\\]"):
+    with pytest.raises(ConfigError, match="knows no image of 1 of the classes"):
         model.save_pretrained("out")
 
 
@@ -260,7 +260,7 @@ def test_an_expert_that_was_harmed_on_disk_is_written_again(make, harm):
 def test_what_was_learnt_by_hand_is_saved_with_its_report(backbone):
     model = ContinualModel.from_pretrained("hf-clpeft/s-lora-digits", backbone=backbone)
     model.finish_task(model.start_task("by-hand", ["p", "q"]), num_train_images=5)
-    with pytest.raises(ConfigError, match="not saved: it would not load. router.safetensors"):
+    with pytest.raises(ConfigError, match="The router has learnt 5 of 6 tasks, not by-hand. Call"):
         model.save_pretrained("out")
     model.router.add(torch.randn(9, model.query_size), k=3)
     model.save_pretrained("out")

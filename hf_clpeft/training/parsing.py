@@ -162,7 +162,7 @@ def read_yaml(path: str | Path) -> dict:
     ```
     """
     try:
-        values = yaml.load(Path(path).read_text(encoding="utf-8"), _OnceLoader)
+        values = _OnceLoader(Path(path).read_text(encoding="utf-8")).get_single_data()
     except OSError as error:
         raise OptionError(f"{path} cannot be read: {error.strerror or error}.") from error
     except yaml.MarkedYAMLError as error:
