@@ -126,9 +126,7 @@ def _explain(error: BaseException, pushes: bool, repo_id: str, revision: str | N
 
 
 def _explain_answer(error: HfHubHTTPError, pushes: bool, repo_id: str, no_folder: str) -> tuple[str, bool]:
-    status = error.response.status_code
-    sent_token = "authorization" in error.response.request.headers
-    said = f"the Hub answers {status} ({error.server_message or _first_line(error)})."
+    status, sent_token = error.response.status_code, _sent_token(error)
     if isinstance(error, GatedRepoError):
         return (
             f"its owners ask everybody to accept their terms (the Hub answers {status}). Do so on "
@@ -140,15 +138,32 @@ def _explain_answer(error: HfHubHTTPError, pushes: bool, repo_id: str, no_folder
             f"{no_folder}{constants.ENDPOINT} has no such model repo, or it is private and {access} (it answers "
             f"{status}). Look at the name; log in with `hf auth login` or pass token=."
         ), False
+    return answer_in_words(error, pushes), status >= 500 or status in (408, 412, 429)
+
+
+def answer_in_words(error: HfHubHTTPError, pushes: bool = False) -> str:
+    """What the Hub's refusal means, whatever was asked for.
+
+    Args:
+        error (`HfHubHTTPError`): The refusal.
+        pushes (`bool`, *optional*, defaults to `False`): Whether something was to be written.
+    """
+    status = error.response.status_code
+    said = f"the Hub answers {status} ({error.server_message or _first_line(error)})."
     if isinstance(error, DisabledRepoError):
-        return f"{said} The repo has been disabled by the Hub.", False
+        return f"{said} The repo has been disabled by the Hub."
     right = "write there; make one with write access" if pushes else "read it; make one that may"
+    valid = "The token is not valid; log in with `hf auth login`."
     hint = {
-        401: "The token is not valid; log in with `hf auth login`." if sent_token else "Log in with `hf auth login`.",
+        401: valid if _sent_token(error) else "Log in with `hf auth login`.",
         403: f"The token may not {right} at the Hub's settings and pass it.",
         412: "Somebody else has pushed in the meantime.",
     }.get(status, "Try again later." if status >= 500 or status == 429 else "")
-    return f"{said} {hint}".rstrip(), status >= 500 or status in (408, 412, 429)
+    return f"{said} {hint}".rstrip()
+
+
+def _sent_token(error: HfHubHTTPError) -> bool:
+    return "authorization" in error.response.request.headers
 
 
 def _first_line(error: BaseException) -> str:

@@ -23,8 +23,9 @@ from datasets.exceptions import DatasetNotFoundError, DatasetsError
 from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
 from datasets.packaged_modules.parquet.parquet import Parquet
 from huggingface_hub import HfApi, hf_hub_download, snapshot_download
-from huggingface_hub.errors import HfHubHTTPError
+from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
 
+from ..hub.errors import answer_in_words
 from ..text import get_logger
 from .folders import SPLIT_WORDS, PictureFolder, find_metadata, find_pictures, holds_data, is_picture, list_files
 from .source import ImageSource, StreamError
@@ -300,6 +301,8 @@ def _told(what: str) -> Iterator[None]:
         raise
     except (DatasetsError, HfHubHTTPError, OSError, ValueError, RuntimeError) as error:
         reason = " ".join(str(error).split()).rstrip(".") + "."
+        if isinstance(error, HfHubHTTPError) and not isinstance(error, RepositoryNotFoundError):
+            reason = answer_in_words(error)
         if "is a gated dataset" in reason:
             reason += " Accept its terms on its page on the Hub, and log in with `hf auth login`."
         if isinstance(error, ConnectionError):
