@@ -156,7 +156,7 @@ def test_a_class_that_the_router_has_not_seen_is_named_before_saving(tmp_path):
     model = ContinualModel.from_backbone(BACKBONE, s_lora(router="gaussian"))
     model.finish_task(model.start_task("mine", ["p", "q"]), num_train_images=8)
     model.router.add(torch.randn(8, model.query_size), torch.zeros(8, dtype=torch.int64))
-    with pytest.raises(ConfigError, match=r"The router knows no image of 1 classes, \['q'\]"):
+    with pytest.raises(ConfigError, match=r"The router knows no image of 1 of the classes, \['q'\]"):
         model.save_pretrained(tmp_path)
 
 
