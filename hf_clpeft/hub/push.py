@@ -247,7 +247,7 @@ def _tag(api: "HfApi", target: PushTarget, config: ContinualConfig, commit: str)
     if tagged is None:
         logger.warning("The tags %s of %s lead to other models: %s has none.", " and ".join(names), repo_id, commit)
     elif tagged != task:
-        logger.warning("%s@%s is another model, so this one is %s@%s, a tag of its own.", repo_id, task, repo_id, tagged)
+        logger.warning("%s@%s is another model, so this one is %s@%s (its own tag).", repo_id, task, repo_id, tagged)
 
 
 def _set_tag(api: "HfApi", target: PushTarget, config: ContinualConfig, commit: str, name: str) -> bool:
