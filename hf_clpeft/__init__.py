@@ -14,13 +14,16 @@ if TYPE_CHECKING:  # what is imported below when it is first used; a test holds 
         BackboneError as BackboneError,
         load_backbone as load_backbone,
     )
-    from .config import (
-        ContinualConfig as ContinualConfig,
-        MethodConfig as MethodConfig,
+    from .combining import (
+        combine as combine,
     )
-    from .errors import (
+    from .config.errors import (
         ConfigError as ConfigError,
         HfClpeftError as HfClpeftError,
+    )
+    from .config.model import (
+        ContinualConfig as ContinualConfig,
+        MethodConfig as MethodConfig,
     )
     from .experts import (
         Expert as Expert,
@@ -28,16 +31,13 @@ if TYPE_CHECKING:  # what is imported below when it is first used; a test holds 
         ExpertError as ExpertError,
         PromptTunedVisionModel as PromptTunedVisionModel,
     )
-    from .heads import (
-        Heads as Heads,
-    )
-    from .hub.combine import (
-        combine as combine,
-    )
     from .hub.errors import (
         HubError as HubError,
     )
-    from .methods import (
+    from .methods.heads import (
+        Heads as Heads,
+    )
+    from .methods.presets import (
         METHODS as METHODS,
         joint_lora as joint_lora,
         l2l as l2l,
@@ -54,13 +54,13 @@ if TYPE_CHECKING:  # what is imported below when it is first used; a test holds 
         sequential_lora as sequential_lora,
         slda as slda,
     )
-    from .modeling import (
+    from .model import (
         ContinualModel as ContinualModel,
     )
     from .prediction import (
         Prediction as Prediction,
     )
-    from .report import (
+    from .reports.report import (
         StreamReport as StreamReport,
     )
     from .routing import (
@@ -91,8 +91,8 @@ if TYPE_CHECKING:  # what is imported below when it is first used; a test holds 
 __version__ = "0.1.0"
 
 _MODULES = {
-    "errors": ["ConfigError", "HfClpeftError"],
-    "config": ["ContinualConfig", "MethodConfig"],
+    "config.errors": ["ConfigError", "HfClpeftError"],
+    "config.model": ["ContinualConfig", "MethodConfig"],
     "streams": ["BENCHMARKS", "Benchmark", "StreamError", "Task", "TaskStream", "load_benchmark", "load_task"],
     "backbones": ["Backbone", "BackboneError", "load_backbone"],
     "experts": ["Expert", "ExpertBank", "ExpertError", "PromptTunedVisionModel"],
@@ -105,13 +105,13 @@ _MODULES = {
         "PrototypeRouter",
         "RidgeRouter",
     ],
-    "heads": ["Heads"],
-    "report": ["StreamReport"],
+    "methods.heads": ["Heads"],
+    "reports.report": ["StreamReport"],
     "hub.errors": ["HubError"],
     "prediction": ["Prediction"],
-    "modeling": ["ContinualModel"],
-    "hub.combine": ["combine"],
-    "methods": [
+    "model": ["ContinualModel"],
+    "combining": ["combine"],
+    "methods.presets": [
         "METHODS",
         "joint_lora",
         "l2l",

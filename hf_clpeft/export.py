@@ -10,13 +10,13 @@ import torch
 from peft.utils import CONFIG_NAME as ADAPTER_CONFIG_NAME
 
 from .backbones import Backbone
-from .config import CONFIG_NAME
-from .errors import ConfigError
+from .config.errors import ConfigError
+from .config.model import CONFIG_NAME
 from .experts import Expert, ExpertError
 from .experts.expert import make_peft_model
-from .folder import changing, hash_file
-from .modeling import ContinualModel
-from .storage import EXPERTS_FOLDER
+from .model import ContinualModel
+from .storage.folder import changing, hash_file
+from .storage.model_files import EXPERTS_FOLDER
 
 
 if TYPE_CHECKING:

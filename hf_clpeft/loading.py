@@ -4,18 +4,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from .backbones import Backbone, BackboneError, ImageTransform, load_backbone
+from .backbones.bundled import bundled_folder
 from .backbones.processors import read_processor
-from .bundled import bundled_folder
-from .config import BackboneConfig, ContinualConfig
-from .errors import ConfigError
+from .config.errors import ConfigError
+from .config.model import BackboneConfig, ContinualConfig
 from .hub.download import check_repo_id, fetch_model, split_revision
-from .storage import as_saved, check_files, load_into
+from .storage.model_files import as_saved, check_files, load_into
 
 
 if TYPE_CHECKING:
     from transformers.image_processing_utils import BaseImageProcessor
 
-    from .modeling import ContinualModel
+    from .model import ContinualModel
 
 Model = TypeVar("Model", bound="ContinualModel")
 

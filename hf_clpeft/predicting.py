@@ -11,12 +11,12 @@ import torch
 from tqdm.auto import tqdm
 
 from .backbones.pictures import KINDS, PictureError, is_picture, open_image
-from .errors import ConfigError
+from .config.errors import ConfigError
 from .prediction import Prediction, read_output
 
 
 if TYPE_CHECKING:
-    from .modeling import ContinualModel
+    from .model import ContinualModel
 
 ALL_AT_ONCE = -1  # as a batch size, as in `datasets`
 
@@ -38,7 +38,7 @@ def check_options(
     >>> check_options(ContinualModel.from_pretrained("hf-clpeft/s-lora-digits"), batch_size=0)
     Traceback (most recent call last):
         ...
-    hf_clpeft.errors.ConfigError: batch_size=0 must be a whole number, 1 or more, or -1 for all images at once.
+    hf_clpeft.config.errors.ConfigError: batch_size=0 must be a whole number, 1 or more, or -1 for all images at once.
 
     ```
     """

@@ -28,9 +28,9 @@ import numpy as np
 import torch
 
 from hf_clpeft import METHODS, ConfigError, ContinualTrainingArguments, MethodConfig, StreamReport, TaskStream
-from hf_clpeft.checks import MOST, check_ranges, check_types
-from hf_clpeft.errors import OptionError, refusing_options, told_in_one_line
-from hf_clpeft.plots import plot_bars, plot_comparison, plot_series
+from hf_clpeft.config.checks import MOST, check_ranges, check_types
+from hf_clpeft.config.errors import OptionError, refusing_options, told_in_one_line
+from hf_clpeft.reports.plots import plot_bars, plot_comparison, plot_series
 from hf_clpeft.streams import BENCHMARKS
 from hf_clpeft.training.options import BackboneArguments, StreamArguments
 from hf_clpeft.training.parsing import OptionParser, nearest, read_yaml as read_file

@@ -8,8 +8,8 @@ from pathlib import Path
 from shlex import quote
 
 from hf_clpeft import ContinualTrainingArguments, s_lora, s_prompts, sequential_lora
-from hf_clpeft.errors import told_in_one_line
-from hf_clpeft.plots import plot_comparison
+from hf_clpeft.config.errors import told_in_one_line
+from hf_clpeft.reports.plots import plot_comparison
 from hf_clpeft.streams import BENCHMARKS
 from hf_clpeft.training.console import print_reports
 from hf_clpeft.training.options import BackboneArguments, StreamArguments, parse

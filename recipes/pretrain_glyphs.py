@@ -48,8 +48,8 @@ from transformers import (
     set_seed,
 )
 
-from hf_clpeft.checks import MOST, check_ranges, check_types
-from hf_clpeft.errors import told_in_one_line
+from hf_clpeft.config.checks import MOST, check_ranges, check_types
+from hf_clpeft.config.errors import told_in_one_line
 from hf_clpeft.training.parsing import OptionParser
 
 

@@ -13,11 +13,11 @@ from typing import Annotated
 
 import typer
 
-from hf_clpeft.checks import read_json
 from hf_clpeft.cli.run import run_program
 from hf_clpeft.config import ContinualConfig
-from hf_clpeft.hub.card import CARD_NAME, make_card
-from hf_clpeft.report import METRICS_NAME, StreamReport
+from hf_clpeft.config.checks import read_json
+from hf_clpeft.reports.card import CARD_NAME, make_card
+from hf_clpeft.reports.report import METRICS_NAME, StreamReport
 
 
 METHODS = ["s_lora", "s_lora_pp", "s_prompts", "s_prompts_pp", "l2l", "l2p", "s_lora_mix"]

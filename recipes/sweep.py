@@ -15,8 +15,8 @@ from pathlib import Path
 import numpy as np
 from compare import CompareArguments, check_keys, folder_of, make_table, plan, read_yaml, run_all, values_of
 
-from hf_clpeft.errors import OptionError, told_in_one_line
-from hf_clpeft.plots import plot_series
+from hf_clpeft.config.errors import OptionError, told_in_one_line
+from hf_clpeft.reports.plots import plot_series
 from hf_clpeft.training.parsing import OptionParser
 from hf_clpeft.training.recipe import command_line
 

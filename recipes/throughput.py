@@ -23,14 +23,14 @@ from peft import PeftModel, set_peft_model_state_dict
 from transformers import ViTConfig, ViTImageProcessorPil, ViTModel
 
 from hf_clpeft import Backbone, Expert, ExpertBank, KeyRouter, load_backbone
-from hf_clpeft.checks import MOST, check_ranges, check_types
 from hf_clpeft.config import BackboneConfig, TaskConfig
-from hf_clpeft.errors import ConfigError, told_in_one_line
+from hf_clpeft.config.checks import MOST, check_ranges, check_types
+from hf_clpeft.config.errors import ConfigError, told_in_one_line
 from hf_clpeft.experts.expert import make_peft_config, make_peft_model
-from hf_clpeft.learners import ExpertLearner, PoolLearner
-from hf_clpeft.plots import plot_throughput
+from hf_clpeft.methods.learners import ExpertLearner, PoolLearner
+from hf_clpeft.reports.plots import plot_throughput
+from hf_clpeft.reports.versions import library_versions
 from hf_clpeft.training.parsing import OptionParser
-from hf_clpeft.versions import library_versions
 
 
 SHAPES = {  # hidden size, layers, heads, image size, patch size

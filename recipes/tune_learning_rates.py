@@ -15,8 +15,8 @@ from tempfile import TemporaryDirectory
 from typing import Literal
 
 from hf_clpeft import METHODS, ConfigError, ContinualTrainingArguments, Task, TaskStream
-from hf_clpeft.checks import MOST, check_ranges, check_types
-from hf_clpeft.errors import told_in_one_line
+from hf_clpeft.config.checks import MOST, check_ranges, check_types
+from hf_clpeft.config.errors import told_in_one_line
 from hf_clpeft.training.options import BackboneArguments, StreamArguments, parse
 from hf_clpeft.training.recipe import learn
 

@@ -169,7 +169,7 @@ def page():
     """The demo of the bundled digits, served on this machine; also checks that nobody else was asked for anything."""
     import socket
 
-    from hf_clpeft.bundled import DIGITS_MODEL
+    from hf_clpeft.backbones.bundled import DIGITS_MODEL
     from hf_clpeft.demo import LAUNCH, build_demo
 
     outside, connect = [], socket.socket.connect

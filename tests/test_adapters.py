@@ -11,11 +11,11 @@ from safetensors.torch import load_file, save_file
 from transformers import ResNetConfig, ResNetModel, ViTConfig, ViTModel
 
 from hf_clpeft import Backbone, ConfigError, Expert, ExpertBank, ExpertError, MethodConfig, s_lora
-from hf_clpeft.adapters import TECHNIQUES, Rule, check_peft, ways_to_match
 from hf_clpeft.config import TaskConfig
+from hf_clpeft.config.adapters import TECHNIQUES, Rule, check_peft, ways_to_match
 from hf_clpeft.experts.expert import make_peft_config
 from hf_clpeft.experts.naming import migrate_adapter
-from hf_clpeft.learners import ExpertLearner
+from hf_clpeft.methods.learners import ExpertLearner
 
 
 IMAGES = torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(0))

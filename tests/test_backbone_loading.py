@@ -32,8 +32,8 @@ from hf_clpeft import (
     load_task,
     s_lora,
 )
+from hf_clpeft.backbones.bundled import bundled_folder
 from hf_clpeft.backbones.processors import read_processor
-from hf_clpeft.bundled import bundled_folder
 from hf_clpeft.training.experts_from import Donor
 from hf_clpeft.training.options import BackboneArguments
 from hf_clpeft.training.recipe import open_model

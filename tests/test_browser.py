@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from hf_clpeft.bundled import DIGITS_MODEL, bundled_folder
+from hf_clpeft.backbones.bundled import DIGITS_MODEL, bundled_folder
 
 
 CHROMIUM, DRIVER = shutil.which("chromium") or shutil.which("google-chrome"), shutil.which("chromedriver")

@@ -8,7 +8,7 @@ from hub_server import check_card
 
 from hf_clpeft import ContinualModel, l2p, load_benchmark, s_lora
 from hf_clpeft.config import BackboneConfig, ContinualConfig, TaskConfig
-from hf_clpeft.hub.card import make_card
+from hf_clpeft.reports.card import make_card
 
 
 PATTERN = re.compile(

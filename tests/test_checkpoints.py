@@ -196,7 +196,7 @@ def test_tasks_learnt_otherwise_and_tested_on_other_pictures_are_told_of(tmp_pat
 
 
 def test_a_full_disk_is_seen_before_a_state_is_written_and_told_in_one_line(stream, tmp_path, monkeypatch):
-    from hf_clpeft.errors import told_in_one_line
+    from hf_clpeft.config.errors import told_in_one_line
 
     with pytest.raises(RuntimeError):
         begin(s_lora(k=2), tmp_path, 3).learn(stream[0])

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from hf_clpeft import ClassMeanRouter, ConfigError, ContinualModel, GaussianRouter, RidgeRouter
-from hf_clpeft.mixing import ROUTER_WEIGHT, mix
+from hf_clpeft.methods.mixing import ROUTER_WEIGHT, mix
 from hf_clpeft.routing.gaussian import log_sum_exp, shrink
 from hf_clpeft.routing.ridge import RIDGES
 

@@ -10,7 +10,7 @@ import torch
 from conftest import BACKBONE, make_trainer, pattern_dataset
 
 from hf_clpeft import ConfigError, ContinualModel, ContinualTrainer, TaskStream, combine, s_lora, s_prompts
-from hf_clpeft.folder import hash_file
+from hf_clpeft.storage.folder import hash_file
 
 
 @pytest.fixture(scope="module")

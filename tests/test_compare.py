@@ -12,7 +12,7 @@ from compare import CompareArguments, chains_of, check_same, make_table, plan, r
 from sweep import draw, line_of, points_of, read_sweep
 
 from hf_clpeft import ConfigError
-from hf_clpeft.plots import plot_series
+from hf_clpeft.reports.plots import plot_series
 
 
 REPO = Path(__file__).parents[1]

@@ -5,7 +5,7 @@ from conftest import make_trainer, pattern_dataset, pattern_rows
 from datasets import Dataset, DatasetDict, IterableDatasetDict
 
 from hf_clpeft import TaskStream, joint_lora, l2l, ncm, s_lora
-from hf_clpeft.tables import print_table
+from hf_clpeft.reports.tables import print_table
 from hf_clpeft.training.plan import make_plan
 from hf_clpeft.training.recipe import resuming_command, run_recipe
 

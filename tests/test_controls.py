@@ -29,7 +29,7 @@ from hf_clpeft import (
     slda,
 )
 from hf_clpeft.export import export_merged
-from hf_clpeft.hub.card import make_card
+from hf_clpeft.reports.card import make_card
 from hf_clpeft.streams.images import open_image
 
 

@@ -33,7 +33,7 @@ from hf_clpeft import (
     s_lora,
     s_lora_mix,
 )
-from hf_clpeft.bundled import DIGITS_MODEL, bundled_folder
+from hf_clpeft.backbones.bundled import DIGITS_MODEL, bundled_folder
 from hf_clpeft.cli.demo import demo as demo_command
 from hf_clpeft.demo import views
 from hf_clpeft.demo.app import build_demo

@@ -9,7 +9,7 @@ from transformers import AutoModelForImageClassification, Dinov2Config, Dinov2Mo
 
 from hf_clpeft import METHODS, Backbone, ContinualModel, ExpertError, PromptTunedVisionModel, load_backbone
 from hf_clpeft.config import ContinualConfig
-from hf_clpeft.errors import ConfigError
+from hf_clpeft.config.errors import ConfigError
 from hf_clpeft.export import export_adapter, export_merged
 from hf_clpeft.streams.images import open_image
 

@@ -12,7 +12,7 @@ from s_lora import SLoraArguments
 from typer.testing import CliRunner
 
 from hf_clpeft import ContinualModel, ContinualTrainer, HubError, TaskStream, cli, s_lora
-from hf_clpeft.bundled import bundled_folder
+from hf_clpeft.backbones.bundled import bundled_folder
 from hf_clpeft.config import ContinualConfig
 from hf_clpeft.hub import push
 from hf_clpeft.hub.download import find_model

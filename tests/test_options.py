@@ -16,7 +16,7 @@ from throughput import ThroughputArguments
 from tune_learning_rates import TuningArguments
 
 from hf_clpeft import ConfigError, ContinualTrainingArguments, cli, l2p, s_lora
-from hf_clpeft.errors import OptionError, refusing_options
+from hf_clpeft.config.errors import OptionError, refusing_options
 from hf_clpeft.training.options import BackboneArguments, PoolArguments, RunArguments, StreamArguments, parse
 from hf_clpeft.training.parsing import OptionParser, read_yaml
 from hf_clpeft.training.recipe import run_recipe

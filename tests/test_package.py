@@ -16,7 +16,7 @@ from packaging.version import Version
 
 import hf_clpeft
 from hf_clpeft import ContinualModel, load_benchmark
-from hf_clpeft.bundled import BUNDLED_BACKBONES, BUNDLED_MODELS, bundled_folder
+from hf_clpeft.backbones.bundled import BUNDLED_BACKBONES, BUNDLED_MODELS, bundled_folder
 from hf_clpeft.streams.images import open_image
 
 

@@ -10,7 +10,7 @@ from conftest import BACKBONE, make_trainer, pattern_dataset
 from test_bank import TECHNIQUES, bank_of, images, random_experts, small_backbone
 
 from hf_clpeft import ContinualModel, ExpertBank, s_lora
-from hf_clpeft.bundled import bundled_folder
+from hf_clpeft.backbones.bundled import bundled_folder
 from hf_clpeft.methods import l2p, ranpac, s_lora_mix, s_lora_pp, slda
 from hf_clpeft.streams import TaskStream
 from hf_clpeft.streams.images import open_image

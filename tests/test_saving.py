@@ -17,12 +17,12 @@ from hf_clpeft import (
     ExpertError,
     TaskStream,
 )
-from hf_clpeft.bundled import bundled_folder
+from hf_clpeft.backbones.bundled import bundled_folder
 from hf_clpeft.cli import app
 from hf_clpeft.config import ContinualConfig
 from hf_clpeft.export import export_adapter, export_merged
-from hf_clpeft.folder import changing
-from hf_clpeft.storage import check_same_model
+from hf_clpeft.storage.folder import changing
+from hf_clpeft.storage.model_files import check_same_model
 
 
 CLASSES = [["cat", "dog"], ["owl", "emu"], ["fox", "elk"]]

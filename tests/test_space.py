@@ -11,7 +11,7 @@ import gradio
 from gradio_client import Client, handle_file
 from huggingface_hub import SpaceCard
 
-from hf_clpeft.bundled import BUNDLED_MODELS, DIGITS_MODEL, bundled_folder
+from hf_clpeft.backbones.bundled import BUNDLED_MODELS, DIGITS_MODEL, bundled_folder
 
 
 ROOT = Path(__file__).parents[1]

@@ -22,7 +22,7 @@ from hf_clpeft import (
     TaskStream,
     s_lora,
 )
-from hf_clpeft.folder import changing, remove_with, settle
+from hf_clpeft.storage.folder import changing, remove_with, settle
 
 
 def contents(folder):
@@ -316,7 +316,7 @@ def test_too_little_space_is_seen_before_anything_is_written(learnt, tmp_path, m
     from shutil import disk_usage
 
     usage = disk_usage(tmp_path)
-    monkeypatch.setattr("hf_clpeft.folder.shutil.disk_usage", lambda path: usage._replace(free=1000))
+    monkeypatch.setattr("hf_clpeft.storage.folder.shutil.disk_usage", lambda path: usage._replace(free=1000))
     with pytest.raises(OSError, match="No space left on device: [0-9,]+ bytes needed, 1,000 free") as refused:
         learnt.model.save_pretrained(tmp_path / "model")
     assert refused.value.errno == errno.ENOSPC and not list((tmp_path / "model").iterdir())

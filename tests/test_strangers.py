@@ -19,13 +19,13 @@ from hf_clpeft import (
     ExpertError,
     HubError,
 )
-from hf_clpeft.bundled import bundled_folder
-from hf_clpeft.checks import read_json
+from hf_clpeft.backbones.bundled import bundled_folder
 from hf_clpeft.cli import app
-from hf_clpeft.folder import changing, pending, settle
+from hf_clpeft.config.checks import read_json
 from hf_clpeft.hub.outbox import Outbox
 from hf_clpeft.hub.push import PushTarget, push_folder
-from hf_clpeft.storage import as_saved
+from hf_clpeft.storage.folder import changing, pending, settle
+from hf_clpeft.storage.model_files import as_saved
 from hf_clpeft.training.checkpoints import Checkpoints
 from hf_clpeft.training.recipe import _find_checkpoint
 
@@ -158,7 +158,7 @@ def test_folders_in_each_other_are_no_experts(folder, model):
 def interrupt(monkeypatch, act):
     """Does it as a process would that is killed between the change and its end."""
     with monkeypatch.context() as patch:
-        patch.setattr("hf_clpeft.folder.settle", lambda folder: None)
+        patch.setattr("hf_clpeft.storage.folder.settle", lambda folder: None)
         act()
 
 

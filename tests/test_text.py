@@ -8,14 +8,14 @@ import pytest
 from typer.testing import CliRunner
 
 from hf_clpeft import ConfigError, StreamReport
-from hf_clpeft.bundled import bundled_folder
+from hf_clpeft.backbones.bundled import bundled_folder
 from hf_clpeft.cli import app
 from hf_clpeft.cli.common import show
 from hf_clpeft.config import TaskConfig
-from hf_clpeft.errors import told_in_one_line
-from hf_clpeft.plots import plot_comparison, plot_series
-from hf_clpeft.tables import print_table
-from hf_clpeft.text import one_line, printable, printable_json
+from hf_clpeft.config.errors import told_in_one_line
+from hf_clpeft.config.text import one_line, printable, printable_json
+from hf_clpeft.reports.plots import plot_comparison, plot_series
+from hf_clpeft.reports.tables import print_table
 from hf_clpeft.training.console import print_reports, print_task
 
 

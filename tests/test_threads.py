@@ -15,7 +15,7 @@ from test_bank import TECHNIQUES, bank_of, images, random_experts, small_backbon
 from transformers import pipeline
 
 from hf_clpeft import ContinualModel, ExpertBank, ExpertError, HfClpeftError, l2l, s_lora
-from hf_clpeft.bundled import bundled_folder
+from hf_clpeft.backbones.bundled import bundled_folder
 from hf_clpeft.experts.expert import make_peft_config
 from hf_clpeft.experts.turns import Turns
 from hf_clpeft.export import export_merged

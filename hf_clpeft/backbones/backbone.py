@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from ..config import BackboneConfig
+from ..config.model import BackboneConfig
 from .errors import BackboneError
 from .probe import Layout, probe, why_no_prompt
 from .transform import ImageTransform

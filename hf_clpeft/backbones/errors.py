@@ -1,6 +1,6 @@
 """What is refused about a backbone."""
 
-from ..errors import HfClpeftError
+from ..config.errors import HfClpeftError
 
 
 class BackboneError(HfClpeftError, ValueError):

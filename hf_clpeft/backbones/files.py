@@ -5,11 +5,11 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..bundled import bundled_folder
-from ..checks import read_json
-from ..errors import ConfigError
+from ..config.checks import read_json
+from ..config.errors import ConfigError
+from ..config.text import get_logger
 from ..hub.errors import HubError, explained, transferring
-from ..text import get_logger
+from .bundled import bundled_folder
 from .errors import BackboneError
 
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..config import BackboneConfig
+from ..config.model import BackboneConfig
 from .backbone import Backbone
 from .errors import BackboneError
 from .files import count_numbers, find_checkpoint, read_config

@@ -12,7 +12,7 @@ import numpy as np
 import PIL.Image
 import torch
 
-from ..errors import HfClpeftError
+from ..config.errors import HfClpeftError
 
 
 READER = 2

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 import PIL.Image
 
-from ..checks import read_json
-from ..errors import ConfigError
+from ..config.checks import read_json
+from ..config.errors import ConfigError
 from .errors import BackboneError
 from .transform import ImageTransform
 
@@ -51,7 +51,7 @@ def read_processor(folder: str | Path, name: str, model_type: str | None = None)
 
     ```py
     >>> from hf_clpeft.backbones.processors import read_processor
-    >>> from hf_clpeft.bundled import bundled_folder
+    >>> from hf_clpeft.backbones.bundled import bundled_folder
 
     >>> type(read_processor(bundled_folder("hf-clpeft/vit-tiny-glyphs"), "the glyphs")).__name__
     'ViTImageProcessorPil'

@@ -18,7 +18,7 @@ def combine(
     token: Token = None,
 ) -> None:
     """Combine the experts of several models into one model; nothing is trained."""
-    from ..hub.combine import combine as combine_models
+    from ..combining import combine as combine_models
 
     quieten()
     model = combine_models(sources, backbone=backbone, token=token)

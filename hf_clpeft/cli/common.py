@@ -6,13 +6,13 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ..progress import disable_progress_bars
-from ..tables import print_table
-from ..text import printable, printable_json
+from ..config.text import printable, printable_json
+from ..reports.tables import print_table
+from ..training.progress import disable_progress_bars
 
 
 if TYPE_CHECKING:
-    from ..modeling import ContinualModel
+    from ..model import ContinualModel
 
 
 Repo = Annotated[str, typer.Argument(help="Repo id, repo@revision, or folder of a model.")]
@@ -49,7 +49,7 @@ def quieten() -> None:
 def load_model(repo: str, backbone: str | None, token: str | None) -> "ContinualModel":
     """Loads the [`ContinualModel`] that a command was given."""
     from ..hub.download import split_revision
-    from ..modeling import ContinualModel
+    from ..model import ContinualModel
 
     quieten()
     name, revision = split_revision(repo)

@@ -4,7 +4,7 @@ from typing import Annotated
 
 import typer
 
-from ..bundled import DIGITS_MODEL
+from ..backbones.bundled import DIGITS_MODEL
 from .common import BackbonePath
 
 
@@ -21,9 +21,9 @@ def demo(
     ] = True,
 ) -> None:
     """Try a model in the browser: upload, draw, look inside, teach it a new class. Needs no network."""
-    from ..errors import ConfigError
+    from ..config.errors import ConfigError
     from ..hub.download import split_revision
-    from ..progress import disable_progress_bars
+    from ..training.progress import disable_progress_bars
 
     try:
         from ..demo import LAUNCH, build_demo

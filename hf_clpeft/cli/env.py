@@ -11,7 +11,7 @@ def env(as_json: AsJson = False) -> None:
     import torch
     from huggingface_hub import constants
 
-    from ..versions import library_versions
+    from ..reports.versions import library_versions
 
     show(
         {

@@ -7,12 +7,12 @@ from .common import AsJson, Repo, Token, show
 
 def info(repo: Repo, as_json: AsJson = False, token: Token = None) -> None:
     """Show what a model has learnt, with what, and how well."""
-    from ..bundled import bundled_folder
-    from ..checks import read_json
-    from ..config import ContinualConfig
+    from ..backbones.bundled import bundled_folder
+    from ..config.checks import read_json
+    from ..config.model import ContinualConfig
     from ..hub.download import fetch_config, split_revision
-    from ..report import METRICS_NAME, StreamReport
-    from ..storage import as_saved
+    from ..reports.report import METRICS_NAME, StreamReport
+    from ..storage.model_files import as_saved
 
     folder = bundled_folder(repo) or Path(repo)
     folder = as_saved(folder) if folder.is_dir() else fetch_config(*split_revision(repo), token=token)

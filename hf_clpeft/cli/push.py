@@ -26,11 +26,11 @@ def push(
     """Push a model's folder as one commit; or, task by task, what a run could not push when it learnt it."""
     from dataclasses import replace
 
-    from ..bundled import BUNDLED_MODELS, bundled_folder
-    from ..errors import ConfigError
+    from ..backbones.bundled import BUNDLED_MODELS, bundled_folder
+    from ..config.errors import ConfigError
     from ..hub.outbox import Outbox
     from ..hub.push import PushTarget, push_folder
-    from ..storage import as_saved
+    from ..storage.model_files import as_saved
 
     quieten()
     folder = bundled_folder(model) or Path(model)

@@ -6,7 +6,7 @@ from typing import Any
 
 import typer
 
-from ..errors import OptionError, told_in_one_line
+from ..config.errors import OptionError, told_in_one_line
 
 
 UsageError: Any = typer.BadParameter.__base__  # of click, or of typer's own copy

@@ -8,8 +8,8 @@ import gradio as gr
 from gradio.events import Dependency
 from starlette.middleware import Middleware
 
-from ..bundled import DIGITS_MODEL, bundled_folder
-from ..modeling import ContinualModel
+from ..backbones.bundled import DIGITS_MODEL, bundled_folder
+from ..model import ContinualModel
 from . import views
 from .components import Files, Folder, NeverFetch, Picture, Step, canvas, take_brush, textbox
 from .handlers import NEAREST, TABLE, Handlers

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import numpy as np
 import PIL.Image
 
-from ..modeling import ContinualModel
+from ..model import ContinualModel
 from ..predicting import check_options, classify
 from ..prediction import Prediction
 

@@ -18,9 +18,9 @@ import PIL.Image
 from gradio.processing_utils import save_bytes_to_cache
 from gradio.utils import get_upload_folder
 
-from ..checks import fits
-from ..errors import HfClpeftError
-from ..modeling import ContinualModel
+from ..config.checks import fits
+from ..config.errors import HfClpeftError
+from ..model import ContinualModel
 from . import views
 from .drawing import scan
 from .models import Models

@@ -9,10 +9,10 @@ from functools import cached_property
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from ..bundled import bundled_folder
-from ..errors import ConfigError
+from ..backbones.bundled import bundled_folder
+from ..config.errors import ConfigError
 from ..hub.errors import HubError, explained
-from ..modeling import ContinualModel
+from ..model import ContinualModel
 from ..predicting import best_device
 from .batching import Batcher
 from .pictures import VisitorError

@@ -10,7 +10,7 @@ from typing import Any
 import PIL.Image
 
 from ..backbones.pictures import PictureError, read_file
-from ..errors import HfClpeftError
+from ..config.errors import HfClpeftError
 
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")  # no decoder that few people use, or that starts a program

@@ -10,11 +10,11 @@ import PIL.Image
 import torch
 from datasets import Dataset, DatasetDict
 
-from ..errors import ConfigError
-from ..modeling import ContinualModel
-from ..progress import disable_progress_bars
+from ..config.errors import ConfigError
+from ..model import ContinualModel
 from ..streams import load_task
 from ..training import ContinualTrainer, ContinualTrainingArguments
+from ..training.progress import disable_progress_bars
 from .models import Models
 from .pictures import VisitorError
 

@@ -8,9 +8,9 @@ import numpy as np
 import PIL.Image
 import torch
 
-from ..modeling import ContinualModel
+from ..model import ContinualModel
 from ..prediction import Prediction
-from ..report import StreamReport
+from ..reports.report import StreamReport
 from .teaching import Lesson
 
 

@@ -9,7 +9,7 @@ import torch
 from peft import PeftConfig, PeftModel
 
 from ..backbones import Backbone
-from ..errors import ConfigError
+from ..config.errors import ConfigError
 from .expert import ADAPTER, Expert, ExpertError, Seal
 from .lora import LoraTable
 from .prompts import PromptTable

@@ -15,10 +15,10 @@ from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 
-from ..adapters import check_peft
 from ..backbones import Backbone
-from ..checks import read_json
-from ..errors import ConfigError, HfClpeftError
+from ..config.adapters import check_peft
+from ..config.checks import read_json
+from ..config.errors import ConfigError, HfClpeftError
 from .prompts import PromptTunedVisionModel
 
 
@@ -243,7 +243,7 @@ def make_peft_config(arguments: dict, backbone: Backbone) -> PeftConfig:
 
     Raises:
         [`ExpertError`]: The technique does not work here, or an argument is unknown or out of bounds: see
-            [`~hf_clpeft.adapters.check_peft`].
+            [`~hf_clpeft.config.adapters.check_peft`].
 
     Example:
 

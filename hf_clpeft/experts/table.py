@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 
-from ..precision import KeepsPrecision
+from ..backbones.precision import KeepsPrecision
 
 
 class ExpertTable(KeepsPrecision):

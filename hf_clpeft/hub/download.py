@@ -3,12 +3,12 @@
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..checks import LARGEST_JSON
-from ..config import CONFIG_NAME, ContinualConfig
-from ..errors import ConfigError
-from ..report import METRICS_NAME
-from ..storage import check_names
-from ..text import get_logger
+from ..config.checks import LARGEST_JSON
+from ..config.errors import ConfigError
+from ..config.model import CONFIG_NAME, ContinualConfig
+from ..config.text import get_logger
+from ..reports.report import METRICS_NAME
+from ..storage.model_files import check_names
 from .errors import HfHubHTTPError, HubError, RevisionResolutionError, explained, transferring
 
 

@@ -18,7 +18,7 @@ from huggingface_hub.errors import (
     RevisionResolutionError,
 )
 
-from ..errors import HfClpeftError
+from ..config.errors import HfClpeftError
 
 
 # Of the library that the installed client is built on: httpx or httpx2.

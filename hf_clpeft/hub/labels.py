@@ -6,7 +6,7 @@ import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..checks import LONGEST_NAME
+from ..config.checks import LONGEST_NAME
 from .download import split_revision
 
 

@@ -6,11 +6,11 @@ import shutil
 from dataclasses import asdict
 from pathlib import Path
 
-from ..checks import read_json
-from ..config import CONFIG_NAME, ContinualConfig
-from ..errors import ConfigError
-from ..folder import inside, settle
-from ..report import REPORT_FILES
+from ..config.checks import read_json
+from ..config.errors import ConfigError
+from ..config.model import CONFIG_NAME, ContinualConfig
+from ..reports.report import REPORT_FILES
+from ..storage.folder import inside, settle
 from .push import PushTarget, push_folder
 
 

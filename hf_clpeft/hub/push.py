@@ -7,14 +7,14 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from ..checks import read_json
-from ..config import CONFIG_NAME, ContinualConfig
-from ..errors import ConfigError
-from ..lineage import difference
-from ..report import METRICS_NAME, REPORT_FILES, StreamReport
-from ..storage import WEIGHTS, check_files
-from ..text import get_logger
-from .card import CARD_NAME, make_card
+from ..config.checks import read_json
+from ..config.errors import ConfigError
+from ..config.model import CONFIG_NAME, ContinualConfig
+from ..config.text import get_logger
+from ..reports.card import CARD_NAME, make_card
+from ..reports.report import METRICS_NAME, REPORT_FILES, StreamReport
+from ..storage.lineage import difference
+from ..storage.model_files import WEIGHTS, check_files
 from .errors import HfHubHTTPError, HubError, explained, transferring
 
 

@@ -5,7 +5,7 @@ from typing import Self
 
 import torch
 
-from ..precision import without_autocast
+from ..backbones.precision import without_autocast
 from .routing import Router, Routing
 
 

@@ -2,7 +2,7 @@
 
 import torch
 
-from ..config import MethodConfig
+from ..config.model import MethodConfig
 from .routing import Router, Routing
 
 

@@ -1,7 +1,7 @@
 """Routers by the names that methods call them by."""
 
-from ..config import MethodConfig
-from ..errors import ConfigError
+from ..config.errors import ConfigError
+from ..config.model import MethodConfig
 from .classes import ClassMeanRouter, ClassRouter
 from .gaussian import GaussianRouter
 from .keys import KeyRouter

@@ -4,7 +4,7 @@ from typing import Self
 
 import torch
 
-from ..config import MethodConfig
+from ..config.model import MethodConfig
 from .classes import ClassRouter
 
 

@@ -4,8 +4,8 @@ from typing import NamedTuple
 
 import torch
 
-from ..config import MethodConfig
-from ..precision import KeepsPrecision
+from ..backbones.precision import KeepsPrecision
+from ..config.model import MethodConfig
 
 
 class Routing(NamedTuple):
@@ -39,7 +39,7 @@ class Router(KeepsPrecision):
         knows_classes (`bool`): Whether it keeps every class, not just prototypes of a task or keys of a pool, and so
             can name one itself.
         gives_likelihoods (`bool`): Whether its scores are log-likelihoods, which add up with an expert's
-            log-probabilities: see [`hf_clpeft.mixing`].
+            log-probabilities: see [`hf_clpeft.methods.mixing`].
     """
 
     title = "unknown"

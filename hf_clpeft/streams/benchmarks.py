@@ -6,7 +6,7 @@ from typing import Any
 
 from huggingface_hub.errors import RevisionNotFoundError
 
-from ..text import get_logger
+from ..config.text import get_logger
 from .digits import load_digits_dataset
 from .source import StreamError
 from .stream import TaskStream

@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ..errors import ConfigError
+from ..config.errors import ConfigError
 
 
 BETS = np.linspace(0.05, 0.95, 19)  # exponents of the power bets

@@ -15,7 +15,7 @@ import fsspec
 from datasets import ClassLabel, Dataset, Features, Image, IterableDataset, ReadInstruction
 from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
 
-from ..text import get_logger
+from ..config.text import get_logger
 from .source import StreamError
 
 

@@ -10,7 +10,7 @@ from datasets.exceptions import DatasetGenerationError
 
 from ..backbones.pictures import READER, PictureError, open_image
 from ..backbones.transform import ImageTransform
-from ..text import get_logger
+from ..config.text import get_logger
 from .source import ROW, StreamError
 from .task import Split
 

@@ -25,8 +25,8 @@ from datasets.packaged_modules.parquet.parquet import Parquet
 from huggingface_hub import HfApi, hf_hub_download, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
 
+from ..config.text import get_logger
 from ..hub.errors import answer_in_words
-from ..text import get_logger
 from .folders import SPLIT_WORDS, PictureFolder, find_metadata, find_pictures, holds_data, is_picture, list_files
 from .source import ImageSource, StreamError
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from datasets import ClassLabel, Dataset, Features, Image, IterableDataset, LargeList, List, Value
 
-from ..errors import HfClpeftError
+from ..config.errors import HfClpeftError
 from .sampling import Places, first_of_each
 
 

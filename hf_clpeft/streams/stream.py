@@ -10,7 +10,7 @@ from typing import Any, overload
 import numpy as np
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Image
 
-from ..text import get_logger
+from ..config.text import get_logger
 from .drift import DriftDetector
 from .places import AnyDataset, Place, find_place
 from .source import ImageSource, StreamError

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 from datasets import Dataset, IterableDataset
 
-from ..checks import check_task_name
+from ..config.checks import check_task_name
 from .sampling import sample_rows
 from .source import ROW, ImageSource, StreamError
 

@@ -6,8 +6,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
 
-from ..checks import MOST, check_ranges, check_types
-from ..errors import ConfigError
+from ..config.checks import MOST, check_ranges, check_types
+from ..config.errors import ConfigError
 
 
 COUNTS = (

@@ -15,8 +15,8 @@ import numpy as np
 import torch
 from safetensors.torch import load_file, save
 
-from ..folder import changing, hash_file, inside
-from ..text import get_logger
+from ..config.text import get_logger
+from ..storage.folder import changing, hash_file, inside
 
 
 logger = get_logger(__name__)

@@ -7,9 +7,9 @@ from contextlib import contextmanager
 import numpy as np
 from tqdm.auto import tqdm
 
-from ..report import StreamReport
-from ..tables import print_table
-from ..text import printable
+from ..config.text import printable
+from ..reports.report import StreamReport
+from ..reports.tables import print_table
 
 
 @contextmanager

@@ -8,11 +8,11 @@ from contextlib import contextmanager
 import torch
 from accelerate import Accelerator
 
-from ..learners import FrozenLearner, TaskLearner
-from ..modeling import ContinualModel
-from ..report import StreamReport
-from ..text import get_logger
-from ..versions import library_versions
+from ..config.text import get_logger
+from ..methods.learners import FrozenLearner, TaskLearner
+from ..model import ContinualModel
+from ..reports.report import StreamReport
+from ..reports.versions import library_versions
 from .arguments import ContinualTrainingArguments
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 
-from ..modeling import ContinualModel
+from ..model import ContinualModel
 from ..routing import Routing
 from ..streams import TaskImages
 from .arguments import ContinualTrainingArguments

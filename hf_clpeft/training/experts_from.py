@@ -2,9 +2,9 @@
 
 import torch
 
-from ..errors import ConfigError
-from ..learners import ExpertLearner, TaskLearner
-from ..modeling import ContinualModel
+from ..config.errors import ConfigError
+from ..methods.learners import ExpertLearner, TaskLearner
+from ..model import ContinualModel
 
 
 class Donor:

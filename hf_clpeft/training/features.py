@@ -6,7 +6,7 @@ import torch
 from accelerate import Accelerator
 from tqdm.auto import tqdm
 
-from ..modeling import ContinualModel
+from ..model import ContinualModel
 from ..streams import TaskImages
 from ..streams.streamed import share_of
 from .arguments import ContinualTrainingArguments

@@ -2,8 +2,8 @@
 
 import xxhash
 
+from ..config.text import get_logger
 from ..streams import StreamedImages, Task, TaskImages
-from ..text import get_logger
 
 
 logger = get_logger(__name__)

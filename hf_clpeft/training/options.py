@@ -4,9 +4,9 @@ import sys
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from ..bundled import BUNDLED_BACKBONES
-from ..checks import MOST, check_ranges, check_types
-from ..errors import ConfigError, OptionError
+from ..backbones.bundled import BUNDLED_BACKBONES
+from ..config.checks import MOST, check_ranges, check_types
+from ..config.errors import ConfigError, OptionError
 from ..streams import BENCHMARKS, TaskStream, load_benchmark
 
 

@@ -2,10 +2,10 @@
 
 from pathlib import Path
 
-from ..config import CONFIG_NAME, ContinualConfig
-from ..errors import ConfigError
-from ..folder import READY
-from ..lineage import difference
+from ..config.errors import ConfigError
+from ..config.model import CONFIG_NAME, ContinualConfig
+from ..storage.folder import READY
+from ..storage.lineage import difference
 from .arguments import ContinualTrainingArguments
 from .checkpoints import FOLDER as CHECKPOINTS
 from .parallel import FOLDER as PARALLEL
@@ -45,14 +45,14 @@ def check_free(folder: str | Path, config: ContinualConfig | None = None) -> Non
     Example:
 
     ```py
-    >>> from hf_clpeft.bundled import bundled_folder
+    >>> from hf_clpeft.backbones.bundled import bundled_folder
     >>> from hf_clpeft.training.output import check_free
 
     >>> check_free("a/new/folder")
     >>> check_free(bundled_folder("hf-clpeft/s-lora-digits"))
     Traceback (most recent call last):
         ...
-    hf_clpeft.errors.ConfigError: ...s-lora-digits holds another model, which would be lost: ...
+    hf_clpeft.config.errors.ConfigError: ...s-lora-digits holds another model, which would be lost: ...
 
     ```
     """

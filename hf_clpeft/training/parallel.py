@@ -11,13 +11,13 @@ import torch
 from accelerate import Accelerator
 from safetensors.torch import load_file
 
-from ..checks import read_json
-from ..config import MethodConfig
-from ..errors import ConfigError
+from ..config.checks import read_json
+from ..config.errors import ConfigError
+from ..config.model import MethodConfig
 from ..experts import Expert
-from ..folder import changing, inside
-from ..learners import ExpertLearner, TaskLearner
-from ..modeling import ContinualModel
+from ..methods.learners import ExpertLearner, TaskLearner
+from ..model import ContinualModel
+from ..storage.folder import changing, inside
 from ..streams import Task, TaskStream
 from .checkpoints import write_tensors
 

@@ -12,7 +12,7 @@ from typing import Any, NoReturn, get_args, get_type_hints
 import yaml
 from transformers import HfArgumentParser
 
-from ..errors import OptionError, refusing_options
+from ..config.errors import OptionError, refusing_options
 
 
 KINDS = {"int": "a whole number", "float": "a number", "string_to_bool": "true or false"}
@@ -35,7 +35,7 @@ class OptionParser(HfArgumentParser):
     >>> OptionParser((BackboneArguments,)).read(["--image_sise", "32"])
     Traceback (most recent call last):
         ...
-    hf_clpeft.errors.OptionError: There is no option --image_sise; did you mean --image_size? See --help.
+    hf_clpeft.config.errors.OptionError: There is no option --image_sise; did you mean --image_size? See --help.
 
     ```
     """

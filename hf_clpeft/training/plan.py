@@ -5,11 +5,11 @@ from dataclasses import dataclass
 from accelerate import PartialState
 from datasets import Dataset
 
-from ..learners import FrozenLearner
-from ..modeling import ContinualModel
+from ..config.text import printable
+from ..methods.learners import FrozenLearner
+from ..model import ContinualModel
+from ..reports.tables import print_table
 from ..streams import Split, Task, TaskStream
-from ..tables import print_table
-from ..text import printable
 from .arguments import ContinualTrainingArguments
 from .costs import count_trained
 

@@ -10,8 +10,8 @@ from datetime import timedelta
 import torch
 from accelerate import Accelerator, PartialState
 
-from ..errors import HfClpeftError
-from ..text import get_logger
+from ..config.errors import HfClpeftError
+from ..config.text import get_logger
 
 
 logger = get_logger(__name__)

@@ -11,15 +11,14 @@ from pathlib import Path
 
 from accelerate import PartialState
 
-from ..bundled import BUNDLED_BACKBONES
-from ..config import CONFIG_NAME, MethodConfig
-from ..errors import ConfigError, refusing_options, told_in_one_line
+from ..backbones.bundled import BUNDLED_BACKBONES
+from ..config.errors import ConfigError, refusing_options, told_in_one_line
+from ..config.model import CONFIG_NAME, MethodConfig
 from ..hub.download import find_model
 from ..hub.outbox import Outbox
-from ..modeling import ContinualModel
-from ..progress import disable_progress_bars
-from ..report import PLOT_NAME, StreamReport
-from ..storage import as_saved
+from ..model import ContinualModel
+from ..reports.report import PLOT_NAME, StreamReport
+from ..storage.model_files import as_saved
 from ..streams import BENCHMARKS, TaskStream
 from .arguments import ContinualTrainingArguments
 from .console import print_reports
@@ -27,6 +26,7 @@ from .options import BackboneArguments, RunArguments, StreamArguments, parse
 from .output import check_output
 from .plan import print_plan
 from .processes import join_processes
+from .progress import disable_progress_bars
 from .steps import TrainingStopped
 from .trainer import ContinualTrainer
 

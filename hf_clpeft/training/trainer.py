@@ -14,20 +14,20 @@ from accelerate import Accelerator
 from accelerate.utils import DataLoaderConfiguration, broadcast_object_list, set_seed
 from tqdm.auto import tqdm
 
-from ..errors import ConfigError
-from ..folder import locked
+from ..config.errors import ConfigError
+from ..config.text import get_logger
 from ..hub.errors import HubError
 from ..hub.outbox import Outbox
 from ..hub.push import PushTarget
-from ..learners import ExpertLearner, FrozenLearner, TaskLearner
-from ..modeling import ContinualModel
-from ..report import StreamReport
+from ..methods.learners import ExpertLearner, FrozenLearner, TaskLearner
+from ..model import ContinualModel
+from ..reports.report import StreamReport
 from ..routing.prototypes import fit_prototypes, fit_thresholds
-from ..storage import PROCESSOR_NAME
+from ..storage.folder import locked
+from ..storage.model_files import PROCESSOR_NAME
 from ..streams import Split, StreamedImages, Task, TaskImages, TaskStream, cache_images, open_images
 from ..streams.images import augment
 from ..streams.stream import BorderlessStream
-from ..text import get_logger
 from .arguments import ContinualTrainingArguments
 from .checkpoints import Checkpoints, Progress
 from .console import print_task, waiting

@@ -2,7 +2,7 @@
 
 python recipes/tutorials/new_technique.py --benchmark digits
 
-Any technique in `hf_clpeft.adapters.TECHNIQUES` takes the same place.
+Any technique in `hf_clpeft.config.adapters.TECHNIQUES` takes the same place.
 """
 
 from dataclasses import dataclass, field

@@ -11,7 +11,7 @@ Pictures in a folder `examples` beside this file are offered to visitors who hav
 import os
 from pathlib import Path
 
-from hf_clpeft.bundled import DIGITS_MODEL
+from hf_clpeft.backbones.bundled import DIGITS_MODEL
 from hf_clpeft.demo import LAUNCH, build_demo
 
 

@@ -2,7 +2,7 @@
 
 import torch
 
-from .routing.gaussian import log_sum_exp
+from ..routing.gaussian import log_sum_exp
 
 
 # The covariance is estimated from the images whose classes it separates, so that the router is too sure of itself.
@@ -35,7 +35,7 @@ def mix(
 
     ```py
     >>> import torch
-    >>> from hf_clpeft.mixing import mix
+    >>> from hf_clpeft.methods.mixing import mix
 
     >>> logits = torch.tensor([[[0.0, 2.0, -torch.inf], [-torch.inf, -torch.inf, 1.0]]])
     >>> scores = torch.tensor([[-4.0, -4.0, -8.0]])

@@ -6,10 +6,10 @@ from importlib.resources import files
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from ..config import ContinualConfig, MethodConfig
-from ..report import StreamReport
+from ..config.model import ContinualConfig, MethodConfig
+from ..config.text import printable
 from ..routing import ROUTERS, find_router
-from ..text import printable
+from .report import StreamReport
 
 
 CARD_NAME = "README.md"
@@ -42,7 +42,7 @@ def make_card(
 
     ```py
     >>> from hf_clpeft.config import BackboneConfig, ContinualConfig
-    >>> from hf_clpeft.hub.card import make_card
+    >>> from hf_clpeft.reports.card import make_card
     >>> from hf_clpeft.methods import s_lora
 
     >>> config = ContinualConfig(s_lora(), BackboneConfig("google/vit-base-patch16-224-in21k", 224, "0f3c"))

@@ -48,14 +48,14 @@ def check_peft(arguments: Mapping[str, Any], defaults: Mapping[str, Any] | None 
     Example:
 
     ```py
-    >>> from hf_clpeft.adapters import check_peft
+    >>> from hf_clpeft.config.adapters import check_peft
 
     >>> check_peft({"peft_type": "LORA", "r": 4, "bias": "none", "modules_to_save": None})
     {'peft_type': 'LORA', 'r': 4, 'bias': 'none'}
     >>> check_peft({"peft_type": "LORA", "r": 1, "bias": "all"})
     Traceback (most recent call last):
         ...
-    hf_clpeft.errors.ConfigError: bias='all' trains biases of the backbone, which all experts share; leave it out.
+    hf_clpeft.config.errors.ConfigError: bias='all' trains biases of the backbone...
 
     ```
     """
@@ -107,14 +107,14 @@ def ways_to_match(pattern: str) -> int:
     Example:
 
     ```py
-    >>> from hf_clpeft.adapters import ways_to_match
+    >>> from hf_clpeft.config.adapters import ways_to_match
 
     >>> ways_to_match(r"layers\\.[0-5]\\.attention\\.(q|v)_proj") < 1000
     True
     >>> ways_to_match("(a+)+")
     Traceback (most recent call last):
         ...
-    hf_clpeft.errors.ConfigError: The pattern '(a+)+' repeats a group, which can take for ever; repeat single signs.
+    hf_clpeft.config.errors.ConfigError: The pattern '(a+)+' repeats a group, which can take for ever...
 
     ```
     """

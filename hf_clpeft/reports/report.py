@@ -9,10 +9,10 @@ from typing import Any
 
 import numpy as np
 
-from . import metrics
-from .checks import check_types
-from .config import TaskConfig
-from .errors import ConfigError
+from .. import metrics
+from ..config.checks import check_types
+from ..config.errors import ConfigError
+from ..config.model import TaskConfig
 from .plots import plot_report
 
 

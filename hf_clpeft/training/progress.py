@@ -10,7 +10,7 @@ def disable_progress_bars(transfers: bool = True) -> None:
     Example:
 
     ```py
-    >>> from hf_clpeft.progress import disable_progress_bars
+    >>> from hf_clpeft.training.progress import disable_progress_bars
 
     >>> disable_progress_bars()
 

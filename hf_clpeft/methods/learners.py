@@ -8,11 +8,11 @@ import torch
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 
-from .backbones import Backbone
-from .config import ContinualConfig, TaskConfig
-from .errors import ConfigError
-from .experts import ExpertBank
-from .routing import KeyRouter
+from ..backbones import Backbone
+from ..config.errors import ConfigError
+from ..config.model import ContinualConfig, TaskConfig
+from ..experts import ExpertBank
+from ..routing import KeyRouter
 
 
 class TaskLearner(torch.nn.Module, ABC):
@@ -179,7 +179,7 @@ def rows_to_train(classes: Sequence[str], known: Sequence[str], mask: bool) -> t
     Example:
 
     ```py
-    >>> from hf_clpeft.learners import rows_to_train
+    >>> from hf_clpeft.methods.learners import rows_to_train
 
     >>> rows_to_train(["dog", "cat"], ["bird", "cat", "dog"], mask=True)
     ([2, 1], tensor([0, 1]))

@@ -49,7 +49,7 @@ def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
 
     ```py
     >>> import torch
-    >>> from hf_clpeft.precision import without_autocast
+    >>> from hf_clpeft.backbones.precision import without_autocast
 
     >>> with torch.autocast("cpu", torch.bfloat16), without_autocast(torch.device("cpu")):
     ...     print((torch.eye(2) @ torch.eye(2)).dtype)

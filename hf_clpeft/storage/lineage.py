@@ -1,6 +1,6 @@
 """Whether a model is a later state of another one: what was learnt is never overwritten by what does not hold it."""
 
-from .config import ContinualConfig
+from ..config.model import ContinualConfig
 
 
 def difference(config: ContinualConfig, there: ContinualConfig) -> str | None:
@@ -17,7 +17,7 @@ def difference(config: ContinualConfig, there: ContinualConfig) -> str | None:
 
     ```py
     >>> from hf_clpeft.config import BackboneConfig, ContinualConfig, TaskConfig
-    >>> from hf_clpeft.lineage import difference
+    >>> from hf_clpeft.storage.lineage import difference
     >>> from hf_clpeft.methods import s_lora
 
     >>> backbone, pets = BackboneConfig("vit", 224, "0f3c"), TaskConfig("task-000", ["cat", "dog"])

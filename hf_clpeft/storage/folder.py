@@ -19,8 +19,8 @@ from typing import Any
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 
-from .checks import check_path, read_json
-from .errors import ConfigError
+from ..config.checks import check_path, read_json
+from ..config.errors import ConfigError
 
 
 STAGING, READY, LOCK = ".saving", ".saved", ".lock"
@@ -50,7 +50,7 @@ def changing(folder: str | Path, num_bytes: int = 0) -> Iterator[Path]:
 
     ```py
     >>> from pathlib import Path
-    >>> from hf_clpeft.folder import changing
+    >>> from hf_clpeft.storage.folder import changing
 
     >>> with changing("model") as staging:
     ...     _ = (staging / "config.json").write_text("{}")
@@ -98,7 +98,7 @@ def locked(folder: str | Path) -> Iterator[None]:
     Example:
 
     ```py
-    >>> from hf_clpeft.folder import locked
+    >>> from hf_clpeft.storage.folder import locked
 
     >>> with locked("out"):
     ...     pass
@@ -140,7 +140,7 @@ def inside(folder: str | Path, name: str) -> Path:
     Example:
 
     ```py
-    >>> from hf_clpeft.folder import inside
+    >>> from hf_clpeft.storage.folder import inside
 
     >>> inside("out", "checkpoints").as_posix()
     'out/checkpoints'
@@ -178,7 +178,7 @@ def pending(folder: str | Path) -> tuple[list[str], list[str]] | None:
     Example:
 
     ```py
-    >>> from hf_clpeft.folder import changing, pending
+    >>> from hf_clpeft.storage.folder import changing, pending
 
     >>> with changing("model") as staging:
     ...     _ = (staging / "config.json").write_text("{}")
@@ -200,7 +200,7 @@ def pending(folder: str | Path) -> tuple[list[str], list[str]] | None:
 
 def settle(folder: str | Path) -> None:
     """Ends a change that a killed process had begun. For those who write into `folder`; who reads it takes
-    [`hf_clpeft.storage.as_saved`].
+    [`hf_clpeft.storage.model_files.as_saved`].
 
     Raises:
         [`ConfigError`]: It is no change of ours: it would reach out of the folder. Nothing is touched.

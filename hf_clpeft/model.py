@@ -8,22 +8,22 @@ import torch
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES
 
 from .backbones import Backbone, load_backbone
-from .config import ContinualConfig, MethodConfig, TaskConfig
-from .errors import ConfigError
+from .backbones.precision import in_float32
+from .config.errors import ConfigError
+from .config.model import ContinualConfig, MethodConfig, TaskConfig
 from .experts import ExpertBank
 from .experts.expert import make_peft_config
 from .experts.turns import Turns, changing, reading
-from .heads import Heads
 from .hub.push import PushTarget, push_folder
-from .learners import ExpertLearner, FrozenLearner, PoolLearner, TaskLearner, rows_to_train
 from .loading import load_model
-from .mixing import mix
-from .precision import in_float32
+from .methods.heads import Heads
+from .methods.learners import ExpertLearner, FrozenLearner, PoolLearner, TaskLearner, rows_to_train
+from .methods.mixing import mix
 from .predicting import check_options, classify, read_batches
 from .prediction import ContinualOutput, Prediction
-from .report import StreamReport
+from .reports.report import StreamReport
 from .routing import Routing, find_router
-from .storage import save_model
+from .storage.model_files import save_model
 
 
 class ContinualModel(torch.nn.Module):
@@ -372,7 +372,7 @@ class ContinualModel(torch.nn.Module):
             overwrite (`bool`, *optional*, defaults to `False`): Replace another model that the folder holds.
 
         Raises:
-            `OSError`, [`ConfigError`]: See [`hf_clpeft.storage.save_model`]; what was there is untouched.
+            `OSError`, [`ConfigError`]: See [`hf_clpeft.storage.model_files.save_model`]; what was there is untouched.
         """
         with self._saves.changing():
             save_model(self, folder, overwrite)

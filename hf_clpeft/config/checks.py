@@ -23,7 +23,7 @@ def check_task_name(name: str) -> str:
     Example:
 
     ```py
-    >>> from hf_clpeft.checks import check_task_name
+    >>> from hf_clpeft.config.checks import check_task_name
 
     >>> check_task_name("task-003")
     'task-003'
@@ -43,7 +43,7 @@ def check_path(path: str) -> str:
     Example:
 
     ```py
-    >>> from hf_clpeft.checks import check_path
+    >>> from hf_clpeft.config.checks import check_path
 
     >>> check_path("experts/task-000/adapter_config.json")
     'experts/task-000/adapter_config.json'
@@ -61,7 +61,7 @@ def check_text(text: str, what: str) -> str:
     Example:
 
     ```py
-    >>> from hf_clpeft.checks import check_text
+    >>> from hf_clpeft.config.checks import check_text
 
     >>> check_text("ox", "classes[0]")
     'ox'
@@ -86,7 +86,7 @@ def check_types(config: object) -> None:
     >>> BackboneConfig("vit", image_size="big", weight_hash="0f3c")
     Traceback (most recent call last):
         ...
-    hf_clpeft.errors.ConfigError: image_size='big' must be int.
+    hf_clpeft.config.errors.ConfigError: image_size='big' must be int.
 
     ```
     """
@@ -113,7 +113,7 @@ def check_ranges(config: object, **ranges: tuple[float, float]) -> None:
     >>> BackboneArguments(image_size=0)
     Traceback (most recent call last):
         ...
-    hf_clpeft.errors.ConfigError: image_size=0 must be between 1 and 16,384.
+    hf_clpeft.config.errors.ConfigError: image_size=0 must be between 1 and 16,384.
 
     ```
     """
@@ -138,7 +138,7 @@ def fits(value: object, hint: Any) -> bool:
     Example:
 
     ```py
-    >>> from hf_clpeft.checks import fits
+    >>> from hf_clpeft.config.checks import fits
 
     >>> fits(["a"], list[str] | None), fits([1], list[str] | None), fits(True, int)
     (True, False, False)
@@ -171,7 +171,7 @@ def read_json(path: str | Path) -> dict:
 
     ```py
     >>> from pathlib import Path
-    >>> from hf_clpeft.checks import read_json
+    >>> from hf_clpeft.config.checks import read_json
 
     >>> _ = Path("config.json").write_text('{"k": 5}')
     >>> read_json("config.json")

@@ -14,22 +14,22 @@ from peft.utils import CONFIG_NAME as ADAPTER_CONFIG_NAME, SAFETENSORS_WEIGHTS_N
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 
-from .checks import read_json
-from .config import CONFIG_NAME, ContinualConfig, TaskConfig
-from .errors import ConfigError, HfClpeftError
-from .experts import Expert
-from .experts.naming import rename_old_keys
+from ..config.checks import read_json
+from ..config.errors import ConfigError, HfClpeftError
+from ..config.model import CONFIG_NAME, ContinualConfig, TaskConfig
+from ..experts import Expert
+from ..experts.naming import rename_old_keys
+from ..methods.heads import Heads
+from ..methods.learners import check_routes
+from ..reports.card import CARD_NAME, make_card
+from ..reports.report import METRICS_NAME, REPORT_FILES, StreamReport
+from ..reports.versions import library_versions
 from .folder import READY, changing, hash_file, inside, pending, remove_with, settle
-from .heads import Heads
-from .hub.card import CARD_NAME, make_card
-from .learners import check_routes
 from .lineage import difference
-from .report import METRICS_NAME, REPORT_FILES, StreamReport
-from .versions import library_versions
 
 
 if TYPE_CHECKING:
-    from .modeling import ContinualModel
+    from ..model import ContinualModel
 
 ROUTER_NAME = "router.safetensors"
 HEADS_NAME = "heads.safetensors"
@@ -151,7 +151,7 @@ def as_saved(folder: str | Path) -> Path:
     Example:
 
     ```py
-    >>> from hf_clpeft.storage import as_saved
+    >>> from hf_clpeft.storage.model_files import as_saved
 
     >>> as_saved("out").as_posix()
     'out'

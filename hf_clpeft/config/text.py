@@ -30,7 +30,7 @@ def printable(text: object) -> str:
     Example:
 
     ```py
-    >>> from hf_clpeft.text import printable
+    >>> from hf_clpeft.config.text import printable
 
     >>> print(printable("caf\u00e9 \x1b[2J"))
     café \x1b[2J
@@ -47,7 +47,7 @@ def printable_json(text: str) -> str:
 
     ```py
     >>> import json
-    >>> from hf_clpeft.text import printable_json
+    >>> from hf_clpeft.config.text import printable_json
 
     >>> text = json.dumps(["\x9b2J"], ensure_ascii=False)
     >>> print(printable_json(text), json.loads(printable_json(text)) == json.loads(text))
@@ -64,7 +64,7 @@ def one_line(text: object) -> str:
     Example:
 
     ```py
-    >>> from hf_clpeft.text import one_line
+    >>> from hf_clpeft.config.text import one_line
 
     >>> one_line("Does not fit:\n\tsize mismatch")
     'Does not fit: size mismatch'
@@ -80,7 +80,7 @@ def get_logger(name: str) -> logging.Logger:
     Example:
 
     ```py
-    >>> from hf_clpeft.text import get_logger
+    >>> from hf_clpeft.config.text import get_logger
 
     >>> get_logger("hf_clpeft.hub.push").name
     'hf_clpeft.hub.push'

@@ -40,7 +40,7 @@ class MethodConfig:
             you have put into [`hf_clpeft.routing.ROUTERS`]. A pool has its keys, and a single expert needs none.
         classifier (`str`, *optional*, defaults to `"head"`): What names the class: the trained `"head"`; the
             `"router"`, if it knows classes, on query features alone; or `"both"`, if it gives likelihoods: see
-            [`hf_clpeft.mixing`].
+            [`hf_clpeft.methods.mixing`].
         mix (`int`, *optional*, defaults to 1): How many experts judge an image, the likeliest ones, in one pass
             through the bank. More than one needs `classifier="both"`, which weighs them.
         joint (`bool`, *optional*, defaults to `False`): Train on the images of all tasks at once, which no continual

@@ -4,9 +4,9 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-from .adapters import LARGEST_RANK
-from .config import MethodConfig
-from .errors import ConfigError
+from ..config.adapters import LARGEST_RANK
+from ..config.errors import ConfigError
+from ..config.model import MethodConfig
 
 
 Layers = int | list[int] | None
@@ -234,7 +234,7 @@ def s_lora_mix(r: int = 1, mix: int = 3, route_layer: Layers = None, **lora: Any
 
     Query features are taken with the first task's expert, behind the last two layers unless `route_layer` says others.
     [`GaussianRouter`] finds the likeliest tasks; the experts of the first `mix` judge the image in one pass through
-    the bank, and their log-probabilities are added to the router's class scores: see [`hf_clpeft.mixing`].
+    the bank, and their log-probabilities are added to the router's class scores: see [`hf_clpeft.methods.mixing`].
 
     Args:
         r (`int`, *optional*, defaults to 1): Rank.

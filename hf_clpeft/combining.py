@@ -5,13 +5,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ..config import ContinualConfig, TaskConfig
-from ..errors import ConfigError
-from ..experts import Expert
-from ..loading import load_saved_backbone
-from ..modeling import ContinualModel
-from .download import split_revision
-from .labels import join_name, label_sources
+from .config.errors import ConfigError
+from .config.model import ContinualConfig, TaskConfig
+from .experts import Expert
+from .hub.download import split_revision
+from .hub.labels import join_name, label_sources
+from .loading import load_saved_backbone
+from .model import ContinualModel
 
 
 # What must not differ, and where it stands in a configuration.

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .text import printable
+from ..config.text import printable
 
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ def plot_report(
     Example:
 
     ```py
-    >>> from hf_clpeft.plots import plot_report
+    >>> from hf_clpeft.reports.plots import plot_report
 
     >>> titles = ["cats", "dogs"]
     >>> plot_report([[0.9, float("nan")], [0.7, 0.8]], [[9, 1], [0, 10]], titles, titles, "plot.png")
@@ -71,7 +71,7 @@ def plot_comparison(reports: Sequence, path: str | Path) -> None:
     Example:
 
     ```py
-    >>> from hf_clpeft.plots import plot_comparison
+    >>> from hf_clpeft.reports.plots import plot_comparison
     >>> from hf_clpeft import StreamReport
 
     >>> report = StreamReport("s_lora", "pets", {})
@@ -120,7 +120,7 @@ def plot_series(
 
     ```py
     >>> import numpy as np
-    >>> from hf_clpeft.plots import plot_series
+    >>> from hf_clpeft.reports.plots import plot_series
 
     >>> lines = {"s_lora": ([1, 2], np.array([[0.9, 0.8], [0.9, 0.7]]))}
     >>> plot_series({"digits": lines}, "curves.png", "tasks learnt", "accuracy")
@@ -172,7 +172,7 @@ def plot_bars(panels: dict[str, dict[str, Sequence[float]]], path: str | Path, y
     Example:
 
     ```py
-    >>> from hf_clpeft.plots import plot_bars
+    >>> from hf_clpeft.reports.plots import plot_bars
 
     >>> plot_bars({"digits": {"s_lora": [0.97, 0.98]}}, "routing.png", "routing accuracy")
 
@@ -202,7 +202,7 @@ def plot_throughput(rows: Sequence[dict], path: str | Path) -> None:
     Example:
 
     ```py
-    >>> from hf_clpeft.plots import plot_throughput
+    >>> from hf_clpeft.reports.plots import plot_throughput
 
     >>> setting = {"mode": "predict", "technique": "lora", "size": 1, "batch_size": 8, "dtype": "float32"}
     >>> row = {**setting, "compile": "off", "system": "backbone", "num_experts": 10, "x_base": 1.0}

@@ -12,7 +12,7 @@ def library_versions() -> dict[str, str]:
     Example:
 
     ```py
-    >>> from hf_clpeft.versions import library_versions
+    >>> from hf_clpeft.reports.versions import library_versions
 
     >>> "torch" in library_versions()
     True

@@ -2,7 +2,7 @@
 
 import torch
 
-from .precision import KeepsPrecision, in_float32
+from ..backbones.precision import KeepsPrecision, in_float32
 
 
 class Heads(KeepsPrecision):
@@ -26,7 +26,7 @@ class Heads(KeepsPrecision):
 
     ```py
     >>> import torch
-    >>> from hf_clpeft.heads import Heads
+    >>> from hf_clpeft.methods.heads import Heads
 
     >>> heads = Heads(hidden_size=2, shared=False)
     >>> heads.write(torch.eye(2), torch.zeros(2), classes=[0, 1])

@@ -3,7 +3,7 @@
 import re
 from collections.abc import Sequence
 
-from .text import printable
+from ..config.text import printable
 
 
 NUMBER = re.compile(r"-?[\d.,]+( %)?|[–?]|")
@@ -22,7 +22,7 @@ def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence], ca
     Example:
 
     ```py
-    >>> from hf_clpeft.tables import print_table
+    >>> from hf_clpeft.reports.tables import print_table
 
     >>> print_table("two tasks", ["task", "images"], [["task-000", 120], ["task-001", 80]])
     two tasks

@@ -17,7 +17,7 @@ def bundled_folder(name: str) -> Path | None:
     Example:
 
     ```py
-    >>> from hf_clpeft.bundled import bundled_folder
+    >>> from hf_clpeft.backbones.bundled import bundled_folder
 
     >>> bundled_folder("hf-clpeft/s-lora-digits").name
     's-lora-digits'

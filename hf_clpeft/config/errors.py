@@ -56,7 +56,7 @@ class OptionError(ConfigError):
     Example:
 
     ```py
-    >>> from hf_clpeft.errors import OptionError
+    >>> from hf_clpeft.config.errors import OptionError
     >>> from hf_clpeft.training.options import StreamArguments, parse
 
     >>> try:
@@ -95,7 +95,7 @@ def told_in_one_line() -> Iterator[None]:
 
     ```py
     >>> from hf_clpeft import s_lora
-    >>> from hf_clpeft.errors import told_in_one_line
+    >>> from hf_clpeft.config.errors import told_in_one_line
 
     >>> with told_in_one_line():
     ...     s_lora(k=0)

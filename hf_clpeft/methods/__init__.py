@@ -1,0 +1,3 @@
+"""Ways to learn tasks one after another."""
+
+from .presets import *  # noqa: F403
