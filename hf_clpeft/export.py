@@ -15,7 +15,7 @@ from .config.model import CONFIG_NAME
 from .experts import Expert, ExpertError
 from .experts.expert import make_peft_model
 from .model import ContinualModel
-from .storage.folder import changing, hash_file
+from .storage.folder import atomic, hash_file
 from .storage.model_files import EXPERTS_FOLDER
 
 
@@ -114,7 +114,7 @@ def export_merged(model: ContinualModel, task: str, folder: str | Path, overwrit
 @contextmanager
 def _written(folder: str | Path, overwrite: bool) -> Iterator[Path]:
     """Where to write what goes into a folder as a whole, if that folder holds no other model."""
-    with changing(folder) as staging:
+    with atomic(folder) as staging:
         yield staging
         files = [Path(folder, CONFIG_NAME), Path(folder, ADAPTER_CONFIG_NAME), *Path(folder).glob("*.safetensors")]
         for path in filter(Path.is_file, files):
@@ -177,7 +177,7 @@ def _write_rows(model: ContinualModel, number: int, layer: torch.nn.Linear) -> N
     heads, classes = model.heads, model.config.tasks[number].classes
     layer.weight.zero_()
     # In a shared head a class may have been trained again, and its row gone to a later task.
-    for owner in heads.judges_of(number):
+    for owner in heads.rows_judging(number):
         for column, weight, bias in zip(heads.classes[owner], heads.weights[owner], heads.biases[owner], strict=True):
             label = model.config.classes[column]
             if label in classes:

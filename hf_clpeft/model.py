@@ -13,7 +13,7 @@ from .config.errors import ConfigError
 from .config.model import ContinualConfig, MethodConfig, TaskConfig
 from .experts import ExpertBank
 from .experts.expert import make_peft_config
-from .experts.turns import Turns, changing, reading
+from .experts.lock import ReadWriteLock, reading, writing
 from .hub.push import PushTarget, push_folder
 from .loading import load_model
 from .methods.heads import Heads
@@ -67,7 +67,7 @@ class ContinualModel(torch.nn.Module):
         self.query_layers = [number + count + 1 if number < 0 else number for number in method.route_layers] or [count]
         if not 1 <= self.query_layers[0] <= self.query_layers[-1] <= count:
             raise ConfigError(f"route_layer={method.route_layer}, but the backbone has {count} layers.")
-        self.bank, self._saves = ExpertBank(backbone), Turns()
+        self.bank, self._saves = ExpertBank(backbone), ReadWriteLock()
         # What a router can do besides routing follows from the method.
         self.router: Any = find_router(method).from_method(method, self.query_size)
         self.heads = Heads(backbone.hidden_size, shared=method.head == "shared")
@@ -123,7 +123,7 @@ class ContinualModel(torch.nn.Module):
         if not (self.config.method.query_with_first_expert and len(self.bank)):
             return self.bank.frozen(pixel_values, layers).float()
         first = torch.zeros(len(pixel_values), dtype=torch.int64, device=pixel_values.device)
-        return self.bank(pixel_values, first, num_layers=layers).float()
+        return self.bank(pixel_values, first, layers=layers).float()
 
     @in_float32
     def route(self, query: torch.Tensor) -> Routing:
@@ -286,7 +286,7 @@ class ContinualModel(torch.nn.Module):
             learner = ExpertLearner(self.bank.start(method.expert_of(name), peft_config), self.backbone, *rows)
         return learner.to(self.device)
 
-    @changing
+    @writing
     def finish_task(self, learner: TaskLearner, num_train_images: int) -> None:
         """Adds a trained task. Routers learn it apart: `model.router.add(query, k)`, or `(query, class_numbers)`.
 
@@ -316,7 +316,7 @@ class ContinualModel(torch.nn.Module):
 
     # Forgetting on purpose
 
-    @changing
+    @writing
     def remove(self, task: str) -> None:
         """Unlearns a task exactly: its expert, prototypes and head rows go, and nothing else changes by a bit.
 
@@ -374,7 +374,7 @@ class ContinualModel(torch.nn.Module):
         Raises:
             `OSError`, [`ConfigError`]: See [`hf_clpeft.storage.model_files.save_model`]; what was there is untouched.
         """
-        with self._saves.changing():
+        with self._saves.writing():
             save_model(self, folder, overwrite)
 
     def push_to_hub(self, repo_id: str, squash_history: bool = False, **options: Any) -> str:

@@ -29,7 +29,7 @@ import torch
 
 from hf_clpeft import METHODS, ConfigError, ContinualTrainingArguments, MethodConfig, StreamReport, TaskStream
 from hf_clpeft.config.checks import MOST, check_ranges, check_types
-from hf_clpeft.config.errors import OptionError, refusing_options, told_in_one_line
+from hf_clpeft.config.errors import OptionError, errors_in_one_line, refusing_options
 from hf_clpeft.reports.plots import plot_bars, plot_comparison, plot_series
 from hf_clpeft.streams import BENCHMARKS
 from hf_clpeft.training.options import BackboneArguments, StreamArguments
@@ -495,5 +495,5 @@ def main():
 
 
 if __name__ == "__main__":
-    with told_in_one_line():
+    with errors_in_one_line():
         main()

@@ -8,7 +8,7 @@ from pathlib import Path
 from shlex import quote
 
 from hf_clpeft import ContinualTrainingArguments, s_lora, s_prompts, sequential_lora
-from hf_clpeft.config.errors import told_in_one_line
+from hf_clpeft.config.errors import errors_in_one_line
 from hf_clpeft.reports.plots import plot_comparison
 from hf_clpeft.streams import BENCHMARKS
 from hf_clpeft.training.console import print_reports
@@ -34,5 +34,5 @@ def main():
 
 
 if __name__ == "__main__":
-    with told_in_one_line():
+    with errors_in_one_line():
         main()

@@ -49,7 +49,7 @@ from transformers import (
 )
 
 from hf_clpeft.config.checks import MOST, check_ranges, check_types
-from hf_clpeft.config.errors import told_in_one_line
+from hf_clpeft.config.errors import errors_in_one_line
 from hf_clpeft.training.parsing import OptionParser
 
 
@@ -354,5 +354,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    with told_in_one_line():
+    with errors_in_one_line():
         main()

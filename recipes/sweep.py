@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 from compare import CompareArguments, check_keys, folder_of, make_table, plan, read_yaml, run_all, values_of
 
-from hf_clpeft.config.errors import OptionError, told_in_one_line
+from hf_clpeft.config.errors import OptionError, errors_in_one_line
 from hf_clpeft.reports.plots import plot_series
 from hf_clpeft.training.parsing import OptionParser
 from hf_clpeft.training.recipe import command_line
@@ -105,5 +105,5 @@ def main():
 
 
 if __name__ == "__main__":
-    with told_in_one_line():
+    with errors_in_one_line():
         main()

@@ -25,7 +25,7 @@ from transformers import ViTConfig, ViTImageProcessorPil, ViTModel
 from hf_clpeft import Backbone, Expert, ExpertBank, KeyRouter, load_backbone
 from hf_clpeft.config import BackboneConfig, TaskConfig
 from hf_clpeft.config.checks import MOST, check_ranges, check_types
-from hf_clpeft.config.errors import ConfigError, told_in_one_line
+from hf_clpeft.config.errors import ConfigError, errors_in_one_line
 from hf_clpeft.experts.expert import make_peft_config, make_peft_model
 from hf_clpeft.methods.learners import ExpertLearner, PoolLearner
 from hf_clpeft.reports.plots import plot_throughput
@@ -328,5 +328,5 @@ def main():
 
 
 if __name__ == "__main__":
-    with told_in_one_line():
+    with errors_in_one_line():
         main()

@@ -16,7 +16,7 @@ from typing import Literal
 
 from hf_clpeft import METHODS, ConfigError, ContinualTrainingArguments, Task, TaskStream
 from hf_clpeft.config.checks import MOST, check_ranges, check_types
-from hf_clpeft.config.errors import told_in_one_line
+from hf_clpeft.config.errors import errors_in_one_line
 from hf_clpeft.training.options import BackboneArguments, StreamArguments, parse
 from hf_clpeft.training.recipe import learn
 
@@ -76,5 +76,5 @@ def main():
 
 
 if __name__ == "__main__":
-    with told_in_one_line():
+    with errors_in_one_line():
         main()

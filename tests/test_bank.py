@@ -261,10 +261,10 @@ def test_fewer_layers_give_the_features_behind_them():
     model = bank.backbone.model
     with torch.no_grad():
         tokens = model(pixel_values=images(3), output_hidden_states=True).hidden_states[1]
-        torch.testing.assert_close(bank.frozen(images(3), num_layers=1), model.layernorm(tokens)[:, 0])
+        torch.testing.assert_close(bank.frozen(images(3), layers=1), model.layernorm(tokens)[:, 0])
         selection = torch.tensor([0, 1, 0])
-        short, whole = (bank(images(3), selection, num_layers=layers) for layers in (1, 2))
-        assert not torch.allclose(short, bank.frozen(images(3), num_layers=1))
+        short, whole = (bank(images(3), selection, layers=layers) for layers in (1, 2))
+        assert not torch.allclose(short, bank.frozen(images(3), layers=1))
         torch.testing.assert_close(whole, bank(images(3), selection))
 
 

@@ -196,7 +196,7 @@ def test_tasks_learnt_otherwise_and_tested_on_other_pictures_are_told_of(tmp_pat
 
 
 def test_a_full_disk_is_seen_before_a_state_is_written_and_told_in_one_line(stream, tmp_path, monkeypatch):
-    from hf_clpeft.config.errors import told_in_one_line
+    from hf_clpeft.config.errors import errors_in_one_line
 
     with pytest.raises(RuntimeError):
         begin(s_lora(k=2), tmp_path, 3).learn(stream[0])
@@ -206,7 +206,7 @@ def test_a_full_disk_is_seen_before_a_state_is_written_and_told_in_one_line(stre
     with monkeypatch.context() as patch:
         patch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=100_000))
         patch.setattr(Path, "write_bytes", lambda path, data: pytest.fail("written"))
-        with pytest.raises(SystemExit) as end, told_in_one_line():
+        with pytest.raises(SystemExit) as end, errors_in_one_line():
             trainer.learn(stream[0])
     wanted = r"error: .*task-000-00000004 could not be saved \(No space left on device: [\d,]+ bytes needed, 100,0"
     assert re.match(wanted, str(end.value)) and str(end.value).endswith("--resume_from_checkpoint auto.")

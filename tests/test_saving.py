@@ -21,7 +21,7 @@ from hf_clpeft.backbones.bundled import bundled_folder
 from hf_clpeft.cli import app
 from hf_clpeft.config import ContinualConfig
 from hf_clpeft.export import export_adapter, export_merged
-from hf_clpeft.storage.folder import changing
+from hf_clpeft.storage.folder import atomic
 from hf_clpeft.storage.model_files import check_same_model
 
 
@@ -173,7 +173,7 @@ def test_an_export_replaces_no_other_model(make, merged):
 
 def test_a_full_disk_in_the_middle_of_an_export_is_an_error_of_the_disk(make, monkeypatch):
     def full(*args, **options):
-        with changing("elsewhere"):
+        with atomic("elsewhere"):
             from safetensors import SafetensorError
 
             raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")

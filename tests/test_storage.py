@@ -22,7 +22,7 @@ from hf_clpeft import (
     TaskStream,
     s_lora,
 )
-from hf_clpeft.storage.folder import changing, remove_with, settle
+from hf_clpeft.storage.folder import atomic, recover, remove_with
 
 
 def contents(folder):
@@ -30,7 +30,7 @@ def contents(folder):
 
 
 def change(folder):
-    with changing(folder) as staging:
+    with atomic(folder) as staging:
         (staging / "sub").mkdir()
         for name in ("a", "b", "sub/c"):
             (staging / name).write_text("new")
@@ -62,7 +62,7 @@ def test_a_folder_is_old_or_new_wherever_the_process_dies(function, tmp_path):
             change(folder)
             os._exit(0)
         died = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
-        settle(folder)
+        recover(folder)
         new = {"a": "new", "b": "new", "sub/c": "new", "mine": "kept"}
         found = {name: text for name, text in contents(folder).items() if not name.startswith(".saving")}
         assert found in (old, new), (function, deaths)

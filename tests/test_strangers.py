@@ -24,7 +24,7 @@ from hf_clpeft.cli import app
 from hf_clpeft.config.checks import read_json
 from hf_clpeft.hub.outbox import Outbox
 from hf_clpeft.hub.push import PushTarget, push_folder
-from hf_clpeft.storage.folder import changing, pending, settle
+from hf_clpeft.storage.folder import atomic, recover, unfinished_change
 from hf_clpeft.storage.model_files import as_saved
 from hf_clpeft.training.checkpoints import Checkpoints
 from hf_clpeft.training.recipe import _find_checkpoint
@@ -130,8 +130,8 @@ READERS = {
 }
 WRITERS = {
     "save": lambda folder, model: model.save_pretrained(folder),
-    "settle": lambda folder, model: settle(folder),
-    "change": lambda folder, model: changing(folder).__enter__(),
+    "recover": lambda folder, model: recover(folder),
+    "change": lambda folder, model: atomic(folder).__enter__(),
 }
 
 
@@ -158,14 +158,14 @@ def test_folders_in_each_other_are_no_experts(folder, model):
 def interrupt(monkeypatch, act):
     """Does it as a process would that is killed between the change and its end."""
     with monkeypatch.context() as patch:
-        patch.setattr("hf_clpeft.storage.folder.settle", lambda folder: None)
+        patch.setattr("hf_clpeft.storage.folder.recover", lambda folder: None)
         act()
 
 
 def test_an_interrupted_save_is_read_whole_and_ended_by_the_next(folder, model, monkeypatch):
     model.remove("task-001")
     interrupt(monkeypatch, lambda: model.save_pretrained(folder))
-    assert pending(folder)[0] == ["experts/task-001"]
+    assert unfinished_change(folder)[0] == ["experts/task-001"]
     before, names = tree(folder), [task.name for task in model.config.tasks]
     loaded = ContinualModel.from_pretrained(folder, backbone=model.backbone)
     assert [task.name for task in loaded.config.tasks] == loaded.bank.names == names
@@ -176,7 +176,7 @@ def test_an_interrupted_save_is_read_whole_and_ended_by_the_next(folder, model, 
     view = as_saved(folder)
     copy = {path.relative_to(view): path.read_bytes() for path in view.rglob("*") if path.is_file()}
     loaded.save_pretrained(folder)
-    assert pending(folder) is None and not (folder / "experts" / "task-001").exists()
+    assert unfinished_change(folder) is None and not (folder / "experts" / "task-001").exists()
     for path, content in copy.items():
         assert (folder / path).read_bytes() == content, path
 

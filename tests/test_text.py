@@ -12,7 +12,7 @@ from hf_clpeft.backbones.bundled import bundled_folder
 from hf_clpeft.cli import app
 from hf_clpeft.cli.common import show
 from hf_clpeft.config import TaskConfig
-from hf_clpeft.config.errors import told_in_one_line
+from hf_clpeft.config.errors import errors_in_one_line
 from hf_clpeft.config.text import one_line, printable, printable_json
 from hf_clpeft.reports.plots import plot_comparison, plot_series
 from hf_clpeft.reports.tables import print_table
@@ -80,10 +80,10 @@ def test_tables_lines_and_errors_are_fit_for_a_terminal(capfd):
     print_reports([report], EVIL)
     shown = capfd.readouterr()
     assert "pwned" in shown.out and not raw(shown.out)
-    with pytest.raises(SystemExit) as ended, told_in_one_line():
+    with pytest.raises(SystemExit) as ended, errors_in_one_line():
         raise ConfigError(f"{EVIL}\n\tdoes not fit\n")
     assert not raw(str(ended.value)) and str(ended.value).endswith(" does not fit")
-    with pytest.raises(SystemExit) as ended, told_in_one_line():
+    with pytest.raises(SystemExit) as ended, errors_in_one_line():
         raise OSError(2, EVIL)
     assert not raw(str(ended.value))
     assert not raw(TaskConfig("t", [EVIL]).title + TaskConfig("t", ["a"], EVIL).title)

@@ -17,7 +17,7 @@ from transformers import pipeline
 from hf_clpeft import ContinualModel, ExpertBank, ExpertError, HfClpeftError, l2l, s_lora
 from hf_clpeft.backbones.bundled import bundled_folder
 from hf_clpeft.experts.expert import make_peft_config
-from hf_clpeft.experts.turns import Turns
+from hf_clpeft.experts.lock import ReadWriteLock
 from hf_clpeft.export import export_merged
 from hf_clpeft.streams import TaskStream
 from hf_clpeft.streams.images import open_image
@@ -29,7 +29,7 @@ THREADS = 8
 
 @pytest.fixture(autouse=True)
 def _many_switches():
-    """Threads take turns two hundred times as often as usual."""
+    """Threads take lock two hundred times as often as usual."""
     before = sys.getswitchinterval()
     sys.setswitchinterval(before / 200)
     yield
@@ -105,7 +105,7 @@ def test_banks_on_one_backbone_do_not_hear_of_each_other(form, arguments):
     jobs, layers = [], [None, 1, [1, 2]]
     for i in range(24):
         selection = torch.randint(len(experts), (1 + i % 3,), generator=torch.Generator().manual_seed(i))
-        options = {"num_layers": layers[i % 3]}
+        options = {"layers": layers[i % 3]}
         owner = bank if i % 2 else other
         jobs.append(lambda s=selection, o=options, b=owner, i=i: b(images(len(s), i), s, **o).detach())
         jobs.append(lambda s=selection, o=options, i=i: bank.frozen(images(len(s), i), **o))
@@ -270,23 +270,23 @@ def test_banks_that_threads_make_on_one_backbone_hook_it_once():
 
 
 def test_readers_share_and_writers_are_alone():
-    turns, inside = Turns(), []
+    lock, inside = ReadWriteLock(), []
 
     def read():
-        with turns.reading(), turns.reading():
+        with lock.reading(), lock.reading():
             inside.append(1)
             assert "writing" not in inside
             inside.remove(1)
 
     def write():
-        with turns.changing(), turns.reading(), turns.changing():
+        with lock.writing(), lock.reading(), lock.writing():
             assert not inside
             inside.append("writing")
             inside.remove("writing")
 
     at_once([write if i % 4 == 0 else read for i in range(400)])
-    with turns.reading(), pytest.raises(RuntimeError, match="cannot change what it is reading"), turns.changing():
+    with lock.reading(), pytest.raises(RuntimeError, match="cannot change what it is reading"), lock.writing():
         pass
-    with turns.changing():  # copies are free
-        both = [copy.deepcopy(turns), pickle.loads(pickle.dumps(turns))]
-        at_once([lambda t=t: t.changing().__enter__() for t in both])
+    with lock.writing():  # copies are free
+        both = [copy.deepcopy(lock), pickle.loads(pickle.dumps(lock))]
+        at_once([lambda t=t: t.writing().__enter__() for t in both])

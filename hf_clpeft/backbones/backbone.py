@@ -126,39 +126,39 @@ class Backbone(torch.nn.Module):
         """How many layers of one width it has; 1 where stages differ in width, which are not cut."""
         return self.layout.num_layers
 
-    def tokens(self, pixel_values: torch.Tensor, num_layers: int | None = None) -> torch.Tensor:
+    def tokens(self, pixel_values: torch.Tensor, layers: int | None = None) -> torch.Tensor:
         """Outputs of all tokens, behind the final layer norm.
 
         Args:
             pixel_values (`torch.Tensor` of shape `(batch, channels, height, width)`): Normalised images.
-            num_layers (`int`, *optional*): Run only so many of the layers.
+            layers (`int`, *optional*): Run only so many of the layers.
 
         Returns:
             `torch.Tensor` of shape `(batch, tokens, hidden_size)`, [CLS] first, in the backbone's dtype.
         """
-        model = self.model if num_layers is None else self._shorter(num_layers)
+        model = self.model if layers is None else self._shorter(layers)
         return model(pixel_values=pixel_values.to(self.model.dtype)).last_hidden_state
 
-    def forward(self, pixel_values: torch.Tensor, num_layers: int | Sequence[int] | None = None) -> torch.Tensor:
+    def forward(self, pixel_values: torch.Tensor, layers: int | Sequence[int] | None = None) -> torch.Tensor:
         """[CLS] features; the mean over all places where there is no such token.
 
         Args:
             pixel_values (`torch.Tensor` of shape `(batch, channels, height, width)`): Normalised images.
-            num_layers (`int` or sequence of `int`, *optional*): Run only so many of the layers. Several numbers,
+            layers (`int` or sequence of `int`, *optional*): Run only so many of the layers. Several numbers,
                 rising: the features behind each of these layers, L2-normalised, side by side, from one pass.
 
         Returns:
             `torch.Tensor` of shape `(batch, hidden_size)`, or so often that width, in the backbone's dtype.
         """
-        if num_layers is None or isinstance(num_layers, int):
-            return self.pool(self.tokens(pixel_values, num_layers))
-        *earlier, last = num_layers
+        if layers is None or isinstance(layers, int):
+            return self.pool(self.tokens(pixel_values, layers))
+        *earlier, last = layers
         features: list[torch.Tensor] = []
         model = self._shorter(last)  # of this call alone, and so are the layers that are listened to
-        layers: Any = model.get_submodule(self.layout.layers or "")
+        stack: Any = model.get_submodule(self.layout.layers or "")
         for i in earlier:
-            layers[i - 1] = _shallow_copy(layers[i - 1])
-            layers[i - 1].register_forward_hook(lambda *call: features.append(self._center(call[2])))
+            stack[i - 1] = _shallow_copy(stack[i - 1])
+            stack[i - 1].register_forward_hook(lambda *call: features.append(self._center(call[2])))
         outputs = model(pixel_values=pixel_values.to(self.model.dtype)).last_hidden_state
         features.append(self.pool(outputs))
         return torch.cat([torch.nn.functional.normalize(feature, dim=-1) for feature in features], dim=-1)
@@ -195,7 +195,7 @@ class Backbone(torch.nn.Module):
         features = self.pool(output[0] if isinstance(output, tuple) else output)
         return features - features.mean(dim=-1, keepdim=True)
 
-    def _shorter(self, num_layers: int) -> torch.nn.Module:
+    def _shorter(self, layers: int) -> torch.nn.Module:
         """The same modules with fewer layers: copies of the containers on the way to the list of layers, no more."""
         if self.layout.layers is None:
             return self.model
@@ -205,9 +205,9 @@ class Backbone(torch.nn.Module):
             inner = _shallow_copy(container.get_submodule(name))
             container._modules[name] = inner
             container = inner
-        layers = container.get_submodule(path[-1])
-        assert isinstance(layers, torch.nn.ModuleList)
-        container._modules[path[-1]] = layers[:num_layers]
+        stack = container.get_submodule(path[-1])
+        assert isinstance(stack, torch.nn.ModuleList)
+        container._modules[path[-1]] = stack[:layers]
         return model
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import typer
 
-from ..config.errors import OptionError, told_in_one_line
+from ..config.errors import OptionError, errors_in_one_line
 
 
 UsageError: Any = typer.BadParameter.__base__  # of click, or of typer's own copy
@@ -21,7 +21,7 @@ def run_app(app: typer.Typer) -> None:
     Raises:
         `SystemExit`: Always, as programs end.
     """
-    with told_in_one_line():
+    with errors_in_one_line():
         try:
             raise SystemExit(app(standalone_mode=False))
         except UsageError as error:

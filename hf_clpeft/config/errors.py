@@ -83,7 +83,7 @@ def refusing_options() -> Iterator[None]:
 
 
 @contextmanager
-def told_in_one_line() -> Iterator[None]:
+def errors_in_one_line() -> Iterator[None]:
     """For programs: ends with one line and an exit status, rather than a traceback, on what the library refuses.
 
     The status is 2 where the command line is wrong, 130 and 143 after SIGINT and SIGTERM, as shells have it, else 1.
@@ -95,9 +95,9 @@ def told_in_one_line() -> Iterator[None]:
 
     ```py
     >>> from hf_clpeft import s_lora
-    >>> from hf_clpeft.config.errors import told_in_one_line
+    >>> from hf_clpeft.config.errors import errors_in_one_line
 
-    >>> with told_in_one_line():
+    >>> with errors_in_one_line():
     ...     s_lora(k=0)
     Traceback (most recent call last):
         ...

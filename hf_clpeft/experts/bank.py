@@ -11,10 +11,10 @@ from peft import PeftConfig, PeftModel
 from ..backbones import Backbone
 from ..config.errors import ConfigError
 from .expert import ADAPTER, Expert, ExpertError, Seal
+from .lock import ReadWriteLock
 from .lora import LoraTable
 from .prompts import PromptTable
 from .stage import Stage
-from .turns import Turns
 
 
 FORMS = ("auto", "gathered", "stacked", "grouped")
@@ -72,11 +72,11 @@ class ExpertBank(torch.nn.Module):
         self.names: list[str] = []
         self.table: LoraTable | PromptTable | None = None  # where experts are, if they have a fused form
         self.slot: Stage | None = None  # where an expert is trained
-        self.turns = Turns()
+        self.lock = ReadWriteLock()
         self._configs: list[PeftConfig] = []
         self._at_rest: list[Expert] = []  # where experts are, if not
         self._stage: Stage | None = None  # where they run then, one after another
-        self._stage_turns = Turns()
+        self._stage_lock = ReadWriteLock()
         self._trained: tuple[str, int] | None = None  # what is trained, and by which thread
         self._learner = 0  # thread that learns, whatever it is doing
         self._pool: list[tuple[torch.Tensor, torch.Tensor]] = []  # what of a pool is trained, and what it was
@@ -103,7 +103,7 @@ class ExpertBank(torch.nn.Module):
         Raises:
             [`ExpertError`]: Another thread is training the pool.
         """
-        with self.turns.reading():
+        with self.lock.reading():
             if self.table is not None and self.table.rows.requires_grad and not torch.compiler.is_compiling():
                 self._refuse_strangers("a pool changes with every step")
             yield
@@ -117,7 +117,7 @@ class ExpertBank(torch.nn.Module):
             [`ExpertError`]: One does not fit, or differs from the others in more than its rank or length.
         """
         experts = list(experts)
-        with self.turns.changing():
+        with self.lock.writing():
             for count, expert in enumerate(experts):
                 if self.table is None:
                     self._try(expert)
@@ -130,7 +130,7 @@ class ExpertBank(torch.nn.Module):
 
     def reserve(self, num_experts: int) -> None:
         """Makes room for so many experts of the size of the first, so that the table need not grow on the way."""
-        with self.turns.changing():
+        with self.lock.writing():
             if self.table is not None:
                 self.table.reserve(num_experts, num_experts * self.table.members.shape[1])
 
@@ -159,7 +159,7 @@ class ExpertBank(torch.nn.Module):
         assert self.slot is not None
         self._check_seal(f"Training {name!r}")
         expert = Expert.from_peft_model(name, self.slot.peft_model)
-        with self.turns.changing():
+        with self.lock.writing():
             if name not in self.names:
                 self._keep(expert, self.slot)
             elif self.table is None:
@@ -183,7 +183,7 @@ class ExpertBank(torch.nn.Module):
         Raises:
             [`ExpertError`]: Another thread is training.
         """
-        with self.turns.changing():
+        with self.lock.writing():
             self._refuse_strangers("one task is learnt at a time")
             self._trained = name, threading.get_ident()
 
@@ -194,7 +194,7 @@ class ExpertBank(torch.nn.Module):
         Raises:
             [`ExpertError`]: Another thread is training.
         """
-        with self.turns.changing():
+        with self.lock.writing():
             self._refuse_strangers("one task is learnt at a time")
             self._learner = threading.get_ident()
         try:
@@ -230,7 +230,7 @@ class ExpertBank(torch.nn.Module):
             [`ExpertError`]: Another thread is training.
         """
         assert self.table is not None
-        with self.turns.changing():
+        with self.lock.writing():
             self.claim("the pool")
             self._pool = [(tensor, tensor.detach().clone()) for tensor in (self.table.rows, keys)]
             for tensor, _ in self._pool:
@@ -245,7 +245,7 @@ class ExpertBank(torch.nn.Module):
 
     def remove(self, name: str) -> None:
         """Takes an expert out, of the slot too; those behind it move up."""
-        with self.turns.changing():
+        with self.lock.writing():
             index = self.names.index(name)
             if self.table is None:
                 del self._at_rest[index]
@@ -258,25 +258,25 @@ class ExpertBank(torch.nn.Module):
 
     # Forward passes
 
-    def frozen(self, pixel_values: torch.Tensor, num_layers: int | Sequence[int] | None = None) -> torch.Tensor:
+    def frozen(self, pixel_values: torch.Tensor, layers: int | Sequence[int] | None = None) -> torch.Tensor:
         """[CLS] features of the backbone without any expert.
 
         Args:
             pixel_values (`torch.Tensor` of shape `(batch, 3, height, width)`): Normalised images.
-            num_layers (`int` or sequence of `int`, *optional*): See [`Backbone.forward`].
+            layers (`int` or sequence of `int`, *optional*): See [`Backbone.forward`].
 
         Returns:
             `torch.Tensor` of shape `(batch, hidden_size)`.
         """
         with self.reading():
-            return self.backbone(pixel_values, num_layers)
+            return self.backbone(pixel_values, layers)
 
     def forward(
         self,
         pixel_values: torch.Tensor,
         selection: torch.Tensor,
         readout: str = "cls",
-        num_layers: int | Sequence[int] | None = None,
+        layers: int | Sequence[int] | None = None,
     ) -> torch.Tensor:
         """Features with every image under its own experts.
 
@@ -286,7 +286,7 @@ class ExpertBank(torch.nn.Module):
                 experts are summed, several prompts stand one after another.
             readout (`str`, *optional*, defaults to `"cls"`): `"cls"`, or `"prompts"` for the mean of the prompt
                 tokens' outputs, as in L2P.
-            num_layers (`int` or sequence of `int`, *optional*): See [`Backbone.forward`]; of no use to `"prompts"`.
+            layers (`int` or sequence of `int`, *optional*): See [`Backbone.forward`]; of no use to `"prompts"`.
 
         Returns:
             `torch.Tensor` of shape `(batch, hidden_size)`.
@@ -294,17 +294,17 @@ class ExpertBank(torch.nn.Module):
         with self.reading():
             form = "grouped" if self.table is None else self.table.form_for(selection, self.form)
             if self.table is None or form == "grouped":
-                with self._stage_turns.changing():
-                    return self._run_grouped(pixel_values, selection, num_layers)
+                with self._stage_lock.writing():
+                    return self._run_grouped(pixel_values, selection, layers)
             with self.table.selected(selection, form, self._compute_dtype()):
                 if readout == "cls":
-                    return self.backbone(pixel_values, num_layers)
+                    return self.backbone(pixel_values, layers)
                 tokens = self.backbone.tokens(pixel_values)
             length = self.table.members.shape[1] * (selection.shape[1] if selection.dim() == 2 else 1)
             return tokens[:, 1 : 1 + length].mean(dim=1)
 
     def _run_grouped(
-        self, pixel_values: torch.Tensor, selection: torch.Tensor, num_layers: int | Sequence[int] | None
+        self, pixel_values: torch.Tensor, selection: torch.Tensor, layers: int | Sequence[int] | None
     ) -> torch.Tensor:
         if selection.dim() == 2:
             raise ExpertError("Several experts for one image need LoRA, or prompts of one length.")
@@ -314,7 +314,7 @@ class ExpertBank(torch.nn.Module):
             if stage is None or stage.name != self.names[index]:
                 stage = self._put(self[index])
             rows = (selection == index).nonzero()[:, 0]
-            groups.append(stage(pixel_values[rows], num_layers).to(pixel_values.dtype))
+            groups.append(stage(pixel_values[rows], layers).to(pixel_values.dtype))
             order.append(rows)
         return torch.cat(groups)[torch.cat(order).argsort()]
 

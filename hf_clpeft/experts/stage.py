@@ -64,9 +64,9 @@ class Stage(torch.nn.Module):
         ours, theirs = self.peft_model.peft_config[ADAPTER].to_dict(), config.to_dict()
         return all(value == theirs.get(name) for name, value in ours.items() if name not in _PROVENANCE)
 
-    def forward(self, pixel_values: torch.Tensor, num_layers: int | Sequence[int] | None = None) -> torch.Tensor:
+    def forward(self, pixel_values: torch.Tensor, layers: int | Sequence[int] | None = None) -> torch.Tensor:
         """Features under the expert; see [`Backbone.forward`]."""
-        return self.twin(pixel_values, num_layers)
+        return self.twin(pixel_values, layers)
 
     def _build(self, config: PeftConfig) -> None:
         self.peft_model = make_peft_model(self.twin, config).to(self.twin.device)

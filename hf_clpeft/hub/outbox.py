@@ -10,7 +10,7 @@ from ..config.checks import read_json
 from ..config.errors import ConfigError
 from ..config.model import CONFIG_NAME, ContinualConfig
 from ..reports.report import REPORT_FILES
-from ..storage.folder import inside, settle
+from ..storage.folder import recover, safe_path
 from .push import PushTarget, push_folder
 
 
@@ -44,7 +44,7 @@ class Outbox:
     """
 
     def __init__(self, folder: str | Path, target: PushTarget | None = None):
-        self.model, self.folder = Path(folder), inside(folder, OUTBOX)
+        self.model, self.folder = Path(folder), safe_path(folder, OUTBOX)
         path = self.folder / TARGET_NAME
         if target is None:
             if not path.is_file():
@@ -98,7 +98,7 @@ class Outbox:
         Raises:
             [`ConfigError`]: What waits here is of another model.
         """
-        settle(self.model)
+        recover(self.model)
         waiting = self.pending()
         if waiting and not _precedes(ContinualConfig.load(waiting[-1]), config):
             raise ConfigError(

@@ -50,7 +50,7 @@ class Heads(KeepsPrecision):
         """One more than the highest class number."""
         return 1 + max((number for classes in self.classes for number in classes), default=-1)
 
-    def judges_of(self, task: int) -> list[int]:
+    def rows_judging(self, task: int) -> list[int]:
         """Tasks whose rows judge an image that went to the expert of `task`."""
         if not self.shared or self.alone[task]:
             return [task]

@@ -29,11 +29,11 @@ DEEPEST = 8  # folders in each other
 
 
 @contextmanager
-def changing(folder: str | Path, num_bytes: int = 0) -> Iterator[Path]:
+def atomic(folder: str | Path, num_bytes: int = 0) -> Iterator[Path]:
     """Gives an empty folder to write into; its files go to `folder` together, when the context ends without an error.
 
     What is written is complete on disk before its folder is renamed, and that rename is the moment of change: a
-    process that dies before it leaves `folder` as it was, one that dies after it leaves the rest to [`settle`].
+    process that dies before it leaves `folder` as it was, one that dies after it leaves the rest to [`recover`].
 
     Args:
         folder (`str` or `Path`): Made if needed. Files of other names in it stay.
@@ -50,9 +50,9 @@ def changing(folder: str | Path, num_bytes: int = 0) -> Iterator[Path]:
 
     ```py
     >>> from pathlib import Path
-    >>> from hf_clpeft.storage.folder import changing
+    >>> from hf_clpeft.storage.folder import atomic
 
-    >>> with changing("model") as staging:
+    >>> with atomic("model") as staging:
     ...     _ = (staging / "config.json").write_text("{}")
     >>> Path("model/config.json").read_text()
     '{}'
@@ -62,7 +62,7 @@ def changing(folder: str | Path, num_bytes: int = 0) -> Iterator[Path]:
     folder = Path(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        settle(folder)
+        recover(folder)
         staging = folder / STAGING
         _delete(staging)  # of a process that was killed
         free = shutil.disk_usage(folder).free
@@ -75,7 +75,7 @@ def changing(folder: str | Path, num_bytes: int = 0) -> Iterator[Path]:
             _to_disk(staging / name)
         os.rename(staging, folder / READY)
         _to_disk(folder)
-        settle(folder)
+        recover(folder)
     except (OSError, SafetensorError) as error:
         number, text = _why(error)
         raise OSError(number, f"{folder} could not be saved and stays as it was: {text}") from error
@@ -106,7 +106,7 @@ def locked(folder: str | Path) -> Iterator[None]:
     ```
     """
     folder = Path(folder)
-    lock = FileLock(inside(folder, LOCK), timeout=0)
+    lock = FileLock(safe_path(folder, LOCK), timeout=0)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock.acquire()
@@ -124,7 +124,7 @@ def locked(folder: str | Path) -> Iterator[None]:
         lock.release()
 
 
-def inside(folder: str | Path, name: str) -> Path:
+def safe_path(folder: str | Path, name: str) -> Path:
     """A place in a folder to write to or to delete in, which no symbolic link leads out of that folder.
 
     Args:
@@ -140,9 +140,9 @@ def inside(folder: str | Path, name: str) -> Path:
     Example:
 
     ```py
-    >>> from hf_clpeft.storage.folder import inside
+    >>> from hf_clpeft.storage.folder import safe_path
 
-    >>> inside("out", "checkpoints").as_posix()
+    >>> safe_path("out", "checkpoints").as_posix()
     'out/checkpoints'
 
     ```
@@ -163,7 +163,7 @@ def remove_with(staging: Path, paths: Iterable[str]) -> None:
     (staging / REMOVED).write_text(json.dumps({"removed": sorted(paths)}), encoding="utf-8")
 
 
-def pending(folder: str | Path) -> tuple[list[str], list[str]] | None:
+def unfinished_change(folder: str | Path) -> tuple[list[str], list[str]] | None:
     """What a change that a killed process had begun still has to do; `None` where there is none.
 
     Args:
@@ -178,11 +178,11 @@ def pending(folder: str | Path) -> tuple[list[str], list[str]] | None:
     Example:
 
     ```py
-    >>> from hf_clpeft.storage.folder import changing, pending
+    >>> from hf_clpeft.storage.folder import atomic, unfinished_change
 
-    >>> with changing("model") as staging:
+    >>> with atomic("model") as staging:
     ...     _ = (staging / "config.json").write_text("{}")
-    >>> pending("model") is None
+    >>> unfinished_change("model") is None
     True
 
     ```
@@ -198,7 +198,7 @@ def pending(folder: str | Path) -> tuple[list[str], list[str]] | None:
         ) from error
 
 
-def settle(folder: str | Path) -> None:
+def recover(folder: str | Path) -> None:
     """Ends a change that a killed process had begun. For those who write into `folder`; who reads it takes
     [`hf_clpeft.storage.model_files.as_saved`].
 
@@ -206,7 +206,7 @@ def settle(folder: str | Path) -> None:
         [`ConfigError`]: It is no change of ours: it would reach out of the folder. Nothing is touched.
     """
     folder, ready = Path(folder), Path(folder, READY)
-    change = pending(folder)
+    change = unfinished_change(folder)
     if change is None:
         return
     removed, names = change
@@ -238,7 +238,7 @@ def _read_change(folder: Path, change: Path) -> tuple[list[str], list[str]]:
     for name in [*removed, *names]:
         parents = [parent.as_posix() for parent in Path(check_path(name)).parents][:-1]
         for parent in parents:
-            if inside(folder, parent).exists() and not (folder / parent).is_dir():
+            if safe_path(folder, parent).exists() and not (folder / parent).is_dir():
                 raise ConfigError(f"{folder / parent} is a file where a folder is needed.")
     for name in names:
         if _is_folder(folder / name):

@@ -24,7 +24,7 @@ from ..methods.learners import check_routes
 from ..reports.card import CARD_NAME, make_card
 from ..reports.report import METRICS_NAME, REPORT_FILES, StreamReport
 from ..reports.versions import library_versions
-from .folder import READY, changing, hash_file, inside, pending, remove_with, settle
+from .folder import READY, atomic, hash_file, recover, remove_with, safe_path, unfinished_change
 from .lineage import difference
 
 
@@ -58,9 +58,9 @@ def save_model(model: "ContinualModel", folder: str | Path, overwrite: bool = Fa
     """
     folder = Path(folder)
     check_routes(model.router, model.config)
-    settle(folder)
+    recover(folder)
     there = check_same_model(folder, model.config, overwrite=overwrite)
-    inside(folder, EXPERTS_FOLDER)
+    safe_path(folder, EXPERTS_FOLDER)
     names, unchanged, report = model.bank.names, dict(model.unchanged_experts), model.report
     if report is not None:
         report.catch_up(model.config.tasks)
@@ -71,7 +71,7 @@ def save_model(model: "ContinualModel", folder: str | Path, overwrite: bool = Fa
     num_bytes = sum(tensor.nbytes for tensor in tensors) + sum(
         4 * expert.num_parameters for expert in changed.values()
     )
-    with changing(folder, num_bytes) as staging:
+    with atomic(folder, num_bytes) as staging:
         for name, expert in changed.items():
             expert.save(staging / EXPERTS_FOLDER / name)
             unchanged[name] = {path: _known_hash(staging / path) for path in expert_files(name)}
@@ -160,7 +160,7 @@ def as_saved(folder: str | Path) -> Path:
     """
     folder = Path(folder)
     try:
-        change = pending(folder)
+        change = unfinished_change(folder)
     except FileNotFoundError:  # another process has ended it just now
         return folder
     if change is None:

@@ -31,7 +31,7 @@ FROM_ZERO = (
 )
 
 # What may differ between a run and the one that goes on with it.
-FREE = {
+MAY_CHANGE = {
     "dataloader_num_workers",
     "ddp_timeout",
     "disable_tqdm",
@@ -214,7 +214,7 @@ class ContinualTrainingArguments:
 
     def decisive(self) -> dict:
         """The arguments that decide what training gives."""
-        return {name: value for name, value in vars(self).items() if name not in FREE}
+        return {name: value for name, value in vars(self).items() if name not in MAY_CHANGE}
 
     def to_log(self) -> dict:
         """What may be shown to everybody: all but the token, empty values left out."""

@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file, save
 
 from ..config.text import get_logger
-from ..storage.folder import changing, hash_file, inside
+from ..storage.folder import atomic, hash_file, safe_path
 
 
 logger = get_logger(__name__)
@@ -73,7 +73,7 @@ class Checkpoints:
     folder: Path = field(init=False)
 
     def __post_init__(self) -> None:
-        self.folder = inside(self.output_dir, FOLDER)
+        self.folder = safe_path(self.output_dir, FOLDER)
 
     def save(
         self,
@@ -133,7 +133,7 @@ class Checkpoints:
         (beside / f"rank-{self.rank}.json").write_text(text, encoding="utf-8")
         wait()
         if self.rank == 0:
-            with changing(path, num_bytes) as staging:
+            with atomic(path, num_bytes) as staging:
                 for file in beside.iterdir():
                     shutil.move(file, staging)
                 write_tensors(staging / TENSORS_NAME, tensors)

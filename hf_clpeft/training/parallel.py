@@ -17,7 +17,7 @@ from ..config.model import MethodConfig
 from ..experts import Expert
 from ..methods.learners import ExpertLearner, TaskLearner
 from ..model import ContinualModel
-from ..storage.folder import changing, inside
+from ..storage.folder import atomic, safe_path
 from ..streams import Task, TaskStream
 from .checkpoints import write_tensors
 
@@ -36,7 +36,7 @@ class ParallelExperts:
     """
 
     def __init__(self, output_dir: str | Path, model: ContinualModel, made_with: dict):
-        self.folder, self.model = inside(output_dir, FOLDER), model
+        self.folder, self.model = safe_path(output_dir, FOLDER), model
         self.made_with = json.loads(json.dumps(made_with))
 
     def todo(self, stream: TaskStream, rank: int, num_processes: int) -> list[tuple[int, Task]]:
@@ -54,7 +54,7 @@ class ParallelExperts:
         """Keeps what a learner has trained, as a whole or not at all."""
         name = learner.config.name
         num_bytes = sum(parameter.nbytes for parameter in learner.parameters() if parameter.requires_grad)
-        with changing(self.folder / name, num_bytes) as staging:
+        with atomic(self.folder / name, num_bytes) as staging:
             Expert.from_peft_model(name, learner.peft_model).save(staging)
             write_tensors(staging / HEAD_NAME, learner.head.state_dict())
             text = json.dumps({"seconds": seconds, "made_with": {**self.made_with, **trained_on}})

@@ -67,7 +67,7 @@ class Stop(threading.Event):
     signal: int = signal.SIGINT
 
 
-def agree(stop: Stop, accelerator: Accelerator) -> bool:
+def any_process_stops(stop: Stop, accelerator: Accelerator) -> bool:
     """Whether any process was asked to stop: they must all do so at the same place, and say the same of it."""
     if accelerator.num_processes == 1:
         return stop.is_set()

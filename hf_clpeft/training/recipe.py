@@ -12,7 +12,7 @@ from pathlib import Path
 from accelerate import PartialState
 
 from ..backbones.bundled import BUNDLED_BACKBONES
-from ..config.errors import ConfigError, refusing_options, told_in_one_line
+from ..config.errors import ConfigError, errors_in_one_line, refusing_options
 from ..config.model import CONFIG_NAME, MethodConfig
 from ..hub.download import find_model
 from ..hub.outbox import Outbox
@@ -52,7 +52,7 @@ def run_recipe(
         [`StreamReport`]; `None` with `--dry_run`, which prints the plan and stops.
     """
     groups = (StreamArguments, BackboneArguments, ContinualTrainingArguments, RunArguments, method_arguments)
-    with told_in_one_line():
+    with errors_in_one_line():
         parsed = parse(groups, argv, method=make_method.__name__)
         stream_args, backbone_args, training_args, run_args, method_args = parsed
         with refusing_options():

@@ -17,7 +17,7 @@ from ..streams.images import draw_views
 from .arguments import ContinualTrainingArguments
 from .batches import Share, make_batches
 from .checkpoints import Checkpoints, Progress, pack_optimizer, set_random_state, unpack_optimizer
-from .processes import Stop, TrainingError, agree
+from .processes import Stop, TrainingError, any_process_stops
 
 
 logger = get_logger(__name__)
@@ -168,7 +168,7 @@ class StepLoop:
         if last:
             return
         alone = self.accelerator.num_processes == 1
-        stopping = (alone or progress.step % STOP_STEPS == 0) and agree(stop, self.accelerator)
+        stopping = (alone or progress.step % STOP_STEPS == 0) and any_process_stops(stop, self.accelerator)
         if stopping or due:
             self._check_finite()
             self._save()

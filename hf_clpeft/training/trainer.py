@@ -39,7 +39,7 @@ from .fingerprint import describe, note_pictures, same_pictures
 from .output import check_output
 from .parallel import LocalAccelerator, ParallelExperts, check_independent
 from .probe import fit_probe
-from .processes import Stop, agree, cpu_only, explaining_lost_processes, join_processes
+from .processes import Stop, any_process_stops, cpu_only, explaining_lost_processes, join_processes
 from .steps import StepLoop, TrainingStopped, stopping_on_signals
 
 
@@ -152,7 +152,7 @@ class ContinualTrainer:
             if self.args.task_parallel and isinstance(stream, TaskStream):
                 self._train_in_parallel(stream)
             for task in stream:
-                if agree(self.stop, self.accelerator):
+                if any_process_stops(self.stop, self.accelerator):
                     raise TrainingStopped(self.stop.signal)
                 if task.name in learnt:
                     self._take_up(task, learnt[task.name])
@@ -216,7 +216,7 @@ class ContinualTrainer:
         images, stored = self._join(task, train), bytes_beside_experts(self.model)
         trained_on = describe(task, owner, images)
         self._fit(learner, images, seconds, trained_on)
-        with self.model.bank.turns.changing():  # no other thread sees, or saves, a task without its prototypes
+        with self.model.bank.lock.writing():  # no other thread sees, or saves, a task without its prototypes
             self.model.finish_task(learner, len(train))
             if method.routed:
                 with timed(seconds, "router"):
@@ -281,7 +281,7 @@ class ContinualTrainer:
         train, position = self._training_images(task.train), len(self.model.config.tasks)
         stored = bytes_beside_experts(self.model)
         learner = self.model.start_task(task.name, task.classes, task.domain)
-        with self.model.bank.turns.changing():
+        with self.model.bank.lock.writing():
             self.model.finish_task(learner, len(train))
             note_costs(self.report, self.model, learner, len(train), self.args, {}, stored)
         self._take_up(task, position)
@@ -440,7 +440,7 @@ class ContinualTrainer:
             position: self.evaluator.evaluate(task.name, task.classes, position)
             for position, task in sorted(self._tests.items())
         }
-        with self.model.bank.turns.changing():  # no other thread saves half of it
+        with self.model.bank.lock.writing():  # no other thread saves half of it
             self._note(results, before)
         self.accelerator.log({f"eval/{name}": value for name, value in self.report.summary().items()}, step=self._step)
 

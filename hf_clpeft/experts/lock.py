@@ -12,18 +12,18 @@ import torch
 F = TypeVar("F", bound=Callable[..., Any])
 
 
-class Turns:
+class ReadWriteLock:
     """A lock that readers share and a writer has alone. Both may be nested; only a reader cannot become a writer.
 
-    A writer who waits goes before readers who come later. A copy has turns of its own. Compiled code takes none.
+    A writer who waits goes before readers who come later. A copy has a lock of its own. Compiled code takes none.
 
     Example:
 
     ```py
-    >>> from hf_clpeft.experts.turns import Turns
+    >>> from hf_clpeft.experts.lock import ReadWriteLock
 
-    >>> turns = Turns()
-    >>> with turns.changing(), turns.reading():
+    >>> lock = ReadWriteLock()
+    >>> with lock.writing(), lock.reading():
     ...     print("alone")
     alone
 
@@ -36,7 +36,7 @@ class Turns:
         self._writer, self._depth, self._waiting = 0, 0, 0
 
     def __reduce__(self) -> tuple:
-        return Turns, ()
+        return ReadWriteLock, ()
 
     def reading(self) -> AbstractContextManager[None]:
         """Waits while another thread changes something; nothing changes inside this context."""
@@ -59,7 +59,7 @@ class Turns:
                     self._condition.notify_all()
 
     @contextmanager
-    def changing(self) -> Iterator[None]:
+    def writing(self) -> Iterator[None]:
         """Waits for all other threads; they wait while this context lasts.
 
         Raises:
@@ -99,12 +99,12 @@ def reading(method: F) -> F:
     return wrapped  # type: ignore[return-value]
 
 
-def changing(method: F) -> F:
-    """Lets a method of what has a `bank` change it: see [`Turns.changing`]."""
+def writing(method: F) -> F:
+    """Lets a method of what has a `bank` change it: see [`ReadWriteLock.writing`]."""
 
     @wraps(method)
     def wrapped(self: Any, *args: Any, **kwargs: Any) -> Any:
-        with self.bank.turns.changing():
+        with self.bank.lock.writing():
             return method(self, *args, **kwargs)
 
     return wrapped  # type: ignore[return-value]
