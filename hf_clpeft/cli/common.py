@@ -48,7 +48,7 @@ def quieten() -> None:
 
 def load_model(repo: str, backbone: str | None, token: str | None) -> "ContinualModel":
     """Loads the [`ContinualModel`] that a command was given."""
-    from ..hub.download import split_revision
+    from ..config.repos import split_revision
     from ..model import ContinualModel
 
     quieten()

@@ -22,7 +22,7 @@ def demo(
 ) -> None:
     """Try a model in the browser: upload, draw, look inside, teach it a new class. Needs no network."""
     from ..config.errors import ConfigError
-    from ..hub.download import split_revision
+    from ..config.repos import split_revision
     from ..training.progress import disable_progress_bars
 
     try:

@@ -25,7 +25,7 @@ def predict(
     """Classify pictures: label, score, and the expert that each was routed to."""
     from dataclasses import asdict
 
-    from ..predicting import best_device
+    from ..prediction import best_device
 
     model = load_model(repo, backbone, token).to(best_device())
     predictions = model.predict(

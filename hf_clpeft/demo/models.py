@@ -13,7 +13,7 @@ from ..backbones.bundled import bundled_folder
 from ..config.errors import ConfigError
 from ..hub.errors import HubError, explained
 from ..model import ContinualModel
-from ..predicting import best_device
+from ..prediction import best_device
 from .batching import Batcher
 from .pictures import VisitorError
 
