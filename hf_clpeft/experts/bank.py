@@ -390,6 +390,7 @@ class ExpertBank(torch.nn.Module):
         if stage is None:
             stage = self._stage = self._make_stage(expert.config)
         stage.put(expert)
+        stage.requires_grad_(False)  # nobody trains here
         return stage
 
     def _try(self, expert: Expert) -> None:
