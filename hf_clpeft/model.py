@@ -19,7 +19,7 @@ from .experts.lock import ReadWriteLock, reading, writing
 from .hub.download import fetch_model
 from .hub.push import PushTarget, push_folder
 from .methods import ContinualOutput, Heads, make_method
-from .methods.method import FeaturesOf
+from .methods.learning import FeaturesOf
 from .prediction import Prediction, check_options, classify, read_batches
 from .reports.report import StreamReport
 from .routing import Router
@@ -164,10 +164,10 @@ class ContinualModel(torch.nn.Module):
                 model without prototypes, or an argument is of another type or out of range.
             [`ExpertError`]: Another thread is training the pool.
         """
-        check_options(self, batch_size, reject_rate, expert, top_k)
+        check_options(self.method, batch_size, reject_rate, expert, top_k)
         predictions: list[Prediction] = []
         for batch in read_batches(images, batch_size, show_progress_bar):
-            predictions += classify(self, self.backbone.transform.resize(batch), reject_rate, expert, top_k)
+            predictions += classify(self.method, self.backbone.transform.resize(batch), reject_rate, expert, top_k)
         return predictions
 
     @property
@@ -210,7 +210,7 @@ class ContinualModel(torch.nn.Module):
 
         Args:
             features_of (callable): Gives what a function gives for all training images, and their class numbers: see
-                [`hf_clpeft.methods.method.FeaturesOf`].
+                [`hf_clpeft.methods.learning.FeaturesOf`].
             num_train_images (`int`): Images it was trained on.
         """
         method, task = self.method, self.method.task

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from numbers import Integral, Real
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import PIL.Image
@@ -13,11 +13,8 @@ from tqdm.auto import tqdm
 
 from .backbones.pictures import KINDS, PictureError, is_picture, open_image
 from .config import ConfigError
-from .methods import ContinualOutput
+from .methods import ContinualOutput, Method
 
-
-if TYPE_CHECKING:
-    from .model import ContinualModel
 
 ALL_AT_ONCE = -1  # as a batch size, as in `datasets`
 
@@ -109,7 +106,7 @@ def read_output(
 
 
 def check_options(
-    model: "ContinualModel", batch_size: Any = 1, reject_rate: Any = None, expert: Any = None, top_k: Any = 1
+    method: Method, batch_size: Any = 1, reject_rate: Any = None, expert: Any = None, top_k: Any = 1
 ) -> None:
     """Checks what [`ContinualModel.predict`] is asked, of whatever type it is.
 
@@ -122,14 +119,14 @@ def check_options(
     >>> from hf_clpeft import ContinualModel
     >>> from hf_clpeft.prediction import check_options
 
-    >>> check_options(ContinualModel.from_pretrained("hf-clpeft/s-lora-digits"), batch_size=0)
+    >>> check_options(ContinualModel.from_pretrained("hf-clpeft/s-lora-digits").method, batch_size=0)
     Traceback (most recent call last):
         ...
     hf_clpeft.config.errors.ConfigError: batch_size=0 must be a whole number, 1 or more, or -1 for all images at once.
 
     ```
     """
-    if not model.config.tasks:
+    if not method.config.tasks:
         raise ConfigError("This model has learnt no task yet; call ContinualTrainer(model, ...).learn(task) first.")
     for name, value in (("batch_size", batch_size), ("top_k", top_k)):
         whole = isinstance(value, Integral) and not isinstance(value, bool)
@@ -137,9 +134,9 @@ def check_options(
             or_all = f", or {ALL_AT_ONCE} for all images at once" if name == "batch_size" else ""
             raise ConfigError(f"{name}={_brief(value)} must be a whole number, 1 or more{or_all}.")
     if reject_rate is not None:
-        _check_reject_rate(model, reject_rate)
+        _check_reject_rate(method, reject_rate)
     if expert is not None:
-        model.method.choose(expert if isinstance(expert, str) else _brief(expert))
+        method.choose(expert if isinstance(expert, str) else _brief(expert))
 
 
 def _brief(value: Any) -> str:
@@ -147,8 +144,8 @@ def _brief(value: Any) -> str:
     return text if len(text) <= 100 else f"{text[:100]}…"
 
 
-def _check_reject_rate(model: "ContinualModel", reject_rate: Any) -> None:
-    why_not = model.method.why_no_reject()
+def _check_reject_rate(method: Method, reject_rate: Any) -> None:
+    why_not = method.why_no_reject()
     if why_not is not None:
         raise ConfigError(why_not)
     number = isinstance(reject_rate, Real) and not isinstance(reject_rate, bool)
@@ -206,7 +203,7 @@ def read_batches(images: Any, batch_size: int, show_progress_bar: bool = False) 
 
 @torch.no_grad()
 def classify(
-    model: "ContinualModel",
+    method: Method,
     pixels: np.ndarray,
     reject_rate: float | None = None,
     expert: str | None = None,
@@ -215,17 +212,17 @@ def classify(
     """Classifies images that have been read and resized, in one forward pass. Options are checked already.
 
     Args:
-        model ([`ContinualModel`]): A model that has learnt a task.
+        method ([`Method`]): Of a model that has learnt a task.
         pixels (`uint8` array of shape `(batch, 3, height, width)`): What [`ImageTransform.resize`] gives.
         reject_rate, expert, top_k: See [`ContinualModel.predict`].
 
     Returns:
         `list[Prediction]`: One per image.
     """
-    values = model.backbone.transform.normalize(torch.from_numpy(pixels).to(model.device))
-    with model.bank.reading():  # a batch is answered from one state of the model, whatever other threads do
-        check_options(model, reject_rate=reject_rate, expert=expert)
-        output = model(values, None if expert is None else model.method.choose(expert))
-        typicality = model.method.typicality(output.distances) if model.can_reject else None
-        experts = model.bank.names if model.method.reads else []
-        return read_output(output, model.config.classes, experts, typicality, reject_rate or 0.0, top_k)
+    values = method.backbone.transform.normalize(torch.from_numpy(pixels).to(method.backbone.device))
+    with method.bank.reading():  # a batch is answered from one state of the model, whatever other threads do
+        check_options(method, reject_rate=reject_rate, expert=expert)
+        output = method(values, None if expert is None else method.choose(expert))
+        typicality = method.typicality(output.distances) if method.why_no_reject() is None else None
+        experts = method.bank.names if method.reads else []
+        return read_output(output, method.config.classes, experts, typicality, reject_rate or 0.0, top_k)

@@ -20,20 +20,45 @@ MODULES = set(FILES.values())
 
 
 def imports_of(path):
-    """Modules of the package that a file imports, late or early; those for type hints alone do not count."""
+    """Modules of the package that a file imports, late or early, for type hints alone, too."""
     name, found = FILES[path], set()
     package = name if path.name == "__init__.py" else name.rpartition(".")[0]
-    tree = ast.parse(path.read_text(encoding="utf-8"))
-    hints = [node for node in ast.walk(tree) if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)]
-    skipped = {child for node in hints for child in ast.walk(node)}
-    for node in ast.walk(tree):
-        if isinstance(node, ast.ImportFrom) and node.level and node not in skipped:
+    if path == PACKAGE / "__init__.py":
+        return found  # the public names, each imported when it is first used
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and node.level:
             above = package.split(".")
             base = ".".join([*above[: len(above) - node.level + 1], *filter(None, [node.module])])
             for alias in node.names:
                 submodule = f"{base}.{alias.name}"
                 found.add(submodule if submodule in MODULES else base)
     return found - {name}
+
+
+ROOMS = "config backbones experts routing methods metrics streams reports storage hub TOP training demo cli".split()
+
+
+def room_of(module):
+    parts = module.split(".")[1:]
+    return parts[0] if parts and parts[0] in ROOMS else "TOP"
+
+
+def test_a_room_imports_only_from_those_above_it():
+    for path, name in FILES.items():
+        for other in imports_of(path) if path != PACKAGE / "__init__.py" else ():
+            assert other == "hf_clpeft" or ROOMS.index(room_of(other)) <= ROOMS.index(room_of(name)), (name, other)
+
+
+def test_nothing_outside_methods_and_routing_asks_for_a_name():
+    """Abilities decide, never the name of a method or router."""
+    names = {*hf_clpeft.METHODS, *hf_clpeft.ROUTERS}
+    for path in FILES:
+        if path.relative_to(PACKAGE).parts[0] in ("methods", "routing") or path.name == "version1.py":
+            continue
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Compare):
+                found = {part.value for part in ast.walk(node) if isinstance(part, ast.Constant)} & names
+                assert not found, f"{path.relative_to(ROOT)}:{node.lineno} compares with {found}"
 
 
 def test_imports_run_in_one_direction():

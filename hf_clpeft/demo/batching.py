@@ -64,7 +64,7 @@ class Batcher:
         Raises:
             [`ConfigError`]: The model cannot do what is asked. Nobody else hears of it.
         """
-        check_options(model, **options)
+        check_options(model.method, **options)
         job = (model, tuple(sorted(options.items())))
         futures: list[Future] = []
         for image in images:  # one by one, so that a visitor with hundreds does not keep the others waiting
@@ -98,7 +98,7 @@ def _answer(requests: Sequence[tuple[Any, np.ndarray | None, Future]]) -> None:
             groups[job].append((pixels, future))
     for (model, options), group in groups.items():
         pixels, futures = zip(*group, strict=True)
-        _settle(futures, lambda m=model, p=pixels, o=options: classify(m, np.concatenate(p), **dict(o)))
+        _settle(futures, lambda m=model, p=pixels, o=options: classify(m.method, np.concatenate(p), **dict(o)))
 
 
 def _settle(futures: Sequence[Future], compute: Callable) -> None:

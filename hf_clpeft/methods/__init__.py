@@ -2,7 +2,8 @@
 
 from .closed_form import AnyRouter, FirstExpert, LinearProbe, Ncm, RanPac, RanPacFirst, Slda
 from .heads import Heads
-from .method import METHODS, Batch, Method, make_method
+from .learning import Batch, FeaturesOf
+from .method import METHODS, Method, make_method
 from .output import ContinualOutput
 from .pool import L2l, L2p, Pool
 from .s_lora_mix import SLoraMix, SXMix
@@ -24,6 +25,7 @@ __all__ = [
     "AnyRouter",
     "Batch",
     "ContinualOutput",
+    "FeaturesOf",
     "FirstExpert",
     "Heads",
     "L2l",

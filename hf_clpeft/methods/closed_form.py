@@ -1,17 +1,15 @@
 """Controls without a trained classifier: what is learnt of a task follows from its features in one go."""
 
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
-from torch.nn.functional import cross_entropy
 
 from ..backbones import Backbone
-from ..config import ConfigError, ContinualConfig, MethodOptions, TaskConfig
-from ..experts.expert import make_peft_config
-from ..routing import ClassRouter, Routing, find_router, router_title
+from ..config import ConfigError, ContinualConfig, TaskConfig
+from ..routing import ClassRouter, Routing, find_router
 from .heads import Heads
-from .method import Batch, FeaturesOf, Method
+from .learning import Batch, FeaturesOf
+from .method import Method
 from .options import LoraOptions, PeftOptions, ProjectionOptions, QueryOptions
 from .probe import fit_probe
 from .s_x import check_giver
@@ -28,7 +26,7 @@ class ClosedForm(Method):
 
     trains = reads = False
     takes_one_class = True
-    which = ""  # router, where the options do not say
+    which_head = "none: the router names the class"
     router: ClassRouter
 
     @dataclass
@@ -37,22 +35,14 @@ class ClosedForm(Method):
 
     def __init__(self, backbone: Backbone, config: ContinualConfig):
         super().__init__(backbone, config)
-        self._query_layers = self._layers(self.options.query_layers)
-        router = find_router(self._router_name(self.options))(self.query_size).configure(self.options)
+        self._which = getattr(self.options, "router", self.which_router)
+        router = find_router(self._which)(self.query_size).configure(self.options)
         if not isinstance(router, ClassRouter):
             raise ConfigError(
-                f"{self.name} needs a router that knows classes, and {self._router_name(self.options)!r} knows tasks "
-                "alone: choose 'gaussian', 'class_means' or 'ridge', or a ClassRouter of your own."
+                f"{self.name} needs a router that knows classes, and {self._which!r} knows tasks alone: choose "
+                "'gaussian', 'class_means' or 'ridge', or a ClassRouter of your own."
             )
         self.router = router
-
-    @classmethod
-    def _router_name(cls, options: Any) -> str:
-        return getattr(options, "router", cls.which)
-
-    @property
-    def query_layers(self) -> list[int]:
-        return self._query_layers
 
     def route(self, query: torch.Tensor) -> Routing:
         return self.router(query)
@@ -69,31 +59,22 @@ class ClosedForm(Method):
 
     def remove(self, position: int, number_of: dict[int, int]) -> None:
         raise ConfigError(
-            f"The sums of the {self._router_name(self.options)} router hold the images of all tasks; "
+            f"The sums of the {self._which} router hold the images of all tasks; "
             f"{self.config.tasks[position].name!r} cannot be removed exactly. Choose router='prototypes' in an S-X "
             "method where tasks must be unlearnt."
         )
-
-    @classmethod
-    def facts(cls, options: Any) -> dict[str, str]:
-        return {
-            "experts": "no expert: the backbone stays as it was",
-            "PEFT": "none",
-            "router": router_title(cls._router_name(options)),
-            "head": "none: the router names the class",
-        }
 
 
 class Ncm(ClosedForm, name="ncm"):
     """Nearest class mean on the frozen features, by cosine; SimpleCIL, arXiv 2303.07338."""
 
-    title, paper, which = "NCM", "2303.07338", "class_means"
+    title, paper, which_router = "NCM", "2303.07338", "class_means"
 
 
 class Slda(ClosedForm, name="slda"):
     """Linear discriminant analysis of frozen features, task by task; arXiv 1909.01520."""
 
-    title, paper, which = "SLDA", "1909.01520", "gaussian"
+    title, paper, which_router = "SLDA", "1909.01520", "gaussian"
 
 
 class RanPac(ClosedForm, name="ranpac"):
@@ -102,7 +83,7 @@ class RanPac(ClosedForm, name="ranpac"):
     The Gram matrix of the random features is kept, `projection_size` squared numbers.
     """
 
-    title, paper, which = "RanPAC", "2307.02251", "ridge"
+    title, paper, which_router = "RanPAC", "2307.02251", "ridge"
 
     @dataclass
     class Config(QueryOptions, ProjectionOptions):
@@ -125,6 +106,7 @@ class FirstExpert(ClosedForm, name="closed_form_first"):
     **Trains** an adapter, and a head that is then thrown away, on the first task. **Costs** one forward pass an image.
     """
 
+    experts = "one PEFT expert that the first of them trained"
     title, trains = "Closed form after first-session adaptation", True
 
     @dataclass
@@ -138,12 +120,10 @@ class FirstExpert(ClosedForm, name="closed_form_first"):
     def begin(self, task: TaskConfig) -> None:
         self.trains = not self.config.tasks  # type: ignore[misc]  # of this task
         if self.trains:
-            self._head = Heads(self.backbone.hidden_size, shared=False).start(self.numbers).to(self.backbone.device)
-            self.bank.start(EXPERT, make_peft_config(self.options.peft, self.backbone))
+            self.train_expert(EXPERT, Heads(self.backbone.hidden_size, shared=False).start(self.numbers))
 
     def loss(self, batch: Batch) -> torch.Tensor:
-        logits = self._head(self.bank.under_training(batch.pixels).to(self._head.weight.dtype))
-        return cross_entropy(logits.float(), self.rows(batch.labels), reduction="none")
+        return self.expert_loss(batch.pixels, self.rows(batch.labels))
 
     def end(self, features_of: FeaturesOf) -> None:
         if self.trains:
@@ -164,17 +144,11 @@ class FirstExpert(ClosedForm, name="closed_form_first"):
         if self.trains:
             self.bank.adopt(giver.bank[position])
 
-    @classmethod
-    def facts(cls, options: Any) -> dict[str, str]:
-        peft = ", ".join(f"{key} = {value}" for key, value in options.peft.items())
-        experts = "one PEFT expert that the first of them trained"
-        return {**super().facts(options), "experts": experts, "PEFT": peft}
-
 
 class RanPacFirst(FirstExpert, name="ranpac_first"):
     """RanPAC on features with the first task's expert, as its authors have it; arXiv 2307.02251."""
 
-    title, paper, which = "RanPAC, first-session adaptation", "2307.02251", "ridge"
+    title, paper, which_router = "RanPAC, first-session adaptation", "2307.02251", "ridge"
 
     @dataclass
     class Config(QueryOptions, ProjectionOptions, LoraOptions):
@@ -187,7 +161,7 @@ class LinearProbe(Method, name="linear_probe"):
     Task by task it forgets: rows of the classes that a task has are fitted to the images of that task alone.
     """
 
-    title = "Linear probe"
+    title, which_head = "Linear probe", "shared"
     trains = reads = False
     heads: Heads
 
@@ -205,8 +179,3 @@ class LinearProbe(Method, name="linear_probe"):
 
     def costs(self) -> tuple[int, int]:
         return 0, len(self.classes) * (self.backbone.hidden_size + 1)
-
-    @classmethod
-    def facts(cls, options: MethodOptions) -> dict[str, str]:
-        experts = "no expert: the backbone stays as it was"
-        return {"experts": experts, "PEFT": "none", "router": "none", "head": "shared"}

@@ -16,7 +16,7 @@ class Heads(KeepsPrecision):
 
     Rows stay in `float32`, and so do logits, whatever the backbone computes in.
 
-    The row of a task with a single class was compared with no other in training. It judges only the images that went to
+    The row of a task with a single class was compared with no other in training. It judges only images that went to
     its expert, in a shared head too: such a task is told from the others by its route.
 
     Args:

@@ -3,57 +3,28 @@
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple, Protocol
+from typing import Any
 
 import torch
+from torch.nn.functional import cross_entropy
 
 from ..backbones import Backbone
-from ..backbones.precision import KeepsPrecision, without_autocast
-from ..config import ConfigError, ContinualConfig, MethodOptions, TaskConfig, read_options
+from ..backbones.precision import without_autocast
+from ..config import ConfigError, ContinualConfig, TaskConfig, read_options
 from ..config.method import OPTIONS, UnknownOptions
-from ..experts import ExpertBank
-from ..routing import Router, Routing
-from .heads import Heads
+from ..experts.expert import make_peft_config
+from ..routing import Routing
+from .keeper import Keeper
+from .learning import Batch, FeaturesOf
 from .output import ContinualOutput
-from .state import ELSEWHERE, fill, load_state
+from .state import fill
 
 
 METHODS: dict[str, type["Method"]] = {}
 """Every method by its name. `class Mine(Method, name="mine")` adds one."""
 
-Features = Callable[[torch.Tensor], torch.Tensor]
 
-
-class FeaturesOf(Protocol):
-    """What [`~Method.end`] gets: features of all training images, over all processes, each computed once."""
-
-    def __call__(self, features: Features, /) -> tuple[torch.Tensor, torch.Tensor]:
-        """Applies a function to all training images of the task.
-
-        Args:
-            features (callable): Takes normalised images `(batch, 3, height, width)`, gives `(batch, width)`.
-
-        Returns:
-            Features `(images, width)` in `float32` and class numbers `(images,)`, on the CPU.
-        """
-
-
-class Batch(NamedTuple):
-    """Training images.
-
-    Args:
-        pixels (`torch.Tensor` of shape `(batch, 3, height, width)`): Augmented and normalised.
-        labels (integer `torch.Tensor` of shape `(batch,)`): Numbers of their classes in the model.
-        query (`torch.Tensor` of shape `(batch, query_size)`, *optional*): Query features, where the method says
-            `trains_by_query`.
-    """
-
-    pixels: torch.Tensor
-    labels: torch.Tensor
-    query: torch.Tensor | None = None
-
-
-class Method(KeepsPrecision):
+class Method(Keeper):
     """A way to learn tasks one after another on one frozen backbone. A subclass with a name is a method of its own.
 
     **Predicting**: [`~Method.query`] → [`~Method.route`] → [`~Method.read`] → [`~Method.classify`], which
@@ -81,7 +52,10 @@ class Method(KeepsPrecision):
         fixed_query (`bool`): Whether query features stay what they are once the first task is learnt.
         trains_by_query (`bool`): Whether [`~Method.loss`] needs `batch.query`.
         takes_one_class (`bool`): Whether a task of a single class can be told from the others.
+        experts (`str`): What its experts are, for cards; options in braces are filled in.
+        which_router, which_head (`str`): Which it has, where the options do not say.
         task ([`TaskConfig`], *optional*): The one that is being learnt.
+        query_layers (`list[int]`): Layers behind which query features are taken, side by side; the last by default.
         seed (`int`): Of what [`~Method.end`] draws.
 
     Example:
@@ -115,25 +89,6 @@ class Method(KeepsPrecision):
     ```
     """
 
-    @dataclass
-    class Config(MethodOptions):
-        pass
-
-    name: ClassVar[str] = ""
-    title: ClassVar[str] = ""
-    paper: ClassVar[str | None] = None
-    trains: ClassVar[bool] = True
-    independent: ClassVar[bool] = False
-    reads: ClassVar[bool] = True
-    routes: ClassVar[bool] = False
-    fixed_query: ClassVar[bool] = True
-    trains_by_query: ClassVar[bool] = False
-    takes_one_class: ClassVar[bool] = False
-
-    options: Any  # the method's own Config
-    router: Router | None
-    heads: Heads | None
-
     def __init_subclass__(cls, name: str | None = None, **kwargs: Any):
         super().__init_subclass__(**kwargs)
         if name is None:
@@ -149,44 +104,7 @@ class Method(KeepsPrecision):
         cls.title = vars(cls).get("title", name)
         METHODS[name], OPTIONS[name] = cls, cls.Config
 
-    def __init__(self, backbone: Backbone, config: ContinualConfig):
-        super().__init__()
-        self._backbone = (backbone,)  # not a submodule: it is never saved
-        self.config, self.options = config, config.method
-        self.bank = ExpertBank(backbone)
-        self.router = self.heads = None
-        self.task: TaskConfig | None = None
-        self.seed = 0
-        self._before: dict[str, torch.Tensor] = {}  # the state when the task was begun
-
-    @property
-    def backbone(self) -> Backbone:
-        """The frozen model."""
-        return self._backbone[0]
-
-    @property
-    def tasks(self) -> list[TaskConfig]:
-        """All tasks, the one that is being learnt included."""
-        return [*self.config.tasks, *([self.task] if self.task else [])]
-
-    @property
-    def classes(self) -> list[str]:
-        """All classes by their number, those of the task that is being learnt included."""
-        return list(dict.fromkeys([*self.config.classes, *(self.task.classes if self.task else [])]))
-
-    @property
-    def numbers(self) -> list[int]:
-        """Numbers of the classes of the task that is being learnt."""
-        assert self.task is not None
-        number_of = {label: number for number, label in enumerate(self.classes)}
-        return [number_of[label] for label in self.task.classes]
-
     # Predicting
-
-    @property
-    def query_layers(self) -> list[int]:
-        """Layers behind which query features are taken, side by side; none where there are no query features."""
-        return [self.backbone.num_layers]
 
     @property
     def query_size(self) -> int:
@@ -219,7 +137,7 @@ class Method(KeepsPrecision):
         return Routing(nowhere, query.new_zeros(len(query)), query.new_zeros(len(query), 1))
 
     def read(self, pixels: torch.Tensor, selection: torch.Tensor) -> torch.Tensor:
-        """Features under the selected experts: by default of the bank.
+        """Features under the selected experts: by default of the bank, or of the frozen backbone while it is empty.
 
         Args:
             pixels (`torch.Tensor` of shape `(batch, 3, height, width)`): Normalised images.
@@ -229,6 +147,8 @@ class Method(KeepsPrecision):
             `torch.Tensor` of shape `(batch, hidden_size)`; of an independent method with N experts for an image,
             `(batch, N, hidden_size)`: what each of them alone would give.
         """
+        if not len(self.bank):
+            return self.bank.frozen(pixels)
         if selection.dim() == 1 or not self.independent:
             return self.bank(pixels, selection)
         count = selection.shape[1]
@@ -363,6 +283,21 @@ class Method(KeepsPrecision):
             features_of (callable): See [`FeaturesOf`]; to be called on every process alike.
         """
 
+    def train_expert(self, name: str, head: torch.nn.Linear) -> None:
+        """For [`~Method.begin`]: trains an expert, fresh or the one of that name, and a head.
+
+        Args:
+            name (`str`): Of the expert.
+            head (`torch.nn.Linear`): Such as [`Heads.start`] gives.
+        """
+        self._head = head.to(self.backbone.device)
+        self.bank.start(name, make_peft_config(self.options.peft, self.backbone))
+
+    def expert_loss(self, pixels: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """For [`~Method.loss`]: cross entropy of the head under the expert that is trained, image by image."""
+        logits = self._head(self.bank.under_training(pixels).to(self._head.weight.dtype))
+        return cross_entropy(logits.float(), targets, reduction="none")
+
     def rows(self, labels: torch.Tensor) -> torch.Tensor:
         """Positions of class numbers among the classes of the task that is being learnt."""
         row_of = torch.full((len(self.classes),), -1)
@@ -375,19 +310,6 @@ class Method(KeepsPrecision):
         for name, parameter in self.named_parameters():
             groups[name.lstrip("_").startswith("head")] += parameter.numel() * parameter.requires_grad
         return groups[False], groups[True]
-
-    def fingerprint(self) -> dict[str, Any]:
-        """What must not differ between a run and the one that goes on with it: the options, as they were given."""
-        return {option: value for option, value in self.options.to_dict().items() if option != "head"}
-
-    def num_bytes(self) -> int:
-        """Bytes of all that the tasks have left; none before the first."""
-        if not self.config.tasks:
-            return 0
-        kept = [*self.state().values()]
-        for part in (self.router, self.heads):
-            kept += [] if part is None else part.state_dict().values()
-        return 4 * self.bank.num_parameters + sum(tensor.nbytes for tensor in kept)
 
     def accept(self, giver: "Method") -> None:
         """Raises [`ConfigError`] unless the method can take over what another model's has trained.
@@ -407,119 +329,6 @@ class Method(KeepsPrecision):
         Raises:
             [`ConfigError`]: Other tasks of the giver had a part in it.
         """
-
-    # What it has, and what it can do
-
-    def expert_names(self) -> list[str]:
-        """Names of the experts of a model that has learnt the tasks of `config`, in the order of the bank."""
-        return self.config.expert_names
-
-    def check(self) -> None:
-        """Raises [`ConfigError`] unless all that the tasks need has been learnt, before it is saved."""
-
-    def expert_of(self, position: int) -> int | None:
-        """Position of the expert that a task has trained for itself; `None` where none belongs to a task."""
-        return None
-
-    def choose(self, expert: str) -> int:
-        """Position of an expert that all images are to go to.
-
-        Args:
-            expert (`str`): Its name.
-
-        Raises:
-            [`ConfigError`]: There is no such expert, or none can be chosen.
-        """
-        if not self.reads or not len(self.bank):
-            raise ConfigError(f"expert={expert!r}: no expert judges images in {self.name}.")
-        if expert not in self.bank.names:
-            raise ConfigError(f"expert={expert!r} is not one of {', '.join(self.bank.names)}.")
-        return self.bank.names.index(expert)
-
-    def why_no_reject(self) -> str | None:
-        """Why out-of-distribution images cannot be told; `None` if [`~Method.typicality`] tells them."""
-        return (
-            f"reject_rate needs prototypes, and {self.name} has none: choose an S-X method with router='prototypes'."
-        )
-
-    def typicality(self, distances: torch.Tensor) -> torch.Tensor:
-        """Conformal p-values: the share of a task's own images that are as far off as these, or farther.
-
-        Args:
-            distances (`torch.Tensor` of shape `(batch, experts)`): Of [`Routing`].
-
-        Returns:
-            `torch.Tensor` of shape `(batch,)`, the largest over all tasks, in [0, 1].
-        """
-        raise NotImplementedError(self.why_no_reject())
-
-    def remove(self, position: int, number_of: dict[int, int]) -> None:
-        """Unlearns a task exactly: nothing else changes by a bit.
-
-        Args:
-            position (`int`): Of the task.
-            number_of (`dict[int, int]`): New number of each class that stays.
-
-        Raises:
-            [`ConfigError`]: It cannot.
-        """
-        raise ConfigError(f"All tasks trained the same parameters in {self.name}; none can be removed exactly.")
-
-    def alike(self) -> dict[str, Any]:
-        """What must agree in models that are combined, by what to call it.
-
-        Raises:
-            [`ConfigError`]: Its tasks cannot be combined with those of others. The message goes on after its name.
-        """
-        raise ConfigError(f"is of the method {self.name}, whose experts belong to no task")
-
-    def merged_options(self, others: "list[Method]") -> MethodOptions:
-        """Options of a model with the tasks of this method and of others that are alike."""
-        return self.options
-
-    def merge(self, other: "Method", number_of: list[int], names: list[str]) -> None:
-        """Adds all tasks of another model's method, as if they had been learnt here.
-
-        Args:
-            other ([`Method`]): What to add.
-            number_of (`list[int]`): Number that each of its classes has here.
-            names (`list[str]`): Names that its tasks have here.
-
-        """
-        raise NotImplementedError
-
-    def state(self) -> dict[str, torch.Tensor]:
-        """What is kept besides experts, router and head, by name."""
-        kept = self.state_dict(keep_vars=True).items()
-        return {name: tensor for name, tensor in kept if not name.startswith(ELSEWHERE)}
-
-    def load_state(self, tensors: dict[str, torch.Tensor]) -> None:
-        """Inverse of [`~Method.state`]; raises `ValueError` if something does not fit."""
-        load_state(self, tensors, self.state())
-
-    @classmethod
-    def facts(cls, options: Any) -> dict[str, str]:
-        """Rows of the card's table about the method, in words.
-
-        Args:
-            options ([`MethodOptions`]): Its own.
-        """
-        return {}
-
-    @classmethod
-    def rejects(cls, options: Any) -> bool:
-        """Whether models with these options can tell out-of-distribution images."""
-        return False
-
-    # Helpers of subclasses
-
-    def _layers(self, wanted: list[int] | None) -> list[int]:
-        """Query layers as an option has them, where -1 is the last, counted from 1."""
-        count = self.backbone.num_layers
-        layers = [number + count + 1 if number < 0 else number for number in wanted or [count]]
-        if layers != sorted(set(layers)) or not 1 <= layers[0] <= layers[-1] <= count:
-            raise ConfigError(f"query_layers={wanted}, but the backbone has {count} layers, to be named rising.")
-        return layers
 
     @property
     def _cut(self) -> int | list[int] | None:

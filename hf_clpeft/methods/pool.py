@@ -12,7 +12,8 @@ from ..config.checks import MOST, check_ranges
 from ..experts.expert import make_peft_config
 from ..routing import KeyRouter, Routing
 from .heads import Heads
-from .method import Batch, FeaturesOf, Method
+from .learning import Batch, FeaturesOf
+from .method import Method
 from .options import LoraOptions, PeftOptions, PromptOptions, QueryOptions
 
 
@@ -48,6 +49,8 @@ class Pool(Method, name="l2x"):
     """
 
     title, paper = "L2X", "2406.03216"
+    experts = "a pool of {pool_size} PEFT experts, of which every image selects {top_n}"
+    which_router, which_head = KeyRouter.title, "shared"
     routes = trains_by_query = True
     router: KeyRouter
     heads: Heads
@@ -60,13 +63,8 @@ class Pool(Method, name="l2x"):
 
     def __init__(self, backbone: Backbone, config: ContinualConfig):
         super().__init__(backbone, config)
-        self._query_layers = self._layers(self.options.query_layers)
         self.router = KeyRouter(self.query_size, self.options.pool_size, self.options.top_n)
         self.heads = Heads(backbone.hidden_size, shared=True)
-
-    @property
-    def query_layers(self) -> list[int]:
-        return self._query_layers
 
     def route(self, query: torch.Tensor) -> Routing:
         return self.router(query)
@@ -111,12 +109,6 @@ class Pool(Method, name="l2x"):
 
     def choose(self, expert: str) -> int:
         raise ConfigError(f"expert={expert!r}: {self.name} selects from a pool; none can be chosen by hand.")
-
-    @classmethod
-    def facts(cls, options: Any) -> dict[str, str]:
-        count = f"a pool of {options.pool_size} PEFT experts, of which every image selects {options.top_n}"
-        peft = ", ".join(f"{key} = {value}" for key, value in options.peft.items())
-        return {"experts": count, "PEFT": peft, "router": KeyRouter.title, "head": "shared"}
 
 
 class L2l(Pool, name="l2l"):

@@ -1,7 +1,6 @@
 """S-LoRA-Mix: a Gaussian router on two depths; the experts of the likeliest tasks judge together with it."""
 
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 
@@ -36,6 +35,7 @@ class SXMix(PerTask, name="s_x_mix"):
     """
 
     title = "S-X-Mix"
+    experts = "one PEFT expert per task, of which {mix} judge every image together with the router"
     query_with_first = True
     router: ClassRouter
 
@@ -61,11 +61,6 @@ class SXMix(PerTask, name="s_x_mix"):
         router = self.router
         assert routing.scores is not None
         return mix(torch.stack(judges, dim=1), routing.selection, routing.scores, router.owners, router.classes)
-
-    @classmethod
-    def facts(cls, options: Any) -> dict[str, str]:
-        experts = f"one PEFT expert per task, of which {options.mix} judge every image together with the router"
-        return {**super().facts(options), "experts": experts}
 
 
 class SLoraMix(SXMix, name="s_lora_mix"):

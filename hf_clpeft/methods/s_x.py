@@ -4,15 +4,16 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
-from torch.nn.functional import cross_entropy
 
 from ..backbones import Backbone
 from ..config import ConfigError, ContinualConfig, MethodOptions, TaskConfig
 from ..config.text import get_logger
-from ..experts.expert import Expert, make_peft_config
-from ..routing import ROUTERS, Router, Routing, find_router, router_title
+from ..experts.expert import Expert
+from ..routing import ROUTERS, Router, Routing, find_router
 from .heads import Heads
-from .method import Batch, FeaturesOf, Method
+from .keeper import Keeper
+from .learning import Batch, FeaturesOf
+from .method import Method
 from .options import LoraOptions, PeftOptions, ProjectionOptions, PromptOptions, QueryOptions
 
 
@@ -48,19 +49,16 @@ class PerTask(Method):
     """The base of methods with a PEFT adapter per task and a router that finds it."""
 
     independent = routes = takes_one_class = True
+    experts = "one PEFT expert per task, of which every image chooses its own"
+    which_head = "per task"
     query_with_first = False  # the "++" variants: query features under the first task's expert, once there is one
     router: Router
     heads: Heads
 
     def __init__(self, backbone: Backbone, config: ContinualConfig):
         super().__init__(backbone, config)
-        self._query_layers = self._layers(self.options.query_layers)
         self.router = find_router(self.options.router)(self.query_size).configure(self.options)
         self.heads = Heads(backbone.hidden_size, shared=getattr(self.options, "head", "per_task") == "shared")
-
-    @property
-    def query_layers(self) -> list[int]:
-        return self._query_layers
 
     def query(self, pixels: torch.Tensor) -> torch.Tensor:
         if not (self.query_with_first and len(self.bank)):
@@ -75,13 +73,11 @@ class PerTask(Method):
         return self.heads(features, routing.selection)
 
     def begin(self, task: TaskConfig) -> None:
-        self._head = self.heads.start(self.numbers).to(self.backbone.device)
-        self.bank.start(task.name, make_peft_config(self.options.peft, self.backbone))
+        self.train_expert(task.name, self.heads.start(self.numbers))
 
     def loss(self, batch: Batch) -> torch.Tensor:
         # Over the rows of this task alone, which masks the classes of all others.
-        logits = self._head(self.bank.under_training(batch.pixels).to(self._head.weight.dtype))
-        return cross_entropy(logits.float(), self.rows(batch.labels), reduction="none")
+        return self.expert_loss(batch.pixels, self.rows(batch.labels))
 
     def end(self, features_of: FeaturesOf) -> None:
         assert self.task is not None
@@ -121,13 +117,11 @@ class PerTask(Method):
         if calibrated is None:
             return super().why_no_reject()
         unknown = [task.name for task, known in zip(self.config.tasks, calibrated, strict=True) if not known]
+        if not unknown:
+            return None
         return (
-            None
-            if not unknown
-            else (
-                f"reject_rate needs to know how far a task's images lie from its prototypes, but {unknown[:3]} had a "
-                "single image, or were saved before that was measured. Learn them again, or remove them."
-            )
+            f"reject_rate needs to know how far a task's images lie from its prototypes, but {unknown[:3]} had a "
+            "single image, or were saved before that was measured. Learn them again, or remove them."
         )
 
     def typicality(self, distances: torch.Tensor) -> torch.Tensor:
@@ -159,7 +153,7 @@ class PerTask(Method):
         technique = options.peft["peft_type"]
         return {"technique": technique, "query_layers": options.query_layers, "router": options.router}
 
-    def merge(self, other: Method, number_of: list[int], names: list[str]) -> None:
+    def merge(self, other: Keeper, number_of: list[int], names: list[str]) -> None:
         assert isinstance(other, PerTask)
         experts = zip(names, other.bank, strict=True)
         self.bank.extend([Expert(name, expert.config, expert.tensors) for name, expert in experts])
@@ -171,15 +165,6 @@ class PerTask(Method):
     @classmethod
     def rejects(cls, options: Any) -> bool:
         return options.router in ROUTERS and not ROUTERS[options.router].knows_classes
-
-    @classmethod
-    def facts(cls, options: Any) -> dict[str, str]:
-        return {
-            "experts": "one PEFT expert per task, of which every image chooses its own",
-            "PEFT": ", ".join(f"{key} = {value}" for key, value in options.peft.items()),
-            "router": router_title(options.router),
-            "head": getattr(options, "head", "per_task").replace("_", " "),
-        }
 
 
 def check_giver(method: Method, giver: Method) -> None:
@@ -213,11 +198,13 @@ class SX(PerTask, name="s_x"):
         self.options.head = "shared" if self.heads.shared else "per_task"
         super().end(features_of)
 
-    def merged_options(self, others: list[Method]) -> MethodOptions:
+    def merged_options(self, others: list[Keeper]) -> MethodOptions:
         # Rows of a shared head are compared with each other, so there must be one per class.
         every = [self, *others]
         classes = [label for method in every for label in method.classes]
-        shared = all(method.heads.shared for method in every) and len(set(classes)) == len(classes)
+        shared = all(method.heads is not None and method.heads.shared for method in every) and len(
+            set(classes)
+        ) == len(classes)
         return replace(self.options, head="shared" if shared else "per_task")
 
 

@@ -1,17 +1,15 @@
 """One expert for all tasks: the forgetting floor task by task, the ceiling on the images of all tasks at once."""
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-from torch.nn.functional import cross_entropy
 
 from ..backbones import Backbone
 from ..config import ContinualConfig, TaskConfig
-from ..experts.expert import make_peft_config
 from ..routing import Routing
 from .heads import Heads
-from .method import Batch, FeaturesOf, Method
+from .learning import Batch, FeaturesOf
+from .method import Method
 from .options import LoraOptions, PeftOptions
 
 
@@ -26,7 +24,7 @@ class Single(Method, name="single"):
 
     title = "Sequential fine-tuning"
     heads: Heads
-    query_layers: list[int] = []  # there is nothing to choose from
+    experts, which_head = "one PEFT expert that all of them trained", "shared"
 
     @dataclass
     class Config(PeftOptions):
@@ -35,17 +33,16 @@ class Single(Method, name="single"):
     def __init__(self, backbone: Backbone, config: ContinualConfig):
         super().__init__(backbone, config)
         self.heads = Heads(backbone.hidden_size, shared=True)
+        self.query_layers = []  # there is nothing to choose from
 
     def classify(self, features: torch.Tensor, routing: Routing) -> torch.Tensor:
         return self.heads(features, routing.selection)
 
     def begin(self, task: TaskConfig) -> None:
-        self._head = self.heads.start(list(range(len(self.classes)))).to(self.backbone.device)
-        self.bank.start(EXPERT, make_peft_config(self.options.peft, self.backbone))
+        self.train_expert(EXPERT, self.heads.start(list(range(len(self.classes)))))
 
     def loss(self, batch: Batch) -> torch.Tensor:
-        logits = self._head(self.bank.under_training(batch.pixels).to(self._head.weight.dtype))
-        return cross_entropy(logits.float(), batch.labels, reduction="none")
+        return self.expert_loss(batch.pixels, batch.labels)
 
     def end(self, features_of: FeaturesOf) -> None:
         self.bank.finish(EXPERT)
@@ -57,16 +54,6 @@ class Single(Method, name="single"):
 
     def expert_of(self, position: int) -> int | None:
         return 0
-
-    @classmethod
-    def facts(cls, options: Any) -> dict[str, str]:
-        peft = ", ".join(f"{key} = {value}" for key, value in options.peft.items())
-        return {
-            "experts": "one PEFT expert that all of them trained",
-            "PEFT": peft,
-            "router": "none",
-            "head": "shared",
-        }
 
 
 class SequentialLora(Single, name="sequential_lora"):

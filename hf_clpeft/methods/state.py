@@ -55,10 +55,9 @@ def load_state(module: torch.nn.Module, tensors: dict[str, torch.Tensor], own: d
 def fill(module: torch.nn.Module, tensors: dict[str, torch.Tensor]) -> None:
     """Sets parameters and buffers, whatever their size was; a list of parameters gets as many as there are."""
     for name in _lists(module):
-        part = module.get_submodule(name)
-        while len(part) > sum(key.rpartition(".")[0] == name for key in tensors):  # type: ignore[arg-type]
-            del part._parameters[str(len(part) - 1)]  # type: ignore[arg-type]
-            part._size -= 1
+        parent, _, key = name.rpartition(".")
+        items = [*module.get_submodule(name).parameters()][: sum(key.rpartition(".")[0] == name for key in tensors)]
+        module.get_submodule(parent)._modules[key] = torch.nn.ParameterList(items)
     for name, tensor in tensors.items():
         path, _, key = name.rpartition(".")
         part = module.get_submodule(path)

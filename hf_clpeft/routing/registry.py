@@ -50,5 +50,5 @@ def find_router(name: str) -> type[PrototypeRouter | ClassRouter]:
 
 
 def router_title(name: str) -> str:
-    """How a router works, in a few words; its name where its class is not at hand."""
+    """How a router works, in a few words; the name itself where there is no such class."""
     return ROUTERS[name].title if name in ROUTERS else name

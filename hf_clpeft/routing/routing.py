@@ -81,6 +81,14 @@ class Router(KeepsPrecision):
         """
         raise NotImplementedError(f"{type(self).__name__}s cannot be merged.")
 
+    def remove(self, owner: int) -> None:
+        """Takes a task away, exactly; those behind it move up."""
+        raise NotImplementedError(f"A {type(self).__name__} cannot forget.")
+
+    def typicality(self, distances: torch.Tensor) -> torch.Tensor:
+        """Conformal p-values of distances, of the same shape: see [`PrototypeRouter`]."""
+        raise NotImplementedError(f"A {type(self).__name__} is not calibrated.")
+
     def calibrated(self) -> list[bool] | None:
         """Whether it is known of each task how far its own images lie; `None` where no router of this kind knows."""
         return None

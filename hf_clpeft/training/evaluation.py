@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -141,5 +142,5 @@ class Evaluator:
             test.forwards += len(selection)
             return compute(torch.arange(len(selection)), selection)
         columns = selection.reshape(len(selection), -1).T
-        features = [test.under(column, lambda rows, column=column: compute(rows, column)) for column in columns]
+        features = [test.under(column, partial(compute, experts=column)) for column in columns]
         return features[0] if selection.dim() == 1 else torch.stack(features, dim=1)

@@ -18,7 +18,7 @@ from ..config.text import get_logger
 from ..hub.errors import HubError
 from ..hub.outbox import Outbox
 from ..hub.push import PushTarget
-from ..methods.method import Features, FeaturesOf
+from ..methods.learning import Features, FeaturesOf
 from ..model import ContinualModel
 from ..reports.report import StreamReport
 from ..storage.files import PROCESSOR_NAME
@@ -195,7 +195,7 @@ class ContinualTrainer:
     def _learn(self, task: Task) -> StreamReport:
         args, model, seconds = self.args, self.model, dict[str, float]()
         owner = len(model.config.tasks)
-        self.callbacks.on_task_begin(self, task)
+        self.callbacks("on_task_begin", self.model, task)
         with timed(seconds, "images"):
             train = self._training_images(task.train)
             test = None if task.test is None else self._images(task.test)
@@ -219,7 +219,7 @@ class ContinualTrainer:
         note_pictures(self.report.environment, task.name, trained_on, test)
         if self._shows:
             print_task(self.report)
-        self.callbacks.on_task_end(self, task, self.report)
+        self.callbacks("on_task_end", self.model, task)
         self._save()
         self.accelerator.free_memory()
         return self.report
@@ -334,7 +334,7 @@ class ContinualTrainer:
         def after_step(progress: Progress, loss: torch.Tensor) -> None:
             bar.update(progress.step - bar.n)
             self._step = progress.logged
-            self.callbacks.on_step_end(self, progress.step, loop.num_steps)
+            self.callbacks("on_step_end", self.model, progress.step, loop.num_steps)
             if self._step % args.logging_steps == 0:
                 bar.set_postfix(loss=f"{loss.item():.3f}")
                 self._log({"train/loss": loss.item()})
@@ -344,7 +344,7 @@ class ContinualTrainer:
 
     def _log(self, values: dict[str, float]) -> None:
         self.accelerator.log(values, step=self._step)
-        self.callbacks.on_log(self, values, self._step)
+        self.callbacks("on_log", self.model, values, self._step)
 
     def _made_with(self) -> dict:
         """What a checkpoint inside a task depends on besides the arguments."""
@@ -373,7 +373,7 @@ class ContinualTrainer:
         with self.model.bank.lock.writing():  # no other thread saves half of it
             self._note(results, before)
         self._log({f"eval/{name}": value for name, value in self.report.summary().items()})
-        self.callbacks.on_evaluate(self, self.report)
+        self.callbacks("on_evaluate", self.model)
 
     def _note(self, results: dict[int, TaskEvaluation], before: float | None) -> None:
         """Puts what was measured into the report."""
@@ -402,7 +402,7 @@ class ContinualTrainer:
                 hint = "Mend that, and go on after the last saved task with --resume_from_checkpoint auto."
                 raise OSError(error.errno, f"{error.strerror}. {hint}") from error
             self._checkpoints.clear()
-            self.callbacks.on_save(self, self.args.output_dir)
+            self.callbacks("on_save", self.model, self.args.output_dir)
             self._push()
         self.accelerator.wait_for_everyone()
 
@@ -417,7 +417,7 @@ class ContinualTrainer:
         if self._outbox is not None:
             self._outbox.put()
             self._flush(self._outbox)
-            self.callbacks.on_push(self, self._outbox.target.repo_id, len(self._outbox.pending()))
+            self.callbacks("on_push", self.model, self._outbox.target.repo_id, len(self._outbox.pending()))
 
     def _flush(self, outbox: Outbox) -> None:
         try:
