@@ -345,6 +345,7 @@ class ExpertBank(torch.nn.Module):
             stage = self._stage
             if stage is None or stage.name != self.names[index]:
                 stage = self._put(self[index])
+                stage.requires_grad_(False)  # nobody trains here
             rows = (selection == index).nonzero()[:, 0]
             groups.append(stage(pixel_values[rows], layers).to(pixel_values.dtype))
             order.append(rows)
@@ -390,7 +391,6 @@ class ExpertBank(torch.nn.Module):
         if stage is None:
             stage = self._stage = self._make_stage(expert.config)
         stage.put(expert)
-        stage.requires_grad_(False)  # nobody trains here
         return stage
 
     def _try(self, expert: Expert) -> None:
