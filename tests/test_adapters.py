@@ -292,7 +292,7 @@ def test_tensors_of_another_kind_are_refused_by_their_file(adapter):
     key = next(iter(tensors))
     for dtype, name in ((torch.int64, "I64"), (torch.complex64, "C64"), (torch.bool, "BOOL"), (torch.uint8, "U8")):
         save_file({**tensors, key: tensors[key].to(dtype)}, path)
-        with pytest.raises(ExpertError, match=f"adapter_model.safetensors holds {name} in {key}; an expert"):
+        with pytest.raises(ExpertError, match=f"adapter_model.safetensors has {name} in {key}; an expert"):
             Expert.load("x", path.parent)
     for dtype in (torch.float16, torch.bfloat16, torch.float64):
         save_file({**tensors, key: tensors[key].to(dtype)}, path)
@@ -315,11 +315,11 @@ def test_places_outside_of_a_layer_are_refused(small, tmp_path):
 def test_a_file_that_is_no_experts_is_refused_before_it_is_read(adapter, monkeypatch):
     folder = adapter()
     monkeypatch.setattr("hf_clpeft.experts.expert.LARGEST_FILE", 100)
-    with pytest.raises(ExpertError, match="bytes; an expert has 100 at most"):
+    with pytest.raises(ExpertError, match="bytes; the limit is 100"):
         Expert.load("x", folder)
     monkeypatch.undo()
     monkeypatch.setattr("hf_clpeft.experts.expert.MOST_TENSORS", 3)
-    with pytest.raises(ExpertError, match="8 tensors, or one with an too long a name"):
+    with pytest.raises(ExpertError, match="8 tensors, or one with too long a name"):
         Expert.load("x", folder)
 
 

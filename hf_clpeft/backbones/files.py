@@ -76,7 +76,7 @@ def read_config(folder: Path, name: str) -> "PretrainedConfig":
         `transformers.PretrainedConfig`: That of the vision tower, if the checkpoint has two towers.
 
     Raises:
-        [`BackboneError`]: It is invalid, has values out of range, needs custom code, or does not describe a vision model.
+        [`BackboneError`]: It is invalid, has values out of range, needs custom code, or is no vision model.
     """
     from transformers import AutoConfig, ViTConfig
     from transformers.models.auto import MODEL_MAPPING
