@@ -45,7 +45,7 @@ def test_another_image_size_interpolates_positions_once_as_transformers_does_eac
 
 
 def test_an_image_size_that_cuts_patches_is_refused_with_the_nearest(backbone):
-    with pytest.raises(BackboneError, match="no multiple of the patch size 8; try 40"):
+    with pytest.raises(BackboneError, match="not a multiple of the patch size 8; try 40"):
         load_backbone(BACKBONE, image_size=42)
 
 
@@ -85,7 +85,7 @@ def test_a_checkpoint_with_missing_weights_is_refused(local):
     name = next(name for name in tensors if "layernorm" in name)
     del tensors[name]
     save_file(tensors, local / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(BackboneError, match="no fitting weights for 1 tensors"):
+    with pytest.raises(BackboneError, match="no matching weights for 1 tensors"):
         load_backbone(str(local))
 
 
@@ -156,7 +156,7 @@ def test_training_leaves_the_statistics_of_a_convnet_as_they_are(convnet):
 
 def test_a_prompt_has_no_place_in_a_convnet(convnet):
     backbone = load_backbone(convnet)
-    with pytest.raises(BackboneError, match="takes no prompts: it gives places, as a ConvNet does, and no tokens"):
+    with pytest.raises(BackboneError, match="does not support prompts: it outputs a feature map, as a ConvNet does"):
         make_peft_model(backbone, make_peft_config({"peft_type": "PROMPT_TUNING", "num_virtual_tokens": 2}, backbone))
 
 

@@ -148,8 +148,8 @@ def command(*words):
     [
         (("info", "alice/nothing"), 1, "error: Cannot load alice/nothing"),
         (("predict", "MODEL", "nothing.png"), 2, "nothing.png"),
-        (("predict", "MODEL", "MODEL/config.json"), 1, "error: .*config.json is no picture"),
-        (("predict", "MODEL", "bomb.png"), 1, "error: bomb.png is no picture that can be read: .*bomb"),
+        (("predict", "MODEL", "MODEL/config.json"), 1, "error: .*config.json is not a valid image"),
+        (("predict", "MODEL", "bomb.png"), 1, "error: bomb.png is not a valid image: .*bomb"),
         (("export", "MODEL", "task-009", "-o", "x"), 1, "error: .*task-009"),
         (("combine", "MODEL", "-o", "x"), 1, "error: Combining needs two models"),
         (("push", "MODEL"), 1, "error: .* does not say which repo"),

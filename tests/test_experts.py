@@ -145,7 +145,7 @@ def test_a_value_that_is_not_finite_is_an_error(bank, tmp_path):
     def spoil(tensors):
         next(iter(tensors.values()))[0] = torch.nan
 
-    with pytest.raises(ExpertError, match="no finite numbers"):
+    with pytest.raises(ExpertError, match="not finite"):
         Expert.load("nan", saved_expert(bank, tmp_path, spoil))
 
 
@@ -174,7 +174,7 @@ def test_an_unknown_technique_is_refused(fresh_backbone):
     "field, value, message",
     [
         ("target_modules", [None, "q_proj"], r"target_modules=\[None, 'q_proj'\] must be a list of up to 1,000 names"),
-        ("target_modules", [], "PEFT cannot put a LORA adapter on"),
+        ("target_modules", [], "PEFT cannot attach a LORA adapter to"),
         ("monteclora_config", {"": 0}, r"monteclora_config=\{'': 0\} is no option of LORA that an expert may have"),
     ],
 )

@@ -81,13 +81,13 @@ def test_splits_and_classes_are_found_by_one_rule(files, splits, classes):
     [
         (in_folders("train", "test"), "'test', 'train', named like splits, without class folders: .*there/test/CLASS"),
         (in_folders("train"), "there/train/CLASS; or, if these are the classes, .* there/train/train"),
-        (in_folders("train/a", "test/a", "extra/a"), "'test' may be a split or a class, as 'extra' lies beside it"),
+        (in_folders("train/a", "test/a", "extra/a"), "'test' could be a split or a class, as 'extra' is next to it"),
         (in_folders("car/2023", "train/2023"), "name the splits with train_split and test_split; .*there/train/train"),
-        (in_folders("a", ".net"), r"'.net' holds 2 pictures and is hidden. If it is a class, rename it"),
-        (in_folders("pets/cat", "pets/dog"), "no pictures but in the folder 'pets'.* give there/pets; if"),
-        (["1.png", "2.png", "backup/1.png"], "there holds pictures, but no class: .* there/robin/1.jpg"),
-        (in_folders("a", "b\udcff"), r"the name of 'b\\udcff/0.png' is no UTF-8 text"),
-        (["a/1.txt"], "there holds no picture"),
+        (in_folders("a", ".net"), r"'.net' has 2 images but is hidden. If it is a class, rename it"),
+        (in_folders("pets/cat", "pets/dog"), "has images only in the folder 'pets'.* pass there/pets; if"),
+        (["1.png", "2.png", "backup/1.png"], "there has images but no class folders: .* there/robin/1.jpg"),
+        (in_folders("a", "b\udcff"), r"the name of 'b\\udcff/0.png' is not valid UTF-8"),
+        (["a/1.txt"], "there has no images"),
     ],
 )
 def test_what_may_be_two_things_is_refused_with_a_way_out(files, message):
@@ -119,10 +119,10 @@ def test_what_is_left_out_is_told(tmp_path, caplog):
     draw(tmp_path / "one", *in_folders("a", "b"), "cover.jpg", "labels/1.txt")
     (tmp_path / "one" / "empty").mkdir()
     assert load_task(tmp_path / "one", "one").classes == ("a", "b")
-    assert "leaving out pictures outside of class folders: 'cover.jpg'" in caplog.text
-    assert "leaving out the folders 'empty', 'labels': no pictures there" in caplog.text
+    assert "skipping images outside of class folders: 'cover.jpg'" in caplog.text
+    assert "skipping the folders 'empty', 'labels', which have no images" in caplog.text
     find_pictures("there", [*in_folders("train/a", "test"), *files[1:2]])
-    assert "'banner.png'" in caplog.text and "folders 'test', which hold no class folders" in caplog.text
+    assert "'banner.png'" in caplog.text and "folders 'test', which have no class folders" in caplog.text
 
 
 def test_links_are_followed_but_not_in_circles(tmp_path):
@@ -200,12 +200,12 @@ def test_places_without_a_data_set_are_told(tmp_path):
     (tmp_path / "pets.zip").write_bytes(b"")
     with pytest.raises(StreamError, match="empty' is empty"):
         load_task(tmp_path / "empty", "none")
-    with pytest.raises(StreamError, match=r"pets.zip' is a file. Give the folder"):
+    with pytest.raises(StreamError, match=r"pets.zip' is a file. Pass the folder"):
         load_task(tmp_path / "pets.zip", "none")
     for place in ("./pets", "/data/pets", "lab/pets/train"):
         with pytest.raises(StreamError, match=f"There is no folder '{place}'"):
             load_task(place, "none")
-    with pytest.raises(StreamError, match="A list is no data set"):
+    with pytest.raises(StreamError, match="A list is not a data set"):
         load_task([1, 2], "none")
 
 
@@ -236,4 +236,4 @@ def test_downloaded_pictures_are_used_when_the_hub_cannot_be_reached(hub, monkey
     monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
     caplog.set_level(logging.WARNING)
     assert load_task("lab/toys", "toys", test_size=0).classes == ("car", "train")
-    assert "Taking the pictures that have been downloaded" in caplog.text
+    assert "Using the images in the local cache" in caplog.text

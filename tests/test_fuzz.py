@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, given, settings, strategies as st
 
 from hf_clpeft import BackboneError, ConfigError, ContinualModel, ExpertError, TaskStream, l2p, s_lora, s_lora_mix
 from hf_clpeft.streams import StreamError, cache_images
-from hf_clpeft.streams.places import load_source
+from hf_clpeft.streams.locate import load_source
 from hf_clpeft.streams.task import split_of
 
 

@@ -1,6 +1,8 @@
 """The house stays in order: no circle of imports, no file that is two."""
 
 import ast
+import subprocess
+import sys
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
@@ -80,3 +82,8 @@ def test_type_checkers_see_every_public_name():
     block = next(node for node in tree.body if isinstance(node, ast.If))
     seen = {node.module: sorted(alias.name for alias in node.names) for node in block.body}
     assert seen == {module: sorted(names) for module, names in hf_clpeft._MODULES.items()}
+
+
+def test_backbones_load_no_data_set_library():
+    code = "import sys, hf_clpeft.backbones; print(sorted({'datasets', 'pandas', 'pyarrow'} & sys.modules.keys()))"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "[]"

@@ -83,7 +83,7 @@ def test_as_many_unreadable_images_as_allowed_are_left_out(backbone, broken, str
     stream = TaskStream.class_incremental(broken, num_tasks=2, streaming=streaming)
     with caplog.at_level(logging.WARNING):
         images = cache_images(stream[1].train, backbone.transform, max_bad_images=2)
-    assert "Leaving out 2 of 12 images" in caplog.text and "row 14" in caplog.text
+    assert "Skipping 2 of 12 images" in caplog.text and "row 14" in caplog.text
     assert len(images) == 10 and images.labels.min() == 0
     whole = [open_image(encoded) for encoded, _, row in stream[1].train if row not in (13, 14)]
     wanted = torch.from_numpy(backbone.transform.resize(whole))

@@ -69,9 +69,9 @@ def refused(argv, capsys, arguments=SLoraArguments, method=s_lora):
         (["--benchmark", "digit"], "there is no 'digit'; did you mean digits?"),
         (
             ["--benchmark", "digits_domains", "--num_tasks", "2"],
-            "num_tasks=2 has no meaning where tasks bring",
+            "num_tasks=2 does not apply when tasks are split by",
         ),
-        (["--dataset", "x", "--domain_column", "d"], "domain_column='d' has no meaning where tasks bring new classes"),
+        (["--dataset", "x", "--domain_column", "d"], "domain_column='d' does not apply when tasks are split by class"),
     ],
     ids=str,
 )

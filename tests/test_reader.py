@@ -17,7 +17,7 @@ from datasets import Dataset, DatasetDict, Features, Image, Value
 from huggingface_hub import HfApi
 
 from hf_clpeft import HfClpeftError, StreamError, TaskStream
-from hf_clpeft.backbones.pictures import READER
+from hf_clpeft.backbones.pictures import READER_VERSION
 from hf_clpeft.demo.pictures import open_picture
 from hf_clpeft.streams import PictureError, cache_images, images, load_task, open_image
 
@@ -258,7 +258,7 @@ def test_the_form_in_which_a_data_set_gives_its_rows_changes_no_pixel(backbone, 
 
 def test_a_transform_that_would_not_be_seen_is_refused(patterns):
     data = DatasetDict({side: rows.with_transform(lambda batch: batch) for side, rows in patterns.items()})
-    with pytest.raises(StreamError, match="split 'train' has a transform"):
+    with pytest.raises(StreamError, match="split 'train' has a lazy transform"):
         TaskStream.class_incremental(data, num_tasks=1)
 
 
@@ -282,8 +282,8 @@ def test_folders_of_pictures_on_the_hub_are_streamed_through_the_same_reader(bac
 def test_pixels_change_with_the_version_of_the_reader_alone():
     exact = [name for name in GREYS if "WebP" not in name]
     digest = hashlib.sha256(b"".join(open_image(FILES[name]).tobytes() for name in exact)).hexdigest()
-    assert (READER, digest[:16]) == (2, "9dc5742b7cc1d573"), (
-        "raise READER, so that caches of other pixels are not used"
+    assert (READER_VERSION, digest[:16]) == (2, "9dc5742b7cc1d573"), (
+        "raise READER_VERSION, so that caches of other pixels are not used"
     )
 
 
@@ -292,8 +292,8 @@ def test_a_cache_of_another_version_of_the_reader_is_not_used(backbone, patterns
     read, opened = images.decode, []
     monkeypatch.setattr(images, "decode", lambda picture: opened.append(type(picture)) or read(picture))
     counts = []
-    for version in (READER, READER, READER + 1):
-        monkeypatch.setattr(images, "READER", version)
+    for version in (READER_VERSION, READER_VERSION, READER_VERSION + 1):
+        monkeypatch.setattr(images, "READER_VERSION", version)
         task = TaskStream.class_incremental(str(tmp_path / "data"), num_tasks=2, test_split="train")[0]
         cache_images(task.train, backbone.transform)
         counts.append(opened.count(dict))
@@ -312,47 +312,47 @@ REFUSED = {
     "nothing": (lambda: b"", "is empty"),
     "an empty file": (lambda: Path("empty.png").write_bytes(b"") or "empty.png", "empty.png is empty"),
     "a folder": (lambda: Path("folder").mkdir() or Path("folder"), "folder is a folder"),
-    "a pipe": (pipe, "pipe is no regular file"),
+    "a pipe": (pipe, "pipe is not a regular file"),
     "no name": (lambda: "", "^'' is a folder"),
     "a path that raises": (lambda: Stubborn(), "The picture cannot be read: no."),
-    "a device": (lambda: "/dev/zero", "no regular file"),
+    "a device": (lambda: "/dev/zero", "not a regular file"),
     "no file": (lambda: "gone.png", "gone.png cannot be opened: No such file"),
     "a long name": (lambda: "A" * 99_999, "AAAA… cannot be opened"),
     "a name with a zero": (lambda: "a\0b", "cannot be opened"),
     "a name for the terminal": (lambda: "\x1b[31m\ud800", r"'\\x1b\[31m\\ud800' cannot be opened"),
-    "an address": (lambda: "https://example.org/x.png", "is an address; download it first"),
-    "an address of data": (lambda: "data:image/png;base64,iVBORw0KGgo=", "is an address"),
-    "a text": (lambda: b"nothing of the kind", "no kind of picture that Pillow knows"),
-    "half a PNG": (lambda: PLAIN[: len(PLAIN) // 2], "no picture that can be read"),
-    "half a JPEG": (lambda: encode(NOISE, "JPEG")[:-200], "no picture that can be read: image file is truncated"),
-    "PostScript": (lambda: encode(NOISE, "EPS"), "PostScript, a program that is not run"),
+    "an address": (lambda: "https://example.org/x.png", "is a URL; download it first"),
+    "an address of data": (lambda: "data:image/png;base64,iVBORw0KGgo=", "is a URL"),
+    "a text": (lambda: b"nothing of the kind", "not supported by Pillow"),
+    "half a PNG": (lambda: PLAIN[: len(PLAIN) // 2], "not a valid image"),
+    "half a JPEG": (lambda: encode(NOISE, "JPEG")[:-200], "not a valid image: image file is truncated"),
+    "PostScript": (lambda: encode(NOISE, "EPS"), "PostScript, a program, which is never run"),
     "a bomb": (
         lambda: png([bytes(20_000 // 8)], 1, 0).replace(b"\0\0N \0\0\0\1", b"\0\0N \0\0N "),
-        "cannot|no picture",
+        "cannot|not a valid image",
     ),
     "a strip": (lambda: PIL.Image.new("L", (1, 3000)), "1 x 3000 pixels"),
     "no pixels": (lambda: PIL.Image.new("RGB", (0, 9)), "0 x 9 pixels"),
-    "no numbers": (lambda: values(np.full((8, 8), np.nan), "TIFF", np.float32), "holds no number"),
-    "a closed image": (lambda: closed(), "no picture that can be read"),
+    "no numbers": (lambda: values(np.full((8, 8), np.nan), "TIFF", np.float32), "has no finite values"),
+    "a closed image": (lambda: closed(), "not a valid image"),
     "text instead of bytes": (lambda: io.StringIO("ink"), "gives str: open it with mode 'rb'"),
     "a closed file": (lambda: closed_file(), "cannot be read: I/O operation on closed file"),
-    "None": (lambda: None, "is of type NoneType, and no picture; give a PIL image, a path, bytes"),
+    "None": (lambda: None, "is of type NoneType, not an image; pass a PIL image, a path, bytes"),
     "a number": (lambda: 5, "is of type int"),
     "a list": (lambda: [[0, 255]], "is of type list"),
     "a row": (lambda: {"image": NOISE}, "is of type dict"),
     "a row of nothing": (lambda: {"bytes": None, "path": None}, "is of type NoneType"),
-    "a row with an address": (lambda: {"bytes": None, "path": "https://example.org/x.png"}, "is an address"),
+    "a row with an address": (lambda: {"bytes": None, "path": "https://example.org/x.png"}, "is a URL"),
     "not a number": (lambda: np.full((9, 9, 3), np.nan), "values from nan to nan"),
     "floats to 255": (lambda: np.full((9, 9, 3), 200.0), "values from 200 to 200: floats must be from 0 to 1"),
     "floats below 0": (lambda: torch.full((3, 9, 9), -0.5), "a tensor of torch.float32 .* values from -0.5"),
     "integers": (lambda: np.zeros((9, 9, 3), np.int64), "an array of int64 and shape .* must be uint8"),
     "flags": (lambda: np.zeros((9, 9), bool), "an array of bool"),
-    "an array of no pixels": (lambda: np.zeros((0, 9, 3), np.uint8), "no picture"),
-    "five channels": (lambda: np.zeros((9, 9, 5), np.uint8), "no picture: it must be"),
-    "one dimension": (lambda: np.zeros(9, np.uint8), "no picture: it must be"),
-    "four dimensions": (lambda: torch.zeros(2, 3, 9, 9), "no picture: it must be"),
+    "an array of no pixels": (lambda: np.zeros((0, 9, 3), np.uint8), "not an image"),
+    "five channels": (lambda: np.zeros((9, 9, 5), np.uint8), "not an image: its shape must be"),
+    "one dimension": (lambda: np.zeros(9, np.uint8), "not an image: its shape must be"),
+    "four dimensions": (lambda: torch.zeros(2, 3, 9, 9), "not an image: its shape must be"),
     "a tensor of nothing": (lambda: torch.empty(3, 9, 9, device="meta"), "The picture cannot be read"),
-    "objects": (lambda: np.array([[{}]]), "no picture"),
+    "objects": (lambda: np.array([[{}]]), "not an image"),
 }
 
 

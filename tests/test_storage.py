@@ -185,7 +185,7 @@ BROKEN = {
         lambda folder: (folder / EXPERT).write_bytes((folder / EXPERT).read_bytes()[:-1] + b"\0"),
         "task-001/adapter_model.safetensors is not the file that config.json vouches for",
     ),
-    "NaN in an expert": (edit_tensors(EXPERT, spoil), "no finite numbers"),
+    "NaN in an expert": (edit_tensors(EXPERT, spoil), "not finite"),
     "NaN in the head": (edit_tensors("heads.safetensors", spoil), "heads.safetensors has values that are not finite"),
     "NaN in the router": (
         edit_tensors("router.safetensors", lambda tensors: tensors["prototypes"][0].fill_(torch.nan)),

@@ -127,12 +127,12 @@ def test_a_folder_with_one_class_folder_is_one_class_and_one_with_none_is_refuse
         for i in range(3):
             patterns["train"][i]["image"].save(Path(place, f"{i}.png"))
     assert load_task("new", name="october", test_size=0).classes == ("robin",)
-    with pytest.raises(StreamError, match="flat holds pictures, but no class: .* flat/robin/1.jpg"):
+    with pytest.raises(StreamError, match="flat has images but no class folders: .* flat/robin/1.jpg"):
         load_task("flat", name="october", test_size=0)
 
 
 def test_a_data_set_that_is_nowhere_is_refused(hub):
-    with pytest.raises(StreamError, match="'my/pictures' is no folder with pictures, and none on the Hub: "):
+    with pytest.raises(StreamError, match="'my/pictures' is neither a folder of images nor a data set on the Hub: "):
         load_task("my/pictures", name="birds")
 
 

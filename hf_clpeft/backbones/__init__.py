@@ -1,4 +1,4 @@
-"""The frozen vision model that all experts share: its files, its weights, its pictures."""
+"""The frozen vision backbone that all experts share: loading, image reading and preprocessing."""
 
 from .backbone import Backbone
 from .errors import BackboneError

@@ -1,4 +1,4 @@
-"""The frozen vision model that all experts share: features of pictures, and where adapters find their layers."""
+"""The frozen vision backbone that all experts share: image features and the layers that adapters target."""
 
 import copy
 from collections.abc import Sequence
@@ -10,7 +10,7 @@ import torch
 
 from ..config.model import BackboneConfig
 from .errors import BackboneError
-from .probe import Layout, probe, why_no_prompt
+from .probe import Layout, probe, prompt_obstacle
 from .transform import ImageTransform
 
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 QUERY_VALUE_NAMES = (
     *(("q_proj", "v_proj"), ("query", "value"), ("q_lin", "v_lin"), ("q", "v"), ("qkv", "qkv")),
-    # What ConvNeXt has in their place, the same in DINOv3, and ResNet, which has no linear layers.
+    # Their counterparts in ConvNeXt, in DINOv3's ConvNeXt, and in ResNet, which has no linear layers.
     *(("pwconv1", "pwconv2"), ("pointwise_conv1", "pointwise_conv2"), ("convolution", "convolution")),
 )
 CLS_NAMES = ("cls_token", "class_embedding", "class_token")
@@ -31,10 +31,10 @@ class Backbone(torch.nn.Module):
     """A frozen vision model. Build it with [`load_backbone`].
 
     Args:
-        model (`transformers.PreTrainedModel`): The model; frozen here.
+        model (`transformers.PreTrainedModel`): The model, which this freezes.
         processor (`transformers.BaseImageProcessor`): Its image processor.
-        config ([`BackboneConfig`]): Where it came from.
-        layout ([`Layout`], *optional*): What it makes of a picture; found out here if left out.
+        config ([`BackboneConfig`]): Its source, input size and weight hash.
+        layout ([`Layout`], *optional*): Shapes of its outputs; probed here if left out.
 
     Example:
 
@@ -63,50 +63,50 @@ class Backbone(torch.nn.Module):
         self.config = config
         self.transform = ImageTransform(processor, getattr(getattr(model, "config", None), "num_channels", 3))
         self._has_cls = any(name.endswith(CLS_NAMES) for name, _ in model.named_parameters())
-        # Taken down while the model is still bare: an adapter on a layer hides the layer's name.
-        self._layer_names = _names_of(model, torch.nn.Linear) or _names_of(model, torch.nn.Conv2d)
-        if layout is None:  # found out now, as there may be hooks on the model later
-            with suppress(Exception):  # which is raised by whoever asks for it
+        # Collected before any adapter is attached, as PEFT wraps layers and hides their names.
+        self._layer_names = _layer_names_of(model, torch.nn.Linear) or _layer_names_of(model, torch.nn.Conv2d)
+        if layout is None:  # probed now, as hooks may be attached later
+            with suppress(Exception):  # raised on access instead
                 layout = probe(model, self.input_shape)
         self._layout = layout
 
     @property
     def layout(self) -> Layout:
-        """What the model makes of a picture: width, layers, tokens or places."""
+        """Shapes of the model's outputs: width, layers, tokens or feature map."""
         return self._layout or probe(self.model, self.input_shape)
 
     @property
     def input_shape(self) -> tuple[int, int, int]:
-        """Channels, height and width of the pixel values that it takes."""
+        """Channels, height and width of the input."""
         return self.transform.channels, self.config.image_size, self.config.image_size
 
     @property
     def hidden_size(self) -> int:
-        """Width of a feature."""
+        """Size of a feature vector."""
         return self.layout.hidden_size
 
     def check_prompts(self) -> None:
-        """Raises [`BackboneError`] unless prompt tokens can be inserted behind its embeddings."""
-        places = "it gives places, as a ConvNet does, and no tokens"
-        why = places if self.layout.places else why_no_prompt(self.model, self.input_shape)
+        """Raises [`BackboneError`] unless prompt tokens can be inserted after the embedding layer."""
+        no_tokens = "it outputs a feature map, as a ConvNet does, instead of tokens"
+        why = no_tokens if self.layout.feature_map else prompt_obstacle(self.model, self.input_shape)
         if why is not None:
             raise BackboneError(
-                f"{self.config.name_or_path} takes no prompts: {why}. Choose LoRA, or a backbone such as ViT."
+                f"{self.config.name_or_path} does not support prompts: {why}. Use LoRA, or a backbone such as ViT."
             )
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are."""
+        """Device of the weights."""
         return self.model.device
 
     def find_query_value(self) -> list[str]:
-        """Names of the query and value projections, for `LoraConfig.target_modules`; of a ConvNet, its convolutions.
+        """Names of the query and value projections, for `LoraConfig.target_modules`; for a ConvNet, its convolutions.
 
         Returns:
             `list[str]`: For example `["q_proj", "v_proj"]`, or one name where the projections are fused.
 
         Raises:
-            [`BackboneError`]: The model has no projections of a known name.
+            [`BackboneError`]: The model has no projections with known names.
         """
         names = self._layer_names
         for query, value in QUERY_VALUE_NAMES:
@@ -114,47 +114,47 @@ class Backbone(torch.nn.Module):
                 return list(dict.fromkeys([query, value]))
         raise BackboneError(
             f"No query and value projections found in {type(self.model).__name__}; its layers are named "
-            f"{sorted(set(names))}. Name those to adapt with target_modules."
+            f"{sorted(set(names))}. Set target_modules to those to adapt."
         )
 
     def train(self, mode: bool = True) -> "Backbone":
-        """Keeps the backbone in evaluation mode: it is frozen, dropout included."""
+        """Keeps the backbone in evaluation mode, so that dropout stays off."""
         return super().train(False)
 
     @property
     def num_layers(self) -> int:
-        """How many layers of one width it has; 1 where stages differ in width, which are not cut."""
+        """Number of layers of equal width; 1 if stages differ in width and cannot be truncated."""
         return self.layout.num_layers
 
     def tokens(self, pixel_values: torch.Tensor, layers: int | None = None) -> torch.Tensor:
-        """Outputs of all tokens, behind the final layer norm.
+        """Outputs of all tokens, after the final layer norm.
 
         Args:
             pixel_values (`torch.Tensor` of shape `(batch, channels, height, width)`): Normalised images.
-            layers (`int`, *optional*): Run only so many of the layers.
+            layers (`int`, *optional*): Run only the first `layers` layers.
 
         Returns:
             `torch.Tensor` of shape `(batch, tokens, hidden_size)`, [CLS] first, in the backbone's dtype.
         """
-        model = self.model if layers is None else self._shorter(layers)
+        model = self.model if layers is None else self._truncated(layers)
         return model(pixel_values=pixel_values.to(self.model.dtype)).last_hidden_state
 
     def forward(self, pixel_values: torch.Tensor, layers: int | Sequence[int] | None = None) -> torch.Tensor:
-        """[CLS] features; the mean over all places where there is no such token.
+        """[CLS] features; mean-pooled outputs for models without such a token.
 
         Args:
             pixel_values (`torch.Tensor` of shape `(batch, channels, height, width)`): Normalised images.
-            layers (`int` or sequence of `int`, *optional*): Run only so many of the layers. Several numbers,
-                rising: the features behind each of these layers, L2-normalised, side by side, from one pass.
+            layers (`int` or sequence of `int`, *optional*): Run only the first `layers` layers. An increasing
+                sequence: concatenate the L2-normalised features after each of these layers, in one forward pass.
 
         Returns:
-            `torch.Tensor` of shape `(batch, hidden_size)`, or so often that width, in the backbone's dtype.
+            `torch.Tensor` of shape `(batch, hidden_size * number of layers taken)`, in the backbone's dtype.
         """
         if layers is None or isinstance(layers, int):
             return self.pool(self.tokens(pixel_values, layers))
         *earlier, last = layers
         features: list[torch.Tensor] = []
-        model = self._shorter(last)  # of this call alone, and so are the layers that are listened to
+        model = self._truncated(last)  # a copy for this call, so hooks on its layers are not shared
         stack: Any = model.get_submodule(self.layout.layers or "")
         for i in earlier:
             stack[i - 1] = _shallow_copy(stack[i - 1])
@@ -164,11 +164,11 @@ class Backbone(torch.nn.Module):
         return torch.cat([torch.nn.functional.normalize(feature, dim=-1) for feature in features], dim=-1)
 
     def pool(self, outputs: torch.Tensor) -> torch.Tensor:
-        """One feature of an image.
+        """Pools outputs to one feature vector per image.
 
         Args:
             outputs (`torch.Tensor` of shape `(batch, tokens, hidden_size)` or `(batch, hidden_size, height, width)`):
-                Of a transformer, or of a ConvNet.
+                Outputs of a transformer, or of a ConvNet.
 
         Returns:
             `torch.Tensor` of shape `(batch, hidden_size)`.
@@ -179,7 +179,7 @@ class Backbone(torch.nn.Module):
 
     @torch.no_grad()
     def features(self, images: Sequence) -> np.ndarray:
-        """Features of images as they come, for example for [`TaskStream.from_batches`].
+        """Features of unprocessed images, for example for [`TaskStream.from_batches`].
 
         Args:
             images (sequence of `PIL.Image.Image`): Images of any size.
@@ -191,12 +191,12 @@ class Backbone(torch.nn.Module):
         return self(self.transform.normalize(pixels)).float().cpu().numpy()
 
     def _center(self, output: torch.Tensor | tuple) -> torch.Tensor:
-        """Features behind an earlier layer, as the layer norm that follows the last would centre them."""
+        """Features after an earlier layer, centred as the final layer norm would."""
         features = self.pool(output[0] if isinstance(output, tuple) else output)
         return features - features.mean(dim=-1, keepdim=True)
 
-    def _shorter(self, layers: int) -> torch.nn.Module:
-        """The same modules with fewer layers: copies of the containers on the way to the list of layers, no more."""
+    def _truncated(self, layers: int) -> torch.nn.Module:
+        """The model with only its first layers: shallow copies of the containers around them, with shared weights."""
         if self.layout.layers is None:
             return self.model
         path = self.layout.layers.split(".")
@@ -217,6 +217,6 @@ def _shallow_copy(module: torch.nn.Module) -> torch.nn.Module:
     return duplicate
 
 
-def _names_of(model: torch.nn.Module, kind: type[torch.nn.Module]) -> list[str]:
-    """Last parts of the names of all layers of a kind."""
+def _layer_names_of(model: torch.nn.Module, kind: type[torch.nn.Module]) -> list[str]:
+    """Last components of the names of all layers of a type."""
     return [name.split(".")[-1] for name, module in model.named_modules() if isinstance(module, kind)]

@@ -1,4 +1,4 @@
-"""Models whose files come with the package, so that they need no network."""
+"""Backbones and models bundled with the package, which need no download."""
 
 from importlib.resources import files
 from pathlib import Path
@@ -6,13 +6,13 @@ from pathlib import Path
 
 BUNDLED_BACKBONES = {"hf-clpeft/vit-tiny-glyphs": "vit-tiny-glyphs"}
 DIGITS_MODEL = "hf-clpeft/s-lora-digits"
-METHODS = ("s-lora", "s-lora-pp", "s-prompts", "s-prompts-pp", "l2l", "l2p", "s-lora-mix")
-BUNDLED_MODELS = {f"hf-clpeft/{method}-digits": f"{method}-digits" for method in METHODS}
-"""Repo ids, and their folder in `assets`."""
+_DIGITS_METHODS = ("s-lora", "s-lora-pp", "s-prompts", "s-prompts-pp", "l2l", "l2p", "s-lora-mix")
+BUNDLED_MODELS = {f"hf-clpeft/{method}-digits": f"{method}-digits" for method in _DIGITS_METHODS}
+"""Repo ids and their folders in `assets`."""
 
 
 def bundled_folder(name: str) -> Path | None:
-    """Folder of a backbone or model that comes with the package; `None` for every other.
+    """Folder of a bundled backbone or model; `None` for any other name.
 
     Example:
 

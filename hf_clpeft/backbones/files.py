@@ -1,4 +1,4 @@
-"""Where a backbone's files come from, of which commit, and what is checked before they are used."""
+"""Locates the files of a backbone, pins them to a commit, and validates them before they are loaded."""
 
 import json
 import re
@@ -10,7 +10,7 @@ from ..config.errors import ConfigError
 from ..config.text import get_logger
 from ..hub.errors import HubError, explained, transferring
 from .bundled import bundled_folder
-from .errors import BackboneError
+from .errors import BackboneError, first_line
 
 
 if TYPE_CHECKING:
@@ -22,26 +22,26 @@ CONFIG_NAME = "config.json"
 WEIGHTS_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
 ALL_FILES = [CONFIG_NAME, "preprocessor_config.json", "processor_config.json", "model*.safetensors", INDEX_NAME]
-HINT = "Pass backbone= with the repo id or folder where you have it."
-MOST_LAYERS = 1000  # what is built in a loop, by the name of its field
-LOOPS = re.compile("layers|depth|blocks|stages|labels|levels|num_experts")
-LARGEST_NUMBER = 10_000_000
-LONGEST_LIST = 1000
+HINT = "Pass backbone= with a repo id or folder that has it."
+MAX_LAYERS = 1000  # limit on config fields that set the length of a loop
+LOOP_FIELDS = re.compile("layers|depth|blocks|stages|labels|levels|num_experts")
+MAX_NUMBER = 10_000_000
+MAX_LIST_LENGTH = 1000
 
 
 def find_checkpoint(name_or_path: str, revision: str | None = None, **hub_options: Any) -> tuple[Path, str | None]:
-    """The folder of a backbone's files, all of one commit.
+    """Locates or downloads the files of a backbone, all of one commit.
 
     Args:
-        name_or_path (`str`): Repo id or folder; some come with the package.
+        name_or_path (`str`): Repo id or folder; some are bundled with the package.
         revision (`str`, *optional*): Branch, tag or commit of the repo.
         hub_options: `token`, `cache_dir`, `local_files_only`.
 
     Returns:
-        `Path`, and the commit; `None` for a folder of this machine, which has none.
+        `Path` and the commit, which is `None` for a local folder.
 
     Raises:
-        [`BackboneError`]: There is no such folder, repo or revision, or no way to it.
+        [`BackboneError`]: There is no such folder, repo or revision, or it cannot be reached.
     """
     folder, commit = bundled_folder(name_or_path), None
     if folder is None and Path(name_or_path).is_dir():
@@ -54,11 +54,11 @@ def find_checkpoint(name_or_path: str, revision: str | None = None, **hub_option
         raise BackboneError(f"The backbone {name_or_path!r} cannot be loaded ({error}) {HINT}") from error
     if not (folder / CONFIG_NAME).is_file():
         raise BackboneError(f"The backbone {name_or_path!r} cannot be loaded (it has no {CONFIG_NAME}.) {HINT}")
-    if (folder / "adapter_config.json").is_file():  # of which transformers would load the base, from wherever it is
+    if (folder / "adapter_config.json").is_file():  # transformers would load its base model, from any repo
         raise BackboneError(f"{name_or_path!r} is a PEFT adapter, not a model; merge it into its base model first.")
     if not _has_weights(folder):
         raise BackboneError(
-            f"The backbone {name_or_path!r} has no {WEIGHTS_NAME}, and other files could run code when read. The Hub "
+            f"The backbone {name_or_path!r} has no {WEIGHTS_NAME}, and other formats can run code when read. The Hub "
             "keeps a safetensors copy of many repos in a pull request: try revision='refs/pr/1', or convert it with "
             "model.save_pretrained(FOLDER)."
         )
@@ -66,17 +66,17 @@ def find_checkpoint(name_or_path: str, revision: str | None = None, **hub_option
 
 
 def read_config(folder: Path, name: str) -> "PretrainedConfig":
-    """The configuration of a checkpoint's vision model, after a look at what it says.
+    """Reads and validates the configuration of a checkpoint's vision model.
 
     Args:
-        folder (`Path`): The checkpoint's.
-        name (`str`): What to call it in an error.
+        folder (`Path`): Folder of the checkpoint.
+        name (`str`): Name for error messages.
 
     Returns:
-        `transformers.PretrainedConfig`: Of the vision tower, where a checkpoint has two.
+        `transformers.PretrainedConfig`: That of the vision tower, if the checkpoint has two towers.
 
     Raises:
-        [`BackboneError`]: It is damaged, absurd, wants code of its own to run, or describes no vision model.
+        [`BackboneError`]: It is invalid, has values out of range, needs custom code, or is no vision model.
     """
     from transformers import AutoConfig, ViTConfig
     from transformers.models.auto import MODEL_MAPPING
@@ -85,20 +85,20 @@ def read_config(folder: Path, name: str) -> "PretrainedConfig":
         values = read_json(folder / CONFIG_NAME)
     except ConfigError as error:
         raise BackboneError(f"The backbone {name!r} cannot be loaded: {error}") from error
-    _check(values, name)
+    _check_config(values, name)
     try:
         config = AutoConfig.from_pretrained(str(folder), trust_remote_code=False)
-    except Exception as error:  # anything may be raised on what somebody has tampered with
+    except Exception as error:  # a tampered file may raise anything
         if "auto_map" in values:
             raise BackboneError(
-                f"The backbone {name!r} is of a kind ({str(values.get('model_type'))[:60]!r}) that brings its own "
-                "code, which is never run here. Choose a model that transformers knows."
+                f"The backbone {name!r} has the model type {str(values.get('model_type'))[:60]!r}, which needs "
+                "custom code that is never run here. Choose a model that transformers includes."
             ) from error
-        raise BackboneError(f"The backbone {name!r} cannot be loaded ({_line(error)}) {HINT}") from error
+        raise BackboneError(f"The backbone {name!r} cannot be loaded ({first_line(error)}) {HINT}") from error
     vision = getattr(config, "vision_config", None)
     if vision is not None and type(vision) in MODEL_MAPPING:
         config = vision
-    if config.model_type == "vit_mae":  # whose own class hides 75 % of the patches, at random, in evaluation too
+    if config.model_type == "vit_mae":  # whose own class masks 75 % of the patches at random, even in evaluation
         same = {name: value for name, value in config.to_dict().items() if name not in ("model_type", "architectures")}
         config = ViTConfig.from_dict(same)
     if type(config) not in MODEL_MAPPING:
@@ -106,11 +106,11 @@ def read_config(folder: Path, name: str) -> "PretrainedConfig":
     return config
 
 
-def count_numbers(folder: Path) -> int:
-    """How many numbers the weights of a checkpoint hold, from the heads of its files.
+def count_parameters(folder: Path) -> int:
+    """Number of parameters of a checkpoint, from the headers of its files.
 
     Args:
-        folder (`Path`): The checkpoint's.
+        folder (`Path`): Folder of the checkpoint.
 
     Raises:
         [`BackboneError`]: A file is damaged or missing.
@@ -127,12 +127,12 @@ def count_numbers(folder: Path) -> int:
                         size *= length
                     count += size
     except (SafetensorError, OSError) as error:
-        raise BackboneError(f"The weights in {folder} are damaged or not whole: {error}") from error
+        raise BackboneError(f"The weights in {folder} are damaged or incomplete: {error}") from error
     return count
 
 
 def _download(repo_id: str, revision: str | None, **hub_options: Any) -> Path:
-    """The folder in the cache, whose name is the commit. Where the cache has the last word, nobody is asked."""
+    """Downloads to the cache folder, whose name is the commit; a cached commit makes no request."""
     from huggingface_hub import HfApi, constants, snapshot_download
 
     fixed = revision is not None and re.fullmatch("[0-9a-f]{40}", revision)
@@ -143,14 +143,14 @@ def _download(repo_id: str, revision: str | None, **hub_options: Any) -> Path:
         with explained("load", repo_id, revision):
             if not (constants.HF_HUB_OFFLINE or hub_options.get("local_files_only")):
                 api = HfApi(token=hub_options.get("token"), library_name="hf-clpeft")
-                api.model_info(repo_id, revision=revision)  # fails at once if the Hub is gone; listing takes 23 s to
+                api.model_info(repo_id, revision=revision)  # fails fast if the Hub is down; a listing waits 23 s
             with transferring():
                 return Path(snapshot_download(repo_id, **options))
     except HubError as error:
         folder = _cached(repo_id, revision, **hub_options)
         if folder is None or not error.transient:
             raise
-        logger.warning("%s is taken from the cache, commit %s: %s", repo_id, folder.name, error)
+        logger.warning("%s: using the cached commit %s: %s", repo_id, folder.name, error)
         return folder
 
 
@@ -185,29 +185,25 @@ def _weight_files(folder: Path) -> list[Path]:
     return [folder / name for name in sorted(names)]
 
 
-def _check(values: Any, name: str, key: str = "") -> None:
-    """Refuses what would loop, allocate or fetch code before there is a model that could be measured."""
+def _check_config(values: Any, name: str, key: str = "") -> None:
+    """Rejects values that would loop, allocate memory or fetch code while the model is built."""
     if isinstance(values, dict):
         for inner, value in values.items():
             if inner == "quantization_config" and value:
-                raise BackboneError(f"The backbone {name!r} is quantised; name the checkpoint that it was made from.")
+                raise BackboneError(f"The backbone {name!r} is quantised; use the original checkpoint.")
             if inner.endswith("attn_implementation") and isinstance(value, str) and not value.isidentifier():
-                raise BackboneError(f"The backbone {name!r} wants code from the Hub to run, {inner}={value[:60]!r}.")
-            _check(value, name, str(inner))
+                raise BackboneError(f"The backbone {name!r} needs code from the Hub, {inner}={value[:60]!r}.")
+            _check_config(value, name, str(inner))
     elif isinstance(values, list):
-        if len(values) > LONGEST_LIST and not isinstance(values[0], str):
+        if len(values) > MAX_LIST_LENGTH and not isinstance(values[0], str):
             raise BackboneError(f"{CONFIG_NAME} of the backbone {name!r} lists {len(values):,} values in {key}.")
         for value in values:
-            _check(value, name, key)
+            _check_config(value, name, key)
     elif isinstance(values, int | float):
-        most = MOST_LAYERS if LOOPS.search(key) and "id" not in key.split("_") else LARGEST_NUMBER
+        most = MAX_LAYERS if LOOP_FIELDS.search(key) and "id" not in key.split("_") else MAX_NUMBER
         if key == "num_labels":
-            most = 100 * MOST_LAYERS
+            most = 100 * MAX_LAYERS
         if not abs(values) <= most or (values < 1 and key == "num_hidden_layers"):
             raise BackboneError(
-                f"{CONFIG_NAME} of the backbone {name!r} has {key}={values!r:.40}; at most {most:,} makes sense."
+                f"{CONFIG_NAME} of the backbone {name!r} has {key}={values!r:.40}; at most {most:,} is allowed."
             )
-
-
-def _line(error: Exception) -> str:
-    return (str(error).strip() or repr(error)).splitlines()[0][:300]

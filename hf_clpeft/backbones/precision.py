@@ -1,4 +1,4 @@
-"""What is kept and computed in float32, whatever a model is cast to."""
+"""State that stays in float32 when a model is cast or autocast."""
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -14,10 +14,10 @@ M = TypeVar("M")
 
 
 class KeepsPrecision(torch.nn.Module):
-    """A module whose tensors keep their type, however a model around it is cast: only devices change.
+    """A module whose tensors ignore dtype casts of the enclosing model and only follow it to devices.
 
-    Experts, statistics of routers and rows of heads take little memory, and a model that was cast to bfloat16 and back
-    saves the same bytes.
+    Experts, router statistics and heads take little memory, and a model that was cast to bfloat16 and back saves the
+    same bytes.
 
     Example:
 
@@ -40,10 +40,10 @@ class KeepsPrecision(torch.nn.Module):
 
 
 def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
-    """Switches autocast off inside this context.
+    """Context manager that disables autocast.
 
     Args:
-        device (`torch.device`): Where they are computed.
+        device (`torch.device`): Device whose autocast is disabled.
 
     Example:
 
@@ -63,7 +63,7 @@ def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
 def in_float32(
     method: Callable[Concatenate[M, torch.Tensor, P], R],
 ) -> Callable[Concatenate[M, torch.Tensor, P], R]:
-    """Lets a method that takes features get and compute them in float32, whatever they come in, autocast or not."""
+    """Decorator: casts the features passed to a method to float32 and disables autocast while it runs."""
 
     @wraps(method)
     def wrapped(self: M, features: torch.Tensor, /, *args: P.args, **kwargs: P.kwargs) -> R:

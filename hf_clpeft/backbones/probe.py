@@ -1,7 +1,7 @@
-"""What a model makes of a picture, found out without computing anything.
+"""Probes the outputs of a model with a forward pass on the meta device.
 
-A forward pass on the `meta` device knows all shapes and takes neither time nor memory. So a size, a family or a
-stranger's configuration is tried before there are weights, whatever the architecture names its parts.
+The meta device computes shapes only, without time or memory. So an image size, an architecture or an untrusted
+configuration is tested before any weights are loaded, whatever the architecture names its modules.
 """
 
 from dataclasses import dataclass
@@ -18,27 +18,27 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Layout:
-    """What a model gives for one picture.
+    """Output shapes of a model for one image.
 
     Args:
-        hidden_size (`int`): Width of a feature.
-        places (`bool`): The output is `(batch, hidden_size, height, width)`, rather than a row of tokens.
-        num_layers (`int`): Layers of one width that follow each other; 1 where it cannot be cut into such.
-        layers (`str`, *optional*): Name of their list.
-        random (`str`, *optional*): An operation that draws random numbers.
-        num_bytes (`int`): The largest tensor on the way, in float32.
+        hidden_size (`int`): Size of a feature vector.
+        feature_map (`bool`): Whether outputs are `(batch, hidden_size, height, width)` rather than tokens.
+        num_layers (`int`): Number of consecutive layers of equal width; 1 if the model cannot be truncated.
+        layers (`str`, *optional*): Name of the `ModuleList` of these layers.
+        random (`str`, *optional*): Name of an operation that draws random numbers, if there is one.
+        num_bytes (`int`): Size of the largest intermediate tensor in float32.
     """
 
     hidden_size: int
-    places: bool
+    feature_map: bool
     num_layers: int
     layers: str | None
     random: str | None
     num_bytes: int
 
 
-class _Watch(TorchDispatchMode):
-    """Sees every operation: which draw random numbers, and the largest result."""
+class _OpRecorder(TorchDispatchMode):
+    """Records operations that draw random numbers, and the size of the largest output."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -47,7 +47,7 @@ class _Watch(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         outputs = func(*args, **(kwargs or {}))
-        # Attention counts as random for the sake of its dropout, which is 0 here.
+        # Attention is tagged as random because of its dropout, which is 0 here.
         if torch.Tag.nondeterministic_seeded in func.tags and "attention" not in str(func):
             self.random = str(func)
         for output in outputs if isinstance(outputs, tuple | list) else [outputs]:
@@ -57,17 +57,17 @@ class _Watch(TorchDispatchMode):
 
 
 def probe(model: "PreTrainedModel", shape: tuple[int, int, int]) -> Layout:
-    """Runs a model without computing anything.
+    """Runs a forward pass on the meta device.
 
     Args:
-        model (`transformers.PreTrainedModel`): On any device, `meta` included.
-        shape (`tuple[int, int, int]`): Channels, height and width of a picture.
+        model (`transformers.PreTrainedModel`): Model on any device, including `meta`.
+        shape (`tuple[int, int, int]`): Channels, height and width of an image.
 
     Returns:
         [`Layout`]
 
     Raises:
-        `Exception`: Whatever the model raises on a picture of that shape.
+        `Exception`: Whatever the model raises for an image of that shape.
 
     Example:
 
@@ -80,7 +80,7 @@ def probe(model: "PreTrainedModel", shape: tuple[int, int, int]) -> Layout:
 
     ```
     """
-    count, watch = getattr(model.config, "num_hidden_layers", None), _Watch()
+    count, recorder = getattr(model.config, "num_hidden_layers", None), _OpRecorder()
     lists = [(n, m) for n, m in model.named_modules() if isinstance(m, torch.nn.ModuleList) and len(m) == count]
     seen: dict[str, list[tuple]] = {name: [] for name, _ in lists}
     hooks = [
@@ -89,35 +89,35 @@ def probe(model: "PreTrainedModel", shape: tuple[int, int, int]) -> Layout:
         for layer in layers
     ]
     try:
-        with watch:
+        with recorder:
             output = _forward(model, shape)
     finally:
         for hook in hooks:
             hook.remove()
     whole = tuple(output.shape)
     if len(whole) not in (3, 4):
-        raise ValueError(f"its output has the shape {whole}, and neither tokens nor places")
-    # Layers that keep the shape of what comes out at the end can be cut off.
-    alike = [name for name, shapes in seen.items() if len(whole) == 3 and shapes == [whole] * (count or 0)]
-    layers, num_layers = (alike[0], count) if alike else (None, 1)
-    places = len(whole) == 4
-    return Layout(whole[1 if places else 2], places, num_layers or 1, layers, watch.random, 4 * watch.num_elements)
+        raise ValueError(f"its output has shape {whole}, neither tokens nor a feature map")
+    # The model can be truncated if all layers output the shape of its final output.
+    truncatable = [name for name, shapes in seen.items() if len(whole) == 3 and shapes == [whole] * (count or 0)]
+    layers, num_layers = (truncatable[0], count) if truncatable else (None, 1)
+    width = whole[1 if len(whole) == 4 else 2]
+    return Layout(width, len(whole) == 4, num_layers or 1, layers, recorder.random, 4 * recorder.num_elements)
 
 
-def why_no_prompt(model: "PreTrainedModel", shape: tuple[int, int, int]) -> str | None:
-    """Why a token cannot be put behind the first one that a model's `embeddings` give; `None` if it can.
+def prompt_obstacle(model: "PreTrainedModel", shape: tuple[int, int, int]) -> str | None:
+    """Why tokens cannot be inserted after [CLS] in the output of `model.embeddings`; `None` if they can.
 
     Args:
-        model (`transformers.PreTrainedModel`): Without an adapter.
-        shape (`tuple[int, int, int]`): Channels, height and width of a picture.
+        model (`transformers.PreTrainedModel`): Model without an adapter.
+        shape (`tuple[int, int, int]`): Channels, height and width of an image.
     """
     embeddings = getattr(model, "embeddings", None)
     if embeddings is None:
-        return "it has no `embeddings` layer that gives tokens"
-    given: list[Any] = []
+        return "it has no `embeddings` layer that outputs tokens"
+    captured: list[Any] = []
 
     def insert(module: torch.nn.Module, inputs: tuple, tokens: Any) -> Any:
-        given.append(tokens)
+        captured.append(tokens)
         if isinstance(tokens, torch.Tensor) and tokens.dim() == 3:
             return torch.cat([tokens[:, :1], tokens[:, :1], tokens[:, 1:]], dim=1)
         return None
@@ -126,22 +126,22 @@ def why_no_prompt(model: "PreTrainedModel", shape: tuple[int, int, int]) -> str 
     try:
         output = _forward(model, shape)
     except Exception as error:
-        return f"its layers take no more tokens than a picture has ({type(error).__name__})"
+        return f"its layers require a fixed number of tokens ({type(error).__name__})"
     finally:
         hook.remove()
-    if not (given and isinstance(given[0], torch.Tensor) and given[0].dim() == 3):
-        return "its `embeddings` layer does not give tokens alone"
-    if tuple(output.shape) != (1, given[0].shape[1] + 1, given[0].shape[2]):
-        return "its layers do not keep the tokens that they are given"
+    if not (captured and isinstance(captured[0], torch.Tensor) and captured[0].dim() == 3):
+        return "its `embeddings` layer outputs more than tokens"
+    if tuple(output.shape) != (1, captured[0].shape[1] + 1, captured[0].shape[2]):
+        return "its layers change the number of tokens"
     return None
 
 
 def _forward(model: "PreTrainedModel", shape: tuple[int, int, int]) -> torch.Tensor:
     tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-    nowhere = {name: tensor.detach().to("meta") for name, tensor in tensors.items()}
+    on_meta = {name: tensor.detach().to("meta") for name, tensor in tensors.items()}
     pixel_values = torch.zeros(1, *shape, device="meta", dtype=model.dtype)
     with torch.no_grad():
-        return functional_call(model, nowhere, kwargs={"pixel_values": pixel_values}).last_hidden_state
+        return functional_call(model, on_meta, kwargs={"pixel_values": pixel_values}).last_hidden_state
 
 
 def _shape(output: Any) -> tuple:

@@ -1,9 +1,8 @@
-"""The image processor that a folder describes, always in the form that resizes with Pillow.
+"""Loads image processors, always in the version that resizes with Pillow.
 
-transformers has two forms of most image processors, whose pixels differ by up to 2 of 255: one resizes with Pillow,
-one with torchvision. Its own choice depends on whether torchvision is installed. Here it is Pillow everywhere, so that
-a model sees the pixels that it was trained on wherever it is loaded. And a class is taken from a list, by its name:
-code that a stranger's file points to is never looked for.
+transformers has two versions of most image processors, one with Pillow and one with torchvision, whose pixels differ
+by up to 2 of 255, and picks one by whether torchvision is installed. Always using Pillow gives a model the pixels it
+was trained on wherever it is loaded. Classes are looked up in an allow-list, so custom code is never run.
 """
 
 import math
@@ -14,7 +13,7 @@ import PIL.Image
 
 from ..config.checks import read_json
 from ..config.errors import ConfigError
-from .errors import BackboneError
+from .errors import BackboneError, first_line
 from .transform import ImageTransform
 
 
@@ -22,30 +21,30 @@ if TYPE_CHECKING:
     from transformers.image_processing_utils import BaseImageProcessor
 
 PROCESSOR_NAME = "preprocessor_config.json"
-LARGEST_NUMBER = 4096  # pixels of a side, and more than any other number in such a file
-# Those that do no more than resize, crop, scale, normalise and swap channels.
-PLAIN = (
+MAX_NUMBER = 4096  # limit on sides in pixels, above any other number in such a file
+# Processors that only resize, crop, rescale, normalise and swap channels.
+SUPPORTED = (
     "Beit Bit Blip ChineseCLIP CLIP ConvNext DeiT DPT EfficientNet Levit MobileNetV1 MobileNetV2 MobileViT Perceiver "
     "PoolFormer Pvt Segformer Siglip TextNet ViT"
 ).split()
-# Those that exist with torchvision alone, and what does the same with Pillow.
-STAND_INS = {"DINOv3ViTImageProcessor": "ViTImageProcessor"}
+# Equivalents of processors that exist only in a torchvision version.
+PIL_EQUIVALENTS = {"DINOv3ViTImageProcessor": "ViTImageProcessor"}
 INTERPOLATIONS = {"nearest": 0, "lanczos": 1, "bilinear": 2, "bicubic": 3, "box": 4, "hamming": 5}
 
 
 def read_processor(folder: str | Path, name: str, model_type: str | None = None) -> "BaseImageProcessor":
-    """The image processor of a checkpoint or a saved model.
+    """Loads the image processor of a checkpoint or a saved model.
 
     Args:
-        folder (`str` or `Path`): Holds `preprocessor_config.json`, or `processor_config.json` with one inside.
-        name (`str`): What to call its owner in an error.
-        model_type (`str`, *optional*): Kind of the model, for files of old that do not say their own.
+        folder (`str` or `Path`): Contains `preprocessor_config.json`, or a `processor_config.json` that nests it.
+        name (`str`): Name of its owner for error messages.
+        model_type (`str`, *optional*): Type of the model, for old files that do not name a processor.
 
     Returns:
         `transformers.BaseImageProcessor`
 
     Raises:
-        [`BackboneError`]: There is no such file, or it describes what cannot be used.
+        [`BackboneError`]: There is no such file, or the processor is not supported.
 
     Example:
 
@@ -63,27 +62,27 @@ def read_processor(folder: str | Path, name: str, model_type: str | None = None)
     values = _read_values(Path(folder), name)
     kind = values.get("image_processor_type") or values.get("feature_extractor_type") or _default_kind(model_type)
     kind = str(kind).replace("FeatureExtractor", "ImageProcessor").removesuffix("Fast").removesuffix("Pil")
-    kind = STAND_INS.get(kind, kind)
-    if kind.removesuffix("ImageProcessor") not in PLAIN or not hasattr(transformers, f"{kind}Pil"):
+    kind = PIL_EQUIVALENTS.get(kind, kind)
+    if kind.removesuffix("ImageProcessor") not in SUPPORTED or not hasattr(transformers, f"{kind}Pil"):
         raise BackboneError(
-            f"{name} has an image processor of the type {kind[:60]!r}, which does more than resize, crop and "
-            "normalise, or is unknown. Save a plain one into a copy of the folder, such as ViTImageProcessor or "
-            "BitImageProcessor (resize, then crop), and name that folder."
+            f"{name} has an image processor of the type {kind[:60]!r}, which is unknown or does more than resize, "
+            "crop and normalise. Save a supported one, such as ViTImageProcessor or BitImageProcessor (resize, then "
+            "crop), into a copy of the folder, and pass that folder."
         )
     _check_numbers(values, name)
     unused = ("auto_map", "image_processor_type", "feature_extractor_type", "processor_class", "_processor_class")
     try:
         return getattr(transformers, f"{kind}Pil")(**{k: v for k, v in values.items() if k not in unused})
-    except Exception as error:  # anything may be raised on what somebody has tampered with
-        raise BackboneError(f"The image processor of {name} cannot be made: {_line(error)}") from error
+    except Exception as error:  # a tampered file may raise anything
+        raise BackboneError(f"The image processor of {name} cannot be created: {first_line(error)}") from error
 
 
 def set_size(processor: Any, image_size: int) -> None:
-    """Lets a processor make square pictures of `image_size`; one that crops cuts off the same share as before.
+    """Makes a processor output square images of `image_size`, with the same crop ratio as before.
 
     Args:
-        processor (`transformers.BaseImageProcessor`): Changed in place.
-        image_size (`int`): Side, in pixels.
+        processor (`transformers.BaseImageProcessor`): Processor, changed in place.
+        image_size (`int`): Side in pixels.
     """
     if getattr(processor, "do_center_crop", False) and not hasattr(processor, "crop_pct"):
         old = _side(processor.crop_size)
@@ -94,38 +93,38 @@ def set_size(processor: Any, image_size: int) -> None:
         }
         processor.size = grown
         processor.crop_size = {"height": image_size, "width": image_size}
-    elif hasattr(processor, "crop_pct"):  # ConvNeXt's crops to what it calls its shortest edge
+    elif hasattr(processor, "crop_pct"):  # ConvNeXt's crops to its `shortest_edge`
         processor.size = {"shortest_edge": image_size}
     else:
         processor.size = {"height": image_size, "width": image_size}
 
 
-def measure(transform: ImageTransform, name: str) -> int:
-    """Side of the square pictures that come out, in pixels, as seen by trying with a wide and a tall one.
+def output_size(transform: ImageTransform, name: str) -> int:
+    """Side of the square output of a transform in pixels, measured on a wide and a tall image.
 
     Args:
-        transform ([`ImageTransform`]): To try.
-        name (`str`): What to call its owner in an error.
+        transform ([`ImageTransform`]): Transform to measure.
+        name (`str`): Name of its owner for error messages.
 
     Raises:
-        [`BackboneError`]: They are not square, or not all of one size, or it cannot resize or normalise at all.
+        [`BackboneError`]: Outputs are not square or not all of one size, or it cannot resize or normalise.
     """
-    pictures = [PIL.Image.new("RGB", size) for size in ((50, 40), (40, 50))]
+    images = [PIL.Image.new("RGB", size) for size in ((50, 40), (40, 50))]
     try:
-        shapes = {transform.resize([picture]).shape[1:] for picture in pictures}
+        shapes = {transform.resize([image]).shape[1:] for image in images}
     except Exception as error:
-        raise BackboneError(f"The image processor of {name} cannot resize: {_line(error)}") from error
+        raise BackboneError(f"The image processor of {name} cannot resize: {first_line(error)}") from error
     if len(shapes) != 1 or len({*(shape := shapes.pop())[1:]}) != 1 or shape[0] != transform.channels:
         raise BackboneError(
-            f"The image processor of {name} does not make square pictures of one size. Give it a size with height and "
-            "width alike, or a centre crop (do_center_crop, crop_size), or pass image_size=."
+            f"The image processor of {name} does not output square images of one size. Give it a size with equal "
+            "height and width, or a centre crop (do_center_crop, crop_size), or pass image_size=."
         )
     processor = transform.processor
     for values in (processor.image_mean, processor.image_std) if processor.do_normalize else ():
         if len(values) < transform.channels or (transform.channels == 1 and len(set(values)) > 1):
             raise BackboneError(
-                f"The image processor of {name} normalises with {list(values)}, but its model takes pictures of "
-                f"{transform.channels} channels. Name a mean and a standard deviation for each."
+                f"The image processor of {name} normalises with {list(values)}, but its model takes images with "
+                f"{transform.channels} channels. Set one mean and one standard deviation for each."
             )
     return shape[1]
 
@@ -141,21 +140,21 @@ def _read_values(folder: Path, name: str) -> dict:
     except (ConfigError, OSError) as error:
         raise BackboneError(f"The image processor of {name} cannot be read: {error}") from error
     if isinstance(config.get("pretrained_cfg"), dict):
-        return _as_timm_does(config["pretrained_cfg"], name)
+        return _from_timm_config(config["pretrained_cfg"], name)
     raise BackboneError(
-        f"{name} has no {PROCESSOR_NAME}, which says how its pictures are resized and normalised. Save one into a "
+        f"{name} has no {PROCESSOR_NAME}, which defines how images are resized and normalised. Save one into a "
         "copy of the folder, for example ViTImageProcessor(size={...}, image_mean=[...]).save_pretrained(FOLDER), "
-        "and name that folder."
+        "and pass that folder."
     )
 
 
-def _as_timm_does(config: dict, name: str) -> dict:
-    """Resize and crop of a timm checkpoint, whose own form needs timm and torchvision."""
+def _from_timm_config(config: dict, name: str) -> dict:
+    """Converts a timm `pretrained_cfg` to an image processor that needs neither timm nor torchvision."""
     try:
         channels, height, width = config["input_size"]
         mode, share = config.get("crop_mode") or "center", float(config.get("crop_pct") or 0.875)
         if height != width or mode not in ("center", "squash"):
-            raise ValueError(f"input_size={config['input_size']} with crop_mode={mode!r} is not known here")
+            raise ValueError(f"input_size={config['input_size']} with crop_mode={mode!r} is not supported")
         edge = math.floor(height / share)
         return {
             "image_processor_type": "BitImageProcessor",
@@ -171,7 +170,7 @@ def _as_timm_does(config: dict, name: str) -> dict:
             "image_std": list(config["std"]),
         }
     except (KeyError, TypeError, ValueError, ArithmeticError) as error:
-        raise BackboneError(f"The pretrained_cfg of {name} does not say how to resize pictures: {error!r}.") from error
+        raise BackboneError(f"The pretrained_cfg of {name} does not say how to resize images: {error!r}.") from error
 
 
 def _default_kind(model_type: Any) -> str | None:
@@ -188,15 +187,11 @@ def _check_numbers(values: Any, name: str, key: str = "") -> None:
     elif isinstance(values, list):
         for value in values:
             _check_numbers(value, name, key)
-    elif isinstance(values, int | float) and not abs(values) <= LARGEST_NUMBER:
+    elif isinstance(values, int | float) and not abs(values) <= MAX_NUMBER:
         raise BackboneError(
-            f"The image processor of {name} has {key}={values!r:.40}; at most {LARGEST_NUMBER:,} makes sense."
+            f"The image processor of {name} has {key}={values!r:.40}; at most {MAX_NUMBER:,} is allowed."
         )
 
 
 def _side(size: Any) -> int:
     return int(size.get("height") or size.get("shortest_edge"))
-
-
-def _line(error: Exception) -> str:
-    return (str(error).strip() or repr(error)).splitlines()[0][:200]

@@ -1,4 +1,4 @@
-"""Another size of pictures than the checkpoint's: position embeddings interpolated for good."""
+"""Input sizes other than the checkpoint's: interpolates position embeddings once."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -11,52 +11,52 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
 
-def own_size(config: "PretrainedConfig") -> int | None:
-    """Side of the square pictures that a model was made for, in pixels; `None` if any will do.
+def native_size(config: "PretrainedConfig") -> int | None:
+    """Side of the square input in a model's configuration, in pixels; `None` if it accepts any size.
 
     Args:
-        config (`transformers.PretrainedConfig`): The model's.
+        config (`transformers.PretrainedConfig`): Configuration of the model.
 
     Raises:
-        [`BackboneError`]: They are not square.
+        [`BackboneError`]: The input is not square.
     """
     size = getattr(config, "image_size", None)
     if isinstance(size, list | tuple):
         if len(set(size)) != 1:
-            raise BackboneError(f"The backbone takes pictures of {list(size)} px; only square ones are supported.")
+            raise BackboneError(f"The backbone takes images of {list(size)} px; only square ones are supported.")
         size = size[0]
     return size
 
 
 def patch_size_of(config: "PretrainedConfig") -> int:
-    """Side of a patch, in pixels; 1 where there are no such patches."""
+    """Side of a patch in pixels; 1 if the model has no square patches."""
     size = getattr(config, "patch_size", 1)
     return size if isinstance(size, int) and size > 0 else 1
 
 
-def fit_positions(model: "PreTrainedModel", image_size: int) -> None:
-    """Lets a model take pictures of `image_size`, by its own interpolation of position embeddings, once.
+def interpolate_positions(model: "PreTrainedModel", image_size: int) -> None:
+    """Adapts a model to `image_size` by interpolating its position embeddings once, with its own method.
 
-    Architectures whose positions do not depend on the size, or that interpolate in every forward pass, are left as
-    they are.
+    Architectures whose position embeddings do not depend on the size, or are interpolated in every forward pass, are
+    not changed.
 
     Args:
-        model (`transformers.PreTrainedModel`): Changed in place, its `config.image_size` too.
-        image_size (`int`): Side, in pixels.
+        model (`transformers.PreTrainedModel`): Model, changed in place, with its `config.image_size`.
+        image_size (`int`): Side in pixels.
 
     Raises:
-        `ValueError`: Its positions cannot be interpolated.
+        `ValueError`: Its position embeddings cannot be interpolated.
     """
     config = model.config
     embeddings: Any = getattr(model, "embeddings", None)  # fields differ from class to class
-    old = own_size(config)
+    old = native_size(config)
     if old is None or old == image_size:
         return
     patch_size = patch_size_of(config)
     grid = (image_size // patch_size) ** 2
     table = getattr(embeddings, "position_embedding", None)
     positions = getattr(embeddings, "position_embeddings", None)
-    if isinstance(table, torch.nn.Embedding):  # CLIP and SigLIP look positions up
+    if isinstance(table, torch.nn.Embedding):  # in CLIP and SigLIP
         new = _interpolated(embeddings, table.weight[None], grid, old // patch_size, image_size)[0]
         embeddings.position_embedding = torch.nn.Embedding.from_pretrained(new)
         numbers = torch.arange(len(new), device=new.device)[None]
@@ -76,8 +76,8 @@ def fit_positions(model: "PreTrainedModel", image_size: int) -> None:
 
 @torch.no_grad()
 def _interpolated(embeddings: Any, positions: torch.Tensor, grid: int, side: int, image_size: int) -> torch.Tensor:
-    """Positions of `grid` patches and of the tokens before them, as the model's own method makes them."""
-    before = positions.shape[1] - side**2  # [CLS], and what else stands there
+    """Position embeddings of `grid` patches and the tokens before them, by the model's own method."""
+    before = positions.shape[1] - side**2  # [CLS] and other special tokens
     tokens = positions.new_zeros(1, grid + before, positions.shape[2])
     try:
         new = embeddings.interpolate_pos_encoding(tokens, image_size, image_size)

@@ -1,4 +1,4 @@
-"""A backbone's own image processing: resized by Pillow on the CPU, normalised by torch on the device."""
+"""Image preprocessing of a backbone: resizing with Pillow on the CPU, normalisation with torch on the device."""
 
 import json
 from collections.abc import Iterable
@@ -14,8 +14,8 @@ from .pictures import open_image
 if TYPE_CHECKING:
     from transformers.image_processing_utils import BaseImageProcessor
 
-# What an image processor says that changes no pixel here: pictures come as RGB, and go out as `uint8` arrays.
-SAYS_NOTHING = {
+# Settings of an image processor that change no pixels here: images are RGB, and outputs are `uint8` arrays.
+IRRELEVANT = {
     "data_format",
     "device",
     "disable_grouping",
@@ -30,11 +30,11 @@ SAYS_NOTHING = {
 
 
 class ImageTransform:
-    """A backbone's own image processing, cut in two: resizing on the CPU, arithmetic on the device.
+    """The image processor of a backbone in two steps: resizing on the CPU, normalisation on the device.
 
     Args:
-        processor (`transformers.BaseImageProcessor`): The backbone's image processor.
-        channels (`int`, *optional*, defaults to 3): What the backbone takes: 3 (RGB) or 1 (grey).
+        processor (`transformers.BaseImageProcessor`): Image processor of the backbone.
+        channels (`int`, *optional*, defaults to 3): Input channels of the backbone: 3 (RGB) or 1 (greyscale).
 
     Example:
 
@@ -63,16 +63,16 @@ class ImageTransform:
         return self.resize([PIL.Image.new("RGB", (8, 8))]).shape[1:]
 
     def resize(self, images: Iterable[Any]) -> np.ndarray:
-        """Reads and resizes (and crops, if the processor does) images, one after the other: big ones may be many.
+        """Decodes, resizes and, if the processor does, crops images, one at a time to bound the memory.
 
         Args:
-            images (iterable): One or more pictures of any kind and size; see [`open_image`].
+            images (iterable): One or more images in any form that [`open_image`] accepts.
 
         Returns:
             `uint8` array of shape `(number of images, channels, height, width)`.
 
         Raises:
-            [`PictureError`]: One of them is no picture.
+            [`PictureError`]: One of them cannot be decoded.
         """
         return np.concatenate([self._resize(open_image(image)) for image in images])
 
@@ -82,19 +82,19 @@ class ImageTransform:
         return np.clip(np.round(pixels[:, : self.channels]), 0, 255).astype(np.uint8)
 
     def normalize(self, pixels: torch.Tensor) -> torch.Tensor:
-        """Scales and normalises pixels, on whatever device they are.
+        """Rescales and normalises pixels on their device.
 
         Args:
             pixels (`torch.Tensor` of shape `(batch, channels, height, width)`, `uint8`): Resized images.
 
         Returns:
-            `torch.Tensor` of the same shape, `float32`: What the backbone expects.
+            `torch.Tensor` of the same shape, `float32`: Input of the backbone.
         """
         values = pixels.float()
         if self.processor.do_rescale:
             values = values * self.processor.rescale_factor
         if self.processor.do_normalize:
-            # The processor of a grey backbone may name three channels, as it does by default.
+            # Processors default to three channels, also those of greyscale backbones.
             mean, std = (
                 torch.tensor(numbers[: self.channels], dtype=torch.float32, device=pixels.device).view(-1, 1, 1)
                 for numbers in (self.processor.image_mean, self.processor.image_std)
@@ -103,10 +103,10 @@ class ImageTransform:
         return values
 
     def differs_from(self, other: "ImageTransform") -> list[str]:
-        """Names of the settings for which the same picture may become other pixels; none if there are none.
+        """Names of the settings that differ and change the pixels of an image.
 
         Args:
-            other ([`ImageTransform`]): Another one.
+            other ([`ImageTransform`]): Transform to compare with.
 
         Example:
 
@@ -124,9 +124,9 @@ class ImageTransform:
 
     def _settings(self) -> dict[str, Any]:
         values = json.loads(self.processor.to_json_string())
-        said = {name: value for name, value in values.items() if name not in SAYS_NOTHING and name[0] != "_"}
-        for name, value in said.items():
+        settings = {name: value for name, value in values.items() if name not in IRRELEVANT and name[0] != "_"}
+        for name, value in settings.items():
             if isinstance(value, dict):
-                said[name] = {key: number for key, number in value.items() if number is not None}
+                settings[name] = {key: number for key, number in value.items() if number is not None}
         kind = {"kind": type(self.processor).__name__, "channels": self.channels}
-        return {name: value for name, value in said.items() if value is not None} | kind
+        return {name: value for name, value in settings.items() if value is not None} | kind

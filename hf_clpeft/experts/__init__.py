@@ -1,4 +1,4 @@
-"""PEFT on a frozen vision backbone: experts, how they are stored, and the bank that runs them."""
+"""PEFT on a frozen vision backbone: experts, their files, and the bank that runs them in batches."""
 
 from .bank import ExpertBank
 from .expert import Expert, ExpertError

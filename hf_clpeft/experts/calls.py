@@ -1,4 +1,4 @@
-"""What is selected in the call that a thread is in: threads share a backbone, and each has its own selection."""
+"""Thread-local forward hooks: threads share a backbone, but each call has its own selection of experts."""
 
 import threading
 from collections.abc import Iterator
@@ -10,43 +10,43 @@ import torch
 
 
 class Call(Protocol):
-    """One forward pass of a backbone, in which experts change what some of its layers give."""
+    """One forward pass of a backbone in which experts modify the outputs of some layers."""
 
     def update(self, key: str, args: tuple, output: torch.Tensor) -> torch.Tensor | None:
-        """What the layer of that key gives instead, or `None` for its own output."""
+        """Returns the modified output of the layer with that key, or `None` to keep it."""
 
 
-class _Running(threading.local):
-    """The call that each thread is in. Not a context variable: those cannot be compiled."""
+class _Active(threading.local):
+    """The active call of each thread. Not a context variable, as those cannot be compiled."""
 
     def __init__(self) -> None:
         self.call: Call | None = None
 
 
-_running = _Running()
-hooking = threading.RLock()  # held by who changes or copies the hooks of a backbone
+_active = _Active()
+hooks_lock = threading.RLock()  # guards changes and copies of the hooks of a backbone
 
 
 @contextmanager
-def during(call: Call) -> Iterator[None]:
-    """Lets a call change what hooked layers give to this thread, and to no other, inside this context."""
-    outer, _running.call = _running.call, call
+def active_call(call: Call) -> Iterator[None]:
+    """Context manager: a call modifies the outputs of hooked layers, in this thread only."""
+    outer, _active.call = _active.call, call
     try:
         yield
     finally:
-        _running.call = outer
+        _active.call = outer
 
 
-def hook(layer: torch.nn.Module, key: str) -> None:
-    """Lets a layer ask the call that runs, by its key; idle while there is none.
+def attach_hook(layer: torch.nn.Module, key: str) -> None:
+    """Attaches a forward hook that dispatches to the active call by key, and does nothing without one.
 
-    One hook serves all banks that share a backbone, and holds on to none of them.
+    One hook serves all banks that share a backbone and keeps no reference to them.
     """
-    with hooking:
-        if not any(getattr(known, "func", None) is _ask for known in layer._forward_hooks.values()):
-            layer.register_forward_hook(partial(_ask, key))
+    with hooks_lock:
+        if not any(getattr(known, "func", None) is _dispatch for known in layer._forward_hooks.values()):
+            layer.register_forward_hook(partial(_dispatch, key))
 
 
-def _ask(key: str, layer: torch.nn.Module, args: tuple, output: torch.Tensor) -> torch.Tensor | None:
-    call = _running.call
+def _dispatch(key: str, layer: torch.nn.Module, args: tuple, output: torch.Tensor) -> torch.Tensor | None:
+    call = _active.call
     return None if call is None else call.update(key, args, output)

@@ -1,4 +1,4 @@
-"""An expert at rest: a PEFT configuration and the tensors PEFT saves for it."""
+"""A saved expert: a PEFT configuration and the state dict of its adapter."""
 
 import copy
 import warnings
@@ -22,15 +22,15 @@ from ..config.errors import ConfigError, HfClpeftError
 from .prompts import PromptTunedVisionModel
 
 
-ADAPTER = "default"  # the only adapter name we give PEFT; it is not part of any file
-LARGEST_FILE = 4 * 2**30  # bytes of an expert's tensors; those of rank 64 on all of a ViT-H need a tenth
+ADAPTER = "default"  # the adapter name used in PEFT models; it is not saved
+LARGEST_FILE = 4 * 2**30  # bytes; rank 64 on all layers of a ViT-H needs a tenth
 MOST_TENSORS = 20_000
 DTYPES = {"F64", "F32", "F16", "BF16"}
-PLACES = ".shira_indices"  # which weights of a layer SHiRA trains: the only whole numbers in an expert
+SHIRA_INDICES = ".shira_indices"  # weights that SHiRA trains: the only integer tensors in an expert
 
 
 class ExpertError(HfClpeftError, ValueError):
-    """An expert that cannot be used whole. It is never used in part.
+    """An expert that cannot be used. Experts are never loaded partially.
 
     Example:
 
@@ -49,12 +49,12 @@ class ExpertError(HfClpeftError, ValueError):
 
 @dataclass(frozen=True)
 class Expert:
-    """One trained PEFT adapter of a backbone.
+    """A trained PEFT adapter of a backbone.
 
     Args:
         name (`str`): Name of its task.
         config (`peft.PeftConfig`): PEFT's configuration.
-        tensors (`dict[str, torch.Tensor]`): PEFT's own file content, on the CPU.
+        tensors (`dict[str, torch.Tensor]`): State dict as PEFT saves it, on the CPU.
 
     Example:
 
@@ -77,31 +77,31 @@ class Expert:
 
     @property
     def num_parameters(self) -> int:
-        """How many numbers were trained."""
+        """Number of trained parameters."""
         return sum(tensor.numel() for tensor in self.tensors.values())
 
     @classmethod
     def from_peft_model(cls, name: str, peft_model: PeftModel) -> "Expert":
         """Copies the adapter out of a PEFT model."""
-        # The embedding check of PEFT asks the Hub, and a vision backbone has no vocabulary that could have grown.
+        # PEFT's check of the embeddings queries the Hub, and a vision backbone has no vocabulary to check.
         tensors = get_peft_model_state_dict(peft_model, adapter_name=ADAPTER, save_embedding_layers=False)
         tensors = {key: tensor.detach().to("cpu", copy=True).contiguous() for key, tensor in tensors.items()}
         return cls(name, peft_model.peft_config[ADAPTER], tensors)
 
     def copy_to(self, peft_model: PeftModel) -> None:
-        """Copies the adapter into a PEFT model that was built from an equal configuration.
+        """Loads the adapter into a PEFT model that was built from an equal configuration.
 
         Raises:
-            [`ExpertError`]: A tensor has no home, a home gets no tensor, or shapes differ.
+            [`ExpertError`]: There are missing or unexpected keys, or shapes differ.
         """
-        self._check_homes(peft_model)
+        self._check_keys(peft_model)
         try:
             set_peft_model_state_dict(peft_model, self.tensors, adapter_name=ADAPTER)
         except (RuntimeError, KeyError) as error:
             raise ExpertError(f"Expert {self.name!r} does not fit the backbone: {error}") from error
 
     def check_fits(self, backbone: Backbone) -> None:
-        """Tries the adapter on a copy of the backbone that has shapes and no numbers, before memory is taken for it.
+        """Checks that the adapter fits, on a copy of the backbone on the meta device, before allocating memory.
 
         Args:
             backbone ([`Backbone`]): The frozen model, without an adapter on it.
@@ -113,62 +113,62 @@ class Expert:
         if config.is_prompt_learning:
             self._check_shapes({"prompt_embeddings": (config.num_virtual_tokens, backbone.hidden_size)})
             return
-        if config.peft_type == "SHIRA":  # PEFT itself lets it take no more than the backbone has
-            self._check_places(backbone)
+        if config.peft_type == "SHIRA":  # PEFT bounds its size by that of the backbone
+            self._check_shira_indices(backbone)
             return
-        bare, taken = _without_numbers(backbone.model), copy.deepcopy(config)
-        # BOFT reads numbers while it is put on, one layer after the other.
-        place = nullcontext() if config.peft_type == "BOFT" else torch.device("meta")
-        with place, _explained(backbone, config):
-            self._check_homes(PeftModel(bare, taken, adapter_name=ADAPTER))
+        model, config = _to_meta(backbone.model), copy.deepcopy(config)
+        # BOFT reads values of its own tensors while it is attached.
+        device = nullcontext() if config.peft_type == "BOFT" else torch.device("meta")
+        with device, _as_expert_error(backbone, config):
+            self._check_keys(PeftModel(model, config, adapter_name=ADAPTER))
 
-    def _check_places(self, backbone: Backbone) -> None:
+    def _check_shira_indices(self, backbone: Backbone) -> None:
         layers = dict(backbone.model.named_modules())
         for key, tensor in self.tensors.items():
-            layer: Any = layers.get(key.removeprefix("base_model.model.").removesuffix(PLACES))
-            if not key.endswith(PLACES) or layer is None:
-                continue  # without a home, which is told later
+            layer: Any = layers.get(key.removeprefix("base_model.model.").removesuffix(SHIRA_INDICES))
+            if not key.endswith(SHIRA_INDICES) or layer is None:
+                continue  # an unexpected key, reported later
             size = torch.tensor(layer.weight.shape)[:, None]
             if tensor.shape[:1] != size.shape[:1] or not ((tensor >= 0) & (tensor < size)).all():
                 raise ExpertError(
-                    f"Expert {self.name!r} does not fit the backbone: {key} points outside of a layer of shape "
+                    f"Expert {self.name!r} does not fit the backbone: {key} is out of range for a layer of shape "
                     f"{tuple(layer.weight.shape)}."
                 )
 
-    def _check_homes(self, peft_model: PeftModel) -> None:
+    def _check_keys(self, peft_model: PeftModel) -> None:
         wanted = get_peft_model_state_dict(peft_model, adapter_name=ADAPTER, save_embedding_layers=False)
         self._check_shapes({key: tuple(tensor.shape) for key, tensor in wanted.items()})
 
     def _check_shapes(self, wanted: dict[str, tuple[int, ...]]) -> None:
-        homeless, untrained = sorted(self.tensors.keys() - wanted), sorted(wanted.keys() - self.tensors)
-        if homeless or untrained:
+        unexpected, missing = sorted(self.tensors.keys() - wanted), sorted(wanted.keys() - self.tensors)
+        if unexpected or missing:
             raise ExpertError(
-                f"Expert {self.name!r} does not fit the backbone: {len(homeless)} tensors have no home "
-                f"{homeless[:2]} and {len(untrained)} places got no tensor {untrained[:2]}. Was it trained on another "
-                "backbone, or before transformers 5.9 renamed the projections of ViT?"
+                f"Expert {self.name!r} does not fit the backbone: {len(unexpected)} unexpected keys "
+                f"{unexpected[:2]} and {len(missing)} missing keys {missing[:2]}. Was it trained on another backbone, "
+                "or before transformers 5.9 renamed the projections of ViT?"
             )
         for key, shape in wanted.items():
             if tuple(self.tensors[key].shape) != shape:
                 raise ExpertError(
                     f"Expert {self.name!r} does not fit the backbone: {key} has shape "
-                    f"{tuple(self.tensors[key].shape)} and should have {shape}, as its {CONFIG_NAME} says."
+                    f"{tuple(self.tensors[key].shape)} and should have {shape} according to its {CONFIG_NAME}."
                 )
 
     def save(self, folder: str | Path) -> None:
         """Writes `adapter_config.json` and `adapter_model.safetensors`, as PEFT does."""
         Path(folder).mkdir(parents=True, exist_ok=True)
-        # Written by Python, whose errors say that a disk is full.
+        # Written by Python, as errors of safetensors do not tell that the disk is full.
         Path(folder, SAFETENSORS_WEIGHTS_NAME).write_bytes(save(self.tensors, metadata={"format": "pt"}))
         config = copy.copy(self.config)
-        config.inference_mode = True  # as PEFT marks what it saves
+        config.inference_mode = True  # as in files saved by PEFT
         for field, value in vars(config).items():
-            if isinstance(value, set):  # whose order would change from one process to the next
+            if isinstance(value, set):  # whose order differs between processes
                 setattr(config, field, sorted(value))
         config.save_pretrained(str(folder))
 
     @classmethod
     def load(cls, name: str, folder: str | Path) -> "Expert":
-        """Reads what [`~Expert.save`] or PEFT wrote.
+        """Loads an expert saved by [`~Expert.save`] or by PEFT.
 
         Raises:
             [`ExpertError`]: A file is missing or damaged, or a tensor is not finite.
@@ -184,36 +184,36 @@ class Expert:
             raise ExpertError(f"{path} is damaged: {error}") from error
         broken = [key for key, tensor in tensors.items() if not torch.isfinite(tensor).all()]
         if broken:
-            raise ExpertError(f"{path} has values that are no finite numbers in {broken[0]}.")
+            raise ExpertError(f"{path} has values that are not finite in {broken[0]}.")
         config.inference_mode = False
         return cls(name, config, tensors)
 
 
 def _read_header(path: Path) -> list[str]:
-    """Names of the tensors of a file, after checking that they can be an expert's."""
+    """Reads the names of the tensors of a file, and checks sizes and dtypes."""
     if path.stat().st_size > LARGEST_FILE:
-        raise ExpertError(f"{path} has {path.stat().st_size:,} bytes; an expert has {LARGEST_FILE:,} at most.")
+        raise ExpertError(f"{path} has {path.stat().st_size:,} bytes; the limit is {LARGEST_FILE:,}.")
     with safe_open(path, framework="pt") as file:
         names = list(file.keys())
         if len(names) > MOST_TENSORS or any(len(name) > 512 for name in names):
-            raise ExpertError(f"{path} has {len(names):,} tensors, or one with an endless name; it is no expert.")
+            raise ExpertError(f"{path} has {len(names):,} tensors, or one with too long a name; it is not an expert.")
         dtypes = {name: file.get_slice(name).get_dtype() for name in names}
     for name, dtype in dtypes.items():
-        if dtype not in DTYPES and not (name.endswith(PLACES) and dtype == "I32"):
-            raise ExpertError(f"{path} holds {dtype} in {name}; an expert is made of float32, float16 or bfloat16.")
+        if dtype not in DTYPES and not (name.endswith(SHIRA_INDICES) and dtype == "I32"):
+            raise ExpertError(f"{path} has {dtype} in {name}; an expert has float32, float16 or bfloat16 tensors.")
     return names
 
 
 def _read_config(path: Path, names: list[str]) -> PeftConfig:
-    """What an `adapter_config.json` says, after checking all of it, with the names of the tensors beside it."""
+    """Reads and validates an `adapter_config.json`, given the names of the tensors saved with it."""
     try:
         values = read_json(path)
         whole = values.get("modules_to_save")
         if isinstance(whole, list) and not any(f".{module}." in name for module in whole for name in names):
-            # The classifier of whoever trained it, mostly, which did not come along.
+            # Usually the classifier it was trained with, which is not in the file.
             values["modules_to_save"] = None
         return _make_config(values)
-    except Exception as error:  # PEFT raises anything, even RecursionError, on what somebody has tampered with
+    except Exception as error:  # on tampered files, PEFT may raise anything, even RecursionError
         raise ExpertError(f"{path} cannot be used: {error}") from error
 
 
@@ -232,17 +232,17 @@ def _make_config(values: dict) -> Any:
 
 
 def make_peft_config(arguments: dict, backbone: Backbone) -> PeftConfig:
-    """PEFT's configuration of a new expert.
+    """Creates the PEFT configuration of a new expert.
 
     Args:
         arguments (`dict`): `peft_type` and the arguments of that configuration.
-        backbone ([`Backbone`]): Gives left-out `target_modules`, and the name to save as the base model.
+        backbone ([`Backbone`]): Provides default `target_modules`, and the name of the base model to save.
 
     Returns:
         `peft.PeftConfig`
 
     Raises:
-        [`ExpertError`]: The technique does not work here, or an argument is unknown or out of bounds: see
+        [`ExpertError`]: The technique is not supported, or an argument is unknown or out of range; see
             [`~hf_clpeft.config.adapters.check_peft`].
 
     Example:
@@ -262,7 +262,7 @@ def make_peft_config(arguments: dict, backbone: Backbone) -> PeftConfig:
     except ConfigError as error:
         raise ExpertError(str(error)) from error
     except Exception as error:
-        raise ExpertError(f"PEFT cannot make a configuration of {arguments}: {error}") from error
+        raise ExpertError(f"PEFT cannot create a configuration from {arguments}: {error}") from error
     config.base_model_name_or_path = backbone.config.name_or_path
     config.revision = backbone.config.revision
     if not config.is_prompt_learning and getattr(config, "target_modules", None) is None:
@@ -271,39 +271,39 @@ def make_peft_config(arguments: dict, backbone: Backbone) -> PeftConfig:
 
 
 def make_peft_model(backbone: Backbone, config: PeftConfig) -> PeftModel:
-    """Puts a fresh adapter on the backbone. Adapters other than prompts change the backbone in place until unloaded.
+    """Attaches a new adapter to the backbone. All but prompts modify the backbone in place until unloaded.
 
     Args:
         backbone ([`Backbone`]): The frozen model.
-        config (`peft.PeftConfig`): What to put on it.
+        config (`peft.PeftConfig`): Configuration of the adapter.
 
     Returns:
         `peft.PeftModel`
 
     Raises:
-        [`BackboneError`]: A prompt has no place in this backbone.
+        [`BackboneError`]: The backbone does not support prompts.
         [`ExpertError`]: PEFT cannot use the configuration on this backbone.
     """
     if config.is_prompt_learning:
         backbone.check_prompts()
     make: type[PeftModel] = PromptTunedVisionModel if config.is_prompt_learning else PeftModel
     weights = dict(backbone.model.named_parameters())
-    with _explained(backbone, config):
+    with _as_expert_error(backbone, config):
         peft_model = make(backbone.model, config, adapter_name=ADAPTER)
     trained = [name for name, weight in weights.items() if weight.requires_grad]
     if trained:
-        raise ExpertError(_CHANGED.format(f"This {PeftType(config.peft_type).value} adapter", trained[0]))
+        raise ExpertError(_CHANGED_MESSAGE.format(f"This {PeftType(config.peft_type).value} adapter", trained[0]))
     return peft_model
 
 
-_CHANGED = "{} changes {} of the frozen backbone, which all experts share. Load the model again without it."
+_CHANGED_MESSAGE = "{} changes {} of the frozen backbone, which all experts share. Load the model again without it."
 
 
 class Seal:
-    """Knows a model's weights by their sums, so that nobody changes them unnoticed.
+    """Checksums of a model's weights, which detect any change to them.
 
     Args:
-        model (`torch.nn.Module`): A frozen model, without an adapter on it.
+        model (`torch.nn.Module`): A frozen model, without an adapter.
 
     Example:
 
@@ -323,29 +323,29 @@ class Seal:
     """
 
     def __init__(self, model: torch.nn.Module):
-        # By their modules: a tensor is another one after a move to another device.
-        self._places = {
+        # Looked up by module, as moving to another device replaces the tensors.
+        self._tensors = {
             f"{path}.{name}".lstrip("."): (module, name)
             for path, module in model.named_modules()
             for name, weight in [*module._parameters.items(), *module._buffers.items()]
             if weight is not None
         }
-        self._sums = self._sum_up()
+        self._checksums = self._checksum()
 
     def check(self, who: str) -> None:
-        """Raises [`ExpertError`] if a weight is not what it was. In another precision, nothing can be told.
+        """Raises [`ExpertError`] if a weight has changed. Weights whose dtype has changed are not compared.
 
         Args:
-            who (`str`): What may have changed it, for the message.
+            who (`str`): What may have changed it, for the error message.
         """
-        for name, found in self._sum_up().items():
-            if found != self._sums[name] and found[0] == self._sums[name][0]:
-                raise ExpertError(_CHANGED.format(who, name))
+        for name, found in self._checksum().items():
+            if found != self._checksums[name] and found[0] == self._checksums[name][0]:
+                raise ExpertError(_CHANGED_MESSAGE.format(who, name))
 
-    def _sum_up(self) -> dict[str, tuple[torch.dtype, int]]:
-        """Sums of the bits as whole numbers, which are the same in any order and on any device."""
-        weights = {path: getattr(module, name).detach() for path, (module, name) in self._places.items()}
-        # Asked for all at once: a device works through them without waiting for an answer to each.
+    def _checksum(self) -> dict[str, tuple[torch.dtype, int]]:
+        """Integer sums of the bits of each weight, which do not depend on order or device."""
+        weights = {path: getattr(module, name).detach() for path, (module, name) in self._tensors.items()}
+        # All sums are queued before the first is read, so that the device is synchronised once.
         sums = {path: _sum_of_bits(weight) for path, weight in weights.items()}
         return {path: (weight.dtype, int(sums[path])) for path, weight in weights.items()}
 
@@ -358,23 +358,23 @@ def _sum_of_bits(weight: torch.Tensor) -> torch.Tensor:
 
 
 @contextmanager
-def _explained(backbone: Backbone, config: PeftConfig) -> Iterator[None]:
-    """Tells in words what PEFT raises while it puts an adapter on a backbone."""
+def _as_expert_error(backbone: Backbone, config: PeftConfig) -> Iterator[None]:
+    """Converts errors of PEFT while it attaches an adapter to [`ExpertError`]."""
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")  # asked by PEFT, not us
+        warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")  # used by PEFT
         try:
             yield
         except ExpertError:
             raise
         except Exception as error:
             raise ExpertError(
-                f"PEFT cannot put a {PeftType(config.peft_type).value} adapter on {backbone.config.name_or_path} "
+                f"PEFT cannot attach a {PeftType(config.peft_type).value} adapter to {backbone.config.name_or_path} "
                 f"({error!r}). Check the method's peft, or the adapter's adapter_config.json."
             ) from error
 
 
-def _without_numbers(module: torch.nn.Module) -> torch.nn.Module:
-    """The same modules on the meta device, without hooks: whatever is put on them takes no memory either."""
+def _to_meta(module: torch.nn.Module) -> torch.nn.Module:
+    """A copy of a module on the meta device, without hooks; adapters on it take no memory."""
     twin = copy.copy(module)
     for name, value in vars(twin).items():
         if "_hooks" in name and isinstance(value, dict):
@@ -384,7 +384,5 @@ def _without_numbers(module: torch.nn.Module) -> torch.nn.Module:
         for name, parameter in module._parameters.items()
     }
     twin._buffers = {name: None if buffer is None else buffer.to("meta") for name, buffer in module._buffers.items()}
-    twin._modules = {
-        name: None if child is None else _without_numbers(child) for name, child in module._modules.items()
-    }
+    twin._modules = {name: None if child is None else _to_meta(child) for name, child in module._modules.items()}
     return twin

@@ -1,4 +1,4 @@
-"""Who may use what threads share: any number who only read it, or one who changes it."""
+"""A read-write lock: any number of readers, or one writer."""
 
 import threading
 from collections.abc import Callable, Iterator
@@ -13,9 +13,9 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 class ReadWriteLock:
-    """A lock that readers share and a writer has alone. Both may be nested; only a reader cannot become a writer.
+    """A reentrant lock shared by readers and exclusive to a writer; a reader cannot upgrade to a writer.
 
-    A writer who waits goes before readers who come later. A copy has a lock of its own. Compiled code takes none.
+    Waiting writers take precedence over new readers. A copy is a new lock. Compiled code does not lock.
 
     Example:
 
@@ -32,14 +32,14 @@ class ReadWriteLock:
 
     def __init__(self) -> None:
         self._condition = threading.Condition()
-        self._readers: dict[int, int] = {}  # thread to how often it has entered
+        self._readers: dict[int, int] = {}  # thread id to nesting depth
         self._writer, self._depth, self._waiting = 0, 0, 0
 
     def __reduce__(self) -> tuple:
         return ReadWriteLock, ()
 
     def reading(self) -> AbstractContextManager[None]:
-        """Waits while another thread changes something; nothing changes inside this context."""
+        """Context manager: waits for the writer, and blocks writers until it exits."""
         return nullcontext() if torch.compiler.is_compiling() else self._read()
 
     @contextmanager
@@ -60,16 +60,16 @@ class ReadWriteLock:
 
     @contextmanager
     def writing(self) -> Iterator[None]:
-        """Waits for all other threads; they wait while this context lasts.
+        """Context manager: waits for all other threads, and blocks them until it exits.
 
         Raises:
-            `RuntimeError`: This thread is reading, and would wait for itself.
+            `RuntimeError`: This thread holds the lock for reading, so it would deadlock.
         """
         me = threading.get_ident()
         with self._condition:
             if self._writer != me:
                 if me in self._readers:
-                    raise RuntimeError("A thread cannot change what it is reading.")
+                    raise RuntimeError("A thread that holds the lock for reading cannot acquire it for writing.")
                 self._waiting += 1
                 try:
                     self._condition.wait_for(lambda: not self._writer and not self._readers)
@@ -89,7 +89,7 @@ class ReadWriteLock:
 
 
 def reading(method: F) -> F:
-    """Lets a method of what has a `bank` read it: see [`ExpertBank.reading`]."""
+    """Decorator: runs a method under the read lock of `self.bank`; see [`ExpertBank.reading`]."""
 
     @wraps(method)
     def wrapped(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -100,7 +100,7 @@ def reading(method: F) -> F:
 
 
 def writing(method: F) -> F:
-    """Lets a method of what has a `bank` change it: see [`ReadWriteLock.writing`]."""
+    """Decorator: runs a method under the write lock of `self.bank`; see [`ReadWriteLock.writing`]."""
 
     @wraps(method)
     def wrapped(self: Any, *args: Any, **kwargs: Any) -> Any:

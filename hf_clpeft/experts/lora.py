@@ -1,4 +1,4 @@
-"""LoRA for a batch in which every image has its own experts, at the cost of a plain forward."""
+"""Batched LoRA: every image has its own experts, at the cost of a plain forward pass."""
 
 import math
 from contextlib import AbstractContextManager
@@ -10,24 +10,24 @@ from peft import LoraConfig, PeftConfig, PeftModel, PeftType
 from peft.tuners.lora import LoraLayer
 
 from ..backbones import Backbone
-from .calls import during, hook
+from .calls import active_call, attach_hook
 from .expert import ADAPTER
 from .table import ExpertTable
 
 
-STACKED_UP_TO = 2  # how many times the selected components a pool may hold and still run stacked
+MAX_STACKED_RATIO = 2  # run stacked up to this ratio of all components to selected ones
 
 
 @dataclass(frozen=True)
 class _Site:
-    """A linear layer that experts update.
+    """A linear layer that experts adapt.
 
     Args:
-        key (`str`): What PEFT's files call it.
-        input (`int`): Number of its input; layers that read the same tensor have the same.
-        position (`int`): Its place among those.
-        down (`slice`): Columns of the table's first part, which hold its A.
-        up (`slice`): Columns of the table's second part, which hold its B.
+        key (`str`): Its name in PEFT files.
+        input (`int`): Index of its input tensor, shared by layers with the same input.
+        position (`int`): Its index among those layers.
+        down (`slice`): Columns of its A in the first part of the table.
+        up (`slice`): Columns of its B in the second part of the table.
     """
 
     key: str
@@ -38,22 +38,22 @@ class _Site:
 
 
 class LoraTable(ExpertTable):
-    """LoRA experts cut into rank-one updates of all layers that they adapt, and added to those layers' outputs.
+    """LoRA experts as rank-one updates of all adapted layers, added to the outputs of these layers.
 
     For a linear map W, A and B of the experts selected for an image, and their scales s:
 
         y = x Wᵀ + Σ_e s_e (x A_eᵀ) B_eᵀ
 
-    There are two exact ways to compute it, neither with a loop over experts. *Gathered* fetches every image's own A
-    and B, once for all layers, and multiplies in batches: its cost does not depend on how many experts there are.
-    *Stacked* multiplies by all experts and masks those that are not selected: plain matrix products, which suit a
-    small pool. Layers that read the same tensor, as query and value do, share one pass over it.
+    There are two exact ways to compute it, both without a loop over experts. *Gathered* indexes every image's own A
+    and B, once for all layers, and uses batched matrix products: its cost does not depend on the number of experts.
+    *Stacked* multiplies by all experts and masks those that are not selected: plain matrix products, faster for a
+    small pool. Layers with the same input, such as query and value, share one product with A.
 
     Args:
-        backbone ([`Backbone`]): The frozen model. Hooks on its linear layers stay idle outside
-            [`~LoraTable.selected`], and in other threads.
-        layers (`dict[str, torch.nn.Linear]`): The layers that experts adapt by the names that PEFT's files use.
-        inputs (`list[list[str]]`): The same names in the order of execution; those that read one tensor together.
+        backbone ([`Backbone`]): The frozen model. Hooks on its linear layers do nothing outside
+            [`~LoraTable.selected`] and in other threads.
+        layers (`dict[str, torch.nn.Linear]`): Adapted layers by their names in PEFT files.
+        inputs (`list[list[str]]`): The same names in order of execution, grouped by input tensor.
 
     Source: LoRA, arXiv 2106.09685.
     """
@@ -68,18 +68,18 @@ class LoraTable(ExpertTable):
                 layer = layers[key]
                 ends = down + layer.in_features, up + layer.out_features
                 self.sites[key] = _Site(key, number, position, slice(down, ends[0]), slice(up, ends[1]))
-                hook(layer, key)
+                attach_hook(layer, key)
                 down, up = ends
         self._num_down = downs
         self.inputs = [(len(keys), layers[keys[0]].in_features, self.sites[keys[0]].down.start) for keys in inputs]
 
     @classmethod
     def made_for(cls, backbone: Backbone, peft_model: PeftModel) -> "LoraTable | None":
-        """A table for experts like the one in a PEFT model; `None` if they are more than plain LoRA on linear layers.
+        """A table for experts like the one in a PEFT model; `None` unless it is plain LoRA on linear layers.
 
         Args:
             backbone ([`Backbone`]): The frozen model.
-            peft_model (`peft.PeftModel`): An adapter on its twin; see [`twin_of`].
+            peft_model (`peft.PeftModel`): Adapter on a twin of the backbone; see [`twin_of`].
         """
         names = [name for name, module in peft_model.get_base_model().named_modules() if isinstance(module, LoraLayer)]
         layers = {f"base_model.model.{name}": backbone.model.get_submodule(name) for name in names}
@@ -92,20 +92,20 @@ class LoraTable(ExpertTable):
         return cls(backbone, linear, inputs) if inputs else None
 
     def pack(self, config: LoraConfig, tensors: dict[str, torch.Tensor]) -> tuple[torch.Tensor, float]:
-        """Cuts an expert into components.
+        """Converts an expert to components.
 
         Args:
             config (`peft.LoraConfig`): PEFT's configuration.
-            tensors (`dict[str, torch.Tensor]`): Content of PEFT's file.
+            tensors (`dict[str, torch.Tensor]`): State dict as PEFT saves it.
 
         Returns:
-            `torch.Tensor` of shape `(r, width)`, and the factor of the update.
+            `torch.Tensor` of shape `(r, width)` and the scale of the update.
 
         Raises:
-            `ValueError`: It is more than plain LoRA, or adapts other layers than those of this table.
+            `ValueError`: It is not plain LoRA, or adapts other layers than those of this table.
         """
         if not _is_plain(config):
-            raise ValueError("it is more than plain LoRA of one rank.")
+            raise ValueError("it is not plain LoRA of one rank.")
         expected = {}
         for site in self.sites.values():
             expected[f"{site.key}.lora_A.weight"] = (config.r, site.down.stop - site.down.start)
@@ -127,56 +127,56 @@ class LoraTable(ExpertTable):
             tensors[f"{site.key}.lora_B.weight"] = ups[:, site.up].mT.contiguous()
         return tensors
 
-    def form_for(self, selection: torch.Tensor, wish: str) -> str:
-        """The form that suits a selection: the one that is wished for, if any."""
-        if wish != "auto":
-            return wish
-        # One expert per image is always gathered: a bank that grows must not change old outputs in the last bit.
+    def form_for(self, selection: torch.Tensor, requested: str) -> str:
+        """Chooses the form for a selection, unless one is requested."""
+        if requested != "auto":
+            return requested
+        # One expert per image is always gathered, so that outputs stay bit-identical when the bank grows.
         if selection.dim() == 1:
             return "gathered"
         selected = selection.shape[1] * self.members.shape[1]
-        return "stacked" if len(self.rows) - 1 <= STACKED_UP_TO * selected else "gathered"
+        return "stacked" if len(self.rows) - 1 <= MAX_STACKED_RATIO * selected else "gathered"
 
     def selected(self, selection: torch.Tensor, form: str, dtype: torch.dtype) -> AbstractContextManager[None]:
-        """Lets the backbone run with every image under its own experts inside this context.
+        """Context manager: the backbone applies to every image its own experts.
 
         Args:
             selection (integer `torch.Tensor` of shape `(batch,)` or `(batch, N)`): Experts of each image.
             form (`str`): `"gathered"` or `"stacked"`.
-            dtype (`torch.dtype`): What the backbone's linear layers compute in.
+            dtype (`torch.dtype`): Compute dtype of the backbone's linear layers.
         """
         components = self.components(selection)
         scales = self.scales[components]
-        # In one go for all layers: on a fast device many small operations cost more than the arithmetic.
+        # Indexed once for all layers: on a GPU, launching many small kernels costs more than the arithmetic.
         if form == "stacked":
             down, up = (part.to(dtype) for part in self._parts(self.rows))
             weights = scales.new_zeros(len(components), len(self.rows)).scatter_add(1, components, scales)
-            return during(_Updating(self, down, up, weights[:, None, None].to(dtype)))
+            return active_call(_Updating(self, down, up, weights[:, None, None].to(dtype)))
         down, up = self._parts(self.rows[components])
-        return during(_Updating(self, down.to(dtype), (up * scales[..., None]).to(dtype)))
+        return active_call(_Updating(self, down.to(dtype), (up * scales[..., None]).to(dtype)))
 
     def _parts(self, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """The columns that hold A, and those that hold B."""
+        """The columns of A, and those of B."""
         return rows[..., : self._num_down], rows[..., self._num_down :]
 
 
 class _Updating:
-    """A [`Call`] in which every image has its own LoRA modules.
+    """A [`Call`] that applies to every image its own LoRA modules.
 
     Args:
-        table ([`LoraTable`]): Says where in `down` and `up` each layer's columns are.
-        down (`torch.Tensor` of shape `(batch, components, width)` or `(components, width)`): A of what is selected, or
-            of all components.
-        up (`torch.Tensor`, shaped alike): B, scaled where it is that of what is selected.
-        weights (`torch.Tensor` of shape `(batch, 1, 1, components)`, *optional*): Factor of each of all components.
+        table ([`LoraTable`]): Defines the columns of each layer in `down` and `up`.
+        down (`torch.Tensor` of shape `(batch, components, width)` or `(components, width)`): A of the selected
+            components (gathered), or of all (stacked).
+        up (`torch.Tensor` of the same number of dimensions): B, scaled if gathered.
+        weights (`torch.Tensor` of shape `(batch, 1, 1, components)`, *optional*): Scales of all components if stacked.
     """
 
     def __init__(self, table: LoraTable, down: torch.Tensor, up: torch.Tensor, weights: torch.Tensor | None = None):
         self.table, self.down, self.up, self.weights = table, down, up, weights
-        self.projected: torch.Tensor | None = None  # what layers that read one tensor share
+        self.projected: torch.Tensor | None = None  # x Aᵀ, shared by layers with the same input
 
     def update(self, key: str, args: tuple, output: torch.Tensor) -> torch.Tensor | None:
-        """Adds what the selected experts say to the output of a linear layer."""
+        """Adds the updates of the selected experts to the output of a linear layer."""
         site = self.table.sites.get(key)
         if site is None:
             return None
@@ -191,9 +191,9 @@ class _Updating:
         return output.view(-1, output.shape[-1]).addmm_(down.reshape(-1, rank), up).view_as(output)
 
     def _project(self, number: int, x: torch.Tensor) -> torch.Tensor:
-        """x Aᵀ for all layers that read x, of shape `(batch, tokens, layers * rank)`."""
+        """x Aᵀ for all layers with input x, of shape `(batch, tokens, layers * rank)`."""
         count, width, start = self.table.inputs[number]
-        # The layers' A below one another: a view for one layer or rank 1, else a small copy.
+        # Concatenates the A of these layers: a view for one layer or rank 1, else a small copy.
         down = self.down[..., start : start + count * width].unflatten(-1, (count, width))
         down = down.transpose(-3, -2).flatten(-3, -2)
         if self.weights is None:
@@ -203,16 +203,16 @@ class _Updating:
 
 
 def _is_plain(config: PeftConfig) -> bool:
-    """Whether every layer has the same rank and factor, and the update is nothing but B A."""
+    """Whether every layer has the same rank and scale, and the update is just B A."""
     if config.peft_type != PeftType.LORA or not isinstance(config, LoraConfig):
         return False
     return not (config.use_dora or config.rank_pattern or config.alpha_pattern)
 
 
 def _shared_inputs(backbone: Backbone, peft_model: PeftModel, names: list[str]) -> list[list[str]] | None:
-    """Names in the order of execution, grouped by the tensor they read; `None` if one is not `(batch, tokens, width)`.
+    """Layer names in order of execution, grouped by input; `None` if an input is not `(batch, tokens, width)`.
 
-    Found by running its twin once, because no two architectures name the same things.
+    Recorded by hooks in one forward pass, as names differ between architectures.
     """
     seen: list[tuple[str, torch.Tensor]] = []
     base: Any = peft_model.get_base_model()

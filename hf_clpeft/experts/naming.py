@@ -1,4 +1,4 @@
-"""Adapters that were trained before transformers renamed the layers of their backbone."""
+"""Converts adapters that were trained before transformers renamed the layers of their backbone."""
 
 import copy
 from pathlib import Path
@@ -15,24 +15,24 @@ from ..backbones import Backbone
 from .expert import Expert, ExpertError, make_peft_model
 
 
-PREFIX = "base_model.model."  # PEFT's, in front of a layer's name in every file
+PREFIX = "base_model.model."  # of layer names in PEFT files
 
 
 def rename_old_keys(expert: Expert, backbone: Backbone) -> Expert:
-    """Gives an expert the names that its backbone's layers have in this version of transformers.
+    """Renames the keys of an expert to the layer names of the installed version of transformers.
 
-    The names come from what transformers itself applies to old checkpoints. Only names change: what has no home on the
-    backbone keeps its name, and whoever uses the expert refuses it.
+    It uses the conversion mapping that transformers applies to old checkpoints. Unknown keys are kept, and raise an
+    error when the expert is loaded.
 
     Args:
-        expert ([`Expert`]): An expert as loaded. One trained on the backbone with a classifier around it is fine.
+        expert ([`Expert`]): Expert to convert, which may have been trained with a classifier around the backbone.
         backbone ([`Backbone`]): The frozen model, without an adapter on it.
 
     Returns:
-        [`Expert`]: The same one if no name is old.
+        [`Expert`]: The same object if no key is renamed.
 
     Raises:
-        [`ExpertError`]: Two tensors would get the same name.
+        [`ExpertError`]: Two tensors would get the same key.
 
     Example:
 
@@ -66,10 +66,10 @@ def rename_old_keys(expert: Expert, backbone: Backbone) -> Expert:
         twice = next(key for key in keys if keys.count(key) > 1)
         raise ExpertError(f"Expert {expert.name!r} has two tensors for {twice}.")
 
-    # A module's name when the expert was trained: PEFT's patterns were written for that.
+    # Names of the modules when the expert was trained, which the patterns in its configuration refer to.
     old_names = {name: name for name, _ in backbone.model.named_modules() if name}
     if keys != unwrapped:
-        # The reverse of a renaming is one too, whatever its annotation says.
+        # The reverse of a renaming is a renaming, although it is annotated more generally.
         backwards = [cast(WeightRenaming, renaming.reverse_transform()) for renaming in reversed(renamings)]
         old_names = {name: rename_source_key(name, backwards, [])[0] for name in old_names}
     if unwrapped != list(expert.tensors):
@@ -79,19 +79,19 @@ def rename_old_keys(expert: Expert, backbone: Backbone) -> Expert:
 
 
 def migrate_adapter(source_folder: str | Path, output_folder: str | Path, backbone: Backbone) -> list[tuple[str, str]]:
-    """Writes a PEFT adapter of an earlier transformers as one of this version, after trying that all of it is used.
+    """Converts a PEFT adapter to the installed version of transformers, and checks that it loads completely.
 
     Args:
-        source_folder (`str` or `Path`): Holds `adapter_config.json` and `adapter_model.safetensors`.
-        output_folder (`str` or `Path`): Another folder; made if needed.
-        backbone ([`Backbone`]): The model that the adapter was trained on, without an adapter on it.
+        source_folder (`str` or `Path`): Contains `adapter_config.json` and `adapter_model.safetensors`.
+        output_folder (`str` or `Path`): Another folder, created if needed.
+        backbone ([`Backbone`]): The model that the adapter was trained on, without an adapter.
 
     Returns:
-        `list[tuple[str, str]]`: Old and new name of every tensor that was renamed.
+        `list[tuple[str, str]]`: Old and new key of every renamed tensor.
 
     Raises:
-        [`ExpertError`]: The adapter does not fit the backbone, both folders are the same, or the output folder holds
-            an adapter. Nothing is written.
+        [`ExpertError`]: The adapter does not fit the backbone, both folders are the same, or the output folder has
+            an adapter. Nothing is written then.
 
     Example:
 
@@ -110,11 +110,11 @@ def migrate_adapter(source_folder: str | Path, output_folder: str | Path, backbo
     ```
     """
     if Path(source_folder).resolve() == Path(output_folder).resolve():
-        # Tensors may still be read from the file that would be overwritten.
-        raise ExpertError(f"{source_folder} cannot be migrated in place; name another output folder.")
+        # Tensors may be memory-mapped from the file that would be overwritten.
+        raise ExpertError(f"{source_folder} cannot be migrated in place; pass another output folder.")
     if Path(output_folder, SAFETENSORS_WEIGHTS_NAME).exists():
         raise ExpertError(
-            f"{output_folder} holds an adapter already, which would be lost; name another output folder."
+            f"{output_folder} already has an adapter, which would be overwritten; pass another output folder."
         )
     old = Expert.load(Path(source_folder).name, source_folder)
     new = rename_old_keys(old, backbone)
@@ -132,33 +132,33 @@ def migrate_adapter(source_folder: str | Path, output_folder: str | Path, backbo
 
 
 def _unwrap(key: str, wrapper: str, backbone: Backbone) -> str:
-    """A tensor's name without the attribute that holds the backbone in, say, an image classifier."""
+    """Removes the attribute name of the backbone, such as `vit` in an image classifier, from a key."""
     is_wrapped = key.startswith(f"{PREFIX}{wrapper}.") and not hasattr(backbone.model, wrapper)
     return PREFIX + key.removeprefix(f"{PREFIX}{wrapper}.") if is_wrapped else key
 
 
 def _rename(key: str, renamings: list[WeightRenaming]) -> str:
-    # The mapping may anchor its patterns at the start of a name, so it must not see PEFT's prefix.
+    # PEFT's prefix is removed first, as patterns may be anchored at the start of a name.
     if not key.startswith(PREFIX):
         return key
     return PREFIX + rename_source_key(key.removeprefix(PREFIX), renamings, [])[0]
 
 
 def _rename_targets(config: PeftConfig, old_names: dict[str, str]) -> PeftConfig:
-    """A configuration that targets the same modules by their new names.
+    """A copy of a configuration that targets the same modules by their new names.
 
-    Its patterns are applied to the old names rather than rewritten: `dense`, say, has become three different names.
+    Patterns are resolved on the old names rather than rewritten: `dense`, for example, maps to three new names.
     """
     targets = [name for name, old_name in old_names.items() if check_target_module_exists(config, old_name)]
     if not targets:
-        return config  # someone has renamed the targets already
+        return config  # the targets have been renamed already
     renamed: Any = copy.copy(config)  # fields differ from class to class
-    short = {name.rpartition(".")[-1] for name in targets}
-    named_so = [name for name in old_names if name.rpartition(".")[-1] in short]
-    renamed.target_modules = short if named_so == targets else set(targets)
+    suffixes = {name.rpartition(".")[-1] for name in targets}
+    matching = [name for name in old_names if name.rpartition(".")[-1] in suffixes]
+    renamed.target_modules = suffixes if matching == targets else set(targets)
     for field in ("exclude_modules", "layers_to_transform", "layers_pattern"):
         if hasattr(renamed, field):
-            setattr(renamed, field, None)  # what they said is in the targets now
+            setattr(renamed, field, None)  # resolved in the targets
     for field in ("rank_pattern", "alpha_pattern"):
         pattern = getattr(renamed, field, None)
         if pattern:

@@ -1,7 +1,7 @@
-"""Prompt tuning on vision transformers, which PEFT itself does not build: one prompt, or one for every image.
+"""Prompt tuning for vision transformers, with one prompt for the batch or one for every image.
 
-PEFT looks for word embeddings to prepend prompts to, and a vision transformer has none. Here the prompt tokens are
-inserted behind [CLS] in the output of the backbone's embedding layer; configuration, embedding and files stay PEFT's.
+PEFT requires word embeddings, which a vision transformer lacks. Here the prompt tokens are inserted after [CLS] in
+the output of the backbone's embedding layer; configuration, embedding and file format are those of PEFT.
 """
 
 from collections.abc import Iterator
@@ -12,23 +12,23 @@ import torch
 from peft import PeftModel, PromptEmbedding, PromptTuningConfig
 
 from ..backbones import Backbone
-from .calls import during, hook
+from .calls import active_call, attach_hook
 from .table import ExpertTable
 
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-EMBEDDINGS = "embeddings"  # the layer behind whose output a prompt is inserted
+EMBEDDINGS = "embeddings"  # the layer in whose output a prompt is inserted
 
 
 def insert_prompt(tokens: torch.Tensor, prompt: torch.Tensor) -> torch.Tensor:
-    """Puts a prompt behind [CLS].
+    """Inserts a prompt after [CLS].
 
     Args:
         tokens (`torch.Tensor` of shape `(batch, tokens, hidden_size)`): Output of the embedding layer.
-        prompt (`torch.Tensor` of shape `(length, hidden_size)` or `(batch, length, hidden_size)`): One for all, or
-            each its own.
+        prompt (`torch.Tensor` of shape `(length, hidden_size)` or `(batch, length, hidden_size)`): One for the batch,
+            or one for every image.
 
     Returns:
         `torch.Tensor` of shape `(batch, tokens + length, hidden_size)`.
@@ -38,9 +38,9 @@ def insert_prompt(tokens: torch.Tensor, prompt: torch.Tensor) -> torch.Tensor:
 
 
 class PromptTunedVisionModel(PeftModel):
-    """A `PeftModel` that inserts trainable tokens behind [CLS] of a vision transformer.
+    """A `PeftModel` that inserts trainable tokens after [CLS] of a vision transformer.
 
-    Prompt tokens get no position embedding. The output has them behind [CLS] too:
+    Prompt tokens have no position embedding. Their outputs also follow [CLS]:
     `last_hidden_state[:, 1:1 + num_virtual_tokens]`.
 
     Args:
@@ -50,7 +50,7 @@ class PromptTunedVisionModel(PeftModel):
         adapter_name (`str`, *optional*, defaults to `"default"`): Name of the prompt.
         kwargs: As for `peft.PeftModel`.
 
-    Source: section 3 of arXiv 2406.03216; tokens behind [CLS] as in S-Prompts (arXiv 2207.12819).
+    Source: section 3 of arXiv 2406.03216; tokens after [CLS] as in S-Prompts (arXiv 2207.12819).
 
     Example:
 
@@ -88,7 +88,7 @@ class PromptTunedVisionModel(PeftModel):
             self.prompt_tokens = {}
         self.base_model.requires_grad_(False)
         encoder = PromptEmbedding(config, word_embeddings=None)
-        # As small as the backbone's own tokens are when it is initialised; unit normal noise would drown the patches.
+        # Same scale as the initialisation of the backbone's tokens; unit variance would dominate the patches.
         torch.nn.init.normal_(encoder.embedding.weight, std=0.02)
         self.prompt_encoder[adapter_name] = encoder.to(self.base_model.device)
         self.prompt_tokens[adapter_name] = torch.arange(config.num_virtual_tokens)
@@ -101,7 +101,7 @@ class PromptTunedVisionModel(PeftModel):
 
     @contextmanager
     def disable_adapter(self) -> Iterator[None]:
-        """Runs the backbone without the prompt inside this context. PEFT's own version expects a language model."""
+        """Context manager: runs the backbone without the prompt. PEFT's own version expects a language model."""
         was_disabled, self._adapters_disabled = self._adapters_disabled, True
         try:
             yield
@@ -109,40 +109,40 @@ class PromptTunedVisionModel(PeftModel):
             self._adapters_disabled = was_disabled
 
     def unload(self) -> torch.nn.Module:
-        """Takes the prompt off again and returns the backbone as it was."""
+        """Removes the prompt and returns the unchanged backbone."""
         self._hook.remove()
         return self.base_model
 
 
 class PromptTable(ExpertTable):
-    """Prompts cut into tokens; the prompts selected for an image stand one after another behind its [CLS].
+    """Prompts as tokens; those selected for an image are concatenated and inserted after [CLS].
 
     Args:
-        backbone ([`Backbone`]): The frozen model. A hook on its embedding layer stays idle outside
-            [`~PromptTable.selected`], and in other threads.
+        backbone ([`Backbone`]): The frozen model. A hook on its embedding layer does nothing outside
+            [`~PromptTable.selected`] and in other threads.
 
     Source: L2P, arXiv 2112.08654.
     """
 
     def __init__(self, backbone: Backbone):
         super().__init__(backbone.hidden_size, backbone.device)
-        hook(backbone.model.get_submodule(EMBEDDINGS), EMBEDDINGS)
+        attach_hook(backbone.model.get_submodule(EMBEDDINGS), EMBEDDINGS)
 
     def pack(self, config: PromptTuningConfig, tensors: dict[str, torch.Tensor]) -> tuple[torch.Tensor, float]:
-        """Cuts a prompt into tokens.
+        """Converts a prompt to tokens.
 
         Args:
             config (`peft.PromptTuningConfig`): PEFT's configuration.
-            tensors (`dict[str, torch.Tensor]`): Content of PEFT's file.
+            tensors (`dict[str, torch.Tensor]`): State dict as PEFT saves it.
 
         Returns:
-            `torch.Tensor` of shape `(length, hidden_size)`, and the factor 1: prompts are used as they are.
+            `torch.Tensor` of shape `(length, hidden_size)`, and the scale, which is always 1.
 
         Raises:
-            `ValueError`: It is no prompt of this backbone.
+            `ValueError`: It is not a prompt for this backbone.
         """
         if not config.is_prompt_learning:
-            raise ValueError(f"it is no prompt, but {config.peft_type}.")
+            raise ValueError(f"it is {config.peft_type}, not a prompt.")
         shapes = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
         expected = {"prompt_embeddings": (config.num_virtual_tokens, self.rows.shape[1])}
         if shapes != expected:
@@ -153,27 +153,27 @@ class PromptTable(ExpertTable):
         """Inverse of [`~PromptTable.pack`]."""
         return {"prompt_embeddings": components}
 
-    def form_for(self, selection: torch.Tensor, wish: str) -> str:
-        """Gathered, as inserting is all there is to do; grouped if lengths differ, since sequences would."""
-        return "gathered" if self.uniform and wish != "grouped" else "grouped"
+    def form_for(self, selection: torch.Tensor, requested: str) -> str:
+        """Always gathered; grouped if requested, or if prompts and thus sequences differ in length."""
+        return "gathered" if self.uniform and requested != "grouped" else "grouped"
 
     def selected(self, selection: torch.Tensor, form: str, dtype: torch.dtype) -> AbstractContextManager[None]:
-        """Lets the backbone run with every image behind its own prompts inside this context.
+        """Context manager: the backbone inserts every image's own prompts.
 
         Args:
             selection (integer `torch.Tensor` of shape `(batch,)` or `(batch, N)`): Prompts of each image.
-            form (`str`): `"gathered"`, the only one.
-            dtype (`torch.dtype`): What the backbone computes in.
+            form (`str`): `"gathered"`, the only supported form.
+            dtype (`torch.dtype`): Compute dtype of the backbone.
         """
-        return during(_Inserting(self.rows[self.components(selection)].to(dtype)))
+        return active_call(_Inserting(self.rows[self.components(selection)].to(dtype)))
 
 
 class _Inserting:
-    """A [`Call`] in which every image has its own prompt, of shape `(batch, length, hidden_size)`."""
+    """A [`Call`] that inserts a prompt per image, of shape `(batch, length, hidden_size)`."""
 
     def __init__(self, prompt: torch.Tensor):
         self.prompt = prompt
 
     def update(self, key: str, args: tuple, output: torch.Tensor) -> torch.Tensor | None:
-        """Puts the prompts into the output of the embedding layer."""
+        """Inserts the prompts in the output of the embedding layer."""
         return insert_prompt(output, self.prompt) if key == EMBEDDINGS else None

@@ -1,4 +1,4 @@
-"""Where one expert at a time runs as PEFT runs it: in training, or because it has no fused form."""
+"""Runs one expert at a time as a plain PEFT model: for training, or if it has no fused form."""
 
 from collections.abc import Sequence
 
@@ -12,11 +12,11 @@ from .twin import twin_of
 
 
 class Stage(torch.nn.Module):
-    """A PEFT model on a twin of the backbone, which it changes in place.
+    """A PEFT model on a twin of the backbone, which PEFT modifies in place.
 
     Args:
-        backbone ([`Backbone`]): The frozen model; nothing is done to it.
-        config (`peft.PeftConfig`): Of the adapter, which is fresh.
+        backbone ([`Backbone`]): The frozen model, which is not modified.
+        config (`peft.PeftConfig`): Configuration of the new adapter.
 
     Raises:
         [`ExpertError`]: PEFT cannot use the configuration on this backbone.
@@ -38,7 +38,7 @@ class Stage(torch.nn.Module):
     """
 
     peft_model: PeftModel
-    name: str | None  # of the expert that runs here
+    name: str | None  # of the loaded expert
 
     def __init__(self, backbone: Backbone, config: PeftConfig):
         super().__init__()
@@ -46,7 +46,7 @@ class Stage(torch.nn.Module):
         self._build(config)
 
     def put(self, expert: Expert) -> PeftModel:
-        """Lets an expert run here, from now on.
+        """Loads an expert in place of the current one.
 
         Raises:
             [`ExpertError`]: It does not fit the backbone.
@@ -54,9 +54,9 @@ class Stage(torch.nn.Module):
         if not self.takes(expert.config):
             self.peft_model.unload()
             self._build(expert.config)
-        self.name = None  # in case that it does not fit
+        self.name = None  # in case it does not fit
         expert.copy_to(self.peft_model)
-        torch.clear_autocast_cache()  # autocast would go on with the weights of the expert before
+        torch.clear_autocast_cache()  # autocast caches casts of the previous weights
         self.name = expert.name
         return self.peft_model
 
@@ -71,12 +71,12 @@ class Stage(torch.nn.Module):
         return self
 
     def takes(self, config: PeftConfig) -> bool:
-        """Whether an adapter of this configuration fits into the PEFT model that is here."""
+        """Whether an adapter with this configuration can be loaded without rebuilding the PEFT model."""
         ours, theirs = self.peft_model.peft_config[ADAPTER].to_dict(), config.to_dict()
         return all(value == theirs.get(name) for name, value in ours.items() if name not in _PROVENANCE)
 
     def forward(self, pixel_values: torch.Tensor, layers: int | Sequence[int] | None = None) -> torch.Tensor:
-        """Features under the expert; see [`Backbone.forward`]."""
+        """Features with the expert applied; see [`Backbone.forward`]."""
         return self.twin(pixel_values, layers)
 
     def _build(self, config: PeftConfig) -> None:
@@ -84,5 +84,5 @@ class Stage(torch.nn.Module):
         self.name = None
 
 
-# Fields that say where an adapter comes from rather than what it looks like.
+# Fields that describe the origin of an adapter rather than its architecture.
 _PROVENANCE = {"base_model_name_or_path", "revision", "peft_version", "inference_mode", "task_type", "auto_mapping"}

@@ -1,4 +1,4 @@
-"""Many experts as rows of one table, so that one indexing operation fetches those of a whole batch."""
+"""Experts as rows of one tensor, so that a single indexing operation selects those of a whole batch."""
 
 from typing import Any
 
@@ -8,16 +8,16 @@ from ..backbones.precision import KeepsPrecision
 
 
 class ExpertTable(KeepsPrecision):
-    """Experts cut into components: rank-one updates of LoRA, or tokens of a prompt.
+    """Experts as components: rank-one updates of LoRA, or tokens of prompts.
 
-    An expert is the sum (LoRA) or the concatenation (prompts) of its components, and so is any selection of experts:
-    a batch needs no more than the row numbers of every image's components. Row 0 is all zeros and pads experts that
-    have fewer components than others. The table doubles when it is full, so adding an expert costs the same whether
-    there are 1 or 1,000, and a compiled forward stays valid until it doubles.
+    An expert, or a selection of experts, is the sum (LoRA) or the concatenation (prompts) of its components, so a
+    batch is described by the row indices of every image's components. Row 0 is all zeros and pads experts with fewer
+    components than others. The capacity doubles when the table is full, so adding an expert takes amortised constant
+    time, and a compiled forward pass stays valid until then.
 
     Args:
-        width (`int`): Numbers per component.
-        device (`torch.device`): Where the table is.
+        width (`int`): Number of values per component.
+        device (`torch.device`): Device of the table.
 
     Example:
 
@@ -43,18 +43,18 @@ class ExpertTable(KeepsPrecision):
         self.rows = torch.nn.Parameter(torch.zeros(1, width, **kind), requires_grad=False)
         self.register_buffer("scales", torch.zeros(1, **kind))
         self.register_buffer("members", torch.zeros(0, 1, dtype=torch.int64, device=device))
-        self.uniform = True  # whether all experts have as many components
+        self.uniform = True  # whether all experts have the same number of components
         self._count, self._used = 0, 1
 
     def __len__(self) -> int:
         return self._count
 
     def reserve(self, num_experts: int, num_components: int) -> None:
-        """Makes room for so many experts and components in all, if there is less."""
-        self.members = _taller(self.members, num_experts)
-        self.scales = _taller(self.scales, 1 + num_components)
+        """Grows the capacity to this many experts and components in total."""
+        self.members = _pad_rows(self.members, num_experts)
+        self.scales = _pad_rows(self.scales, 1 + num_components)
         if len(self.rows) < 1 + num_components:
-            rows = _taller(self.rows.detach(), 1 + num_components)
+            rows = _pad_rows(self.rows.detach(), 1 + num_components)
             self.rows = torch.nn.Parameter(rows, requires_grad=self.rows.requires_grad)
 
     def append(self, components: torch.Tensor, scale: float = 1.0) -> None:
@@ -62,7 +62,7 @@ class ExpertTable(KeepsPrecision):
 
         Args:
             components (`torch.Tensor` of shape `(components, width)`): Its components.
-            scale (`float`, *optional*, defaults to 1.0): Factor of each when they are used.
+            scale (`float`, *optional*, defaults to 1.0): Scale of each component.
         """
         end = self._used + len(components)
         if end > len(self.rows) or self._count == len(self.members):
@@ -76,10 +76,10 @@ class ExpertTable(KeepsPrecision):
         self.write(self._count - 1, components, scale)
 
     def write(self, index: int, components: torch.Tensor, scale: float = 1.0) -> None:
-        """Replaces an expert by one of as many components.
+        """Replaces an expert by one with the same number of components.
 
         Raises:
-            `ValueError`: There are more or fewer.
+            `ValueError`: The number of components differs.
         """
         numbers = self.rows_of(index)
         if len(numbers) != len(components):
@@ -89,7 +89,7 @@ class ExpertTable(KeepsPrecision):
             self.scales[numbers] = scale
 
     def remove(self, index: int) -> None:
-        """Wipes an expert; those behind it move up."""
+        """Zeroes and removes an expert; the following ones move up."""
         numbers = self.rows_of(index)
         with torch.no_grad():
             self.rows[numbers] = 0
@@ -102,7 +102,7 @@ class ExpertTable(KeepsPrecision):
         return self.rows.detach()[self.rows_of(index)]
 
     def components(self, selection: torch.Tensor) -> torch.Tensor:
-        """Row numbers of the components of selected experts.
+        """Row indices of the components of selected experts.
 
         Args:
             selection (integer `torch.Tensor` of shape `(batch,)` or `(batch, N)`): Experts of each image.
@@ -113,12 +113,12 @@ class ExpertTable(KeepsPrecision):
         return self.members[selection].flatten(1)
 
     def rows_of(self, index: int) -> torch.Tensor:
-        """Row numbers of one expert's components."""
+        """Row indices of one expert's components."""
         numbers = self.members[index]
         return numbers[numbers > 0]
 
 
-def _taller(tensor: torch.Tensor, height: int) -> torch.Tensor:
-    """The tensor with rows of zeros below, if it has fewer than `height`."""
+def _pad_rows(tensor: torch.Tensor, height: int) -> torch.Tensor:
+    """Pads a tensor with rows of zeros to at least `height` rows."""
     missing = height - len(tensor)
     return tensor if missing <= 0 else torch.cat([tensor, tensor.new_zeros(missing, *tensor.shape[1:])])

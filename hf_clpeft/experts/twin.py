@@ -1,23 +1,23 @@
-"""The backbone again, in modules of its own, for what must not happen to the one that everybody runs."""
+"""Copies of the backbone with shared weights, for in-place changes by PEFT."""
 
 import copy
 from typing import Any
 
 from ..backbones import Backbone
-from .calls import hooking
+from .calls import hooks_lock
 
 
 def twin_of(backbone: Backbone) -> Backbone:
-    """A backbone of the same weights, not copies of them, in modules of its own.
+    """Copies the modules of a backbone and shares its weights.
 
-    PEFT changes a model in place. On a twin it does so where nobody else runs: an expert can be trained while others
-    predict, in this thread or another.
+    PEFT modifies a model in place. On a twin this does not affect the original, so an expert can be trained while
+    others predict, in this thread or another.
 
     Args:
         backbone ([`Backbone`]): The frozen model.
 
     Returns:
-        [`Backbone`]: What is done to its modules is not done to those of `backbone`. Buffers are copies.
+        [`Backbone`]: A copy with its own modules and buffers. Parameters are shared.
 
     Example:
 
@@ -35,8 +35,8 @@ def twin_of(backbone: Backbone) -> Backbone:
     shared: list[Any] = [*backbone.model.parameters(), backbone.model.config]
     twin = copy.copy(backbone)
     twin._modules = dict(backbone._modules)
-    with hooking:
-        for module in backbone.model.modules():  # hooks of others are theirs
+    with hooks_lock:
+        for module in backbone.model.modules():  # hooks are shared, not copied
             for name, hooks in vars(module).items():
                 shared += hooks.values() if name.endswith("_hooks") and isinstance(hooks, dict) else []
         twin.model = copy.deepcopy(backbone.model, {id(thing): thing for thing in shared})

@@ -1,4 +1,4 @@
-"""What is reported of a continual learner, as pure functions of its accuracy matrix."""
+"""Continual-learning metrics as pure functions of the accuracy matrix."""
 
 from pathlib import Path
 
@@ -14,7 +14,7 @@ from .continual import (
 
 
 EVALUATE_MODULE = str(Path(__file__).parent / "continual_learning")
-"""Path for `evaluate.load`: the same formulas as an `evaluate` module, no network needed."""
+"""Path for `evaluate.load`: the same metrics as an `evaluate` module; needs no network."""
 
 __all__ = [
     "EVALUATE_MODULE",

@@ -1,7 +1,7 @@
 """Formulas over the accuracy matrix `A[i, j]`: accuracy on task j's test split after learning task i.
 
 Libraries differ in these definitions, so each docstring states its formula. T is the number of tasks. Entries that
-were not measured are NaN; a formula that needs one of them gives NaN rather than a number that means something else.
+were not measured are NaN, and so is every metric that depends on one.
 """
 
 import numpy as np
@@ -64,7 +64,7 @@ def average_incremental_accuracy(matrix: ArrayLike) -> float:
 
 
 def forgetting(matrix: ArrayLike) -> float:
-    """What was once known and is not any more: `mean_{j<T-1} (max_{i in [j, T-2]} A[i, j] − A[T-1, j])`.
+    """Drop from the best earlier accuracy to the final one: `mean_{j<T-1} (max_{i in [j, T-2]} A[i, j] − A[T-1, j])`.
 
     Args:
         matrix (array of shape `(T, T)`): Accuracies in [0, 1].
@@ -88,7 +88,7 @@ def forgetting(matrix: ArrayLike) -> float:
 
 
 def backward_transfer(matrix: ArrayLike) -> float:
-    """What later tasks did to earlier ones: `mean_{j<T-1} (A[T-1, j] − A[j, j])`.
+    """Effect of later tasks on earlier ones: `mean_{j<T-1} (A[T-1, j] − A[j, j])`.
 
     Args:
         matrix (array of shape `(T, T)`): Accuracies in [0, 1].
@@ -112,10 +112,10 @@ def backward_transfer(matrix: ArrayLike) -> float:
 
 
 def forward_transfer(matrix: ArrayLike, untrained: ArrayLike) -> float:
-    """What earlier tasks did for later ones: `mean_{j>0} (A[j-1, j] − untrained[j])`.
+    """Effect of earlier tasks on later ones: `mean_{j>0} (A[j-1, j] − untrained[j])`.
 
     Args:
-        matrix (array of shape `(T, T)`): Accuracies in [0, 1]; the entries right above the diagonal are used.
+        matrix (array of shape `(T, T)`): Accuracies in [0, 1]; only the entries right above the diagonal are used.
         untrained (`float` or array of shape `(T,)`): Accuracy of an untrained model on each task.
 
     Returns:
@@ -139,10 +139,10 @@ def forward_transfer(matrix: ArrayLike, untrained: ArrayLike) -> float:
 
 
 def routing_accuracy(confusion: ArrayLike) -> float:
-    """Share of images that were sent to their own task's expert.
+    """Fraction of images that were routed to the expert of their own task.
 
     Args:
-        confusion (array of shape `(T, T)`): `confusion[j, e]`: test images of task j sent to the expert of task e.
+        confusion (array of shape `(T, T)`): `confusion[j, e]`: test images of task j routed to expert e.
 
     Returns:
         `float`: In [0, 1].
@@ -162,15 +162,15 @@ def routing_accuracy(confusion: ArrayLike) -> float:
 
 
 def summarize(matrix: ArrayLike, untrained: ArrayLike | None = None) -> dict[str, float]:
-    """All formulas of this module that the matrix alone allows.
+    """Computes all metrics of this module that need only the accuracy matrix.
 
     Args:
         matrix (array of shape `(T, T)`): Accuracies in [0, 1].
-        untrained (`float` or array of shape `(T,)`, *optional*): Accuracy of an untrained model on each task; gives
-            `forward_transfer` as well.
+        untrained (`float` or array of shape `(T,)`, *optional*): Accuracy of an untrained model on each task; adds
+            `forward_transfer`.
 
     Returns:
-        `dict[str, float]`: Name of the metric to its value.
+        `dict[str, float]`: Values by name of the metric.
 
     Example:
 

@@ -1,4 +1,4 @@
-"""Where tasks come from: data sets, split into tasks, and named benchmarks."""
+"""Task streams: data sets split into tasks, and named benchmarks."""
 
 from ..backbones.pictures import PictureError, open_image
 from .benchmarks import BENCHMARKS, Benchmark, load_benchmark

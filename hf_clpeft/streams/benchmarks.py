@@ -1,4 +1,4 @@
-"""Named streams, each with the data set's Hub id, the protocol, and where the protocol is documented."""
+"""Named benchmarks: the Hub id of the data set, the protocol and its source."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -17,16 +17,16 @@ logger = get_logger(__name__)
 
 @dataclass(frozen=True)
 class Benchmark:
-    """A named stream and the settings that suit it.
+    """A named stream and its recommended settings.
 
     Args:
         scenario (`str`): `"class"` or `"domain"`.
-        dataset (`str` or callable): Hub id, or a function that makes the data set.
-        protocol (`str`): What is split how, in one sentence, and where that is documented.
+        dataset (`str` or callable): Hub id, or a function that returns the data set.
+        protocol (`str`): How the data is split, in one sentence, with its source.
         stream (`dict`): Arguments of [`TaskStream.class_incremental`] or [`TaskStream.domain_incremental`]. `revision`
-            pins the data set where a commit is known; another `dataset` is not held to it.
-        defaults (`dict`): Options of the recipes that differ from their own defaults on this benchmark.
-        tuned (`dict`): The same for single methods, by name.
+            pins the data set to a commit; it is ignored when another `dataset` is given.
+        defaults (`dict`): Recipe options whose defaults this benchmark overrides.
+        tuned (`dict`): Further overrides by name of the method.
 
     Example:
 
@@ -47,7 +47,7 @@ class Benchmark:
     tuned: dict[str, dict] = field(default_factory=dict)
 
     def options_for(self, method: str | None = None) -> dict:
-        """Options of the recipes that suit this benchmark and, if given, a method."""
+        """Default recipe options for this benchmark and, if given, a method."""
         return {**self.defaults, **({} if method is None else self.tuned.get(method, {}))}
 
 
@@ -60,9 +60,9 @@ DIGITS_DEFAULTS = {
     "head_learning_rate": 2e-3,
 }
 
-# Chosen on a fifth of the training images of all tasks, held out. Where every task has an expert, a head that learns
-# faster than the expert ends up with large rows, and a shared head then mistakes images of later tasks for classes of
-# earlier ones. A pool is the other way round: what moves it forgets, so the head has to do the learning.
+# Tuned on a held-out fifth of the training images of all tasks. With one expert per task, a head that learns faster
+# than the expert ends up with large weight norms, and a shared head then confuses images of later tasks with earlier
+# classes. With a pool it is the reverse: updating the pool causes forgetting, so the head must learn faster.
 DIGITS_TUNED = {
     "s_lora_pp": {"learning_rate": 5e-3},
     "s_prompts": {"learning_rate": 2e-2},
@@ -110,8 +110,8 @@ BENCHMARKS: dict[str, Benchmark] = {
         scenario="domain",
         dataset="adrake17/core50",
         protocol="Learns sessions 1, 2, 4, 5, 6, 8, 9, 11 one after another and tests on sessions 3, 7, 10, whose "
-        "images are dealt out to the tasks (arXiv 1705.03550; google-research/l2p issue 23). The Hub's copy is split "
-        "at random, so both of its splits are read, and its column `session` decides.",
+        "images are split evenly across the tasks (arXiv 1705.03550; google-research/l2p issue 23). The Hub's copy is "
+        "split at random, so both of its splits are read and regrouped by the column `session`.",
         stream={
             "domain_column": "session",
             "domains": ["1", "2", "4", "5", "6", "8", "9", "11"],
@@ -163,12 +163,12 @@ BENCHMARKS: dict[str, Benchmark] = {
 
 
 def load_benchmark(name: str, **overrides: Any) -> TaskStream:
-    """The stream of a named benchmark.
+    """Builds the stream of a named benchmark.
 
     Args:
         name (`str`): A key of [`BENCHMARKS`].
         overrides: Arguments of [`TaskStream.class_incremental`] or [`TaskStream.domain_incremental`] to change; with
-            `dataset` the benchmark's protocol runs on another copy of the data, for example a local folder.
+            `dataset` the protocol is applied to another copy of the data, for example a local folder.
 
     Raises:
         [`StreamError`]: There is no benchmark of that name.
@@ -199,7 +199,7 @@ def load_benchmark(name: str, **overrides: Any) -> TaskStream:
         if not pinned or not isinstance(getattr(error.__cause__, "__cause__", None), RevisionNotFoundError):
             raise
         logger.warning(
-            "%s has no commit %s (any more), which the benchmark %s stands for: taking what is there now.",
+            "%s no longer has commit %s, which the benchmark %s is pinned to: using the current revision instead.",
             dataset,
             options.pop("revision"),
             name,

@@ -9,20 +9,20 @@ from datasets import ClassLabel, Dataset, DatasetDict, Features, Image
 
 
 DOMAINS = ("scanned", "inverted", "rotated", "textured")
-SCAN = 8  # pixels, side of a scan
-SIZE = 32  # and of the image that becomes of it
+SCAN = 8  # side of a scan in pixels
+SIZE = 32  # side of the resized image in pixels
 
 
 def load_digits_dataset(domains: bool = False, seed: int = 0) -> DatasetDict:
-    """The digits as images of 32 x 32 pixels, split 80 to 20 with the classes in proportion.
+    """The digits as images of 32 x 32 pixels, in a stratified 80/20 split.
 
     Args:
-        domains (`bool`, *optional*, defaults to `False`): Share the scans out to four domains in a column `domain`: as
-            scanned, inverted, rotated by 90°, and on a textured background.
+        domains (`bool`, *optional*, defaults to `False`): Distribute the scans over four domains (column `domain`):
+            as scanned, inverted, rotated by 90°, and on a textured background.
         seed (`int`, *optional*, defaults to 0): Seed of the split, the domains and the textures.
 
     Returns:
-        `DatasetDict`: Splits `train` (1,437 rows) and `test` (360 rows) with `image`, `label` and perhaps `domain`.
+        `DatasetDict`: Splits `train` (1,437 rows) and `test` (360 rows) with `image`, `label` and optionally `domain`.
 
     Example:
 
@@ -44,7 +44,7 @@ def load_digits_dataset(domains: bool = False, seed: int = 0) -> DatasetDict:
     images = []
     for scan, domain in zip(scans.reshape(-1, SCAN, SCAN), domain_of, strict=True):
         ink = enlarge((scan * (255 / 16)).astype(np.uint8))
-        images.append(PIL.Image.fromarray(_DRAW[domain](np.asarray(ink), rng)).convert("RGB"))
+        images.append(PIL.Image.fromarray(_RENDER[domain](np.asarray(ink), rng)).convert("RGB"))
     columns = {"image": images, "label": labels.tolist()}
     features = {"image": Image(), "label": ClassLabel(names=[str(i) for i in range(10)])}
     if domains:
@@ -58,10 +58,10 @@ def load_digits_dataset(domains: bool = False, seed: int = 0) -> DatasetDict:
 
 
 def enlarge(scan: np.ndarray) -> PIL.Image.Image:
-    """A scan as an image.
+    """Converts a scan to a larger image.
 
     Args:
-        scan (`uint8` array of shape `(8, 8)`): Ink, 255 at most.
+        scan (`uint8` array of shape `(8, 8)`): Ink values from 0 to 255.
 
     Returns:
         `PIL.Image.Image`: 32 x 32 pixels of mode `"L"`, light ink on black.
@@ -81,7 +81,7 @@ def enlarge(scan: np.ndarray) -> PIL.Image.Image:
 
 
 def _on_texture(ink: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """The digit in white over waves of a random direction, frequency and phase, in grey."""
+    """Draws the digit in white over a grey sine grating of random direction, frequency and phase."""
     angle, frequency, phase = rng.uniform(0, np.pi), rng.uniform(0.5, 1.2), rng.uniform(0, 2 * np.pi)
     y, x = np.mgrid[:SIZE, :SIZE]
     waves = 75 + 55 * np.sin(frequency * (np.cos(angle) * x + np.sin(angle) * y) + phase)
@@ -89,7 +89,7 @@ def _on_texture(ink: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     return (share * 255 + (1 - share) * waves).astype(np.uint8)
 
 
-_DRAW = (
+_RENDER = (
     lambda ink, rng: ink,
     lambda ink, rng: 255 - ink,
     lambda ink, rng: np.rot90(ink).copy(),

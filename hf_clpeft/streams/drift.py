@@ -1,4 +1,4 @@
-"""Where one task ends and the next begins, found in the images themselves."""
+"""Task boundaries detected from the images themselves, by conformal change-point detection."""
 
 from typing import NamedTuple
 
@@ -8,15 +8,15 @@ from ..config.errors import ConfigError
 
 
 BETS = np.linspace(0.05, 0.95, 19)  # exponents of the power bets
-BOLD = 2  # of these, one that wins on p-values below 0.15
+ONSET_BET = 2  # index of the bet that dates the onset of the drift; it gains on p-values below 0.15
 
 
 class Drift(NamedTuple):
-    """A new task has begun.
+    """A detected task boundary.
 
     Args:
-        after (`int`): How many images of the last update it took to be sure.
-        since (`int`): How many images belong to the new task already, most likely; the last one is the `after`-th.
+        after (`int`): Number of images of the last update consumed until detection.
+        since (`int`): Estimated number of images in the new task so far, the `after`-th included.
     """
 
     after: int
@@ -24,18 +24,18 @@ class Drift(NamedTuple):
 
 
 class DriftDetector:
-    """Tells when images stop being like those that a task began with, with a stated rate of false alarms.
+    """Detects a change in the distribution of the images of a task, with a guaranteed rate of false alarms.
 
-    The first images of a task are its reference: half of them give k-means centres, the rest say how far from them the
-    task's images lie. Each further image gets a conformal p-value, its rank among all distances so far, and the
-    Shiryaev-Roberts procedure bets against these being uniform. As long as images are exchangeable, there are
-    `false_alarm_every` of them before a false alarm, on average, or more, whatever their distribution.
+    The first images of a task are its reference set: k-means centres are fitted to one half, and the other half
+    calibrates the distances to the nearest centre. Each further image gets a conformal p-value, the rank of its
+    distance among all so far, and the Shiryaev-Roberts procedure bets against uniform p-values. While images are
+    exchangeable, the mean number of images before a false alarm is at least `false_alarm_every`.
 
     Args:
-        reference_size (`int`, *optional*, defaults to 100): How many images make the reference.
-        false_alarm_every (`int`, *optional*, defaults to 10,000): See above. A larger number sees drift later.
-        k (`int`, *optional*, defaults to 5): Centres.
-        seed (`int`, *optional*, defaults to 0): Seed of k-means and of breaking ties.
+        reference_size (`int`, *optional*, defaults to 100): Number of images in the reference set.
+        false_alarm_every (`int`, *optional*, defaults to 10,000): See above. Larger values detect drift later.
+        k (`int`, *optional*, defaults to 5): Number of k-means centres.
+        seed (`int`, *optional*, defaults to 0): Seed of k-means and of the tie-breaking.
 
     Source: Vovk et al., "Retrain or not retrain: conformal test martingales for change-point detection", arXiv
     2102.10439; power bets: Vovk, Gammerman, Shafer, "Algorithmic Learning in a Random World", section 8.2.
@@ -64,22 +64,22 @@ class DriftDetector:
         self.reset()
 
     def reset(self) -> None:
-        """Forgets everything: the next image is the first of a new task."""
+        """Resets the state: the next image is the first of a new task."""
         self._rng = np.random.default_rng(self.seed)
         self._reference: list[np.ndarray] = []
         self._centres = None
         self._distances: list[float] = []  # sorted
-        self._evidence = np.zeros(len(BETS))
-        self._rise, self._since = 1.0, 0
+        self._statistics = np.zeros(len(BETS))
+        self._cusum, self._since = 1.0, 0
 
     def update(self, features: np.ndarray) -> Drift | None:
-        """Looks at further images.
+        """Processes further images.
 
         Args:
-            features (array of shape `(images, hidden_size)`): Query features, in the order in which images came.
+            features (array of shape `(images, hidden_size)`): Query features in order of arrival.
 
         Returns:
-            [`Drift`], *optional*: That a new task has begun; `None` if not. Call [`~DriftDetector.reset`] then.
+            [`Drift`] or `None`: The task boundary, if one is detected; call [`~DriftDetector.reset`] next.
         """
         features = features / np.maximum(np.linalg.norm(features, axis=1, keepdims=True), 1e-12)
         for number, row in enumerate(features, start=1):
@@ -95,11 +95,11 @@ class DriftDetector:
             p = (larger + self._rng.uniform() * (same + 1)) / (len(self._distances) + 1)
             self._distances.insert(int(not_larger), distance)
             bets = BETS * max(p, 1e-12) ** (BETS - 1)
-            self._evidence = (self._evidence + 1) * bets
-            # Where a bold bet began to win is, most likely, where the new task began.
-            self._rise = max(self._rise, 1) * bets[BOLD]
-            self._since = self._since + 1 if self._rise > 1 else 0
-            if self._evidence.mean() >= self.false_alarm_every:
+            self._statistics = (self._statistics + 1) * bets
+            # The onset of the drift is estimated by CUSUM: where this bet last began to gain.
+            self._cusum = max(self._cusum, 1) * bets[ONSET_BET]
+            self._since = self._since + 1 if self._cusum > 1 else 0
+            if self._statistics.mean() >= self.false_alarm_every:
                 return Drift(number, self._since)
         return None
 

@@ -1,4 +1,4 @@
-"""Pictures to pixels: read and resized once, kept on disk, normalised and augmented on the device."""
+"""Images to pixels: decoded, resized and cached on disk once, normalised and augmented on the device."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
@@ -8,7 +8,7 @@ import torch
 from datasets import Dataset, Features, Value, concatenate_datasets
 from datasets.exceptions import DatasetGenerationError
 
-from ..backbones.pictures import READER, PictureError, open_image
+from ..backbones.pictures import READER_VERSION, PictureError, open_image
 from ..backbones.transform import ImageTransform
 from ..config.text import get_logger
 from .source import ROW, StreamError
@@ -18,23 +18,23 @@ from .task import Split
 logger = get_logger(__name__)
 
 BAD = -1  # label of an image that cannot be decoded
-LISTED = 5  # such images that a message lists
+MAX_LISTED = 5  # undecodable images listed in a message
 AUGMENTATIONS = ("none", "flip", "crop_flip")
 
-decode = open_image  # what `datasets.Image(decode=False)` gives
+decode = open_image  # of the rows of `datasets.Image(decode=False)`
 
 
 def draw_views(batch: int, augmentation: str, device: torch.device) -> torch.Tensor | None:
-    """Random views, one for each image of a batch. They are drawn for a whole batch, whoever has which of its images.
+    """Samples random augmentations for a global batch, so that they do not depend on the number of processes.
 
     Args:
-        batch (`int`): How many.
-        augmentation (`str`): `"none"`, `"flip"` (left to right, for half of the images) or `"crop_flip"` (a random
-            part of 50 to 100 % of the area as well).
-        device (`torch.device`): Whose generator draws.
+        batch (`int`): Size of the global batch.
+        augmentation (`str`): `"none"`, `"flip"` (horizontal, with probability 0.5) or `"crop_flip"` (plus a random
+            crop of 50 to 100 % of the area).
+        device (`torch.device`): Device of the result and of the random generator.
 
     Returns:
-        `torch.Tensor` of shape `(batch, 2, 3)`: Affine maps for [`augment`]; `None` where there is nothing to do.
+        `torch.Tensor` of shape `(batch, 2, 3)`: Affine matrices for [`augment`]; `None` for `"none"`.
     """
     if augmentation == "none":
         return None
@@ -50,11 +50,11 @@ def draw_views(batch: int, augmentation: str, device: torch.device) -> torch.Ten
 
 
 def augment(pixels: torch.Tensor, views: torch.Tensor | None) -> torch.Tensor:
-    """Views of a batch, every image its own, on the device of the batch.
+    """Applies an affine augmentation to each image of a batch, on its device.
 
     Args:
         pixels (`torch.Tensor` of shape `(batch, 3, height, width)`): Normalised images.
-        views (`torch.Tensor` of shape `(batch, 2, 3)`, *optional*): Of [`draw_views`].
+        views (`torch.Tensor` of shape `(batch, 2, 3)`, *optional*): From [`draw_views`].
 
     Returns:
         `torch.Tensor` of the same shape.
@@ -77,7 +77,7 @@ def augment(pixels: torch.Tensor, views: torch.Tensor | None) -> torch.Tensor:
 
 
 class TaskImages(torch.utils.data.Dataset):
-    """Resized images of a split, read from an Arrow file on disk in whole batches.
+    """Resized images of a split, read in batches from a memory-mapped Arrow file.
 
     Args:
         dataset (`datasets.Dataset`): Columns `pixels` (bytes) and `label`.
@@ -90,11 +90,11 @@ class TaskImages(torch.utils.data.Dataset):
 
     @classmethod
     def joined(cls, parts: Sequence["TaskImages"], numbers: Sequence[np.ndarray]) -> "TaskImages":
-        """The images of several splits in one.
+        """Concatenates the images of several splits.
 
         Args:
-            parts (sequence of [`TaskImages`]): Of one shape.
-            numbers (sequence of integer arrays): New label of each old one, for each part.
+            parts (sequence of [`TaskImages`]): Parts with images of equal shape.
+            numbers (sequence of integer arrays): For each part, array that maps old labels to new ones.
         """
         images = cls(concatenate_datasets([part.dataset for part in parts]), parts[0].shape)
         images.labels = np.concatenate([new[part.labels] for part, new in zip(parts, numbers, strict=True)])
@@ -118,13 +118,13 @@ class TaskImages(torch.utils.data.Dataset):
         }
 
     def loader(self, num_workers: int = 0, **batches: Any) -> torch.utils.data.DataLoader:
-        """A loader of whole batches, with `batch_size` and perhaps `rows`, or with a `batch_sampler`."""
+        """A `DataLoader` with `batch_size` and, optionally, a subset of `rows`, or with a `batch_sampler`."""
         rows = batches.pop("rows", None)
         images = self if rows is None else torch.utils.data.Subset(self, rows)
-        return torch.utils.data.DataLoader(images, num_workers=num_workers, collate_fn=_same, **batches)
+        return torch.utils.data.DataLoader(images, num_workers=num_workers, collate_fn=_identity, **batches)
 
 
-def _same(batch: Any) -> Any:
+def _identity(batch: Any) -> Any:
     return batch
 
 
@@ -132,22 +132,22 @@ _FEATURES = Features({"pixels": Value("binary"), "label": Value("int64")})
 
 
 def cache_images(split: Split, transform: ImageTransform, max_bad_images: int = 0) -> TaskImages:
-    """Decodes and resizes the images of a split, once, into an Arrow file in the cache of `datasets`.
+    """Decodes and resizes the images of a split into an Arrow file in the cache of `datasets`.
 
-    A second call, in this run or a later one, finds the file.
+    Later calls with the same split and transform read that file, in other runs, too.
 
     Args:
         split ([`Split`]): Encoded images.
         transform ([`ImageTransform`]): How to resize them.
-        max_bad_images (`int`, *optional*, defaults to 0): Leave out at most so many that cannot be decoded, with a
-            warning that lists them.
+        max_bad_images (`int`, *optional*, defaults to 0): Skip up to this many undecodable images, with a warning
+            that lists them.
 
     Returns:
         [`TaskImages`]
 
     Raises:
-        [`StreamError`]: More images cannot be decoded: it names the data set, the split and the rows. Or a stream
-            ends in an error.
+        [`StreamError`]: More images than that cannot be decoded (the message names data set, split and rows), or
+            reading the stream fails.
 
     Example:
 
@@ -167,7 +167,7 @@ def cache_images(split: Split, transform: ImageTransform, max_bad_images: int = 
         "image_column": split.image_column,
         "label_column": split.label_column,
         "labels": split.labels,
-        "reader": READER,
+        "reader": READER_VERSION,
     }
     if isinstance(split.dataset, Dataset):
         cached = split.dataset.map(
@@ -186,8 +186,8 @@ def cache_images(split: Split, transform: ImageTransform, max_bad_images: int = 
         try:
             cached = Dataset.from_generator(_rows, gen_kwargs={"rows": rows}, features=_FEATURES)
         except DatasetGenerationError as error:
-            raise StreamError(f"{split.title} cannot be read to its end: {error.__cause__}") from error
-    cached = _without_bad(cached, split.title, max_bad_images)
+            raise StreamError(f"{split.title}: reading the stream failed: {error.__cause__}") from error
+    cached = _drop_bad(cached, split.title, max_bad_images)
     return TaskImages(cached, transform.shape)
 
 
@@ -196,11 +196,11 @@ def _rows(rows: Iterable[dict]) -> Iterator[dict]:
 
 
 def to_pixels(
-    batch: dict, transform: ImageTransform, image_column: str, label_column: str, labels: dict, reader: int = READER
+    batch: dict, transform: ImageTransform, image_column: str, label_column: str, labels: dict, reader: int = 0
 ) -> dict:
-    """Columns `pixels` and `label` of encoded rows; where one cannot be decoded, why, and [`BAD`].
+    """Decodes rows to columns `pixels` and `label`; undecodable ones get the error message and the label [`BAD`].
 
-    `datasets` keeps what comes of it for as long as the arguments are the same, the version of the reader among them.
+    `datasets` caches the result by a fingerprint of all arguments, so the `reader` version invalidates old caches.
     """
     pixels, numbers = [], []
     for encoded, value, row in zip(batch[image_column], batch[label_column], batch[ROW], strict=True):
@@ -213,17 +213,17 @@ def to_pixels(
     return {"pixels": pixels, "label": numbers}
 
 
-def _without_bad(images: Dataset, title: str, most: int) -> Dataset:
+def _drop_bad(images: Dataset, title: str, most: int) -> Dataset:
     labels = np.asarray(images["label"][:])
     bad = np.flatnonzero(labels == BAD)
     if not len(bad):
         return images
-    listed = "; ".join(row.decode() for row in images.select(bad[:LISTED])["pixels"])
-    listed += "; ..." if len(bad) > LISTED else ""
+    listed = "; ".join(row.decode() for row in images.select(bad[:MAX_LISTED])["pixels"])
+    listed += "; ..." if len(bad) > MAX_LISTED else ""
     if len(bad) > most or len(bad) == len(labels):
         raise StreamError(
-            f"{title}, {listed}. These are {len(bad)} of {len(labels)} images. Mend or drop them (`dataset.select`), "
-            f"or leave out up to so many with --max_bad_images {len(bad)}."
+            f"{title}, {listed}. These are {len(bad)} of {len(labels)} images. Fix or drop them (`dataset.select`), "
+            f"or skip them with --max_bad_images {len(bad)}."
         )
-    logger.warning("%s, %s. Leaving out %d of %d images.", title, listed, len(bad), len(labels))
+    logger.warning("%s, %s. Skipping %d of %d images.", title, listed, len(bad), len(labels))
     return images.select(np.flatnonzero(labels != BAD))

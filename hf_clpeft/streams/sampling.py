@@ -1,4 +1,4 @@
-"""Some of the rows of a task, every class among them."""
+"""Samples of the rows of a task that contain every class."""
 
 from collections.abc import Collection, Iterable
 from typing import Any
@@ -7,12 +7,12 @@ import numpy as np
 
 
 def sample_rows(labels: np.ndarray, most: int, seed: int) -> np.ndarray:
-    """Places of rows drawn at random, at least one of each class.
+    """Indices of a random sample of rows with at least one of each class, sorted.
 
     Args:
         labels (array of shape `(rows,)`): Label of every row.
-        most (`int`): How many to draw, no fewer than there are classes.
-        seed (`int`): Seed of the draw.
+        most (`int`): Size of the sample, at least the number of classes.
+        seed (`int`): Seed of the sample.
 
     Example:
 
@@ -30,18 +30,18 @@ def sample_rows(labels: np.ndarray, most: int, seed: int) -> np.ndarray:
     drawn = rng.choice(len(labels), most, replace=False)
     for value in np.setdiff1d(labels, labels[drawn]):
         values, counts = np.unique(labels[drawn], return_counts=True)
-        given_up = np.flatnonzero(labels[drawn] == values[counts.argmax()])[-1]
-        drawn[given_up] = rng.choice(np.flatnonzero(labels == value))
+        replaced = np.flatnonzero(labels[drawn] == values[counts.argmax()])[-1]
+        drawn[replaced] = rng.choice(np.flatnonzero(labels == value))
     return np.sort(drawn)
 
 
 def first_of_each(labels: Iterable, wanted: Collection, most: int) -> tuple[list[int], set]:
-    """Places of the first rows of a stream, later ones being put off for the first of a class; and what was found.
+    """Indices of the first rows of a stream, with at least one of each class; and the set of labels found.
 
     Args:
-        labels (iterable): Labels as they come; read no further than needed.
-        wanted (collection): All labels there should be.
-        most (`int`): How many rows, no fewer than there are classes.
+        labels (iterable): Labels in stream order; consumed only as far as needed.
+        wanted (collection): Labels to look for.
+        most (`int`): Number of rows, at least the number of classes.
 
     Example:
 
@@ -53,24 +53,24 @@ def first_of_each(labels: Iterable, wanted: Collection, most: int) -> tuple[list
 
     ```
     """
-    places: list[int] = []
+    indices: list[int] = []
     firsts: dict[Any, int] = {}
-    for place, label in enumerate(labels):
-        firsts.setdefault(label, place)
-        if len(places) < most:
-            places.append(place)
+    for index, label in enumerate(labels):
+        firsts.setdefault(label, index)
+        if len(indices) < most:
+            indices.append(index)
         elif len(firsts) == len(wanted):
             break
     kept = set(firsts.values())
-    others = [place for place in places if place not in kept]
+    others = [index for index in indices if index not in kept]
     return sorted([*kept, *others[: most - len(kept)]]), set(firsts)
 
 
-class Places:
-    """A filter by place that can be pickled, so that `datasets` can fingerprint it."""
+class IndexFilter:
+    """A picklable filter by row index, so that `datasets` can fingerprint it."""
 
-    def __init__(self, places: Iterable[int]):
-        self.places = set(places)
+    def __init__(self, indices: Iterable[int]):
+        self.indices = set(indices)
 
-    def __call__(self, row: dict, place: int) -> bool:
-        return place in self.places
+    def __call__(self, row: dict, index: int) -> bool:
+        return index in self.indices

@@ -1,4 +1,4 @@
-"""The ordered tasks that a model learns one after another."""
+"""Task streams: the ordered tasks that a model learns one after another."""
 
 import unicodedata
 from collections import Counter
@@ -12,7 +12,7 @@ from datasets import ClassLabel, Dataset, DatasetDict, Features, Image
 
 from ..config.text import get_logger
 from .drift import DriftDetector
-from .places import AnyDataset, Place, find_place
+from .locate import AnyDataset, LocatedDataset, locate_dataset
 from .source import ImageSource, StreamError
 from .task import Task, hold_out, split_of
 
@@ -24,12 +24,12 @@ class TaskStream(Sequence[Task]):
     """The ordered tasks of a stream.
 
     Args:
-        tasks (iterable of [`Task`]): The tasks, in the order in which they are learnt.
-        name (`str`, *optional*, defaults to `"stream"`): Name for tables and cards.
-        dataset (`str`, *optional*): Id of the data set on the Hub, for cards.
+        tasks (iterable of [`Task`]): The tasks, in training order.
+        name (`str`, *optional*, defaults to `"stream"`): Name for tables and model cards.
+        dataset (`str`, *optional*): Hub id of the data set, for model cards.
 
     Raises:
-        [`StreamError`]: No task, or two tasks of one name.
+        [`StreamError`]: There is no task, or two have the same name.
 
     Example:
 
@@ -89,16 +89,16 @@ class TaskStream(Sequence[Task]):
         class_order: list[str] | None = None,
         **options: Any,
     ) -> "TaskStream":
-        """Every task brings new classes.
+        """Splits a data set by class: every task brings new classes.
 
         Args:
             dataset (`str`, `Path`, `Dataset` or `DatasetDict`): Hub id, local folder (Parquet or ImageFolder) or
                 loaded data set.
-            num_tasks (`int`, *optional*, defaults to 5): How many tasks; the first ones get one class more when the
-                classes cannot be shared out evenly.
+            num_tasks (`int`, *optional*, defaults to 5): Number of tasks; if the classes do not divide evenly, the
+                first tasks get one more.
             seed (`int`, *optional*): Shuffles the class order with `numpy.random.RandomState(seed).permutation`, the
-                convention of the class-incremental literature (1993 is its usual seed). `None` keeps the data set's.
-            class_order (`list[str]`, *optional*): Names of the classes in the order in which they are learnt.
+                convention of the class-incremental literature (1993 is its usual seed). `None` keeps it.
+            class_order (`list[str]`, *optional*): Names of the classes in training order.
             options: `name`, `revision`, `streaming`, `train_split`, `test_split`, `test_size`, `image_column`,
                 `label_column`, `max_train_samples_per_task`, `max_test_samples_per_task`, `split_seed`; see
                 [`TaskStream.domain_incremental`].
@@ -106,9 +106,9 @@ class TaskStream(Sequence[Task]):
         Raises:
             [`StreamError`]: The data cannot be split like this.
         """
-        sides = _Sides.open(dataset, **options)
-        classes = sides.train.present() if class_order is None else list(class_order)
-        _warn_of_twins(classes, sides.train.title)
+        sources = _TrainTest.open(dataset, **options)
+        classes = sources.train.present() if class_order is None else list(class_order)
+        _warn_of_similar_classes(classes, sources.train.title)
         twice = next((name for name, count in Counter(classes).items() if count > 1), None)
         if twice is not None:
             raise StreamError(f"class_order names the class {twice!r} twice.")
@@ -116,12 +116,12 @@ class TaskStream(Sequence[Task]):
             classes = [classes[i] for i in np.random.RandomState(seed).permutation(len(classes))]
         if not 1 <= num_tasks <= len(classes):
             raise StreamError(
-                f"{sides.train.title}: {len(classes)} classes cannot make num_tasks={num_tasks} tasks; choose 1 to "
+                f"{sources.train.title}: {len(classes)} classes cannot make num_tasks={num_tasks} tasks; choose 1 to "
                 f"{len(classes)}." + (" Check label_column." if len(classes) < 2 else "")
             )
         groups = np.array_split(np.arange(len(classes)), num_tasks)
-        tasks = (sides.task(i, [classes[c] for c in group]) for i, group in enumerate(groups))
-        return cls(tasks, sides.stream_name, sides.hub_id)
+        tasks = (sources.task(i, [classes[c] for c in group]) for i, group in enumerate(groups))
+        return cls(tasks, sources.stream_name, sources.hub_id)
 
     @staticmethod
     def from_batches(
@@ -131,19 +131,19 @@ class TaskStream(Sequence[Task]):
         test_size: float = 0.2,
         name: str = "stream",
     ) -> "BorderlessStream":
-        """Tasks without borders: a new one begins where images stop being like those of the one before.
+        """Finds task boundaries in a stream of images by change-point detection.
 
         Args:
-            batches (iterable of `dict`): Images as they come: `image`, a list of `PIL.Image.Image`, and `label`, a
-                list of names of classes.
-            features_of (callable): Takes a list of images, gives their query features `(images, hidden_size)`; for
-                example [`Backbone.features`].
-            detector ([`DriftDetector`], *optional*): Finds the borders; it states its rate of false alarms.
-            test_size (`float`, *optional*, defaults to 0.2): Share of each task's images held out for testing.
-            name (`str`, *optional*, defaults to `"stream"`): Name for tables and cards.
+            batches (iterable of `dict`): Batches with `image`, a list of `PIL.Image.Image`, and `label`, a list of
+                class names.
+            features_of (callable): Computes query features `(images, hidden_size)` of a list of images, for example
+                [`Backbone.features`].
+            detector ([`DriftDetector`], *optional*): Detects the boundaries, at a given rate of false alarms.
+            test_size (`float`, *optional*, defaults to 0.2): Fraction of each task's images held out for testing.
+            name (`str`, *optional*, defaults to `"stream"`): Name for tables and model cards.
 
         Returns:
-            [`BorderlessStream`]: To iterate over once, for example by [`ContinualTrainer.learn_stream`].
+            [`BorderlessStream`]: Can be iterated over once, for example by [`ContinualTrainer.learn_stream`].
         """
         return BorderlessStream(batches, features_of, detector or DriftDetector(), test_size, name)
 
@@ -156,26 +156,26 @@ class TaskStream(Sequence[Task]):
         test_domains: list[str] | None = None,
         **options: Any,
     ) -> "TaskStream":
-        """Every task brings the same classes in a new domain.
+        """Splits a data set by domain: every task brings the same classes in a new domain.
 
         Args:
             dataset (`str`, `Path`, `Dataset` or `DatasetDict`): Hub id, local folder (Parquet or ImageFolder) or
                 loaded data set.
-            domain_column (`str`, *optional*, defaults to `"domain"`): Column that says which domain a row is of.
-            domains (`list[str]`, *optional*): Domains to learn, in this order. Default: all, as the data set orders
-                them.
+            domain_column (`str`, *optional*, defaults to `"domain"`): Column of domains.
+            domains (`list[str]`, *optional*): Domains in training order. Default: all, in the order of the data
+                set.
             test_domains (`list[str]`, *optional*): Test on these domains instead of each task's own. Their images are
-                dealt out to the tasks evenly, so that each is judged once; routing accuracy then says nothing.
+                split evenly across the tasks, so each is tested once; routing accuracy is then meaningless.
             options:
                 - `name` (`str`): configuration of the data set; `revision` (`str`): commit of its repo
-                - `streaming` (`bool`): read rows as they are needed
-                - `train_split` (`str`), `test_split` (`str`): names of the splits; found where they are called `train`
-                  and `test`, `validation`, `dev` or the like, and have labels; without a test split, `test_size`
-                  (`float`, default 0.2) of every class is held out of train with `split_seed` (`int`, default 0); 0
-                  holds out nothing, and accuracy is not measured
-                - `image_column`, `label_column` (`str`): found when they have their usual names or types
-                - `max_train_samples_per_task`, `max_test_samples_per_task` (`int`): at most so many images, of every
-                  class at least one
+                - `streaming` (`bool`): stream rows instead of downloading the data set
+                - `train_split`, `test_split` (`str`): names of the splits; default: `train`, and the first one called
+                  `test`, `validation`, `dev` or the like with labels. Without one, `test_size` (`float`, default
+                  0.2) of every class is held out of train with `split_seed` (`int`, default 0); with 0, nothing is
+                  held out, and accuracy is not measured
+                - `image_column`, `label_column` (`str`): detected by common names and types if left out
+                - `max_train_samples_per_task`, `max_test_samples_per_task` (`int`): maximum number of images per
+                  task, with at least one of every class
 
         Raises:
             [`StreamError`]: The data cannot be split like this.
@@ -192,27 +192,27 @@ class TaskStream(Sequence[Task]):
 
         ```
         """
-        sides = _Sides.open(dataset, domain_column=domain_column, **options)
-        domains = sides.train.domain_names if domains is None else list(domains)
-        classes = sides.train.present()
-        _warn_of_twins(classes, sides.train.title)
+        sources = _TrainTest.open(dataset, domain_column=domain_column, **options)
+        domains = sources.train.domain_names if domains is None else list(domains)
+        classes = sources.train.present()
+        _warn_of_similar_classes(classes, sources.train.title)
         shares: Sequence[np.ndarray | None] = [None] * len(domains)
         if test_domains is not None:
-            shares = sides.deal_test_rows(classes, test_domains, len(domains))
+            shares = sources.split_test_rows(classes, test_domains, len(domains))
         return cls(
             (
-                sides.task(i, classes, domain, test_domains, test_rows)
+                sources.task(i, classes, domain, test_domains, test_rows)
                 for i, (domain, test_rows) in enumerate(zip(domains, shares, strict=True))
             ),
-            sides.stream_name,
-            sides.hub_id,
+            sources.stream_name,
+            sources.hub_id,
         )
 
 
 class BorderlessStream:
-    """Tasks that are found while their images come; see [`TaskStream.from_batches`].
+    """Tasks detected online in a stream of images; see [`TaskStream.from_batches`].
 
-    A task is given out once the next one has begun, or the images have ended. Until then its images are in memory.
+    A task is yielded when the next one is detected or the images end. Until then its images are held in memory.
 
     Example:
 
@@ -243,7 +243,7 @@ class BorderlessStream:
         name: str,
     ):
         if not 0 <= test_size < 1:
-            raise StreamError(f"test_size={test_size} must be a share of the images below 1, such as 0.2.")
+            raise StreamError(f"test_size={test_size} must be a fraction from 0 to below 1, such as 0.2.")
         self.batches, self.features_of, self.detector = batches, features_of, detector
         self.test_size, self.name = test_size, name
 
@@ -255,16 +255,16 @@ class BorderlessStream:
         for batch in self.batches:
             images += batch["image"]
             labels += map(str, batch["label"])
-            ahead = list(self.features_of(batch["image"]))
-            while ahead:
-                drift = self.detector.update(np.stack(ahead))
+            pending = list(self.features_of(batch["image"]))
+            while pending:
+                drift = self.detector.update(np.stack(pending))
                 if drift is None:
-                    features += ahead
+                    features += pending
                     break
-                border = len(features) + drift.after - drift.since
-                yield self._task(count, images[:border], labels[:border])
-                ahead = [*features, *ahead][border:]
-                count, images, labels, features = count + 1, images[border:], labels[border:], []
+                boundary = len(features) + drift.after - drift.since
+                yield self._task(count, images[:boundary], labels[:boundary])
+                pending = [*features, *pending][boundary:]
+                count, images, labels, features = count + 1, images[boundary:], labels[boundary:], []
                 self.detector.reset()
         yield self._task(count, images, labels)
 
@@ -273,27 +273,27 @@ class BorderlessStream:
         columns = Features({"image": Image(), "label": ClassLabel(names=names)})
         numbers = [names.index(label) for label in labels]
         rows = Dataset.from_dict({"image": images, "label": numbers}, columns)
-        # Every so many images of a class; one that has strayed over a border alone stays in training.
-        # `test_size` is below 1, so the first of a class is never held out.
+        # Holds out images of each class at regular intervals, never the first, as `test_size` is below 1: a single
+        # image on the wrong side of a boundary stays in the train split.
         held_out = np.zeros(len(rows), dtype=bool)
         seen: Counter[int] = Counter()
         for i, number in enumerate(numbers):
             seen[number] += 1
             held_out[i] = int(seen[number] * self.test_size) > int((seen[number] - 1) * self.test_size)
-        sides = DatasetDict(train=rows.select(np.flatnonzero(~held_out)))
+        splits = DatasetDict(train=rows.select(np.flatnonzero(~held_out)))
         if held_out.any():
-            sides["test"] = rows.select(np.flatnonzero(held_out))
-        return load_task(sides, f"task-{count:03d}", test_size=0)
+            splits["test"] = rows.select(np.flatnonzero(held_out))
+        return load_task(splits, f"task-{count:03d}", test_size=0)
 
 
 def load_task(dataset: AnyDataset, name: str, domain: str | None = None, **options: Any) -> Task:
-    """One task out of a whole data set: for streams whose next task nobody knew of when they began.
+    """Loads a whole data set as one task, for streams whose tasks are not known in advance.
 
     Args:
         dataset (`str`, `Path`, `Dataset` or `DatasetDict`): Hub id, local folder (Parquet or ImageFolder) or loaded
             data set.
         name (`str`): Name of the task.
-        domain (`str`, *optional*): Its domain, if its classes are known from other domains.
+        domain (`str`, *optional*): Its domain, for domain-incremental learning.
         options: As for [`TaskStream.domain_incremental`].
 
     Returns:
@@ -316,8 +316,8 @@ def load_task(dataset: AnyDataset, name: str, domain: str | None = None, **optio
     return replace(task, name=name, domain=domain)
 
 
-class _Sides:
-    """The train and the test side of a data set, the latter perhaps `None`, and how many images a task may have."""
+class _TrainTest:
+    """The train source and the optional test source of a data set, with the limits on images per task."""
 
     def __init__(
         self,
@@ -351,34 +351,34 @@ class _Sides:
         domain_column: str | None = None,
         max_train_samples_per_task: int | None = None,
         max_test_samples_per_task: int | None = None,
-    ) -> "_Sides":
+    ) -> "_TrainTest":
         columns = {"image_column": image_column, "label_column": label_column, "domain_column": domain_column}
-        place = find_place(dataset, name, revision, [split for split in (train_split, test_split) if split])
+        located = locate_dataset(dataset, name, revision, [split for split in (train_split, test_split) if split])
         train_split = train_split or "train"
         limits = (max_train_samples_per_task, max_test_samples_per_task)
-        train = place.source(train_split, streaming, **columns)
+        train = located.source(train_split, streaming, **columns)
         test: ImageSource | None = None
         if test_split is not None:
-            test = place.source(test_split, streaming, **columns)
+            test = located.source(test_split, streaming, **columns)
         else:
-            test = _find_test(place, train, streaming, columns)
+            test = _find_test(located, train, streaming, columns)
         if test is None and train.streaming and test_size:
             raise StreamError(
-                f"Data set {place.name!r} has no test split with labels, and nothing is held out of a stream; name "
-                f"one of {place.splits} with test_split, or test on nothing with test_size=0."
+                f"Data set {located.name!r} has no labelled test split, and a stream cannot be split; name "
+                f"one of {located.splits} with test_split, or disable testing with test_size=0."
             )
         if test is None:
             if not test_size:
                 return cls(train, None, None, None, *limits, dataset)
             train_rows, test_rows = hold_out(train.values(train.label_column), test_size, split_seed)
             return cls(train, train, train_rows, test_rows, *limits, dataset)
-        sides = cls(train, test, None, None, *limits, dataset)
+        sources = cls(train, test, None, None, *limits, dataset)
         if train_split != test_split:
-            sides.check_test_classes()
-        return sides
+            sources.check_test_classes()
+        return sources
 
     def check_test_classes(self) -> None:
-        """A class that is only tested on can never be learnt: most likely the labels of the splits do not match."""
+        """Rejects test classes without training images, which usually mean that the labels do not match."""
         assert self.test is not None
         if self.test.streaming:
             return
@@ -394,19 +394,19 @@ class _Sides:
                     "the test split."
                 )
 
-    def deal_test_rows(self, classes: list[str], domains: list[str], num_tasks: int) -> list[np.ndarray]:
-        """Deals the test images of `domains` out to the tasks, class by class, so that all get alike shares."""
+    def split_test_rows(self, classes: list[str], domains: list[str], num_tasks: int) -> list[np.ndarray]:
+        """Splits the test images of `domains` evenly across the tasks, stratified by class."""
         test: Any = self.test
         if test is None:
             raise StreamError(f"{self.train.title}: test_domains needs test images; leave out test_size=0.")
         labels = test.values(test.label_column)
         inside = np.isin(test.values(test.domain_column), list(test.domains_of(domains)))
-        hands: list[list[np.ndarray]] = [[] for _ in range(num_tasks)]
+        shards: list[list[np.ndarray]] = [[] for _ in range(num_tasks)]
         for value in test.labels_of(classes, some=True):
             rows = np.flatnonzero(inside & (labels == value))
-            for i, hand in enumerate(hands):
-                hand.append(rows[i::num_tasks])
-        return [np.concatenate(hand) for hand in hands]
+            for i, shard in enumerate(shards):
+                shard.append(rows[i::num_tasks])
+        return [np.concatenate(shard) for shard in shards]
 
     def task(
         self,
@@ -427,7 +427,7 @@ class _Sides:
         return Task(f"task-{index:03d}", tuple(classes), train, test, domain)
 
     def _present(self, classes: list[str], domain: str) -> list[str]:
-        """Those of the classes that have training images in a domain; without, none can be learnt."""
+        """The classes that have training images in a domain."""
         train: Any = self.train
         if train.streaming and train.reopen is None:
             return classes
@@ -439,31 +439,31 @@ class _Sides:
         absent = [classes[position] for value, position in labels.items() if value not in there]
         if absent and len(absent) < len(classes):
             logger.warning(
-                "%s, domain %s has no image of %s: its task goes without.", train.title, domain, ", ".join(absent[:5])
+                "%s, domain %s has no image of %s: left out of its task.", train.title, domain, ", ".join(absent[:5])
             )
             return [name for name in classes if name not in absent]
         return classes
 
 
-def _find_test(place: Place, train: ImageSource, streaming: bool, columns: dict[str, Any]) -> ImageSource | None:
-    """The first of the usual test splits that has labels; those of competitions are hidden."""
-    for split in place.test_splits:
-        test = place.source(split, streaming, **{**columns, "label_column": train.label_column})
+def _find_test(located: LocatedDataset, train: ImageSource, streaming: bool, columns: dict) -> ImageSource | None:
+    """The first candidate test split that has labels; competitions withhold them."""
+    for split in located.test_splits:
+        test = located.source(split, streaming, **{**columns, "label_column": train.label_column})
         if test.has_labels():
             return test
-        logger.warning("%s has no labels, so nothing is tested on it; test_split names another one.", test.title)
+        logger.warning("%s has no labels, so it is not tested on; set test_split to another one.", test.title)
     return None
 
 
-def _warn_of_twins(classes: Sequence[str], title: str) -> None:
-    """Says which names of classes may mean the same."""
-    alike: dict[str, str] = {}
+def _warn_of_similar_classes(classes: Sequence[str], title: str) -> None:
+    """Warns about class names that differ only in case, spaces or Unicode form."""
+    seen: dict[str, str] = {}
     for name in classes:
-        other = alike.setdefault(unicodedata.normalize("NFKC", name).casefold().strip(), name)
+        other = seen.setdefault(unicodedata.normalize("NFKC", name).casefold().strip(), name)
         if other != name:
             logger.warning(
-                "%s: the classes %r and %r differ in capitals or spaces alone, and are learnt as two. If they are "
-                "one, give them one name, with `dataset.map` or by moving the pictures.",
+                "%s: the classes %r and %r differ only in case or spaces, and are learnt as two. If they are "
+                "one, merge them with `dataset.map` or by moving the images.",
                 title,
                 other,
                 name,

@@ -1,4 +1,4 @@
-"""Images that no disk has to hold: read and decoded anew in every epoch, in an order that can be taken up anywhere."""
+"""Images that do not fit on disk: decoded again in every epoch, in a shuffled order that can be resumed anywhere."""
 
 import logging
 from collections.abc import Iterator
@@ -11,18 +11,18 @@ import torch
 from datasets import Dataset
 
 from .images import BAD, ImageTransform, TaskImages, cache_images, to_pixels
-from .sampling import Places
+from .sampling import IndexFilter
 from .source import ROW, StreamError
 from .task import Split
 
 
-BUFFER_SIZE = 2048  # encoded images that are in memory, and shuffled, at a time
-SAMPLE_SIZE = 20_000  # images of a task that teach the router, at most
-SHARDS = 64  # into which a data set on disk is cut, as far as it has rows
+BUFFER_SIZE = 2048  # size of the shuffle buffer, in encoded images
+SAMPLE_SIZE = 20_000  # maximum number of images per task for fitting the router
+SHARDS = 64  # maximum number of shards of a data set on disk
 
 
 def share_of(rows: list, rank: int, num_processes: int) -> list:
-    """The rows of a batch that a process has: as many as every other one, or fewer at the end.
+    """Splits a global batch by process: equal shares, of which the last may be smaller or empty.
 
     Example:
 
@@ -39,15 +39,14 @@ def share_of(rows: list, rank: int, num_processes: int) -> list:
 
 
 class StreamedImages:
-    """Images of a split that would take too much disk, and a sample of them that does not.
+    """Images of a split that are streamed because they exceed the cache size, with a cached sample of them.
 
     Args:
         split ([`Split`]): Encoded images.
         transform ([`ImageTransform`]): How to resize them.
-        num_images (`int`): How many there are, those that cannot be decoded included.
-        sample ([`TaskImages`]): Some of each class, drawn at random, on disk: what routers learn from.
-        max_bad_images (`int`, *optional*, defaults to 0): Leave out at most so many in an epoch that cannot be
-            decoded.
+        num_images (`int`): Number of images, including undecodable ones.
+        sample ([`TaskImages`]): Cached random sample of each class, for fitting the router.
+        max_bad_images (`int`, *optional*, defaults to 0): Skip up to this many undecodable images per epoch.
     """
 
     def __init__(
@@ -72,22 +71,22 @@ class StreamedImages:
         rank: int = 0,
         num_processes: int = 1,
     ) -> Iterator[tuple[dict[str, torch.Tensor], dict]]:
-        """One epoch, or what is left of it.
+        """Reads one epoch, or the rest of it from a checkpointed position.
 
-        Shards are read in a random order, several at a time; what comes is shuffled block by block, and a block is
-        used up before the next one is read. So nothing is in memory that a position would not know of.
+        Shards are read in random order, and rows are shuffled block by block; a block is used up before the next one
+        is read, so a position describes the whole state, and resuming is exact.
 
         Args:
-            batch_size (`int`): Images per batch, over all processes.
-            seed (`int`), epoch (`int`): What the order follows from.
-            position (`dict`, *optional*): Where to go on: what came with the last batch that was used.
-            rank (`int`, *optional*, defaults to 0): Number of this process.
-            num_processes (`int`, *optional*, defaults to 1): How many share each batch. All of them read all encoded
-                images, so that batches are what a single process makes; each decodes its own.
+            batch_size (`int`): Global batch size.
+            seed (`int`), epoch (`int`): Determine the order.
+            position (`dict`, *optional*): Resume here: the position yielded with the last batch that was used.
+            rank (`int`, *optional*, defaults to 0): Rank of this process.
+            num_processes (`int`, *optional*, defaults to 1): Number of processes that share each batch. Each reads all
+                encoded images but decodes only its own, so batches do not depend on the number of processes.
 
         Yields:
             `pixels` of shape `(batch, 3, height, width)` and `label` of shape `(batch,)` of this process's share,
-            which may be empty; and the position after the batch, ready for JSON.
+            which may be empty; and the position after the batch, JSON-serialisable.
 
         Raises:
             [`StreamError`]: Too many images cannot be decoded.
@@ -100,7 +99,7 @@ class StreamedImages:
         block_size = -(-BUFFER_SIZE // batch_size) * batch_size
         rows = iter(dataset)
         for block in count(position["block"]):
-            with _no_warning_of_lost_buffers():
+            with _silence_buffer_warning():
                 images = list(islice(rows, block_size))
             if not images:
                 return
@@ -113,7 +112,7 @@ class StreamedImages:
                 if bad > self.max_bad_images:
                     raise StreamError(
                         f"{self.split.title}, {problems[0]}. More than max_bad_images={self.max_bad_images} cannot be "
-                        "decoded. Mend or drop them (`dataset.filter`), or leave out more with --max_bad_images."
+                        "decoded. Fix or drop them (`dataset.filter`), or skip more with --max_bad_images."
                     )
                 place = {"block": block, "used": start + batch_size, "stream": stream, "bad": bad}
                 if len(batch["label"]) or num_processes > 1:
@@ -140,21 +139,20 @@ def open_images(
     cache_size_gb: float | None = None,
     seed: int = 0,
 ) -> TaskImages | StreamedImages:
-    """The images of a split: resized on disk if they fit there, else read anew whenever they are needed.
+    """Opens the images of a split: cached on disk if they fit in the cache size, else streamed.
 
     Args:
         split ([`Split`]): Encoded images.
         transform ([`ImageTransform`]): How to resize them.
-        max_bad_images (`int`, *optional*, defaults to 0): Leave out at most so many that cannot be decoded.
-        cache_size_gb (`float`, *optional*): Most that the resized images may take, in GB of 1e9 bytes. Default: no
-            limit.
-        seed (`int`, *optional*, defaults to 0): Seed of the sample of what does not fit.
+        max_bad_images (`int`, *optional*, defaults to 0): Skip up to this many undecodable images.
+        cache_size_gb (`float`, *optional*): Maximum size of the resized images in GB (1e9 bytes). Default: no limit.
+        seed (`int`, *optional*, defaults to 0): Seed of the cached sample if they are streamed.
 
     Returns:
         [`TaskImages`] or [`StreamedImages`]
 
     Raises:
-        [`StreamError`]: Images cannot be decoded, not even one of each class would fit, or a class has none.
+        [`StreamError`]: Images cannot be decoded, the cache cannot hold one image per class, or a class has none.
 
     Example:
 
@@ -171,58 +169,58 @@ def open_images(
     ```
     """
     if cache_size_gb is None:
-        return _every_class(cache_images(split, transform, max_bad_images), split)
+        return _check_classes(cache_images(split, transform, max_bad_images), split)
     most = int(cache_size_gb * 1e9 / np.prod(transform.shape))
-    counts, drawn = _draw(split, min(most, SAMPLE_SIZE) // len(set(split.labels.values())), seed)
+    counts, drawn = _count_and_sample(split, min(most, SAMPLE_SIZE) // len(set(split.labels.values())), seed)
     num_images = sum(counts.values())
     if num_images <= most:
-        return _every_class(cache_images(split, transform, max_bad_images), split)
+        return _check_classes(cache_images(split, transform, max_bad_images), split)
     if not drawn:
         raise StreamError(
             f"{split.title}: cache_size_gb={cache_size_gb} holds {most} resized images, fewer than there are classes "
-            f"({len(counts)}), and routers learn from some of each."
+            f"({len(counts)}), but the router needs at least one of each."
         )
     if isinstance(split.dataset, Dataset):
         rows = split.dataset.select(sorted(drawn))
     else:
-        rows = split.dataset.filter(Places(drawn), with_indices=True)
-    sample = _every_class(cache_images(replace(split, dataset=rows), transform, max_bad_images), split)
+        rows = split.dataset.filter(IndexFilter(drawn), with_indices=True)
+    sample = _check_classes(cache_images(replace(split, dataset=rows), transform, max_bad_images), split)
     return StreamedImages(split, transform, num_images, sample, max_bad_images)
 
 
-def _every_class(images: TaskImages, split: Split) -> TaskImages:
-    """The images, if each class has one: a router that knows nothing of a class makes a model that does not load."""
+def _check_classes(images: TaskImages, split: Split) -> TaskImages:
+    """Requires an image of each class: a model whose router lacks a class does not load."""
     values = {position: value for value, position in split.labels.items()}
     missing = sorted(set(values) - set(images.labels.tolist()))
     if missing:
         value = values[missing[0]]
         raise StreamError(
-            f"{split.title} has no image that can be read for {len(missing)} of {len(values)} classes, such as the "
-            f"one with {split.label_column}={value!r}, and none is learnt without. Add images of it, or leave it out."
+            f"{split.title} has no decodable image of {len(missing)} of {len(values)} classes, such as the one with "
+            f"{split.label_column}={value!r}. Every class needs images: add some, or leave the class out."
         )
     return images
 
 
-def _draw(split: Split, per_class: int, seed: int) -> tuple[dict[int, int], set[int]]:
-    """How many images each class has; and places of at most so many of each, all of them equally likely."""
+def _count_and_sample(split: Split, per_class: int, seed: int) -> tuple[dict[int, int], set[int]]:
+    """Image counts by class, and row indices of a uniform sample of each class (reservoir sampling)."""
     rng = np.random.default_rng(seed)
     counts: dict[int, int] = {}
     drawn: dict[int, list[int]] = {}
     rows = split.dataset.select_columns([split.label_column])
-    for place, row in enumerate(rows):
+    for index, row in enumerate(rows):
         label = split.labels[row[split.label_column]]
         seen = counts[label] = counts.get(label, 0) + 1
         reservoir = drawn.setdefault(label, [])
         if seen <= per_class:
-            reservoir.append(place)
+            reservoir.append(index)
         elif per_class and (slot := int(rng.integers(seen))) < per_class:
-            reservoir[slot] = place
-    return counts, {place for reservoir in drawn.values() for place in reservoir}
+            reservoir[slot] = index
+    return counts, {index for reservoir in drawn.values() for index in reservoir}
 
 
 @contextmanager
-def _no_warning_of_lost_buffers() -> Iterator[None]:
-    """`datasets` warns of them whenever it goes on; ours has a single row, which has been used by then."""
+def _silence_buffer_warning() -> Iterator[None]:
+    """Mutes the warning of `datasets` that resuming loses the shuffle buffer; here it holds a single, used row."""
     logger = logging.getLogger("datasets.iterable_dataset")
     level = logger.level
     logger.setLevel(logging.ERROR)

@@ -1,4 +1,4 @@
-"""One step of a stream: the images and classes that a model learns together."""
+"""One task of a stream: a train and a test split and their classes."""
 
 import unicodedata
 from collections.abc import Iterator
@@ -14,15 +14,15 @@ from .source import ROW, ImageSource, StreamError
 
 @dataclass(frozen=True)
 class Split:
-    """The encoded images of one side (train or test) of a task.
+    """The encoded images of a task's train or test split.
 
     Args:
-        dataset (`datasets.Dataset` or `datasets.IterableDataset`): Rows with the image, its label and, in the column
-            `ROW`, the number of the row in the data set.
+        dataset (`datasets.Dataset` or `datasets.IterableDataset`): Rows with an image, a label and, in the column
+            `ROW`, the row number in the data set.
         image_column (`str`): Column of encoded images.
-        label_column (`str`): Column of labels as the data set has them.
-        labels (`dict`): Value in the label column to position in the task's classes.
-        title (`str`): Where the rows come from, for errors.
+        label_column (`str`): Column of labels as stored in the data set.
+        labels (`dict`): Maps values of the label column to indices into the task's classes.
+        title (`str`): Source of the rows, for error messages.
     """
 
     dataset: Dataset | IterableDataset
@@ -32,25 +32,25 @@ class Split:
     title: str
 
     def __iter__(self) -> Iterator[tuple[dict, int, int]]:
-        """Yields (encoded image, position of its class in the task's classes, row)."""
+        """Yields (encoded image, index of its class in the task's classes, row number)."""
         for row in self.dataset:
             yield row[self.image_column], self.labels[row[self.label_column]], row[ROW]
 
 
 @dataclass(frozen=True)
 class Task:
-    """One step of a stream. A task stands for itself: it knows its classes by name, not by number.
+    """One task of a stream. It identifies its classes by name, so it is independent of other tasks.
 
     Args:
-        name (`str`): Folder of its expert and tag of its commit: letters, digits, `_` and `-`.
-        classes (`tuple[str, ...]`): Names of its classes. A single one can be learnt where every task has its own
-            expert, which then recognises it by its route alone.
-        train ([`Split`]): What is learnt.
-        test ([`Split`], *optional*): What it is judged by; without, its accuracy is not measured.
+        name (`str`): Name of its expert's folder and its commit's tag: letters, digits, `_` and `-`.
+        classes (`tuple[str, ...]`): Names of its classes. A single class works only for methods with one expert per
+            task, where the router alone recognises it.
+        train ([`Split`]): Training images.
+        test ([`Split`], *optional*): Test images; without them, accuracy is not measured.
         domain (`str`, *optional*): Its domain, if the stream is domain-incremental.
 
     Raises:
-        [`StreamError`]: No class, or one without a label, without a name or of the same name as another one.
+        [`StreamError`]: There is no class, or a class lacks a label or a name, or two have the same name.
 
     Example:
 
@@ -76,13 +76,13 @@ class Task:
             raise StreamError(f"Task {self.name!r} ({self.train.title}) has no class. Check label_column.")
         if set(range(len(self.classes))) - set(self.train.labels.values()):
             raise StreamError(
-                f"Task {self.name!r} ({self.train.title}) has a class without a label, so without images."
+                f"Task {self.name!r} ({self.train.title}) has a class without a label, so it has no images."
             )
         for number, name in enumerate(self.classes):
             if not name.strip() or any(unicodedata.category(character) in ("Cc", "Cs") for character in name):
                 raise StreamError(
-                    f"{self.train.title}: a class is called {name!r}. Give it a name of printable text, for example "
-                    "with `dataset.map`, or leave its images out with `dataset.filter`."
+                    f"{self.train.title}: a class is called {name!r}. Give it a printable name, for example "
+                    "with `dataset.map`, or drop its images with `dataset.filter`."
                 )
             if name in self.classes[:number]:
                 raise StreamError(f"Task {self.name!r} ({self.train.title}) has the class {name!r} twice.")
@@ -97,20 +97,20 @@ def split_of(
     seed: int = 0,
     every_class: bool = True,
 ) -> Split:
-    """The rows of a source that belong to a task.
+    """Selects the rows of a source that belong to a task.
 
     Args:
-        source ([`ImageSource`]): Where to take them from.
+        source ([`ImageSource`]): Source of the rows.
         classes (`list[str]`): Classes of the task.
         domains (`list[str]`, *optional*): Keep only these domains.
         rows (integer array, *optional*): Keep only these rows of the source.
-        max_samples (`int`, *optional*): Keep at most so many, at least one of each class: drawn with `seed`, or the
-            first ones when streaming.
-        seed (`int`, *optional*, defaults to 0): Seed of the draw.
-        every_class (`bool`, *optional*, defaults to `True`): Whether every class must have an image, as for learning.
+        max_samples (`int`, *optional*): Keep at most this many, with at least one of each class: a random sample, or
+            the first ones when streaming.
+        seed (`int`, *optional*, defaults to 0): Seed of the sample.
+        every_class (`bool`, *optional*, defaults to `True`): Require an image of every class, as for training.
 
     Raises:
-        [`StreamError`]: Nothing is left, or nothing of a class.
+        [`StreamError`]: No rows are left, or none of a class.
     """
     labels = source.labels_of(classes, some=not every_class)
     wanted_domains = source.domains_of(domains) if domains is not None else None
@@ -119,7 +119,7 @@ def split_of(
         raise StreamError(
             f"{title}: a limit of {max_samples} images is too small for a task of {len(labels)} classes, as each "
             f"needs one. Raise max_train_samples_per_task and max_test_samples_per_task to {len(labels)} or more, or "
-            "make more tasks."
+            "split into more tasks."
         )
     there: set
     if source.streaming:
@@ -145,22 +145,22 @@ def split_of(
     missing = [classes[position] for value, position in labels.items() if value not in there]
     if every_class and missing:
         raise StreamError(
-            f"{title} has no image of {missing[0]!r}, which cannot be learnt without. Leave the class out: name the "
+            f"{title} has no image of {missing[0]!r}, so that class cannot be learnt. Leave it out: list the "
             "others with class_order, or filter the data set."
         )
     return Split(dataset, source.image_column, source.label_column, labels, title)
 
 
 def hold_out(labels: np.ndarray, test_size: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Rows to learn and rows to test on, in proportion for every class; at least one of each class is learnt.
+    """Stratified split into train and test rows; every class keeps at least one train row.
 
     Args:
         labels (array of shape `(rows,)`): Label of every row.
-        test_size (`float`): Share of the rows to test on.
-        seed (`int`): Seed of the draw.
+        test_size (`float`): Fraction of the rows for testing.
+        seed (`int`): Seed of the split.
 
     Raises:
-        [`StreamError`]: There is nothing to hold out.
+        [`StreamError`]: There are too few rows to hold any out.
 
     Example:
 

@@ -12,7 +12,7 @@ from ..streams import BENCHMARKS, TaskStream, load_benchmark
 
 @dataclass
 class StreamArguments:
-    """Which tasks to learn: a named benchmark, or any data set split by class or by domain."""
+    """Which tasks to learn: a named benchmark, or a data set split by class or by domain."""
 
     benchmark: str | None = field(
         default=None,
@@ -20,23 +20,25 @@ class StreamArguments:
     )
     dataset: str | None = field(
         default=None,
-        metadata={"help": "Hub id or folder (Parquet or ImageFolder); with --benchmark, another copy of its data."},
+        metadata={"help": "Hub id or folder (Parquet or ImageFolder); with --benchmark, replaces its data set."},
     )
     dataset_name: str | None = field(default=None, metadata={"help": "Configuration of the data set."})
     dataset_revision: str | None = field(default=None, metadata={"help": "Commit of the data set's repo."})
-    streaming: bool = field(default=False, metadata={"help": "Read rows as they are needed, without a full download."})
+    streaming: bool = field(default=False, metadata={"help": "Stream rows instead of downloading the data set first."})
     scenario: Literal["class", "domain"] = field(
-        default="class", metadata={"help": "With --dataset: tasks bring new classes, or the same in new domains."}
+        default="class", metadata={"help": "With --dataset: split into tasks by class or by domain."}
     )
-    num_tasks: int | None = field(default=None, metadata={"help": "Number of tasks (by class only)."})
-    class_order_seed: int | None = field(default=None, metadata={"help": "Shuffle the order of classes."})
-    train_split: str | None = field(default=None, metadata={"help": "Name of the split to learn."})
-    test_split: str | None = field(default=None, metadata={"help": "Name of the split to test on; found if left out."})
-    image_column: str | None = field(default=None, metadata={"help": "Column of images; found if left out."})
-    label_column: str | None = field(default=None, metadata={"help": "Column of labels; found if left out."})
-    domain_column: str | None = field(default=None, metadata={"help": "Column of domains (by domain only)."})
-    max_train_samples_per_task: int | None = field(default=None, metadata={"help": "Use at most so many images."})
-    max_test_samples_per_task: int | None = field(default=None, metadata={"help": "Use at most so many images."})
+    num_tasks: int | None = field(default=None, metadata={"help": "Number of tasks (scenario class only)."})
+    class_order_seed: int | None = field(
+        default=None, metadata={"help": "Seed that shuffles the class order (scenario class only)."}
+    )
+    train_split: str | None = field(default=None, metadata={"help": "Split to train on. Default: train."})
+    test_split: str | None = field(default=None, metadata={"help": "Split to test on. Default: detected."})
+    image_column: str | None = field(default=None, metadata={"help": "Column of images. Default: detected."})
+    label_column: str | None = field(default=None, metadata={"help": "Column of labels. Default: detected."})
+    domain_column: str | None = field(default=None, metadata={"help": "Column of domains (scenario domain only)."})
+    max_train_samples_per_task: int | None = field(default=None, metadata={"help": "Maximum images per task."})
+    max_test_samples_per_task: int | None = field(default=None, metadata={"help": "Maximum images per task."})
 
     def __post_init__(self) -> None:
         check_types(self)
@@ -48,12 +50,12 @@ class StreamArguments:
         for name in foreign:
             if getattr(self, name) is not None:
                 raise ConfigError(
-                    f"{name}={getattr(self, name)!r} has no meaning where tasks bring new "
-                    f"{'domains' if scenario == 'domain' else 'classes'}; leave it out."
+                    f"{name}={getattr(self, name)!r} does not apply when tasks are split by "
+                    f"{'domain' if scenario == 'domain' else 'class'}; leave it out."
                 )
 
     def load(self) -> TaskStream:
-        """Builds the stream."""
+        """Loads the stream."""
         options: dict[str, Any] = {
             "name": self.dataset_name,
             "revision": self.dataset_revision,
@@ -74,21 +76,23 @@ class StreamArguments:
 
 @dataclass
 class BackboneArguments:
-    """Which frozen model to learn on."""
+    """Which frozen backbone to use."""
 
     backbone: str = field(
         default="google/vit-base-patch16-224-in21k",
-        metadata={"help": f"Repo id or folder; {', '.join(BUNDLED_BACKBONES)} comes with the package."},
+        metadata={"help": f"Repo id or folder; {', '.join(BUNDLED_BACKBONES)} is bundled with the package."},
     )
     backbone_revision: str | None = field(default=None, metadata={"help": "Commit of the backbone's repo."})
-    image_size: int | None = field(default=None, metadata={"help": "Side of the input in pixels, if not its own."})
+    image_size: int | None = field(
+        default=None, metadata={"help": "Side of the input in pixels. Default: the checkpoint's."}
+    )
     dtype: Literal["float32", "bfloat16", "float16"] = field(
-        default="float32", metadata={"help": "Type of the frozen weights."}
+        default="float32", metadata={"help": "Dtype of the frozen weights."}
     )
     attn_implementation: str | None = field(
         default=None,
         metadata={
-            "help": "What computes attention, as in transformers: sdpa, eager, flash_attention_2, ... Training in "
+            "help": "Attention implementation, as in transformers: sdpa, eager, flash_attention_2, ... Training in "
             "bfloat16 on a CPU is much faster with eager."
         },
     )
@@ -100,7 +104,7 @@ class BackboneArguments:
 
 @dataclass
 class RunArguments:
-    """What to do with all that."""
+    """How to run the recipe."""
 
     dry_run: bool = field(
         default=False, metadata={"help": "Print the plan (tasks, classes, parameters, steps) and stop."}

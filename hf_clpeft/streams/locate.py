@@ -1,4 +1,4 @@
-"""Where a data set is and which splits it has: in memory, in a folder, or on the Hub."""
+"""Locates a data set and its splits: in memory, in a folder, or on the Hub."""
 
 import glob
 import os
@@ -39,15 +39,15 @@ TEST_WORDS = ("test", "testing", "eval", "evaluation", "validation", "valid", "v
 
 
 @dataclass
-class Place:
-    """A data set that has been found.
+class LocatedDataset:
+    """A located data set whose splits can be opened.
 
     Args:
-        name (`str`): What to call it in errors.
+        name (`str`): Name for error messages.
         splits (`list[str]`): Names of its splits.
-        open (callable): Takes the name of a split and whether to stream it, gives the rows.
-        reopen (callable, *optional*): Takes the name of a split, and `columns` or `filters`, gives a stream of what
-            they leave; where the files allow it.
+        open (callable): Opens a split by name, streamed or not.
+        reopen (callable, *optional*): Streams a split by name with only some `columns` or the rows that pass
+            `filters`; for Parquet files only.
     """
 
     name: str
@@ -57,49 +57,49 @@ class Place:
 
     @property
     def test_splits(self) -> list[str]:
-        """Splits to test on, the best one first."""
+        """Candidate test splits, in order of preference."""
         rank = {word: number for number, word in enumerate(TEST_WORDS)}
         return sorted((split for split in self.splits if split.lower() in rank), key=lambda split: rank[split.lower()])
 
     def source(self, split: str, streaming: bool = False, **columns: Any) -> ImageSource:
-        """One split.
+        """Opens one split.
 
         Args:
-            split (`str`): Its name, or a part or sum of splits as `datasets` writes it, where that opens it.
-            streaming (`bool`, *optional*, defaults to `False`): Read rows as they are needed.
+            split (`str`): Its name, or a slice or sum of splits in the syntax of `datasets`.
+            streaming (`bool`, *optional*, defaults to `False`): Stream rows instead of downloading the data set.
             columns: `image_column`, `label_column`, `domain_column`.
 
         Raises:
-            [`StreamError`]: It cannot be opened, or has no pictures with labels.
+            [`StreamError`]: It cannot be opened, or has no image and label columns.
         """
-        with _told(f"Data set {self.name!r}, split {split!r}"):
+        with _as_stream_error(f"Data set {self.name!r}, split {split!r}"):
             rows = self.open(split, streaming)
         reopen = partial(self.reopen, split) if self.reopen is not None and streaming else None
         return ImageSource(rows, self.name, split, **columns, reopen=reopen)
 
 
-def find_place(
+def locate_dataset(
     dataset: AnyDataset, name: str | None = None, revision: str | None = None, named: Collection[str] = ()
-) -> Place:
-    """Finds a data set: on the Hub, in a folder, or in memory.
+) -> LocatedDataset:
+    """Locates a data set: on the Hub, in a folder, or in memory.
 
     Args:
-        dataset (`str`, `Path`, `Dataset`, `DatasetDict` or their iterable kin): Hub id, folder or loaded data set.
+        dataset (`str`, `Path`, `Dataset`, `DatasetDict` or iterable ones): Hub id, folder or loaded data set.
         name (`str`, *optional*): Configuration of the data set.
         revision (`str`, *optional*): Commit of the data set's repo.
-        named (collection of `str`, *optional*): Splits that the user has named.
+        named (collection of `str`, *optional*): Splits requested by the user.
 
     Raises:
-        [`StreamError`]: There is none, or it cannot be read.
+        [`StreamError`]: It does not exist or cannot be read.
 
     Example:
 
     ```py
     >>> from datasets import Dataset, DatasetDict
-    >>> from hf_clpeft.streams.places import find_place
+    >>> from hf_clpeft.streams.locate import locate_dataset
 
     >>> splits = DatasetDict(train=Dataset.from_dict({}), valid=Dataset.from_dict({}))
-    >>> find_place(splits).test_splits
+    >>> locate_dataset(splits).test_splits
     ['valid']
 
     ```
@@ -110,21 +110,21 @@ def find_place(
         return _in_memory(type(dataset).__name__, {str(split): rows for split, rows in dataset.items()})
     if not isinstance(dataset, str | Path):
         raise StreamError(
-            f"A {type(dataset).__name__} is no data set: give the id of one on the Hub, a folder, or a `datasets."
-            "Dataset` or `DatasetDict`; `Dataset.from_dict` and `Dataset.from_pandas` make one."
+            f"A {type(dataset).__name__} is not a data set: pass a Hub id, a folder, or a `datasets."
+            "Dataset` or `DatasetDict`, created for example with `Dataset.from_dict` or `Dataset.from_pandas`."
         )
     folder = Path(dataset).expanduser()
     if not folder.is_dir():
         if folder.exists():
             raise StreamError(
-                f"{str(dataset)!r} is a file. Give the folder of pictures or Parquet files that it is in."
+                f"{str(dataset)!r} is a file. Pass the folder of images or Parquet files that contains it."
             )
         if str(dataset).startswith((".", "/", "~")) or str(dataset).count("/") > 1:
-            raise StreamError(f"There is no folder {str(dataset)!r}, and no data set on the Hub is called like that.")
+            raise StreamError(f"There is no folder {str(dataset)!r}, and it is not a valid Hub id.")
         return _on_hub(str(dataset), name, revision, named)
     if (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file():
-        with _told(f"Data set {str(dataset)!r}"):
-            return find_place(load_from_disk(folder))
+        with _as_stream_error(f"Data set {str(dataset)!r}"):
+            return locate_dataset(load_from_disk(folder))
     return _in_folder(folder, str(dataset), name, named)
 
 
@@ -136,14 +136,14 @@ def load_source(
     streaming: bool = False,
     **columns: Any,
 ) -> ImageSource:
-    """Opens one split of a data set: a Hub id, a folder of Parquet files, an ImageFolder, or one already loaded.
+    """Opens one split of a data set: a Hub id, a folder of Parquet files, an ImageFolder, or a loaded data set.
 
     Args:
-        dataset (`str`, `Path`, `Dataset`, `DatasetDict` or their iterable kin): Hub id, folder, or loaded data set.
+        dataset (`str`, `Path`, `Dataset`, `DatasetDict` or iterable ones): Hub id, folder or loaded data set.
         split (`str`): Name of the split.
         name (`str`, *optional*): Configuration of the data set.
         revision (`str`, *optional*): Commit of the data set's repo.
-        streaming (`bool`, *optional*, defaults to `False`): Read rows as they are needed.
+        streaming (`bool`, *optional*, defaults to `False`): Stream rows instead of downloading the data set.
         columns: `image_column`, `label_column`, `domain_column`.
 
     Returns:
@@ -154,7 +154,7 @@ def load_source(
     ```py
     >>> from datasets import Dataset, DatasetDict
     >>> from PIL import Image
-    >>> from hf_clpeft.streams.places import load_source
+    >>> from hf_clpeft.streams.locate import load_source
 
     >>> rows = {"image": [Image.new("RGB", (8, 8))] * 2, "label": [0, 1]}
     >>> load_source(DatasetDict(train=Dataset.from_dict(rows)), "train").title
@@ -162,10 +162,10 @@ def load_source(
 
     ```
     """
-    return find_place(dataset, name, revision, [split]).source(split, streaming, **columns)
+    return locate_dataset(dataset, name, revision, [split]).source(split, streaming, **columns)
 
 
-def _in_memory(name: str, splits: Mapping[str, Any]) -> Place:
+def _in_memory(name: str, splits: Mapping[str, Any]) -> LocatedDataset:
     def open_split(split: str, streaming: bool) -> Dataset | IterableDataset:
         if split not in splits:
             raise StreamError(f"The data set has no split {split!r}; its splits are {list(splits)}.")
@@ -174,10 +174,10 @@ def _in_memory(name: str, splits: Mapping[str, Any]) -> Place:
     wrong = next((split for split, rows in splits.items() if not isinstance(rows, Dataset | IterableDataset)), None)
     if wrong is not None:
         raise StreamError(f"Split {wrong!r} is a {type(splits[wrong]).__name__}, not a `datasets.Dataset`.")
-    return Place(name, list(splits), open_split)
+    return LocatedDataset(name, list(splits), open_split)
 
 
-def _in_folder(folder: Path, name: str, config: str | None, named: Collection[str]) -> Place:
+def _in_folder(folder: Path, name: str, config: str | None, named: Collection[str]) -> LocatedDataset:
     files = list_files(folder)
     pictures = any(map(is_picture, files))
     metadata, configured = find_metadata(files), _has_configs(folder / README)
@@ -189,9 +189,9 @@ def _in_folder(folder: Path, name: str, config: str | None, named: Collection[st
         raise StreamError(f"The folder {name!r} is empty.")
     path = str(folder)
     options: dict[str, Any] = {"config": config}
-    if glob.has_magic(path):  # which `datasets` would take for a pattern
+    if glob.has_magic(path):  # `datasets` would expand it as a pattern
         place = glob.escape(str(folder.resolve()))
-        with _told(f"Data set {name!r}"):
+        with _as_stream_error(f"Data set {name!r}"):
             patterns = get_data_patterns(place)
         options = {"data_files": {split: [f"{place}/{one}" for one in found] for split, found in patterns.items()}}
         path = "parquet"
@@ -202,7 +202,7 @@ def _in_folder(folder: Path, name: str, config: str | None, named: Collection[st
 
 
 def _split_metadata(folder: Path, metadata: list[str]) -> dict[str, list[str]]:
-    """What to read for each split: as the folders with metadata are called, if all of them are called like splits."""
+    """File patterns by split, if all folders with metadata are below folders named like splits; else one `train`."""
     splits: dict[str, list[str]] = {}
     for path in metadata:
         above = path.split("/")[:-1]
@@ -216,29 +216,29 @@ def _split_metadata(folder: Path, metadata: list[str]) -> dict[str, list[str]]:
 
 
 def _has_configs(readme: Path) -> bool:
-    """Whether a data set's card says which files are of which split."""
+    """Whether the data set card maps files to splits with `configs`."""
     from huggingface_hub import DatasetCard
 
     try:
         return bool(readme.is_file() and DatasetCard.load(readme).data.get("configs"))
-    except ValueError:  # no card, or none that can be read
+    except ValueError:  # no card, or an invalid one
         return False
 
 
-def _of_pictures(name: str, found: PictureFolder, download: Callable[[], str] | None = None) -> Place:
-    """Pictures in class folders; those of a repo are downloaded when they are read for the first time."""
+def _of_pictures(name: str, found: PictureFolder, download: Callable[[], str] | None = None) -> LocatedDataset:
+    """An ImageFolder; that of a repo is downloaded on first access."""
 
     def open_split(split: str, streaming: bool) -> Dataset | IterableDataset:
         here = found if download is None or streaming else replace(found, root=download())
         return here.open(split, streaming)
 
-    return Place(name, list(found.splits), open_split)
+    return LocatedDataset(name, list(found.splits), open_split)
 
 
-def _from_library(name: str, path: str, config: str | None = None, **options: Any) -> tuple[Place, Any]:
-    """What `datasets` finds, and the builder that it would read it with."""
+def _from_library(name: str, path: str, config: str | None = None, **options: Any) -> tuple[LocatedDataset, Any]:
+    """Locates a data set with `datasets`, and returns the builder as well."""
     options["name"] = config
-    with _told(f"Data set {name!r}"):
+    with _as_stream_error(f"Data set {name!r}"):
         builder: Any = load_dataset_builder(path, **options)
     splits = [str(split) for split in builder.info.splits or builder.config.data_files or ()]
 
@@ -246,39 +246,39 @@ def _from_library(name: str, path: str, config: str | None = None, **options: An
         return load_dataset(path, split=split, streaming=streaming, **options, **parts)
 
     reopen = partial(open_split, streaming=True) if isinstance(builder, Parquet) else None
-    return Place(name, splits, open_split, reopen), builder
+    return LocatedDataset(name, splits, open_split, reopen), builder
 
 
-def _on_hub(repo: str, config: str | None, revision: str | None, named: Collection[str]) -> Place:
+def _on_hub(repo: str, config: str | None, revision: str | None, named: Collection[str]) -> LocatedDataset:
     try:
-        place, builder = _from_library(repo, repo, config, revision=revision)
+        located, builder = _from_library(repo, repo, config, revision=revision)
     except StreamError as error:
         if isinstance(error.__cause__, DatasetNotFoundError):
             raise
         if isinstance(error.__cause__, ConnectionError | HfHubHTTPError):
             return _kept_pictures(repo, revision, named, error)
-        found = _pictures_on_hub(repo, revision, named)  # among files of other kinds, which `datasets` takes for it
+        found = _pictures_on_hub(repo, revision, named)  # next to files of a type that `datasets` prefers
         if found is None:
             raise
         return found
-    return place if isinstance(builder, Parquet) else _pictures_on_hub(repo, revision, named) or place
+    return located if isinstance(builder, Parquet) else _pictures_on_hub(repo, revision, named) or located
 
 
-def _kept_pictures(repo: str, revision: str | None, named: Collection[str], error: StreamError) -> Place:
-    """The pictures of a repo that have been downloaded before, as the Hub cannot be reached."""
+def _kept_pictures(repo: str, revision: str | None, named: Collection[str], error: StreamError) -> LocatedDataset:
+    """The cached images of a repo, for when the Hub cannot be reached."""
     try:
         folder = Path(snapshot_download(repo, repo_type="dataset", revision=revision, local_files_only=True))
     except (OSError, ValueError):
         raise error from error.__cause__
     if not any(map(is_picture, list_files(folder))):
         raise error from error.__cause__
-    logger.warning("%s Taking the pictures that have been downloaded.", error)
+    logger.warning("%s Using the images in the local cache.", error)
     return _in_folder(folder, repo, None, named)
 
 
-def _pictures_on_hub(repo: str, revision: str | None, named: Collection[str]) -> Place | None:
-    """The pictures of a repo, if it has class folders, and says nothing else of them."""
-    with _told(f"Data set {repo!r}"):
+def _pictures_on_hub(repo: str, revision: str | None, named: Collection[str]) -> LocatedDataset | None:
+    """The images of a repo in class folders, if it has no metadata, data files or `configs`."""
+    with _as_stream_error(f"Data set {repo!r}"):
         info = HfApi().dataset_info(repo, revision=revision)
         files = [sibling.rfilename for sibling in info.siblings or ()]
         pictures = [file for file in files if is_picture(file)]
@@ -293,8 +293,8 @@ def _pictures_on_hub(repo: str, revision: str | None, named: Collection[str]) ->
 
 
 @contextmanager
-def _told(what: str) -> Iterator[None]:
-    """Tells in one line what a library cannot do with a data set."""
+def _as_stream_error(what: str) -> Iterator[None]:
+    """Converts errors of the libraries to a one-line [`StreamError`]."""
     try:
         yield
     except StreamError:
@@ -308,5 +308,5 @@ def _told(what: str) -> Iterator[None]:
         if isinstance(error, ConnectionError):
             reason += " If it has been downloaded before, set HF_HUB_OFFLINE=1."
         if isinstance(error, FileNotFoundError) and "doesn't exist" in reason and "Revision" not in reason:
-            raise StreamError(f"{what} is no folder with pictures, and none on the Hub: {reason}") from error
+            raise StreamError(f"{what} is neither a folder of images nor a data set on the Hub: {reason}") from error
         raise StreamError(f"{what} cannot be loaded: {reason}") from error
