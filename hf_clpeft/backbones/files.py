@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 from ..config.checks import read_json
 from ..config.errors import ConfigError
 from ..config.text import get_logger
-from ..hub.errors import HubError, explained, transferring
+from ..hub.client import hub_client
+from ..hub.errors import HFValidationError, HubError, LocalEntryNotFoundError, explained, transferring
 from .bundled import bundled_folder
 from .errors import BackboneError
 
@@ -133,7 +134,7 @@ def count_numbers(folder: Path) -> int:
 
 def _download(repo_id: str, revision: str | None, **hub_options: Any) -> Path:
     """The folder in the cache, whose name is the commit. Where the cache has the last word, nobody is asked."""
-    from huggingface_hub import HfApi, constants, snapshot_download
+    from huggingface_hub import constants, snapshot_download
 
     fixed = revision is not None and re.fullmatch("[0-9a-f]{40}", revision)
     if fixed and (folder := _cached(repo_id, revision, **hub_options)) is not None:
@@ -142,7 +143,7 @@ def _download(repo_id: str, revision: str | None, **hub_options: Any) -> Path:
     try:
         with explained("load", repo_id, revision):
             if not (constants.HF_HUB_OFFLINE or hub_options.get("local_files_only")):
-                api = HfApi(token=hub_options.get("token"), library_name="hf-clpeft")
+                api = hub_client(hub_options.get("token"))
                 api.model_info(repo_id, revision=revision)  # fails at once if the Hub is gone; listing takes 23 s to
             with transferring():
                 return Path(snapshot_download(repo_id, **options))
@@ -156,7 +157,6 @@ def _download(repo_id: str, revision: str | None, **hub_options: Any) -> Path:
 
 def _cached(repo_id: str, revision: str | None, **hub_options: Any) -> Path | None:
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
     try:
         options: dict[str, Any] = {"revision": revision, "allow_patterns": ALL_FILES, **hub_options}

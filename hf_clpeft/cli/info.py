@@ -10,6 +10,7 @@ def info(repo: Repo, as_json: AsJson = False, token: Token = None) -> None:
     from ..backbones.bundled import bundled_folder
     from ..config.checks import read_json
     from ..config.model import ContinualConfig
+    from ..config.text import percent
     from ..hub.download import fetch_config, split_revision
     from ..reports.report import METRICS_NAME, StreamReport
     from ..storage.model_files import as_saved
@@ -23,7 +24,8 @@ def info(repo: Repo, as_json: AsJson = False, token: Token = None) -> None:
     for i, task in enumerate(config.tasks):
         row = {"task": task.name, "classes or domain": task.title, "images": task.num_train_images}
         if report is not None:
-            row["when learnt"], row["now"] = _percent(report.accuracy_matrix[i][i], report.accuracy_matrix[-1][i])
+            row["when learnt"] = percent(report.accuracy_matrix[i][i])
+            row["now"] = percent(report.accuracy_matrix[-1][i])
         tasks.append(row)
     summary = {
         "method": config.method.name,
@@ -41,11 +43,6 @@ def info(repo: Repo, as_json: AsJson = False, token: Token = None) -> None:
     if as_json:
         show({**summary, "classes": config.classes, "tasks": tasks, "metrics": measured}, as_json=True)
         return
-    numbers = zip(measured, _percent(*measured.values()), strict=True)
-    show({**summary, **{name.replace("_", " "): value for name, value in numbers}}, as_json=False)
+    show({**summary, **{name.replace("_", " "): percent(value) for name, value in measured.items()}}, as_json=False)
     print()
     show(tasks, as_json=False, title=f"{len(tasks)} task{'s' * (len(tasks) != 1)}")
-
-
-def _percent(*values: float) -> list[str]:
-    return ["–" if value != value else f"{100 * value:.1f} %" for value in values]

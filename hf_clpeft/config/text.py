@@ -5,6 +5,7 @@ An escape sequence in one of them could rename a window, hide a line or turn tex
 
 import json
 import logging
+import math
 import re
 
 
@@ -72,6 +73,22 @@ def one_line(text: object) -> str:
     ```
     """
     return printable(_BREAKS.sub(" ", str(text)).strip())
+
+
+def percent(value: float, digits: int = 1, unit: str = " %") -> str:
+    """A fraction in percent; a dash for NaN, which was not measured.
+
+    Example:
+
+    ```py
+    >>> from hf_clpeft.config.text import percent
+
+    >>> percent(0.1234), percent(0.1234, digits=0, unit=""), percent(float("nan"))
+    ('12.3 %', '12', '–')
+
+    ```
+    """
+    return "–" if math.isnan(value) else f"{100 * value:.{digits}f}{unit}"
 
 
 def get_logger(name: str) -> logging.Logger:

@@ -11,6 +11,7 @@ from tempfile import TemporaryDirectory
 
 from ..backbones.bundled import bundled_folder
 from ..config.errors import ConfigError
+from ..hub.client import hub_client
 from ..hub.errors import HubError, explained
 from ..model import ContinualModel
 from ..predicting import best_device
@@ -131,13 +132,11 @@ class Models:
 
     @cached_property
     def _tags(self) -> list[str]:
-        from huggingface_hub import HfApi
-
         if bundled_folder(self.source) is not None or Path(self.source).is_dir():
             return []
         try:
             with explained("look at the tags of", self.source):
-                return [tag.name for tag in HfApi().list_repo_refs(self.source).tags]
+                return [tag.name for tag in hub_client().list_repo_refs(self.source).tags]
         except HubError:  # offline: the past can still be had by leaving later tasks out
             return []
 

@@ -8,6 +8,7 @@ import numpy as np
 import PIL.Image
 import torch
 
+from ..config.text import percent
 from ..model import ContinualModel
 from ..prediction import Prediction
 from ..reports.report import StreamReport
@@ -75,7 +76,7 @@ def verdict(prediction: Prediction, model: ContinualModel, reject_rate: float, c
     assert prediction.expert is not None
     names = titles(model)
     label = escape(prediction.label if prediction.label is not None else NONE)
-    score = "" if prediction.label is None else f"<small>{100 * prediction.score:.0f} %</small>"
+    score = "" if prediction.label is None else f"<small>{percent(prediction.score, 0)}</small>"
     sentences = [f"Judged by the expert of <b>{escape(names[prediction.expert])}</b>."]
     distances = list(prediction.experts.values())
     nearest = next(iter(prediction.experts))
@@ -91,14 +92,14 @@ def verdict(prediction: Prediction, model: ContinualModel, reject_rate: float, c
         margin = 1 - distances[0] / distances[1]
         sure = "clear" if margin >= 0.2 else "a close call" if margin < 0.05 else "fairly clear"
         sentences.append(
-            f"The route is {sure}: the nearest {landmark(model)} is {100 * margin:.0f} % nearer than any other task's."
+            f"The route is {sure}: the nearest {landmark(model)} is {percent(margin, 0)} nearer than any other task's."
         )
     if prediction.typicality is not None:
-        share = f"{100 * prediction.typicality:.0f} %" if prediction.typicality else "Under 1 %"
+        share = percent(prediction.typicality, 0) if prediction.typicality else "Under 1 %"
         sentences.append(f"{share} of a task's own pictures lie as far from its prototypes as this one, or farther.")
     if prediction.label is None:
         sentences.append(
-            f"That is less than {100 * reject_rate:.0f} %, so it is taken for something never learnt; the likeliest "
+            f"That is less than {percent(reject_rate, 0)}, so it is taken for something never learnt; the likeliest "
             f"class would have been {escape(next(iter(prediction.classes)))}."
         )
     return f'<div class="verdict"><b>{label}</b> {score}</div><p>{" ".join(sentences)}</p>'

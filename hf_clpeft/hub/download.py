@@ -9,7 +9,15 @@ from ..config.model import CONFIG_NAME, ContinualConfig
 from ..config.text import get_logger
 from ..reports.report import METRICS_NAME
 from ..storage.model_files import check_names
-from .errors import HfHubHTTPError, HubError, RevisionResolutionError, explained, transferring
+from .client import hub_client
+from .errors import (
+    HfHubHTTPError,
+    HFValidationError,
+    HubError,
+    RevisionResolutionError,
+    explained,
+    transferring,
+)
 
 
 if TYPE_CHECKING:
@@ -47,9 +55,7 @@ def find_model(repo_id: str, token: str | None = None) -> str | None:
     Raises:
         [`HubError`]: The Hub cannot be reached or refuses.
     """
-    from huggingface_hub import HfApi
-
-    api = HfApi(token=token, library_name="hf-clpeft")
+    api = hub_client(token)
     with explained("look for", repo_id):
         repo_id = repo_id if "/" in repo_id else f"{api.whoami()['name']}/{repo_id}"
         return repo_id if api.file_exists(repo_id, CONFIG_NAME) else None
@@ -81,9 +87,9 @@ def fetch_config(
         [`HubError`]: There is no such repo or revision, or no way to it.
         [`ConfigError`]: It is no model of ours, not whole, or holds files that nobody should read.
     """
-    from huggingface_hub import HfApi, hf_hub_download, try_to_load_from_cache
+    from huggingface_hub import hf_hub_download, try_to_load_from_cache
 
-    api = HfApi(token=token, library_name="hf-clpeft")
+    api = hub_client(token)
     with explained("load", repo_id, revision):
         commit = _resolve(api, repo_id, revision, cache_dir, local_files_only)
         cached = try_to_load_from_cache(repo_id, CONFIG_NAME, cache_dir=cache_dir, revision=commit)
@@ -148,7 +154,7 @@ def fetch_model(repo_id: str, revision: str | None = None, **hub_options: Any) -
     Returns:
         `Path`: The folder in the cache.
     """
-    from huggingface_hub import HfApi, snapshot_download
+    from huggingface_hub import snapshot_download
 
     folder = fetch_config(repo_id, revision, **hub_options)
     names = ContinualConfig.load(folder).files
@@ -158,7 +164,7 @@ def fetch_model(repo_id: str, revision: str | None = None, **hub_options: Any) -
     if missing:
         commit = folder.name
         with explained("load", repo_id, revision):
-            HfApi(token=hub_options.get("token")).repo_info(repo_id, revision=commit)  # fails at once, as above
+            hub_client(hub_options.get("token")).repo_info(repo_id, revision=commit)  # fails at once, as above
             with transferring():
                 snapshot_download(repo_id, revision=commit, allow_patterns=missing, **hub_options)
     return folder
@@ -183,7 +189,6 @@ def check_repo_id(name: str, where: str | Path) -> None:
 
     ```
     """
-    from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils import validate_repo_id
 
     try:

@@ -15,6 +15,7 @@ from ..reports.card import CARD_NAME, make_card
 from ..reports.report import METRICS_NAME, REPORT_FILES, StreamReport
 from ..storage.lineage import difference
 from ..storage.model_files import WEIGHTS, check_files
+from .client import hub_client
 from .errors import HfHubHTTPError, HubError, explained, transferring
 
 
@@ -67,7 +68,7 @@ class PushTarget:
         Raises:
             [`HubError`]: The Hub cannot be reached or refuses, or holds another model.
         """
-        api = self.api()
+        api = hub_client(self.token)
 
         def attempt() -> tuple["PushTarget", list[str]]:
             ready = self._ready(api)
@@ -76,12 +77,6 @@ class PushTarget:
             return ready, _names(there) if there is not None else []
 
         return _retrying(attempt, "push to", self.repo_id)
-
-    def api(self) -> "HfApi":
-        """The Hub's client."""
-        from huggingface_hub import HfApi
-
-        return HfApi(token=self.token, library_name="hf-clpeft")
 
     def _ready(self, api: "HfApi") -> "PushTarget":
         repo_id = api.create_repo(self.repo_id, private=self.private, exist_ok=True).repo_id
@@ -123,7 +118,7 @@ def push_folder(
             "The backbone is the folder %s, which others do not have: they will need from_pretrained(..., backbone=).",
             config.backbone.name_or_path,
         )
-    api = target.api()
+    api = hub_client(target.token)
 
     def attempt() -> str:
         ready = target._ready(api)

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..config.text import printable
+from ..config.text import percent, printable
 
 
 if TYPE_CHECKING:
@@ -93,7 +93,7 @@ def plot_comparison(reports: Sequence, path: str | Path) -> None:
     for axis in axes[len(reports) :]:
         axis.set_axis_off()
     for axis, report in zip(axes, reports, strict=False):
-        title = f"{report.method}: {100 * report.summary()['average_accuracy']:.1f} % at the end"
+        title = f"{report.method}: {percent(report.summary()['average_accuracy'])} at the end"
         draw_matrix(axis, np.asarray(report.accuracy_matrix), after, report.titles, title, "Blues")
     figure.suptitle(_literal(f"accuracy on each task of {reports[0].stream}"))
     figure.savefig(path)
@@ -255,9 +255,8 @@ def draw_matrix(
     if values.size <= 400:
         for (i, j), value in np.ndenumerate(values):
             if not np.isnan(value):
-                axis.text(
-                    j, i, f"{100 * value:.0f}", ha="center", va="center", color="white" if value > 0.6 else "black"
-                )
+                colour = "white" if value > 0.6 else "black"
+                axis.text(j, i, percent(value, 0, ""), ha="center", va="center", color=colour)
 
 
 def _plain(text: str) -> str:

@@ -22,11 +22,11 @@ from datasets.data_files import get_data_patterns
 from datasets.exceptions import DatasetNotFoundError, DatasetsError
 from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
 from datasets.packaged_modules.parquet.parquet import Parquet
-from huggingface_hub import HfApi, hf_hub_download, snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
+from huggingface_hub import hf_hub_download, snapshot_download
 
 from ..config.text import get_logger
-from ..hub.errors import answer_in_words
+from ..hub.client import hub_client
+from ..hub.errors import HfHubHTTPError, RepositoryNotFoundError, answer_in_words
 from .folders import SPLIT_WORDS, PictureFolder, find_metadata, find_pictures, holds_data, is_picture, list_files
 from .source import ImageSource, StreamError
 
@@ -279,7 +279,7 @@ def _kept_pictures(repo: str, revision: str | None, named: Collection[str], erro
 def _pictures_on_hub(repo: str, revision: str | None, named: Collection[str]) -> Place | None:
     """The pictures of a repo, if it has class folders, and says nothing else of them."""
     with _told(f"Data set {repo!r}"):
-        info = HfApi().dataset_info(repo, revision=revision)
+        info = hub_client().dataset_info(repo, revision=revision)
         files = [sibling.rfilename for sibling in info.siblings or ()]
         pictures = [file for file in files if is_picture(file)]
         if not pictures or find_metadata(files) or holds_data(files):

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 import numpy as np
 from tqdm.auto import tqdm
 
-from ..config.text import printable
+from ..config.text import percent, printable
 from ..reports.report import StreamReport
 from ..reports.tables import print_table
 
@@ -38,10 +38,10 @@ def print_task(report: StreamReport) -> None:
         if report.oracle_accuracy:
             sent = report.routing_confusion[last]
             own[1:] = sent[last] / max(1, sum(sent)), report.oracle_accuracy[last]
-        rows.append(["this task", *map(percent, own)])
+        rows.append(["this task", *(percent(value, unit="") for value in own)])
     if len(measured) > 1:
         names = ("average_accuracy", "routing_accuracy", "oracle_accuracy")
-        rows.append([f"all {len(measured)} tasks", *(percent(summary.get(name, math.nan)) for name in names)])
+        rows.append([f"all {len(measured)} tasks", *(percent(summary.get(name, math.nan), unit="") for name in names)])
     cost = [f"{name.replace('_', ' ')} {value:.1f} s" for name, value in seconds.items() if value >= 0.05]
     sizes = f"expert {report.expert_parameters[-1]:,} and head {report.head_parameters[-1]:,} parameters"
     print_table(
@@ -77,7 +77,7 @@ def print_reports(reports: list[StreamReport], *closing: str) -> None:
         [
             [
                 report.method,
-                *(percent(summary.get(name, math.nan)) for name in measures),
+                *(percent(summary.get(name, math.nan), unit="") for name in measures),
                 f"{max(report.expert_parameters):,}",
                 f"{sum(sum(parts.values()) for parts in report.seconds):.0f}",
             ]
@@ -86,19 +86,3 @@ def print_reports(reports: list[StreamReport], *closing: str) -> None:
     )
     for line in closing:
         print(printable(line), flush=True)
-
-
-def percent(value: float) -> str:
-    """A share in percent, with one digit; a dash if it was not measured.
-
-    Example:
-
-    ```py
-    >>> from hf_clpeft.training.console import percent
-
-    >>> percent(0.1234), percent(float("nan"))
-    ('12.3', '–')
-
-    ```
-    """
-    return "–" if math.isnan(value) else f"{100 * value:.1f}"
