@@ -258,7 +258,7 @@ BROKEN = {
         "config.json has 10,00.,... bytes; at most 4,194,304",
     ),
     "no JSON": (lambda folder: (folder / "config.json").write_text("{"), "config.json is no JSON"),
-    "JSON list": (lambda folder: (folder / "config.json").write_text("[]"), "holds no mapping"),
+    "JSON list": (lambda folder: (folder / "config.json").write_text("[]"), "does not hold a mapping"),
     "newer format": (edit_config(lambda config: config.update(format_version=99)), "format_version 99"),
     "unknown field": (edit_config(lambda config: config.update(surprise=1)), "unknown"),
     "k = 0": (edit_config(lambda config: config["method"].update(k=0)), "k=0"),
