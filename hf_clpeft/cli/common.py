@@ -8,7 +8,6 @@ import typer
 
 from ..config.text import printable, printable_json
 from ..reports.tables import print_table
-from ..training.progress import disable_progress_bars
 
 
 if TYPE_CHECKING:
@@ -42,7 +41,9 @@ def show(values: dict | list[dict], as_json: bool, title: str = "") -> None:
 
 
 def quieten() -> None:
-    """Leaves of the libraries' progress bars those that somebody at a terminal waits for: of files that travel."""
+    """Disables the libraries' progress bars; in a terminal, those of uploads and downloads stay."""
+    from ..training.progress import disable_progress_bars  # which loads torch
+
     disable_progress_bars(transfers=not sys.stderr.isatty())
 
 
