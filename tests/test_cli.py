@@ -153,7 +153,11 @@ def command(*words):
         (("export", "MODEL", "task-009", "-o", "x"), 1, "error: .*task-009"),
         (("combine", "MODEL", "-o", "x"), 1, "error: Combining needs two models"),
         (("push", "MODEL"), 1, "error: .* does not say which repo"),
-        (("push", "nothing", "alice/digits"), 1, "error: nothing is no folder, and none of hf-clpeft/s-lora-digits"),
+        (
+            ("push", "nothing", "alice/digits"),
+            1,
+            "error: nothing is neither a folder nor one of hf-clpeft/s-lora-digits",
+        ),
         (("info", "."), 1, "error: . holds no config.json"),
         (("sing",), 2, "No such command"),
     ],

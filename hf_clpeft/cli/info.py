@@ -1,4 +1,4 @@
-"""`hf-clpeft info`: what a model has learnt and how well, without its weights."""
+"""`hf-clpeft info`: tasks, method and metrics of a model, without downloading its weights."""
 
 from pathlib import Path
 
@@ -6,7 +6,7 @@ from .common import AsJson, Repo, Token, show
 
 
 def info(repo: Repo, as_json: AsJson = False, token: Token = None) -> None:
-    """Show what a model has learnt, with what, and how well."""
+    """Show the tasks, method, backbone and metrics of a model."""
     from ..backbones.bundled import bundled_folder
     from ..config.checks import read_json
     from ..config.model import ContinualConfig

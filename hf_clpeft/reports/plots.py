@@ -109,8 +109,8 @@ def plot_series(
     """Plots percentages as lines, one per method with the standard deviation over runs, one panel per benchmark.
 
     Args:
-        panels (`dict`): Title to lines; name of a line to x values, of length `n`, and y values of shape `(runs, n)` in
-            [0, 1]. A line known at its last x only, or at 0 of a logarithmic axis, becomes a horizontal baseline.
+        panels (`dict`): Title to lines; name of a line to x values, of length `n`, and y values of shape `(runs, n)`
+            in [0, 1]. A line known at its last x only, or at 0 of a logarithmic axis, becomes a horizontal baseline.
         path (`str` or `Path`): PNG file to write.
         xlabel (`str`), ylabel (`str`): Labels of the axes.
         log_x (`bool`, *optional*, defaults to `False`): Use a logarithmic x axis.
