@@ -1,4 +1,4 @@
-"""What a run says in the terminal: a plan before it, a table after every task, and one at the end."""
+"""Terminal output of a run: a status line, a table after every task, and one at the end."""
 
 import math
 from collections.abc import Iterator
@@ -14,21 +14,21 @@ from ..reports.tables import print_table
 
 @contextmanager
 def waiting(text: str, shows: bool) -> Iterator[None]:
-    """Shows a line while something takes its time that cannot say how far it is.
+    """Shows a status line during a step without measurable progress.
 
     Args:
-        text (`str`): What is being done.
-        shows (`bool`): Whether to show anything at all.
+        text (`str`): Description of the step.
+        shows (`bool`): Whether to show it.
     """
     with tqdm(desc=text, bar_format="{desc} ...", leave=False, disable=not shows):
         yield
 
 
 def print_task(report: StreamReport) -> None:
-    """Prints how the last task went: what it can do, what all can do by now, and what it cost.
+    """Prints accuracy and costs of the last task, and the averages over all tasks.
 
     Args:
-        report ([`StreamReport`]): Of the model.
+        report ([`StreamReport`]): The model's report.
     """
     last, measured, summary = len(report.tasks) - 1, report.measured(), report.summary()
     matrix, seconds = np.array(report.accuracy_matrix), report.seconds[-1]
@@ -56,8 +56,8 @@ def print_reports(reports: list[StreamReport], *closing: str) -> None:
     """Prints one row per report, on the main process.
 
     Args:
-        reports (`list[StreamReport]`): Runs to set side by side.
-        closing (`str`): Lines that go below: where the results are, and what to do next.
+        reports (`list[StreamReport]`): Runs to compare.
+        closing (`str`): Lines to print below the table.
     """
     from accelerate import PartialState
 
