@@ -8,9 +8,7 @@ from .common import BackbonePath
 
 
 def demo(
-    repo: Annotated[
-        str | None, typer.Argument(help="Repo id, repo@revision, or folder of a model; default: the bundled digits.")
-    ] = None,
+    repo: Annotated[str | None, typer.Argument(help="Repo id, repo@revision or folder; default: digits.")] = None,
     backbone: BackbonePath = None,
     host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 lets other machines in.")] = "127.0.0.1",
     port: Annotated[

@@ -18,8 +18,7 @@ def push(
     create_pr: Annotated[bool, typer.Option("--create-pr", help="Open a pull request.")] = False,
     message: Annotated[str | None, typer.Option("--message", "-m", help="Title of the commit.")] = None,
     squash_history: Annotated[
-        bool,
-        typer.Option("--squash-history", help="Squash the branch; delete tags and files of removed tasks."),
+        bool, typer.Option("--squash-history", help="Squash the branch; delete tags and files of removed tasks.")
     ] = False,
     token: Token = None,
     as_json: AsJson = False,

@@ -20,13 +20,7 @@ _BREAKS = re.compile(r"[^\S\r\n]*[\r\n]\s*")
 
 
 def printable(text: object) -> str:
-    r"""Text whose control characters are escaped, so that a terminal shows them instead of obeying them.
-
-    Args:
-        text: Converted to `str`.
-
-    Returns:
-        `str`: A single line.
+    r"""Text whose control characters are escaped, so that a terminal shows them instead of obeying them, in one line.
 
     Example:
 
@@ -92,7 +86,7 @@ def percent(value: float, digits: int = 1, unit: str = " %") -> str:
 
 
 def get_logger(name: str) -> logging.Logger:
-    r"""A module's logger that makes every message a printable single line.
+    """A module's logger that makes every message a printable single line.
 
     Example:
 

@@ -145,10 +145,7 @@ def _try_it(
                 colors_in_legend=[],
                 x_title=" ",
                 y_title=" ",
-                y_lim=[
-                    0,
-                    None if landmark == "class" else 1.5,
-                ],  # one scale, if distances are bounded
+                y_lim=[0, None if landmark == "class" else 1.5],  # one scale, if distances are bounded
                 height=280,
                 buttons=[],
                 label="Distances",

@@ -178,10 +178,7 @@ def _members(path: Path) -> dict[zipfile.ZipInfo, str]:
             continue
         if entry.flag_bits & 1:
             raise VisitorError(f"{path.name} is locked with a password; {again}, without one.")
-        if entry.compress_type not in (
-            zipfile.ZIP_STORED,
-            zipfile.ZIP_DEFLATED,
-        ):  # others unpack unbounded
+        if entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):  # others unpack unbounded
             raise VisitorError(f"{path.name} is packed in an unusual way; {again}, as .zip with usual settings.")
         if entry.file_size > LARGEST_FILE:
             raise VisitorError(f"{name} in {path.name} has more than {LARGEST_FILE // 2**20} MB; leave it out.")

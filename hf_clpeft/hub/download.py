@@ -10,14 +10,7 @@ from ..config.text import get_logger
 from ..reports.report import METRICS_NAME
 from ..storage.model_files import check_names
 from .client import hub_client
-from .errors import (
-    HfHubHTTPError,
-    HFValidationError,
-    HubError,
-    RevisionResolutionError,
-    explained,
-    transferring,
-)
+from .errors import HfHubHTTPError, HFValidationError, HubError, RevisionResolutionError, explained, transferring
 
 
 if TYPE_CHECKING:

@@ -124,8 +124,7 @@ class ContinualTrainingArguments:
         },
     )
     forward_transfer: bool = field(
-        default=False,
-        metadata={"help": "Also evaluate each task before it is learnt, if its classes are known by then."},
+        default=False, metadata={"help": "Also evaluate each task before it is learnt, if its classes are known."}
     )
     resume_from_checkpoint: str | None = field(
         default=None,
@@ -143,11 +142,10 @@ class ContinualTrainingArguments:
     )
     task_parallel: bool = field(
         default=False,
-        metadata={"help": "Train one task per process at a time; needs a method with an expert per task."},
+        metadata={"help": "Train one task per process at a time; for methods with an expert per task."},
     )
     ddp_timeout: int = field(
-        default=1800,
-        metadata={"help": "Seconds before the run ends because a process does not respond."},
+        default=1800, metadata={"help": "Seconds before the run ends because a process does not respond."}
     )
     save_steps: int = field(
         default=500,
@@ -162,16 +160,13 @@ class ContinualTrainingArguments:
         },
     )
     push_to_hub: bool = field(
-        default=False,
-        metadata={"help": "Push the model after every task, as a commit tagged with its name."},
+        default=False, metadata={"help": "Push the model after every task, as a commit tagged with its name."}
     )
     hub_model_id: str | None = field(
         default=None, metadata={"help": "Repo to push to; default: the name of output_dir."}
     )
     hub_token: str | None = field(
-        default=None,
-        repr=False,
-        metadata={"help": "Access token; default: that of `hf auth login`. Never stored."},
+        default=None, repr=False, metadata={"help": "Access token; default: that of `hf auth login`. Never stored."}
     )
     hub_private_repo: bool | None = field(
         default=None, metadata={"help": "Whether a new repo is private; default: its owner's setting."}
@@ -187,8 +182,7 @@ class ContinualTrainingArguments:
     run_name: str = field(default="hf_clpeft", metadata={"help": "Project name in the tracker."})
     logging_steps: int = field(default=10, metadata={"help": "Optimizer steps between logged losses."})
     dataloader_num_workers: int = field(
-        default=0,
-        metadata={"help": "Worker processes that prefetch cached images; 0 reads them in the main one."},
+        default=0, metadata={"help": "Worker processes that prefetch cached images; 0 reads them in the main one."}
     )
     disable_tqdm: bool = field(
         default=False, metadata={"help": "Disable progress bars and the table after each task."}

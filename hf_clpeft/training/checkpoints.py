@@ -152,8 +152,8 @@ class Checkpoints:
             wanted ([`Progress`]): The task and `made_with` to match.
 
         Returns:
-            The arguments of [`~Checkpoints.save`], and the random state for [`set_random_state`]; `None` if there is no
-            checkpoint to resume from.
+            The arguments of [`~Checkpoints.save`] and the random state for [`set_random_state`]; `None` if there is no
+            such checkpoint.
         """
         made_with = json.loads(json.dumps(wanted.made_with))
         warned = False
