@@ -26,7 +26,7 @@ REPO, CLOSED = "alice/model", "http://127.0.0.1:9"
 
 @pytest.fixture(autouse=True)
 def _no_waiting(monkeypatch):
-    monkeypatch.setattr(push, "WAITS", (0, 0))
+    monkeypatch.setattr(push, "RETRY_DELAYS", (0, 0))
 
 
 @pytest.fixture(scope="module")

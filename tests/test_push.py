@@ -26,7 +26,7 @@ COMMIT, PUT = f"/api/models/{REPO}/commit/", "/lfs/"
 @pytest.fixture(autouse=True)
 def _no_waiting(monkeypatch):
     """Attempts follow one another at once; how often there are any stays as it is."""
-    monkeypatch.setattr(push, "WAITS", (0, 0))
+    monkeypatch.setattr(push, "RETRY_DELAYS", (0, 0))
     monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda seconds: None)
 
 
@@ -185,7 +185,7 @@ def test_a_push_that_failed_goes_with_the_next_task(hub, stream):
         ({"hub_token": "hf_reader"}, "no write access|rights"),
         ({"hub_token": "hf_nobody"}, "token is not valid"),
         ({"hub_model_id": "bob/model"}, "rights"),
-        ({"hub_model_id": "not a repo"}, "no repo id"),
+        ({"hub_model_id": "not a repo"}, "not a valid repo id"),
     ],
 )
 def test_what_cannot_be_pushed_is_refused_before_anything_is_learnt(hub, options, message):

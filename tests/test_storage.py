@@ -257,7 +257,7 @@ BROKEN = {
         edit_config(lambda config: config["versions"].update(padding="x" * 10_000_000)),
         "config.json has 10,00.,... bytes; at most 4,194,304",
     ),
-    "no JSON": (lambda folder: (folder / "config.json").write_text("{"), "config.json is no JSON"),
+    "no JSON": (lambda folder: (folder / "config.json").write_text("{"), "config.json is not valid JSON"),
     "JSON list": (lambda folder: (folder / "config.json").write_text("[]"), "does not hold a mapping"),
     "newer format": (edit_config(lambda config: config.update(format_version=99)), "format_version 99"),
     "unknown field": (edit_config(lambda config: config.update(surprise=1)), "unknown"),

@@ -46,13 +46,13 @@ class Batcher:
         threading.Thread(target=self._work, name="batcher", daemon=True).start()
 
     def run(self, function: Callable[[], T]) -> T:
-        """Calls a function of no arguments between two batches; returns what it returns, or raises what it raises."""
+        """Runs a function on the worker thread, between two batches. Returns its result, or raises its exception."""
         future: Future = Future()
         self._waiting.put((function, None, future))
         return future.result()
 
     def predict(self, model: ContinualModel, images: Iterable[PIL.Image.Image], **options: Any) -> list[Prediction]:
-        """Classifies images of one visitor, together with those of others.
+        """Classifies a visitor's images, in batches shared with other visitors.
 
         Args:
             model ([`ContinualModel`]): The visitor's model.

@@ -15,7 +15,7 @@ def scan(drawing: PIL.Image.Image) -> PIL.Image.Image:
     """Crops a drawing to its ink and downsamples it to 8 x 8 pixels, like scikit-learn's digits.
 
     Args:
-        drawing (`PIL.Image.Image`): Dark strokes on a light ground.
+        drawing (`PIL.Image.Image`): Dark strokes on a light background.
 
     Returns:
         `PIL.Image.Image`: 32 x 32 pixels, light ink on black.

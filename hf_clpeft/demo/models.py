@@ -57,8 +57,8 @@ class Models:
         method = self.served.config.method
         if not method.uses_experts:
             raise ConfigError(
-                f"{source} is of the method {method.name}, in which no expert takes a picture; the demo shows how "
-                "pictures find theirs. Try it with `hf-clpeft predict`."
+                f"{source} uses the method {method.name}, which routes no picture to an expert, so the demo has "
+                "nothing to show. Use `hf-clpeft predict`."
             )
         self.batcher = Batcher()
         self._kept: OrderedDict[tuple[str, int | None], ContinualModel] = OrderedDict()
@@ -75,7 +75,7 @@ class Models:
         if not key:
             return self.served
         if key not in self._folders:
-            raise VisitorError("The model you taught is no longer here, only its download is. Teach it once more.")
+            raise VisitorError("The model you taught has been evicted, only its download is left. Teach it again.")
         return self._keep((key, None), lambda: self.load(self._folders[key]))
 
     def new_folder(self) -> Path:

@@ -39,7 +39,7 @@ class VisitorError(HfClpeftError, ValueError):
 
 
 def open_picture(file: str | Path | bytes, name: str | None = None) -> PIL.Image.Image:
-    """Reads one picture within the limits of the demo, as [`open_image`] reads all others.
+    """Reads one picture within the limits of the demo.
 
     Args:
         file (`str`, `Path` or `bytes`): The file, or its content.
@@ -72,7 +72,7 @@ def open_picture(file: str | Path | bytes, name: str | None = None) -> PIL.Image
             with open(file, "rb") as opened:
                 data = opened.read(LARGEST_FILE + 1)
         except (OSError, ValueError) as error:  # ValueError: the path has a NUL
-            raise VisitorError(f"{name} did not arrive; upload it once more.") from error
+            raise VisitorError(f"{name} was not uploaded; try again.") from error
     if not data:
         raise VisitorError(f"{name} is empty; choose another file.")
     if len(data) > LARGEST_FILE:
@@ -95,7 +95,7 @@ def _reason(cause: BaseException | None, data: bytes) -> str:
         return f"is {next(kinds, 'no picture that can be read here')}; save it as PNG or JPEG first."
     if isinstance(cause, PIL.Image.DecompressionBombError | PIL.Image.DecompressionBombWarning):
         return f"has more than {MOST_PIXELS:,} pixels; make it smaller first."
-    return "is damaged, incomplete or of a rare format; save it as PNG or JPEG once more."
+    return "is damaged, incomplete or of a rare format; save it as PNG or JPEG again."
 
 
 def _check_size(width: int, height: int, name: str) -> None:
@@ -105,7 +105,7 @@ def _check_size(width: int, height: int, name: str) -> None:
     if min(width, height) < SMALLEST_SIDE:
         raise VisitorError(f"{size}; choose one of at least {SMALLEST_SIDE} x {SMALLEST_SIDE}.")
     if max(width, height) > MOST_OBLONG * min(width, height):
-        raise VisitorError(f"{size}, which is a mere strip; cut out a part of it first.")
+        raise VisitorError(f"{size}, which is too elongated; crop it first.")
 
 
 def read_uploads(paths: Sequence[str | Path]) -> Iterator[tuple[str, PIL.Image.Image | VisitorError]]:
@@ -158,7 +158,7 @@ def _is_archive(path: Path) -> bool:
 
 def _members(path: Path) -> dict[zipfile.ZipInfo, str]:
     """Names of the pictures in an archive, after checking it for path traversal, encryption and zip bombs."""
-    again = "zip the pictures once more"
+    again = "zip the pictures again"
     try:
         if path.stat().st_size > LARGEST_ARCHIVE:
             raise VisitorError(f"{path.name} has more than {LARGEST_ARCHIVE // 2**20} MB; make it smaller first.")
@@ -173,13 +173,13 @@ def _members(path: Path) -> dict[zipfile.ZipInfo, str]:
         name = entry.filename.replace("\\", "/")
         place = PurePosixPath(name)
         if place.is_absolute() or ".." in place.parts or re.match("[a-zA-Z]:", name):
-            raise VisitorError(f"{path.name} has a file outside of the archive, {name}; {again}.")
+            raise VisitorError(f"{path.name} holds a path outside of the archive, {name}; {again}.")
         if name.endswith("/") or any(part[0] == "." or part.lower() in _JUNK for part in place.parts):
             continue
         if entry.flag_bits & 1:
             raise VisitorError(f"{path.name} is locked with a password; {again}, without one.")
         if entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):  # others unpack unbounded
-            raise VisitorError(f"{path.name} is packed in an unusual way; {again}, as .zip with usual settings.")
+            raise VisitorError(f"{path.name} uses an unusual compression; {again}, with the default settings.")
         if entry.file_size > LARGEST_FILE:
             raise VisitorError(f"{name} in {path.name} has more than {LARGEST_FILE // 2**20} MB; leave it out.")
         members[entry] = str(place)
@@ -214,5 +214,5 @@ def _open_member(archive: zipfile.ZipFile, entry: zipfile.ZipInfo, name: str) ->
         with archive.open(entry) as file:
             data = file.read(entry.file_size)  # the size may be forged, so never read to the end
     except Exception as error:  # zipfile raises anything from BadZipFile to zlib.error
-        raise VisitorError(f"{name} is damaged in its archive; zip the pictures once more.") from error
+        raise VisitorError(f"{name} is damaged in its archive; zip the pictures again.") from error
     return open_picture(data, name)

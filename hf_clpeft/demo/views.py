@@ -77,17 +77,17 @@ def verdict(prediction: Prediction, model: ContinualModel, reject_rate: float, c
     names = titles(model)
     label = escape(prediction.label if prediction.label is not None else NONE)
     score = "" if prediction.label is None else f"<small>{percent(prediction.score, 0)}</small>"
-    sentences = [f"Judged by the expert of <b>{escape(names[prediction.expert])}</b>."]
+    sentences = [f"Classified by the expert of <b>{escape(names[prediction.expert])}</b>."]
     distances = list(prediction.experts.values())
     nearest = next(iter(prediction.experts))
     if model.config.method.experts == "pool":
         selected = list(prediction.experts)[: model.config.method.top_n]
-        sentences = [f"Judged by {', '.join(f'<b>{escape(name)}</b>' for name in selected)} together."]
+        sentences = [f"Classified by {', '.join(f'<b>{escape(name)}</b>' for name in selected)} together."]
     elif chosen and nearest != prediction.expert:
-        sentences.append(f"Its own route leads to {escape(names[nearest])}.")
+        sentences.append(f"Routing alone would have chosen {escape(names[nearest])}.")
     elif model.config.method.classifier == "both":
         judges = [f"<b>{escape(names[name])}</b>" for name in list(prediction.experts)[: model.config.method.mix]]
-        sentences = [f"Judged by the router and the experts of {', '.join(judges)} together."]
+        sentences = [f"Classified by the router and the experts of {', '.join(judges)} together."]
     elif len(distances) > 1 and distances[1] > 0:
         margin = 1 - distances[0] / distances[1]
         sure = "clear" if margin >= 0.2 else "a close call" if margin < 0.05 else "fairly clear"
@@ -96,7 +96,7 @@ def verdict(prediction: Prediction, model: ContinualModel, reject_rate: float, c
         )
     if prediction.typicality is not None:
         share = percent(prediction.typicality, 0) if prediction.typicality else "Under 1 %"
-        sentences.append(f"{share} of a task's own pictures lie as far from its prototypes as this one, or farther.")
+        sentences.append(f"{share} of a task's own pictures are at least as far from its prototypes as this one.")
     if prediction.label is None:
         sentences.append(
             f"That is less than {percent(reject_rate, 0)}, so it is rejected as out-of-distribution; the likeliest "

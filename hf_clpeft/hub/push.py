@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 logger = get_logger(__name__)
 
-WAITS = (1, 4)  # seconds before the second and the third attempt
+RETRY_DELAYS = (1, 4)  # seconds before the second and the third attempt
 T = TypeVar("T")
 
 
@@ -269,7 +269,7 @@ def _set_tag(api: "HfApi", target: PushTarget, config: ContinualConfig, commit: 
 
 def _retrying(attempt: Callable[[], T], doing: str, repo_id: str) -> T:
     """Calls a function that may fail, and retries after transient errors."""
-    for wait in (*WAITS, None):
+    for wait in (*RETRY_DELAYS, None):
         try:
             with explained(doing, repo_id):
                 return attempt()

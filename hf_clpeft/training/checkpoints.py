@@ -63,7 +63,7 @@ class Checkpoints:
 
     Args:
         output_dir (`str` or `Path`): Folder of the run.
-        keep (`int`): How many to keep.
+        keep (`int`): Number of checkpoints to keep.
         rank (`int`): Rank of this process; each saves its own random state.
     """
 
@@ -167,13 +167,13 @@ class Checkpoints:
                     if not warned and self.rank == 0:
                         differences = _differences(progress.made_with, made_with)
                         logger.warning(
-                            "The state in %s was saved with %s. %s is trained anew.", path, differences, wanted.task
+                            "The checkpoint %s was saved with %s. %s is trained anew.", path, differences, wanted.task
                         )
                     warned = True
                     continue
                 damaged = [name for name, digest in content["files"].items() if hash_file(path / name) != digest]
                 if damaged:
-                    raise ValueError(f"{damaged[0]} is not what was written")
+                    raise ValueError(f"{damaged[0]} does not match its hash")
                 own = json.loads((path / f"rank-{self.rank}.json").read_text(encoding="utf-8"))
                 random_state = load_file(path / f"rank-{self.rank}.safetensors"), own["random"]
                 return progress, load_file(path / TENSORS_NAME), content["values"], own["position"], random_state

@@ -93,6 +93,4 @@ def check_no_state(folder: str | Path) -> None:
     for name in (CHECKPOINTS, PARALLEL):
         states = sorted(path.name for path in Path(folder, name).glob("[!.]*"))
         if states:
-            raise ConfigError(
-                f"{folder} holds the state of a run that was interrupted ({name}/{states[-1]}). {WAYS_OUT}"
-            )
+            raise ConfigError(f"{folder} holds the state of an interrupted run ({name}/{states[-1]}). {WAYS_OUT}")
