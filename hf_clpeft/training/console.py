@@ -72,7 +72,7 @@ def print_reports(reports: list[StreamReport], *closing: str) -> None:
     }
     summaries = [report.summary() for report in reports]
     print_table(
-        f"{reports[0].stream}: accuracy after {len(reports[0].tasks)} tasks, every image routed by itself",
+        f"{reports[0].stream}: accuracy after {len(reports[0].tasks)} tasks, routed per image",
         ["method", *measures.values(), "expert", "sec"],
         [
             [
