@@ -153,11 +153,7 @@ def command(*words):
         (("export", "MODEL", "task-009", "-o", "x"), 1, "error: .*task-009"),
         (("combine", "MODEL", "-o", "x"), 1, "error: Combining needs two models"),
         (("push", "MODEL"), 1, "error: .* does not say which repo"),
-        (
-            ("push", "nothing", "alice/digits"),
-            1,
-            "error: nothing is neither a folder nor one of hf-clpeft/s-lora-digits",
-        ),
+        (("push", "nothing", "alice/digits"), 1, "error: nothing is neither a folder nor one of hf-clpeft/s-lora-d"),
         (("info", "."), 1, "error: . holds no config.json"),
         (("sing",), 2, "No such command"),
     ],

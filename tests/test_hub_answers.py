@@ -92,11 +92,7 @@ def test_loading_what_the_hub_does_not_give_is_told_in_one_line(hub, pushed, tok
 @pytest.mark.parametrize(
     "repo, token, told",
     [
-        (
-            "bob/model",
-            "hf_alice",
-            r"the Hub answers 403 \(You don't have the rights .*\)\. The token has no write",
-        ),
+        ("bob/model", "hf_alice", r"the Hub answers 403 \(You don't have the rights .*\)\. The token has no write"),
         (REPO, "hf_reader", "the Hub answers 403 .* no write access"),
         (REPO, "hf_nobody", "the Hub answers 401 .* The token is not valid"),
         (REPO, False, "the Hub answers 401 .* Log in with `hf auth login`"),
