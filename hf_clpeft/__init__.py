@@ -17,13 +17,11 @@ if TYPE_CHECKING:  # what is imported below when it is first used; a test holds 
     from .combining import (
         combine as combine,
     )
-    from .config.errors import (
+    from .config import (
         ConfigError as ConfigError,
-        HfClpeftError as HfClpeftError,
-    )
-    from .config.model import (
         ContinualConfig as ContinualConfig,
-        MethodConfig as MethodConfig,
+        HfClpeftError as HfClpeftError,
+        MethodOptions as MethodOptions,
     )
     from .experts import (
         Expert as Expert,
@@ -34,12 +32,11 @@ if TYPE_CHECKING:  # what is imported below when it is first used; a test holds 
     from .hub.errors import (
         HubError as HubError,
     )
-    from .methods.heads import (
-        Heads as Heads,
-    )
-    from .methods.presets import (
+    from .methods import (
         METHODS as METHODS,
-        joint_lora as joint_lora,
+        Batch as Batch,
+        Heads as Heads,
+        Method as Method,
         l2l as l2l,
         l2p as l2p,
         linear_probe as linear_probe,
@@ -51,6 +48,8 @@ if TYPE_CHECKING:  # what is imported below when it is first used; a test holds 
         s_lora_pp as s_lora_pp,
         s_prompts as s_prompts,
         s_prompts_pp as s_prompts_pp,
+        s_x as s_x,
+        s_x_pp as s_x_pp,
         sequential_lora as sequential_lora,
         slda as slda,
     )
@@ -71,6 +70,8 @@ if TYPE_CHECKING:  # what is imported below when it is first used; a test holds 
         KeyRouter as KeyRouter,
         PrototypeRouter as PrototypeRouter,
         RidgeRouter as RidgeRouter,
+        Router as Router,
+        Routing as Routing,
     )
     from .streams import (
         BENCHMARKS as BENCHMARKS,
@@ -84,6 +85,7 @@ if TYPE_CHECKING:  # what is imported below when it is first used; a test holds 
     from .training import (
         ContinualTrainer as ContinualTrainer,
         ContinualTrainingArguments as ContinualTrainingArguments,
+        TrainerCallback as TrainerCallback,
         TrainingError as TrainingError,
     )
 
@@ -91,29 +93,26 @@ if TYPE_CHECKING:  # what is imported below when it is first used; a test holds 
 __version__ = "0.1.0"
 
 _MODULES = {
-    "config.errors": ["ConfigError", "HfClpeftError"],
-    "config.model": ["ContinualConfig", "MethodConfig"],
+    "config": ["ConfigError", "ContinualConfig", "HfClpeftError", "MethodOptions"],
     "streams": ["BENCHMARKS", "Benchmark", "StreamError", "Task", "TaskStream", "load_benchmark", "load_task"],
     "backbones": ["Backbone", "BackboneError", "load_backbone"],
     "experts": ["Expert", "ExpertBank", "ExpertError", "PromptTunedVisionModel"],
     "routing": [
-        "ROUTERS",
         "ClassMeanRouter",
         "ClassRouter",
         "GaussianRouter",
         "KeyRouter",
         "PrototypeRouter",
+        "ROUTERS",
         "RidgeRouter",
+        "Router",
+        "Routing",
     ],
-    "methods.heads": ["Heads"],
-    "reports.report": ["StreamReport"],
-    "hub.errors": ["HubError"],
-    "prediction": ["Prediction"],
-    "model": ["ContinualModel"],
-    "combining": ["combine"],
-    "methods.presets": [
+    "methods": [
+        "Batch",
+        "Heads",
         "METHODS",
-        "joint_lora",
+        "Method",
         "l2l",
         "l2p",
         "linear_probe",
@@ -125,10 +124,17 @@ _MODULES = {
         "s_lora_pp",
         "s_prompts",
         "s_prompts_pp",
+        "s_x",
+        "s_x_pp",
         "sequential_lora",
         "slda",
     ],
-    "training": ["ContinualTrainer", "ContinualTrainingArguments", "TrainingError"],
+    "reports.report": ["StreamReport"],
+    "hub.errors": ["HubError"],
+    "prediction": ["Prediction"],
+    "model": ["ContinualModel"],
+    "combining": ["combine"],
+    "training": ["ContinualTrainer", "ContinualTrainingArguments", "TrainerCallback", "TrainingError"],
 }
 _MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}
 

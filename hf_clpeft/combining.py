@@ -5,12 +5,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from .backbones.saved import load_saved_backbone
 from .config.errors import ConfigError
 from .config.model import ContinualConfig, TaskConfig
+from .config.repos import split_revision
 from .experts import Expert
-from .hub.download import split_revision
 from .hub.labels import join_name, label_sources
-from .loading import load_saved_backbone
 from .model import ContinualModel
 
 

@@ -15,8 +15,8 @@ from .config.model import CONFIG_NAME
 from .experts import Expert, ExpertError
 from .experts.expert import make_peft_model
 from .model import ContinualModel
+from .storage.files import EXPERTS_FOLDER
 from .storage.folder import atomic, hash_file
-from .storage.model_files import EXPERTS_FOLDER
 
 
 if TYPE_CHECKING:

@@ -1,6 +1,7 @@
-"""The continual model: from pixels to a label through query, route, bank and head."""
+"""The continual model: what a user predicts with, teaches, saves, loads and pushes."""
 
 from collections.abc import Sequence
+from copy import copy
 from pathlib import Path
 from typing import Any
 
@@ -8,33 +9,33 @@ import torch
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES
 
 from .backbones import Backbone, load_backbone
-from .backbones.precision import in_float32
-from .config.errors import ConfigError
-from .config.model import ContinualConfig, MethodConfig, TaskConfig
+from .backbones.bundled import bundled_folder
+from .backbones.processors import read_processor
+from .backbones.saved import check_backbone, load_saved_backbone
+from .config import ConfigError, ContinualConfig, MethodOptions, TaskConfig
+from .config.repos import check_repo_id
 from .experts import ExpertBank
-from .experts.expert import make_peft_config
 from .experts.lock import ReadWriteLock, reading, writing
+from .hub.download import fetch_model
 from .hub.push import PushTarget, push_folder
-from .loading import load_model
-from .methods.heads import Heads
-from .methods.learners import ExpertLearner, FrozenLearner, PoolLearner, TaskLearner, rows_to_train
-from .methods.mixing import mix
-from .predicting import check_options, classify, read_batches
-from .prediction import ContinualOutput, Prediction
+from .methods import ContinualOutput, Heads, make_method
+from .methods.method import FeaturesOf
+from .prediction import Prediction, check_options, classify, read_batches
 from .reports.report import StreamReport
-from .routing import Routing, find_router
-from .storage.model_files import save_model
+from .routing import Router
+from .storage.files import as_saved, check_files
+from .storage.model_files import load_files, save_files
 
 
 class ContinualModel(torch.nn.Module):
-    """A frozen vision transformer that keeps learning: query, route, bank, head.
+    """A frozen vision transformer that keeps learning, with a method of its user's choice.
 
     Args:
         backbone ([`Backbone`]): The frozen model.
         config ([`ContinualConfig`]): Method, backbone and learnt tasks.
 
     Attributes:
-        query_layers (`list[int]`): Layers behind which query features are taken.
+        method ([`Method`]): What predicts and learns, and owns all that was learnt.
         report ([`StreamReport`], *optional*): What was measured while it learnt; travels with the model.
 
     `transformers.pipeline("image-classification", model=model, image_processor=model.backbone.processor)` works too.
@@ -61,27 +62,19 @@ class ContinualModel(torch.nn.Module):
 
     def __init__(self, backbone: Backbone, config: ContinualConfig):
         super().__init__()
-        method, count = config.method, backbone.num_layers
-        self.config = config
-        self.backbone = backbone
-        self.query_layers = [number + count + 1 if number < 0 else number for number in method.route_layers] or [count]
-        if not 1 <= self.query_layers[0] <= self.query_layers[-1] <= count:
-            raise ConfigError(f"route_layer={method.route_layer}, but the backbone has {count} layers.")
-        self.bank, self._saves = ExpertBank(backbone), ReadWriteLock()
-        # What a router can do besides routing follows from the method.
-        self.router: Any = find_router(method).from_method(method, self.query_size)
-        self.heads = Heads(backbone.hidden_size, shared=method.head == "shared")
+        self.config, self.backbone = config, backbone
+        self.method, self._saves = make_method(backbone, config), ReadWriteLock()
         self.origin: str | None = None  # where it was loaded from
         self.report: StreamReport | None = None
         self.unchanged_experts: dict[str, dict[str, str]] = {}  # their files since they were last saved or loaded
 
     @classmethod
-    def from_backbone(cls, name_or_path: str, method: MethodConfig, **options: Any) -> "ContinualModel":
+    def from_backbone(cls, name_or_path: str, method: MethodOptions, **options: Any) -> "ContinualModel":
         """A model that has learnt nothing yet.
 
         Args:
             name_or_path (`str`): Repo id or folder of the backbone.
-            method ([`MethodConfig`]): A preset of [`hf_clpeft.methods`], or your own.
+            method ([`MethodOptions`]): Options of a method, such as `s_lora(r=4)`, or `Mine.Config()` of your own.
             options: `revision`, `image_size`, `dtype`, `attn_implementation`, `token`, `cache_dir`,
                 `local_files_only`; see [`load_backbone`].
 
@@ -89,7 +82,7 @@ class ContinualModel(torch.nn.Module):
             [`ContinualModel`]
         """
         backbone = load_backbone(name_or_path, **options)
-        return cls(backbone, ContinualConfig(method, backbone.config))
+        return cls(backbone, ContinualConfig(copy(method), backbone.config))
 
     @property
     def device(self) -> torch.device:
@@ -101,67 +94,26 @@ class ContinualModel(torch.nn.Module):
         """Type of the pixel values that it takes; the backbone's weights may be of another."""
         return torch.float32
 
-    # From pixels to a label
+    @property
+    def bank(self) -> ExpertBank:
+        """The experts of the method."""
+        return self.method.bank
 
     @property
-    def query_size(self) -> int:
-        """Width of query features."""
-        return self.backbone.hidden_size * len(self.query_layers)
+    def router(self) -> Router | None:
+        """The router of the method, if it has one."""
+        return self.method.router
 
-    def query_features(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """The features that choose experts: [CLS] of the frozen backbone, or of that with the first task's expert.
+    @property
+    def heads(self) -> Heads | None:
+        """The head of the method, if it has one."""
+        return self.method.heads
 
-        Args:
-            pixel_values (`torch.Tensor` of shape `(batch, 3, height, width)`): Normalised images.
-
-        Returns:
-            `torch.Tensor` of shape `(batch, query_size)`, `float32`.
-        """
-        layers = None
-        if self.query_layers != [self.backbone.num_layers]:
-            layers = self.query_layers if len(self.query_layers) > 1 else self.query_layers[0]
-        if not (self.config.method.query_with_first_expert and len(self.bank)):
-            return self.bank.frozen(pixel_values, layers).float()
-        first = torch.zeros(len(pixel_values), dtype=torch.int64, device=pixel_values.device)
-        return self.bank(pixel_values, first, layers=layers).float()
-
-    @in_float32
-    def route(self, query: torch.Tensor) -> Routing:
-        """Experts of each image, from its own query features alone: of shape `(batch,)`, or several in each row."""
-        method = self.config.method
-        if not (method.routed or method.experts == "pool"):
-            nowhere = torch.zeros(len(query), dtype=torch.int64, device=query.device)
-            return Routing(nowhere, query.new_zeros(len(query)), query.new_zeros(len(query), 1))
-        routing = self.router(query)
-        if method.classifier != "both":
-            return routing
-        nearest = routing.distances.topk(min(method.mix, self.router.num_owners), largest=False).indices
-        return routing._replace(selection=nearest)
-
-    @in_float32
-    def classify(self, features: torch.Tensor, routing: Routing) -> torch.Tensor:
-        """Logits of images, whoever it is that names the class.
-
-        Args:
-            features (`torch.Tensor` of shape `(batch, hidden_size)` or `(batch, N, hidden_size)`): Under the selected
-                expert, or, where several judge, under each of them.
-            routing ([`Routing`]): Of the same images.
-
-        Returns:
-            `torch.Tensor` of shape `(batch, classes)`: −inf where no judge knows a class.
-        """
-        if self.config.method.classifier == "router":
-            return self.router.class_scores(routing.scores)
-        if self.config.method.classifier == "head":
-            return self.heads(features, routing.selection)
-        judges = [self.heads(features[:, n], routing.selection[:, n]) for n in range(features.shape[1])]
-        router = self.router
-        assert routing.scores is not None
-        return mix(torch.stack(judges, dim=1), routing.selection, routing.scores, router.owners, router.classes)
+    # From pixels to a label
 
     @reading
     def forward(self, pixel_values: torch.Tensor, expert: int | None = None) -> ContinualOutput:
-        """Query, route, bank, head.
+        """Query, route, read, classify: see [`Method.forward`].
 
         Args:
             pixel_values (`torch.Tensor` of shape `(batch, 3, height, width)`): Normalised images.
@@ -170,23 +122,7 @@ class ContinualModel(torch.nn.Module):
         Returns:
             [`ContinualOutput`]
         """
-        query = self.query_features(pixel_values)
-        routing = self.route(query)
-        if expert is not None:
-            routing = routing.sent_to(expert)
-        logits = self.classify(self._judged(pixel_values, query, routing.selection), routing)
-        return ContinualOutput(logits, routing.selection, routing.distances)
-
-    def _judged(self, pixel_values: torch.Tensor, query: torch.Tensor, selection: torch.Tensor) -> torch.Tensor:
-        """What is classified: features under the selected experts, or the query features where there are none."""
-        method = self.config.method
-        if not method.uses_experts:
-            return query
-        if method.classifier == "head":
-            return self.bank(pixel_values, selection, method.readout)
-        judges = selection.shape[1]
-        features = self.bank(pixel_values.repeat_interleave(judges, dim=0), selection.flatten())
-        return features.unflatten(0, (-1, judges))
+        return self.method(pixel_values, expert=expert)
 
     @torch.no_grad()
     def predict(
@@ -237,82 +173,54 @@ class ContinualModel(torch.nn.Module):
     @property
     def can_reject(self) -> bool:
         """Whether [`~ContinualModel.predict`] takes a `reject_rate`."""
-        method = self.config.method
-        return method.routed and not self.router.knows_classes and all(self.router.calibrated())
+        return self.method.why_no_reject() is None
 
     # Learning a task
 
-    def start_task(self, name: str, classes: Sequence[str], domain: str | None = None) -> TaskLearner:
+    def start_task(self, name: str, classes: Sequence[str], domain: str | None = None, seed: int = 0) -> None:
         """Prepares what is trained in a new task. The model knows it once [`~ContinualModel.finish_task`] is called.
+
+        In between, `model.method.parameter_groups(args)` is what to train, and `model.method.loss(batch)` the loss.
 
         Args:
             name (`str`): Name of the task.
             classes (sequence of `str`): Names of its classes.
             domain (`str`, *optional*): Its domain.
-
-        Returns:
-            [`TaskLearner`]
+            seed (`int`, *optional*, defaults to 0): Of what is drawn when the task is finished.
 
         Raises:
-            [`ConfigError`]: A task of that name has been learnt already.
+            [`ConfigError`]: A task of that name has been learnt already, or the method cannot learn these classes.
+            [`ExpertError`]: Another thread is training the model.
         """
         if name in (task.name for task in self.config.tasks):
             raise ConfigError(f"The model has learnt a task {name!r} already; give the new one another name.")
-        if len(classes) == 1 and not (self.config.method.routed and self.config.method.mask_logits):
+        if len(classes) == 1 and not self.method.takes_one_class:
             raise ConfigError(
-                f"Task {name!r} has a single class, {classes[0]!r}, and in {self.config.method.name} nothing would "
-                "tell it from the others: give it two classes or more, or choose a method with an expert per task "
-                "(s_lora, s_prompts), where its route does."
+                f"Task {name!r} has a single class, {classes[0]!r}, and in {self.method.name} nothing would tell it "
+                "from the others: give it two classes or more, or choose a method with an expert per task (s_lora, "
+                "s_prompts), where its route does."
             )
         if name in self.config.removed:
             raise ConfigError(f"The model has unlearnt a task {name!r}; give the new one another name.")
-        method, task = self.config.method, TaskConfig(name, list(classes), domain)
-        if method.head == "auto":
-            # Where classes have been compared by the router already, rows of other tasks can only mislead.
-            self.heads.shared = domain is None and not self.router.knows_classes
-        known = list(dict.fromkeys([*self.config.classes, *classes]))
-        trained, targets = rows_to_train(known if method.joint else classes, known, method.mask_logits)
-        rows = (task, self.heads.start(trained), trained, targets)
-        if not self._trains_experts():
-            return FrozenLearner(*rows).to(self.device)
-        peft_config = make_peft_config(method.peft, self.backbone)
-        learner: TaskLearner
-        if method.experts == "pool":
-            if not len(self.bank):
-                self.router.reset_parameters()
-                self.bank.make_pool(self.config.expert_names, peft_config)
-            learner = PoolLearner(self.bank, self.router, method.readout, method.pull, *rows)
-        else:
-            learner = ExpertLearner(self.bank.start(method.expert_of(name), peft_config), self.backbone, *rows)
-        return learner.to(self.device)
+        self.method.start(TaskConfig(name, list(classes), domain), seed)
 
     @writing
-    def finish_task(self, learner: TaskLearner, num_train_images: int) -> None:
-        """Adds a trained task. Routers learn it apart: `model.router.add(query, k)`, or `(query, class_numbers)`.
+    def finish_task(self, features_of: FeaturesOf, num_train_images: int) -> None:
+        """Ends a task, and adds it to what the model knows.
 
         Args:
-            learner ([`TaskLearner`]): What [`~ContinualModel.start_task`] gave, trained.
+            features_of (callable): Gives what a function gives for all training images, and their class numbers: see
+                [`hf_clpeft.methods.method.FeaturesOf`].
             num_train_images (`int`): Images it was trained on.
         """
-        method, task = self.config.method, learner.config
+        method, task = self.method, self.method.task
+        assert task is not None, "start_task comes first"
         task.num_train_images = num_train_images
-        method.head = "shared" if self.heads.shared else "per_task"
-        if isinstance(learner, PoolLearner):
-            learner.finish()
-            self.unchanged_experts.clear()
-        elif self._trains_experts():
-            self.bank.finish(method.expert_of(task.name))
-            self.unchanged_experts.pop(method.expert_of(task.name), None)
-        if method.classifier != "router":
-            alone = len(task.classes) == 1
-            self.heads.write(learner.head.weight, learner.head.bias, learner.classes, alone=alone)
+        method.finish(features_of)
+        for name in [task.name] if method.independent else list(self.unchanged_experts):
+            self.unchanged_experts.pop(name, None)
         self.config.classes = list(dict.fromkeys([*self.config.classes, *task.classes]))
         self.config.tasks.append(task)
-
-    def _trains_experts(self) -> bool:
-        """Whether the next task does."""
-        experts = self.config.method.experts
-        return experts != "none" and not (experts == "first" and self.config.tasks)
 
     # Forgetting on purpose
 
@@ -327,33 +235,16 @@ class ContinualModel(torch.nn.Module):
             [`ConfigError`]: There is no such task, or others were learnt from what it left behind, so that taking it
                 away would not be exact.
         """
-        names, method = [known.name for known in self.config.tasks], self.config.method
+        names = [known.name for known in self.config.tasks]
         if task not in names:
             raise ConfigError(
                 f"There is no task {task!r} to remove; the model has learnt {', '.join(names) or 'none'}."
             )
-        position = names.index(task)
         others = [known for known in self.config.tasks if known.name != task]
-        elsewhere = {label for known in others for label in known.classes}
-        shared = sorted(elsewhere & set(self.config.tasks[position].classes))
-        if method.experts in ("pool", "single") or method.joint:
-            raise ConfigError(f"All tasks trained the same experts in {method.name}; none can be removed exactly.")
-        if self.router.knows_classes:
-            raise ConfigError(
-                f"The sums of the {method.router} router hold the images of all tasks; {task!r} cannot be removed "
-                "exactly. Choose router='prototypes' where tasks must be unlearnt."
-            )
-        if method.query_with_first_expert and position == 0 and others:
-            raise ConfigError(f"The expert of {task!r} takes everyone's query features; it cannot be removed alone.")
-        if self.heads.shared and (shared or not method.mask_logits):
-            what = f"classes {shared}" if method.mask_logits else "all rows of the head"
-            raise ConfigError(f"Other tasks trained {what} too, in one head: {task!r} cannot be removed exactly.")
-        self.bank.remove(task)
-        self.router.remove(position)
-        self.config.tasks, before = others, self.config.classes
-        self.config.classes = list(dict.fromkeys(label for known in others for label in known.classes))
-        number = {before.index(label): new for new, label in enumerate(self.config.classes)}
-        self.heads.remove(position, number)
+        classes = list(dict.fromkeys(label for known in others for label in known.classes))
+        before = self.config.classes
+        self.method.remove(names.index(task), {before.index(label): new for new, label in enumerate(classes)})
+        self.config.tasks, self.config.classes = others, classes
         self.config.removed.append(task)
         self.unchanged_experts.pop(task, None)
         if self.report is not None:
@@ -372,10 +263,12 @@ class ContinualModel(torch.nn.Module):
             overwrite (`bool`, *optional*, defaults to `False`): Replace another model that the folder holds.
 
         Raises:
-            `OSError`, [`ConfigError`]: See [`hf_clpeft.storage.model_files.save_model`]; what was there is untouched.
+            `OSError`, [`ConfigError`]: See [`hf_clpeft.storage.model_files.save_files`]; what was there is untouched.
         """
         with self._saves.writing():
-            save_model(self, folder, overwrite)
+            self.unchanged_experts = save_files(
+                folder, self.method, self.backbone.processor, self.report, self.unchanged_experts, overwrite
+            )
 
     def push_to_hub(self, repo_id: str, squash_history: bool = False, **options: Any) -> str:
         """Puts the model on the Hub as one commit, tagged with its latest task's name; see [`push_folder`].
@@ -430,8 +323,24 @@ class ContinualModel(torch.nn.Module):
             [`BackboneError`]: The backbone's weights or pixels are not those that the model was trained on.
             [`HubError`]: There is no such repo or revision, or no way to it.
         """
-        how = {"dtype": dtype, "attn_implementation": attn_implementation}
-        return load_model(cls, name_or_path, backbone, revision, how, hub_options)
+        bundled = bundled_folder(str(name_or_path)) if revision is None else None  # only the Hub has revisions
+        folder = bundled or Path(name_or_path)
+        local = folder.is_dir()
+        folder = as_saved(folder) if local else fetch_model(str(name_or_path), revision, **hub_options)
+        config = ContinualConfig.load(folder)
+        if not local and backbone is None:
+            check_repo_id(config.backbone.name_or_path, name_or_path)
+        check_files(folder, config)
+        processor = read_processor(folder, str(name_or_path))
+        if isinstance(backbone, Backbone):
+            check_backbone(backbone, config.backbone, processor, name_or_path)
+        else:
+            options = {"dtype": dtype, "attn_implementation": attn_implementation, **hub_options}
+            backbone = load_saved_backbone(config.backbone, processor, backbone, name_or_path, **options)
+        model = cls(backbone, config)
+        model.origin = f"{name_or_path}@{revision}" if revision else str(name_or_path)
+        model.report, model.unchanged_experts = load_files(folder, model.method)
+        return model
 
 
 # Else `transformers.pipeline` would say, wrongly, that it does not support this model.

@@ -11,7 +11,7 @@ from PIL import Image
 
 from hf_clpeft import ConfigError, ContinualModel, HfClpeftError
 from hf_clpeft.backbones.bundled import DIGITS_MODEL, bundled_folder
-from hf_clpeft.predicting import best_device
+from hf_clpeft.prediction import best_device
 from hf_clpeft.streams import PictureError
 
 

@@ -22,7 +22,7 @@ from hf_clpeft.cli import app
 from hf_clpeft.config import ContinualConfig
 from hf_clpeft.export import export_adapter, export_merged
 from hf_clpeft.storage.folder import atomic
-from hf_clpeft.storage.model_files import check_same_model
+from hf_clpeft.storage.files import check_same_model
 
 
 CLASSES = [["cat", "dog"], ["owl", "emu"], ["fox", "elk"]]

@@ -25,7 +25,7 @@ from hf_clpeft.config.checks import read_json
 from hf_clpeft.hub.outbox import Outbox
 from hf_clpeft.hub.push import PushTarget, push_folder
 from hf_clpeft.storage.folder import atomic, recover, unfinished_change
-from hf_clpeft.storage.model_files import as_saved
+from hf_clpeft.storage.files import as_saved
 from hf_clpeft.training.checkpoints import Checkpoints
 from hf_clpeft.training.recipe import _find_checkpoint
 

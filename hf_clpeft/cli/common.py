@@ -49,7 +49,7 @@ def quieten() -> None:
 
 def load_model(repo: str, backbone: str | None, token: str | None) -> "ContinualModel":
     """Loads the [`ContinualModel`] of a command's arguments."""
-    from ..hub.download import split_revision
+    from ..config.repos import split_revision
     from ..model import ContinualModel
 
     quieten()

@@ -22,7 +22,7 @@ def demo(
     """Try a model in the browser: classify pictures, inspect its tasks, teach it a new class. Works offline."""
     from ..backbones.bundled import DIGITS_MODEL
     from ..config.errors import ConfigError
-    from ..hub.download import split_revision
+    from ..config.repos import split_revision
     from ..training.progress import disable_progress_bars
 
     try:

@@ -10,10 +10,11 @@ def info(repo: Repo, as_json: AsJson = False, token: Token = None) -> None:
     from ..backbones.bundled import bundled_folder
     from ..config.checks import read_json
     from ..config.model import ContinualConfig
+    from ..config.repos import split_revision
     from ..config.text import percent
-    from ..hub.download import fetch_config, split_revision
+    from ..hub.download import fetch_config
     from ..reports.report import METRICS_NAME, StreamReport
-    from ..storage.model_files import as_saved
+    from ..storage.files import as_saved
 
     folder = bundled_folder(repo) or Path(repo)
     folder = as_saved(folder) if folder.is_dir() else fetch_config(*split_revision(repo), token=token)

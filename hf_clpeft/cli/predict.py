@@ -30,7 +30,7 @@ def predict(
     """Classify pictures: label, score, and expert of each."""
     from dataclasses import asdict
 
-    from ..predicting import best_device
+    from ..prediction import best_device
 
     model = load_model(repo, backbone, token).to(best_device())
     predictions = model.predict(

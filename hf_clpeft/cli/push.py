@@ -30,7 +30,7 @@ def push(
     from ..config.errors import ConfigError
     from ..hub.outbox import Outbox
     from ..hub.push import PushTarget, push_folder
-    from ..storage.model_files import as_saved
+    from ..storage.files import as_saved
 
     quieten()
     folder = bundled_folder(model) or Path(model)

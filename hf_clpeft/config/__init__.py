@@ -1,7 +1,8 @@
 """What `config.json` says, and the checks of what comes from a stranger."""
 
 from .errors import ConfigError, HfClpeftError
-from .model import CONFIG_NAME, BackboneConfig, ContinualConfig, MethodConfig, TaskConfig
+from .method import MethodOptions, read_options
+from .model import CONFIG_NAME, BackboneConfig, ContinualConfig, TaskConfig
 
 
 __all__ = [
@@ -10,6 +11,7 @@ __all__ = [
     "ConfigError",
     "ContinualConfig",
     "HfClpeftError",
-    "MethodConfig",
+    "MethodOptions",
     "TaskConfig",
+    "read_options",
 ]

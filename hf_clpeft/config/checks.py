@@ -3,6 +3,7 @@
 import json
 import math
 import re
+from dataclasses import fields
 from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
@@ -90,8 +91,9 @@ def check_types(config: object) -> None:
 
     ```
     """
-    for name, hint in get_type_hints(type(config)).items():
-        value = getattr(config, name)
+    hints = get_type_hints(type(config))
+    for name in (each.name for each in fields(config)):  # type: ignore[arg-type]
+        value, hint = getattr(config, name), hints[name]
         if not fits(value, hint):
             shown = repr(value) if len(repr(value)) <= 80 else f"{repr(value)[:77]}..."
             raise ConfigError(f"{name}={shown} must be {_describe(hint)}.")
@@ -158,7 +160,7 @@ def fits(value: object, hint: Any) -> bool:
         )
     if hint in (int, float):  # a bool is not a number, an int is a float
         return isinstance(value, int | hint) and not isinstance(value, bool)
-    return isinstance(value, hint)
+    return hint is Any or isinstance(value, hint)
 
 
 def read_json(path: str | Path) -> dict:

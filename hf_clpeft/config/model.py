@@ -8,205 +8,17 @@ import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from .adapters import check_peft
-from .checks import MOST, check_path, check_task_name, check_types, read_json
+from .checks import check_path, check_task_name, check_types, read_json
 from .errors import ConfigError
+from .method import MethodOptions, read_options
 from .text import printable
+from .version1 import upgrade
 
 
 CONFIG_NAME = "config.json"
-FORMAT_VERSION = 1
-LARGEST_POOL = 10_000  # experts
+FORMAT_VERSION = 2
 LARGEST_IMAGE = 4096  # px of a side
 RESIZED_BY = "pil"  # what resizes pictures
-LARGEST_PROJECTION = 100_000  # random features, of which a router keeps a square matrix
-ONE_EXPERT = "all-tasks"  # name of the expert of methods that have just one
-
-
-@dataclass
-class MethodConfig:
-    """How a continual model learns. The presets in [`hf_clpeft.methods`] fill it; nothing else tells methods apart.
-
-    Args:
-        name (`str`): Name of the method, for example `"s_lora"`.
-        peft (`dict`): Arguments of the PEFT configuration of every expert, with `peft_type`; empty where there are
-            no experts. Left-out `target_modules` become the query and value projections found in the backbone.
-        experts (`str`, *optional*, defaults to `"per_task"`): `"per_task"` (S-X): every task trains its own.
-            `"pool"` (L2X): all tasks train a pool, of which every image selects a few. `"single"`: all tasks train one
-            expert. `"first"`: the first task alone trains one. `"none"`: the backbone stays as it is.
-        router (`str`, *optional*, defaults to `"prototypes"`): What chooses experts by query features:
-            `"prototypes"` ([`PrototypeRouter`], the paper's), or the owner of the likeliest class by `"gaussian"`
-            ([`GaussianRouter`]), `"class_means"` ([`ClassMeanRouter`]) or `"ridge"` ([`RidgeRouter`]), or by one that
-            you have put into [`hf_clpeft.routing.ROUTERS`]. A pool has its keys, and a single expert needs none.
-        classifier (`str`, *optional*, defaults to `"head"`): What names the class: the trained `"head"`; the
-            `"router"`, if it knows classes, on query features alone; or `"both"`, if it gives likelihoods: see
-            [`hf_clpeft.methods.mixing`].
-        mix (`int`, *optional*, defaults to 1): How many experts judge an image, the likeliest ones, in one pass
-            through the bank. More than one needs `classifier="both"`, which weighs them.
-        joint (`bool`, *optional*, defaults to `False`): Train on the images of all tasks at once, which no continual
-            learner has: a ceiling for the others.
-        projection_size (`int`, *optional*, defaults to 10,000): Random features of the `"ridge"` router.
-        k (`int` or `"auto"`, *optional*, defaults to 5): Prototypes (k-means centres) per task; 5 in the paper
-            (arXiv 2406.03216). `"auto"` chooses on features held out of each task's training images.
-        head (`str`, *optional*, defaults to `"auto"`): `"shared"` (one row per class), `"per_task"` (one row per task
-            and class) or `"auto"`: shared when tasks bring new classes and prototypes choose the expert, else per
-            task: a router that knows classes has compared those of different tasks already.
-        query_with_first_expert (`bool`, *optional*, defaults to `False`): Take query features with the first task's
-            expert active (the ++ variants) instead of the frozen backbone.
-        route_layer (`int` or `list[int]`, *optional*): Take query features behind this layer, so that routing needs
-            only a part of a forward pass; behind the last, -1, if left out. Several layers: side by side, from one
-            pass.
-        pool_size (`int`, *optional*, defaults to 10): Experts in a pool, M.
-        top_n (`int`, *optional*, defaults to 5): Experts that an image selects from a pool, N.
-        pull (`float`, *optional*, defaults to 0.5): Weight λ of the loss that pulls selected keys towards queries.
-        readout (`str`, *optional*, defaults to `"cls"`): What the head classifies: `"cls"`, or `"prompts"` for the
-            mean of the prompt tokens' outputs.
-        mask_logits (`bool`, *optional*, defaults to `True`): Leave classes that are absent from the current task out
-            of the loss.
-
-    Raises:
-        [`ConfigError`]: A value is out of range, or two do not go together.
-
-    Example:
-
-    ```py
-    >>> from hf_clpeft.config import MethodConfig
-
-    >>> MethodConfig(name="s_lora", peft={"peft_type": "LORA", "r": 1}, k=5).head
-    'auto'
-
-    ```
-    """
-
-    name: str
-    peft: dict
-    experts: str = "per_task"
-    router: str = "prototypes"
-    classifier: str = "head"
-    mix: int = 1
-    joint: bool = False
-    projection_size: int = 10_000
-    k: int | str = 5
-    head: str = "auto"
-    query_with_first_expert: bool = False
-    route_layer: int | list[int] | None = None
-    pool_size: int = 10
-    top_n: int = 5
-    pull: float = 0.5
-    readout: str = "cls"
-    mask_logits: bool = True
-
-    def __post_init__(self) -> None:
-        check_types(self)
-        for name, allowed in _CHOICES.items():
-            if getattr(self, name) not in allowed:
-                raise ConfigError(f"{name}={getattr(self, name)!r} is not one of {', '.join(allowed)}.")
-        if isinstance(self.k, str) and self.k.isdecimal():  # as it comes from a command line
-            self.k = int(self.k)
-        if self.k != "auto" and (isinstance(self.k, str) or self.k < 1):
-            raise ConfigError(f"k={self.k!r} must be a whole number of prototypes per task, 1 or more, or 'auto'.")
-        layers = self.route_layers
-        if 0 in layers or layers != sorted(set(layers)):
-            raise ConfigError(f"route_layer={self.route_layer} must be layers from 1, or from -1 down, rising.")
-        if len(layers) == 1:
-            self.route_layer = layers[0]
-        # As they come back from JSON, so that a saved method equals the one it was made with.
-        self.peft = {
-            name: sorted(value) if isinstance(value, set) else list(value) if isinstance(value, tuple) else value
-            for name, value in self.peft.items()
-        }
-        try:
-            json.dumps(self.peft)
-        except TypeError as error:
-            raise ConfigError(f"peft={self.peft} cannot be saved: {error}.") from error
-        if self.experts == "none" and self.peft:
-            raise ConfigError(f"peft={self.peft} has no use with experts='none'; leave it empty.")
-        if self.experts != "none":
-            check_peft(self.peft)
-        if self.readout == "prompts" and (self.experts, self.peft["peft_type"]) != ("pool", "PROMPT_TUNING"):
-            raise ConfigError("readout='prompts' needs a pool of prompts, experts='pool' and PROMPT_TUNING.")
-        if self.query_with_first_expert and self.experts not in ("per_task", "first"):
-            raise ConfigError(
-                "query_with_first_expert needs experts='per_task' or 'first': only there is a first expert fixed."
-            )
-        self._check_routing()
-        if self.experts == "pool":
-            self._check_pool()
-
-    @property
-    def route_layers(self) -> list[int]:
-        """The layers behind which query features are taken; none: behind the last."""
-        if self.route_layer is None:
-            return []
-        return [self.route_layer] if isinstance(self.route_layer, int) else list(self.route_layer)
-
-    @property
-    def routed(self) -> bool:
-        """Whether the router learns from the query features of every task."""
-        return self.experts == "per_task" or self.classifier == "router"
-
-    def expert_of(self, task: str) -> str:
-        """Name of the expert that a task trains, where that is one."""
-        return task if self.experts == "per_task" else ONE_EXPERT
-
-    @property
-    def uses_experts(self) -> bool:
-        """Whether images are classified under an expert, rather than by their query features."""
-        return self.experts != "none" and self.classifier != "router"
-
-    def _check_routing(self) -> None:
-        routed = self.experts in ("per_task", "first", "none")
-        if not routed and (self.router != "prototypes" or self.classifier != "head"):
-            raise ConfigError(
-                f"router={self.router!r} and classifier={self.classifier!r} do not go with experts={self.experts!r}, "
-                "which are not chosen by a router; leave both out."
-            )
-        # Whether the router is up to it, it says itself: see `find_router`.
-        if self.classifier == "router" and self.experts not in ("first", "none"):
-            raise ConfigError(
-                "classifier='router' needs a router that knows classes, and experts='none' or 'first': the experts of "
-                "all others would have nothing to say."
-            )
-        if self.classifier == "both" and self.experts != "per_task":
-            raise ConfigError("classifier='both' needs experts='per_task', and a router like 'gaussian'.")
-        if self.experts == "first" and not (self.classifier == "router" and self.query_with_first_expert):
-            raise ConfigError("experts='first' needs classifier='router' and query_with_first_expert=True.")
-        if self.experts == "none" and self.classifier == "head" and not self.joint:
-            raise ConfigError("experts='none' needs classifier='router', or joint=True for a linear probe.")
-        if self.joint and (self.experts not in ("single", "none") or self.classifier != "head"):
-            raise ConfigError("joint=True needs experts='single' or 'none', and classifier='head'.")
-        if self.joint and (self.head != "shared" or self.mask_logits):
-            raise ConfigError("joint=True needs head='shared' and mask_logits=False: all classes train at once.")
-        if not self.mix >= 1 or (self.mix > 1 and self.classifier != "both"):
-            raise ConfigError(f"mix={self.mix} must be 1 or more, and more than 1 needs classifier='both'.")
-        if not 1 <= self.projection_size <= LARGEST_PROJECTION:
-            raise ConfigError(
-                f"projection_size={self.projection_size} must be between 1 and {LARGEST_PROJECTION:,} features."
-            )
-
-    def _check_pool(self) -> None:
-        if not 1 <= self.pool_size <= LARGEST_POOL:
-            raise ConfigError(f"pool_size={self.pool_size} must be between 1 and {LARGEST_POOL:,}.")
-        if not 1 <= self.top_n <= self.pool_size:
-            raise ConfigError(f"top_n={self.top_n} must be between 1 and pool_size={self.pool_size}.")
-        if not 0 <= self.pull <= MOST:
-            raise ConfigError(f"pull={self.pull} must be a finite number, 0 or more.")
-        if self.head == "per_task":
-            raise ConfigError("A pool needs head='shared': its experts belong to no task.")
-        self.head = "shared"
-        unsupported = [name for name in ("lora_dropout", *_BEYOND_PLAIN_LORA) if self.peft.get(name)]
-        if self.peft["peft_type"] not in ("LORA", "PROMPT_TUNING") or unsupported:
-            what = ", ".join(unsupported) or self.peft["peft_type"]
-            raise ConfigError(f"A pool is made of plain LoRA modules or prompts; {what} cannot be in one.")
-
-
-_BEYOND_PLAIN_LORA = ("use_dora", "rank_pattern", "alpha_pattern", "lora_bias", "modules_to_save")
-_CHOICES = {
-    "experts": ("per_task", "pool", "single", "first", "none"),
-    "classifier": ("head", "router", "both"),
-    "head": ("auto", "shared", "per_task"),
-    "readout": ("cls", "prompts"),
-}
 
 
 @dataclass
@@ -303,7 +115,7 @@ class ContinualConfig:
     """Everything in `config.json`: method, backbone, and the tasks learnt so far in order.
 
     Args:
-        method ([`MethodConfig`]): How it learns.
+        method ([`MethodOptions`]): How it learns: the method's own `Config`.
         backbone ([`BackboneConfig`]): What it learns on.
         tasks (`list[TaskConfig]`): What it has learnt.
         classes (`list[str]`): All class names in the order in which they appeared. Logits follow this order.
@@ -316,18 +128,17 @@ class ContinualConfig:
     Example:
 
     ```py
-    >>> from hf_clpeft.config import BackboneConfig, ContinualConfig, MethodConfig
+    >>> from hf_clpeft import s_lora
+    >>> from hf_clpeft.config import BackboneConfig, ContinualConfig
 
-    >>> config = ContinualConfig(
-    ...     MethodConfig("s_lora", {"peft_type": "LORA", "r": 1}), BackboneConfig("vit", 224, "0f3c")
-    ... )
+    >>> config = ContinualConfig(s_lora(r=1), BackboneConfig("vit", 224, "0f3c"))
     >>> ContinualConfig.from_dict(config.to_dict()) == config
     True
 
     ```
     """
 
-    method: MethodConfig
+    method: MethodOptions
     backbone: BackboneConfig
     tasks: list[TaskConfig] = field(default_factory=list)
     classes: list[str] = field(default_factory=list)
@@ -357,12 +168,9 @@ class ContinualConfig:
 
     @property
     def expert_names(self) -> list[str]:
-        """Names of the experts of a model that has learnt these tasks."""
-        if self.method.experts == "none":
-            return []
-        if self.method.experts == "pool":
-            return [f"pool-{i:03d}" for i in range(self.method.pool_size)]
-        return list(dict.fromkeys(self.method.expert_of(task.name) for task in self.tasks))
+        """Names of the experts among its files, in their order."""
+        folders = [path.split("/") for path in self.files if path.startswith("experts/")]
+        return list(dict.fromkeys(parts[1] for parts in folders if len(parts) == 3))
 
     # What `transformers.pipeline` asks of a model's configuration
 
@@ -381,19 +189,19 @@ class ContinualConfig:
 
     def to_dict(self) -> dict:
         """Plain `dict`, ready for JSON."""
-        return asdict(self)
+        return {**asdict(self), "method": self.method.to_dict()}
 
     @classmethod
     def from_dict(cls, values: dict) -> "ContinualConfig":
         """Inverse of [`~ContinualConfig.to_dict`]; raises [`ConfigError`] on anything it does not know."""
-        values = dict(values)
+        values = upgrade(values) if values.get("format_version") == 1 else dict(values)
         if values.get("format_version") != FORMAT_VERSION:
             raise ConfigError(
                 f"format_version {values.get('format_version')!r} is not {FORMAT_VERSION}: this is no hf_clpeft "
                 "model, or a newer one. Try `pip install --upgrade hf-clpeft`."
             )
         try:
-            values["method"] = MethodConfig(**values["method"])
+            values["method"] = read_options(values["method"])
             values["backbone"] = BackboneConfig(**values["backbone"])
             values["tasks"] = [TaskConfig(**task) for task in values["tasks"]]
             config = cls(**values)

@@ -12,8 +12,7 @@ import numpy as np
 import PIL.Image
 
 from ..model import ContinualModel
-from ..predicting import check_options, classify
-from ..prediction import Prediction
+from ..prediction import Prediction, check_options, classify
 
 
 LARGEST_BATCH = 64

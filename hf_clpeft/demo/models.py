@@ -14,7 +14,7 @@ from ..config.errors import ConfigError
 from ..hub.client import hub_client
 from ..hub.errors import HubError, explained
 from ..model import ContinualModel
-from ..predicting import best_device
+from ..prediction import best_device
 from .batching import Batcher
 from .pictures import VisitorError
 

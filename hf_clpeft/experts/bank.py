@@ -67,13 +67,14 @@ class ExpertBank(torch.nn.Module):
         super().__init__()
         if form not in FORMS:
             raise ExpertError(f"form={form!r} is not one of {', '.join(FORMS)}.")
-        self.backbone = backbone
+        self._backbone = (backbone,)  # not a submodule: it is never saved
         self.form = form
         self.names: list[str] = []
         self.table: LoraTable | PromptTable | None = None  # where experts are, if they have a fused form
         self.slot: Stage | None = None  # where an expert is trained
         self.lock = ReadWriteLock()
         self._configs: list[PeftConfig] = []
+        self._sizes: list[int] = []  # numbers that each expert keeps
         self._at_rest: list[Expert] = []  # where experts are, if not
         self._stage: Stage | None = None  # where they run then, one after another
         self._stage_lock = ReadWriteLock()
@@ -81,6 +82,23 @@ class ExpertBank(torch.nn.Module):
         self._learner = 0  # thread that learns, whatever it is doing
         self._pool: list[tuple[torch.Tensor, torch.Tensor]] = []  # what of a pool is trained, and what it was
         self._seal: Seal | None = None
+
+    @property
+    def backbone(self) -> Backbone:
+        """The frozen model."""
+        return self._backbone[0]
+
+    @property
+    def num_parameters(self) -> int:
+        """Numbers that all experts keep."""
+        return sum(self._sizes)
+
+    def train(self, mode: bool = True) -> "ExpertBank":
+        """Sets the mode of the expert in the slot; all others are only run."""
+        super().train(False)
+        if self.slot is not None:
+            self.slot.train(mode)
+        return self
 
     def __len__(self) -> int:
         return len(self.names)
@@ -170,6 +188,20 @@ class ExpertBank(torch.nn.Module):
             self.abandon()
         return expert
 
+    def adopt(self, expert: Expert) -> None:
+        """Copies a trained expert into the slot, in place of training.
+
+        Raises:
+            [`ExpertError`]: It is not made as the one in the slot.
+        """
+        assert self.slot is not None
+        expert.copy_to(self.slot.peft_model)
+
+    def under_training(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """[CLS] features under the expert in the slot, of shape `(batch, hidden_size)`, with a gradient."""
+        assert self.slot is not None
+        return self.slot(pixel_values)
+
     def abandon(self) -> None:
         """Ends training and forgets it: what is in the slot goes, and a pool is what it was before."""
         self.slot = None
@@ -254,7 +286,7 @@ class ExpertBank(torch.nn.Module):
             self._stage = None
             if self._trained is not None and self._trained[0] == name:
                 self.abandon()
-            del self.names[index], self._configs[index]
+            del self.names[index], self._configs[index], self._sizes[index]
 
     # Forward passes
 
@@ -337,6 +369,7 @@ class ExpertBank(torch.nn.Module):
             self.table.append(*self._pack(expert))
         self.names.append(expert.name)
         self._configs.append(expert.config)
+        self._sizes.append(expert.num_parameters)
 
     def _make_table(self, peft_model: PeftModel) -> LoraTable | PromptTable | None:
         if peft_model.peft_config[ADAPTER].is_prompt_learning:
@@ -357,6 +390,7 @@ class ExpertBank(torch.nn.Module):
         if stage is None:
             stage = self._stage = self._make_stage(expert.config)
         stage.put(expert)
+        stage.requires_grad_(False)  # nobody trains here
         return stage
 
     def _try(self, expert: Expert) -> None:

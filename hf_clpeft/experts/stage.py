@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 import torch
 from peft import PeftConfig, PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
 
 from ..backbones import Backbone
 from .expert import ADAPTER, Expert, make_peft_model
@@ -58,6 +59,16 @@ class Stage(torch.nn.Module):
         torch.clear_autocast_cache()  # autocast would go on with the weights of the expert before
         self.name = expert.name
         return self.peft_model
+
+    def train(self, mode: bool = True) -> "Stage":
+        """Keeps the backbone in evaluation mode: it is frozen, with its dropout and the statistics of its norms."""
+        super().train(False)
+        for layer in self.peft_model.modules():
+            if isinstance(layer, BaseTunerLayer):
+                layer.training = mode
+                for name, part in layer.named_children():
+                    part.train(mode and name != "base_layer")
+        return self
 
     def takes(self, config: PeftConfig) -> bool:
         """Whether an adapter of this configuration fits into the PEFT model that is here."""

@@ -8,34 +8,15 @@ from ..config.errors import ConfigError
 from ..config.model import CONFIG_NAME, ContinualConfig
 from ..config.text import get_logger
 from ..reports.report import METRICS_NAME
-from ..storage.model_files import check_names
+from ..storage.files import check_names
 from .client import hub_client
-from .errors import HfHubHTTPError, HFValidationError, HubError, RevisionResolutionError, explained, transferring
+from .errors import HfHubHTTPError, HubError, RevisionResolutionError, explained, transferring
 
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
 
 logger = get_logger(__name__)
-
-
-def split_revision(name: str) -> tuple[str, str | None]:
-    """Splits `me/model@task-003` into repo id and revision. The path of an existing folder is returned as it is.
-
-    Example:
-
-    ```py
-    >>> from hf_clpeft.hub.download import split_revision
-
-    >>> split_revision("me/model@task-003")
-    ('me/model', 'task-003')
-
-    ```
-    """
-    if Path(name).exists() or "@" not in name:
-        return name, None
-    repo_id, revision = name.rsplit("@", 1)
-    return repo_id, revision
 
 
 def find_model(repo_id: str, token: str | None = None) -> str | None:
@@ -161,33 +142,3 @@ def fetch_model(repo_id: str, revision: str | None = None, **hub_options: Any) -
             with transferring():
                 snapshot_download(repo_id, revision=commit, allow_patterns=missing, **hub_options)
     return folder
-
-
-def check_repo_id(name: str, where: str | Path) -> None:
-    """Checks that a downloaded model names its backbone by repo id: a path would lead to a folder of this machine.
-
-    Args:
-        name (`str`): The backbone's name in `config.json`.
-        where (`str` or `Path`): The model, for the error message.
-
-    Raises:
-        [`ConfigError`]: The name is not a repo id.
-
-    Example:
-
-    ```py
-    >>> from hf_clpeft.hub.download import check_repo_id
-
-    >>> check_repo_id("google/vit-base-patch16-224-in21k", "me/digits")
-
-    ```
-    """
-    from huggingface_hub.utils import validate_repo_id
-
-    try:
-        validate_repo_id(name)
-    except HFValidationError:
-        raise ConfigError(
-            f"{where} names its backbone by a path, {name!r}, on its author's machine. Pass backbone= with the repo "
-            "id or folder where you have it."
-        ) from None

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..config.checks import LONGEST_NAME
-from .download import split_revision
+from ..config.repos import split_revision
 
 
 def label_sources(sources: Sequence[str]) -> tuple[list[str], list[str]]:

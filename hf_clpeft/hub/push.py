@@ -13,8 +13,8 @@ from ..config.model import CONFIG_NAME, ContinualConfig
 from ..config.text import get_logger
 from ..reports.card import CARD_NAME, make_card
 from ..reports.report import METRICS_NAME, REPORT_FILES, StreamReport
+from ..storage.files import WEIGHTS, check_files
 from ..storage.lineage import difference
-from ..storage.model_files import WEIGHTS, check_files
 from .client import hub_client
 from .errors import HfHubHTTPError, HubError, explained, transferring
 
@@ -110,7 +110,7 @@ def push_folder(
     """
     folder = Path(folder)
     config = ContinualConfig.load(folder)
-    check_files(folder, config, config.expert_names)  # only what config.json lists and hashes is uploaded
+    check_files(folder, config)  # only what config.json lists and hashes is uploaded
     if squash_history and target.create_pr:
         raise ConfigError("A pull request leaves the branch as it is, so squash_history needs create_pr=False.")
     if Path(config.backbone.name_or_path).is_dir():

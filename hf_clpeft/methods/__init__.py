@@ -1,3 +1,65 @@
-"""Ways to learn tasks one after another."""
+"""Ways to learn tasks one after another. A method is one file; `METHODS` has them all by name."""
 
-from .presets import *  # noqa: F403
+from .closed_form import AnyRouter, FirstExpert, LinearProbe, Ncm, RanPac, RanPacFirst, Slda
+from .heads import Heads
+from .method import METHODS, Batch, Method, make_method
+from .output import ContinualOutput
+from .pool import L2l, L2p, Pool
+from .s_lora_mix import SLoraMix, SXMix
+from .s_x import SX, SLora, SLoraPlusPlus, SPrompts, SPromptsPlusPlus, SXPlusPlus
+from .single import SequentialLora, Single
+
+
+# What `ContinualModel.from_backbone` takes: `s_lora(r=4)` are the options of S-LoRA.
+s_x, s_x_pp = SX.Config, SXPlusPlus.Config
+s_lora, s_lora_pp = SLora.Config, SLoraPlusPlus.Config
+s_prompts, s_prompts_pp = SPrompts.Config, SPromptsPlusPlus.Config
+s_lora_mix = SLoraMix.Config
+l2l, l2p = L2l.Config, L2p.Config
+sequential_lora = SequentialLora.Config
+ncm, slda, ranpac, ranpac_first = Ncm.Config, Slda.Config, RanPac.Config, RanPacFirst.Config
+linear_probe = LinearProbe.Config
+
+__all__ = [
+    "AnyRouter",
+    "Batch",
+    "ContinualOutput",
+    "FirstExpert",
+    "Heads",
+    "L2l",
+    "L2p",
+    "LinearProbe",
+    "METHODS",
+    "Method",
+    "Ncm",
+    "Pool",
+    "RanPac",
+    "RanPacFirst",
+    "SLora",
+    "SLoraMix",
+    "SLoraPlusPlus",
+    "SPrompts",
+    "SPromptsPlusPlus",
+    "SX",
+    "SXMix",
+    "SXPlusPlus",
+    "SequentialLora",
+    "Single",
+    "Slda",
+    "make_method",
+    "l2l",
+    "l2p",
+    "linear_probe",
+    "ncm",
+    "ranpac",
+    "ranpac_first",
+    "s_lora",
+    "s_lora_mix",
+    "s_lora_pp",
+    "s_prompts",
+    "s_prompts_pp",
+    "s_x",
+    "s_x_pp",
+    "sequential_lora",
+    "slda",
+]

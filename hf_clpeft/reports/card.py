@@ -5,22 +5,15 @@ from importlib.resources import files
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from ..config.model import ContinualConfig, MethodConfig
+from ..config import ContinualConfig
 from ..config.text import percent, printable
-from ..routing import ROUTERS, find_router
+from ..methods import METHODS, Method
 from .report import StreamReport
 
 
 CARD_NAME = "README.md"
 TEMPLATE = "model_card.md"
 LIBRARY = "hf-clpeft"
-EXPERTS = {
-    "per_task": "one PEFT expert per task, of which every image chooses its own",
-    "pool": "a pool of {pool_size} PEFT experts, of which every image selects {top_n}",
-    "single": "one PEFT expert that all of them trained",
-    "first": "one PEFT expert that the first of them trained",
-    "none": "no expert: the backbone stays as it was",
-}
 REPO_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
@@ -51,13 +44,15 @@ def make_card(
 
     ```
     """
-    method, summary = config.method, report.summary() if report is not None else {}
+    options, summary = config.method, report.summary() if report is not None else {}
+    method = METHODS.get(options.name, Method)  # whoever pushes a model need not have its method at hand
+    facts = method.facts(options)
     stream = printable(report.stream) if report is not None else "unknown"
-    technique = method.peft.get("peft_type")
+    technique = getattr(options, "peft", {}).get("peft_type")
     # A folder on somebody's disk is nothing that a reader could follow.
     backbone_id = config.backbone.name_or_path if REPO_ID.fullmatch(config.backbone.name_or_path) else None
     on_the_hub = REPO_ID.fullmatch(repo_id) is not None
-    name = repo_id.split("/")[-1] if on_the_hub else printable(f"{method.name} on {stream}")
+    name = repo_id.split("/")[-1] if on_the_hub else printable(f"{options.name} on {stream}")
     revision = f", revision `{_plain(config.backbone.revision[:12])}`" if config.backbone.revision else ""
     data = ModelCardData(
         library_name=LIBRARY,
@@ -65,7 +60,7 @@ def make_card(
         base_model=backbone_id,
         datasets=[printable(report.dataset)] if report is not None and report.dataset else None,
         pipeline_tag="image-classification",
-        tags=["continual-learning", *(["peft", technique.lower()] if technique else []), printable(method.name)],
+        tags=["continual-learning", *(["peft", technique.lower()] if technique else []), printable(options.name)],
         model_name=name,
         eval_results=_eval_results(report, summary),
     )
@@ -80,14 +75,13 @@ def make_card(
         plain_peft=bool(backbone_id and on_the_hub and config.expert_names and technique != "PROMPT_TUNING"),
         backbone_id=backbone_id,
         expert_names=config.expert_names,
-        method=_plain(method.name),
-        experts=EXPERTS[method.experts].format(**vars(method)),
+        method=_plain(options.name),
         backbone=f"[{backbone_id}](https://huggingface.co/{backbone_id}){revision}" if backbone_id else "a local one",
         image_size=config.backbone.image_size,
         weight_hash=_plain(config.backbone.weight_hash[:12]),
-        peft=_plain(", ".join(f"{key} = {value}" for key, value in method.peft.items()) or "none"),
-        router=_router(method),
-        head=method.head.replace("_", " ") if method.classifier != "router" else "none: the router names the class",
+        experts=facts.pop("experts", "a method of its author's own"),
+        facts=[(name, _plain(text)) for name, text in facts.items()],
+        paper=method.paper,
         stream=_plain(stream),
         scenario=_scenario(config),
         removed=", ".join(config.removed),
@@ -95,26 +89,13 @@ def make_card(
         columns=columns,
         metrics=[(key.replace("_", " "), percent(value)) for key, value in summary.items()],
         coverage="" if measured == len(rows) else f", on the {measured} of {len(rows)} tasks whose data were at hand",
-        routed=method.experts == "per_task",
-        rejects=method.routed and not _knows_classes(method),
+        routed=method.independent,
+        rejects=method.rejects(options),
         routing=percent(summary["routing_accuracy"]) if "routing_accuracy" in summary else None,
         license=_plain(config.license),
     )
     card.content += "\n"
     return card
-
-
-def _knows_classes(method: MethodConfig) -> bool:
-    """Whether the router does, as far as is known here: so, too, for `_router`."""
-    return method.router not in ROUTERS or find_router(method).knows_classes
-
-
-def _router(method: MethodConfig) -> str:
-    if not method.routed and method.experts != "pool":
-        return "none"
-    # Whoever combines or pushes a model need not have its router at hand.
-    known = method.experts == "pool" or method.router in ROUTERS
-    return find_router(method).title if known else _plain(method.router)
 
 
 def _eval_results(report: StreamReport | None, summary: dict[str, float]) -> list[EvalResult] | None:

@@ -4,7 +4,7 @@ from .classes import ClassMeanRouter, ClassRouter
 from .gaussian import GaussianRouter
 from .keys import KeyRouter
 from .prototypes import PrototypeRouter
-from .registry import ROUTERS, find_router
+from .registry import ROUTERS, find_router, router_title
 from .ridge import RidgeRouter
 from .routing import Router, Routing
 
@@ -20,4 +20,5 @@ __all__ = [
     "Router",
     "Routing",
     "find_router",
+    "router_title",
 ]

@@ -6,6 +6,7 @@ from typing import Self
 import torch
 
 from ..backbones.precision import without_autocast
+from ..config import ConfigError
 from .routing import Router, Routing
 
 
@@ -37,6 +38,7 @@ class ClassRouter(Router, ABC):
     """
 
     knows_classes = True
+    landmark = "class"
     prototypes: torch.Tensor
     counts: torch.Tensor
     classes: torch.Tensor
@@ -49,13 +51,7 @@ class ClassRouter(Router, ABC):
         self.register_buffer("owners", torch.zeros(0, dtype=torch.int64))
         self.register_buffer("classes", torch.zeros(0, dtype=torch.int64))
 
-    def add(self, features: torch.Tensor, classes: torch.Tensor) -> None:
-        """Adds the next task.
-
-        Args:
-            features (`torch.Tensor` of shape `(images, query_size)`): Query features of its training images.
-            classes (integer `torch.Tensor` of shape `(images,)`): Number of the class of each.
-        """
+    def learn(self, features: torch.Tensor, classes: torch.Tensor, seed: int = 0) -> None:
         features = features.detach().cpu().double()
         numbers, entries = classes.cpu().unique(return_inverse=True)
         counts = torch.bincount(entries)
@@ -67,16 +63,19 @@ class ClassRouter(Router, ABC):
             self.add_sums(features, normalized - means[entries], entries)
 
     def merge(self, other: Self, numbers: list[int]) -> None:
-        """Adds all tasks of another router of the same kind, as if they had been learnt here.
-
-        Args:
-            other ([`ClassRouter`]): What to add.
-            numbers (`list[int]`): Number that each of its classes has here.
-        """
         renumbered = torch.tensor(numbers, device=other.classes.device)[other.classes]
         columns = {"prototypes": other.prototypes, "counts": other.counts, "classes": renumbered}
         self._append({**columns, "owners": other.owners + self.num_owners})
         self.merge_sums(other)
+
+    def check_knows(self, tasks: list[str], classes: list[str]) -> None:
+        super().check_knows(tasks, classes)
+        unknown = sorted(set(range(len(classes))) - set(self.classes.tolist()))
+        if unknown:
+            raise ConfigError(
+                f"The router knows no image of {len(unknown)} of the classes, {[classes[i] for i in unknown[:3]]}: "
+                "every class of a task needs one among its training images."
+            )
 
     def check(self, tensors: dict[str, torch.Tensor], num_tasks: int, num_classes: int) -> None:
         super().check(tensors, num_tasks, num_classes)
@@ -187,8 +186,8 @@ class ClassMeanRouter(ClassRouter):
     >>> from hf_clpeft.routing import ClassMeanRouter
 
     >>> router = ClassMeanRouter(query_size=2)
-    >>> router.add(torch.tensor([[1.0, 0.0], [0.0, 1.0]]), classes=torch.tensor([0, 1]))
-    >>> router.add(torch.tensor([[-1.0, 0.0]]), classes=torch.tensor([2]))
+    >>> router.learn(torch.tensor([[1.0, 0.0], [0.0, 1.0]]), classes=torch.tensor([0, 1]))
+    >>> router.learn(torch.tensor([[-1.0, 0.0]]), classes=torch.tensor([2]))
     >>> router(torch.tensor([[0.1, 3.0], [-5.0, 0.0]])).selection.tolist()
     [0, 1]
 

@@ -29,8 +29,8 @@ class GaussianRouter(ClassRouter):
     >>> long = torch.tensor([[0.1, 1.0, 1.0]])  # all classes vary much in one direction
     >>> noise = 0.1 * torch.randn(200, 3, generator=generator) * torch.tensor([[0.0, 1.0, 5.0]])
     >>> router = GaussianRouter(query_size=3)
-    >>> router.add(torch.tensor([[9.0, 1.0, 0.0]]) + noise, classes=torch.zeros(200, dtype=torch.int64))
-    >>> router.add(torch.tensor([[9.0, -1.0, 0.0]]) + noise, classes=torch.ones(200, dtype=torch.int64))
+    >>> router.learn(torch.tensor([[9.0, 1.0, 0.0]]) + noise, classes=torch.zeros(200, dtype=torch.int64))
+    >>> router.learn(torch.tensor([[9.0, -1.0, 0.0]]) + noise, classes=torch.ones(200, dtype=torch.int64))
     >>> router(torch.tensor([[9.0, 0.5, 4.0], [9.0, -0.5, 4.0]])).selection.tolist()
     [0, 1]
 

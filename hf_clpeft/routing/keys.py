@@ -2,7 +2,6 @@
 
 import torch
 
-from ..config.model import MethodConfig
 from .routing import Router, Routing
 
 
@@ -31,6 +30,7 @@ class KeyRouter(Router):
     """
 
     title = "nearest keys"
+    landmark = "key"
 
     def __init__(self, query_size: int, pool_size: int, top_n: int):
         super().__init__()
@@ -38,10 +38,6 @@ class KeyRouter(Router):
         self.keys = torch.nn.Parameter(keys, requires_grad=False)
         self.top_n = top_n
         self.reset_parameters()
-
-    @classmethod
-    def from_method(cls, method: MethodConfig, query_size: int) -> "KeyRouter":
-        return cls(query_size, method.pool_size, method.top_n)
 
     def reset_parameters(self) -> None:
         """Draws the keys anew."""

@@ -5,12 +5,15 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
+from ..config.text import get_logger
 from .routing import Router, Routing
 
 
 if TYPE_CHECKING:
     from sklearn.cluster import KMeans
 
+
+logger = get_logger(__name__)
 
 CANDIDATES = (1, 2, 5, 10, 20, 50, 100, 200)
 PERCENT = 100  # thresholds per task: for reject rates of 1 %, 2 %, ... 100 %
@@ -30,6 +33,7 @@ class PrototypeRouter(Router):
 
     Args:
         query_size (`int`): Width of query features.
+        k (`int` or `"auto"`, *optional*, defaults to 5): Prototypes of each task; see [`choose_k`].
 
     Source: section 3 of arXiv 2406.03216; S-Prompts, arXiv 2207.12819.
 
@@ -39,9 +43,9 @@ class PrototypeRouter(Router):
     >>> import torch
     >>> from hf_clpeft.routing import PrototypeRouter
 
-    >>> router = PrototypeRouter(query_size=2)
-    >>> router.add(torch.tensor([[1.0, 0.0], [0.0, 1.0]]), k=2)
-    >>> router.add(torch.tensor([[-1.0, 0.0]]), k=1)
+    >>> router = PrototypeRouter(query_size=2, k=1)
+    >>> router.learn(torch.tensor([[1.0, 0.0], [0.0, 1.0]]))
+    >>> router.learn(torch.tensor([[-1.0, 0.0]]))
     >>> router(torch.tensor([[0.1, 3.0], [-5.0, 0.0]])).selection.tolist()
     [0, 1]
 
@@ -49,25 +53,23 @@ class PrototypeRouter(Router):
     """
 
     title = "nearest prototype"
+    options = ("k",)
     prototypes: torch.Tensor
     thresholds: torch.Tensor
 
-    def __init__(self, query_size: int):
+    def __init__(self, query_size: int, k: int | str = 5):
         super().__init__()
-        self.query_size = query_size
+        self.query_size, self.k = query_size, k
         self.register_buffer("prototypes", torch.zeros(0, query_size, dtype=torch.float32))
         self.register_buffer("owners", torch.zeros(0, dtype=torch.int64))
         self.register_buffer("thresholds", torch.zeros(0, PERCENT, dtype=torch.float32))
 
-    def add(self, features: torch.Tensor, k: int | str, seed: int = 0) -> None:
-        """Adds prototypes, owned by the next task.
-
-        Args:
-            features (`torch.Tensor` of shape `(images, query_size)`): Query features of the task's training images.
-            k (`int` or `"auto"`): How many prototypes.
-            seed (`int`, *optional*, defaults to 0): Seed of k-means.
-        """
-        prototypes = fit_prototypes(features, k, seed)
+    def learn(self, features: torch.Tensor, classes: torch.Tensor | None = None, seed: int = 0) -> None:
+        if isinstance(self.k, int) and self.k > len(features):
+            logger.warning(
+                "A task has %d images, fewer than k=%d prototypes: using %d.", n := len(features), self.k, n
+            )
+        prototypes = fit_prototypes(features, self.k, seed)
         self.add_prototypes(prototypes, fit_thresholds(features, len(prototypes), seed))
 
     def add_prototypes(self, prototypes: torch.Tensor, thresholds: torch.Tensor) -> None:
@@ -95,12 +97,6 @@ class PrototypeRouter(Router):
         self.thresholds = torch.cat([self.thresholds[:owner], self.thresholds[owner + 1 :]])
 
     def merge(self, other: "PrototypeRouter", numbers: list[int]) -> None:
-        """Adds all tasks of another router.
-
-        Args:
-            other ([`PrototypeRouter`]): What to add.
-            numbers (`list[int]`): Number that each of its classes has here; of no use to prototypes.
-        """
         for owner in range(other.num_owners):
             self.add_prototypes(other.prototypes[other.owners == owner], other.thresholds[owner])
 
@@ -155,8 +151,7 @@ class PrototypeRouter(Router):
         distance, owner = distances.min(dim=1)
         return Routing(owner, distance, distances)
 
-    def calibrated(self) -> list[bool]:
-        """Whether it is known of each task how far its own images lie from its prototypes."""
+    def calibrated(self) -> list[bool] | None:
         return (self.thresholds < FARTHEST).any(dim=1).tolist()
 
     def typicality(self, distances: torch.Tensor) -> torch.Tensor:

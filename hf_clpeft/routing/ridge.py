@@ -4,7 +4,6 @@ from typing import Self
 
 import torch
 
-from ..config.model import MethodConfig
 from .classes import ClassRouter
 
 
@@ -31,8 +30,8 @@ class RidgeRouter(ClassRouter):
     >>> from hf_clpeft.routing import RidgeRouter
 
     >>> router = RidgeRouter(query_size=2, projection_size=50)
-    >>> router.add(torch.tensor([[1.0, 0.0], [0.0, 1.0]]), classes=torch.tensor([0, 1]))
-    >>> router.add(torch.tensor([[-1.0, 0.0]]), classes=torch.tensor([2]))
+    >>> router.learn(torch.tensor([[1.0, 0.0], [0.0, 1.0]]), classes=torch.tensor([0, 1]))
+    >>> router.learn(torch.tensor([[-1.0, 0.0]]), classes=torch.tensor([2]))
     >>> router(torch.tensor([[0.1, 1.0], [-1.0, 0.1]])).selection.tolist()
     [0, 1]
 
@@ -40,6 +39,7 @@ class RidgeRouter(ClassRouter):
     """
 
     title = "ridge regression on random features"
+    options = ("projection_size",)
     projection: torch.Tensor
     gram: torch.Tensor
     moments: torch.Tensor
@@ -55,10 +55,6 @@ class RidgeRouter(ClassRouter):
         self.register_buffer("moments", self.gram.clone())  # sum of the random features of each entry
         self.register_buffer("penalty", torch.tensor(1.0, dtype=torch.float32))
         self.register_buffer("_weights", self.gram.clone(), persistent=False)
-
-    @classmethod
-    def from_method(cls, method: MethodConfig, query_size: int) -> "RidgeRouter":
-        return cls(query_size, method.projection_size)
 
     def scores(self, query: torch.Tensor) -> torch.Tensor:
         return self._random_features(query) @ self._weights.T

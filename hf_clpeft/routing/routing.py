@@ -1,11 +1,11 @@
 """What every router is, and what it says about a batch."""
 
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple, Self
 
 import torch
 
 from ..backbones.precision import KeepsPrecision
-from ..config.model import MethodConfig
+from ..config import ConfigError
 
 
 class Routing(NamedTuple):
@@ -40,11 +40,15 @@ class Router(KeepsPrecision):
             can name one itself.
         gives_likelihoods (`bool`): Whether its scores are log-likelihoods, which add up with an expert's
             log-probabilities: see [`hf_clpeft.methods.mixing`].
+        landmark (`str`): What distances are measured to.
+        options (`tuple[str, ...]`): Attributes that a method's options of the same name set.
     """
 
     title = "unknown"
     knows_classes = False
     gives_likelihoods = False
+    landmark = "prototype"
+    options: ClassVar[tuple[str, ...]] = ()
     owners: torch.Tensor  # task of each prototype or class; keys belong to none
 
     @property
@@ -52,18 +56,49 @@ class Router(KeepsPrecision):
         """How many tasks the router knows."""
         return int(self.owners.max()) + 1 if len(self.owners) else 0
 
-    @classmethod
-    def from_method(cls, method: MethodConfig, query_size: int) -> "Router":
-        """A router that knows no task yet.
+    def configure(self, options: object) -> Self:
+        """Takes over what it has among a method's options: the attributes that the class names in `options`."""
+        for name in self.options:
+            setattr(self, name, getattr(options, name, getattr(self, name)))
+        return self
+
+    def learn(self, features: torch.Tensor, classes: torch.Tensor, seed: int = 0) -> None:
+        """Learns the next task.
 
         Args:
-            method ([`MethodConfig`]): May say more about it.
-            query_size (`int`): Width of query features.
-
-        Returns:
-            [`Router`]
+            features (`torch.Tensor` of shape `(images, query_size)`): Query features of its training images.
+            classes (integer `torch.Tensor` of shape `(images,)`): Number of the class of each.
+            seed (`int`, *optional*, defaults to 0): Of what is drawn, such as the first centres of k-means.
         """
-        return cls(query_size)
+        raise NotImplementedError(f"A {type(self).__name__} learns with the model.")
+
+    def merge(self, other: Self, numbers: list[int]) -> None:
+        """Adds all tasks of another router of the same kind, as if they had been learnt here.
+
+        Args:
+            other ([`Router`]): What to add.
+            numbers (`list[int]`): Number that each of its classes has here.
+        """
+        raise NotImplementedError(f"{type(self).__name__}s cannot be merged.")
+
+    def calibrated(self) -> list[bool] | None:
+        """Whether it is known of each task how far its own images lie; `None` where no router of this kind knows."""
+        return None
+
+    def check_knows(self, tasks: list[str], classes: list[str]) -> None:
+        """Raises [`ConfigError`] unless it has learnt all tasks and classes of a model.
+
+        Args:
+            tasks (`list[str]`): Their names.
+            classes (`list[str]`): Theirs.
+        """
+        if self.num_owners != len(tasks):
+            missing = tasks[self.num_owners :][:3]
+            raise ConfigError(
+                f"The router has learnt {self.num_owners} of {len(tasks)} tasks, "
+                f"{f'not {missing[0]}' if missing else 'more than that'}. The method's `end` must call "
+                "`self.router.learn` once for each task."
+            )
 
     def check(self, tensors: dict[str, torch.Tensor], num_tasks: int, num_classes: int) -> None:
         """Raises `ValueError` unless [`~Router.load`] can take these tensors over. A subclass checks more than names.

@@ -1,6 +1,7 @@
 """Whether a model is a later state of another one: what was learnt is never overwritten by what does not hold it."""
 
-from ..config.model import ContinualConfig
+from ..config import ContinualConfig
+from ..methods import METHODS
 
 
 def difference(config: ContinualConfig, there: ContinualConfig) -> str | None:
@@ -30,13 +31,15 @@ def difference(config: ContinualConfig, there: ContinualConfig) -> str | None:
     ours, theirs = config.backbone, there.backbone
     if (ours.weight_hash, ours.image_size) != (theirs.weight_hash, theirs.image_size):
         return f"one on the backbone {theirs.name_or_path} ({theirs.weight_hash[:12]}…, {theirs.image_size} px)"
-    if (config.method.name, config.method.peft) != (there.method.name, there.method.peft):
-        return f"one of the method {there.method.name} with {there.method.peft}"
+    for option, value in there.method.to_dict().items():
+        if option != "head" and config.method.to_dict().get(option) != value:
+            return f"one of the method {there.method.name} with {option}={value!r}"
     known = {task.name: task for task in config.tasks}
     forgotten = [task.name for task in there.tasks if task.name not in [*known, *config.removed]]
     if forgotten:
         return f"one that has learnt {', '.join(forgotten[:3])}, which this one has not"
-    for path, digest in config.files.items() if config.method.experts == "per_task" else ():
+    independent = config.method.name in METHODS and METHODS[config.method.name].independent
+    for path, digest in config.files.items() if independent else ():
         if path.startswith("experts/") and there.files.get(path, digest) != digest:
             return f"one with another {path}"
     for task in there.tasks:

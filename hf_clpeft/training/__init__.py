@@ -1,8 +1,9 @@
-"""The loop over tasks on Accelerate: arguments, trainer, evaluation, and what a run leaves behind."""
+"""The loop over tasks: training, evaluation, checkpoints, and what a user hooks into it."""
 
 from .arguments import ContinualTrainingArguments
+from .callbacks import TrainerCallback
 from .processes import TrainingError
 from .trainer import ContinualTrainer
 
 
-__all__ = ["ContinualTrainer", "ContinualTrainingArguments", "TrainingError"]
+__all__ = ["ContinualTrainer", "ContinualTrainingArguments", "TrainerCallback", "TrainingError"]

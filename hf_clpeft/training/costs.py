@@ -9,7 +9,6 @@ import torch
 from accelerate import Accelerator
 
 from ..config.text import get_logger
-from ..methods.learners import FrozenLearner, TaskLearner
 from ..model import ContinualModel
 from ..reports.report import StreamReport
 from ..reports.versions import library_versions
@@ -32,34 +31,10 @@ def timed(seconds: dict[str, float], part: str) -> Iterator[None]:
     seconds[part] = round(time.perf_counter() - start, 3)
 
 
-def bytes_beside_experts(model: ContinualModel) -> int:
-    """Bytes of router and heads; none before the first task."""
-    modules = (model.router, model.heads) if model.config.tasks else ()
-    return sum(tensor.nbytes for module in modules for tensor in module.state_dict().values())
-
-
-def count_trained(model: ContinualModel, learner: TaskLearner) -> tuple[int, int, int]:
-    """Parameters that the last task trains: of experts, of keys, and of the head.
-
-    Args:
-        model ([`ContinualModel`]): Has learnt the task.
-        learner ([`TaskLearner`]): What was trained.
-
-    Returns:
-        `tuple[int, int, int]`
-    """
-    method = model.config.method
-    trained = [*model.bank] if method.experts == "pool" else [*model.bank][-1:]
-    expert = 0 if isinstance(learner, FrozenLearner) else sum(expert.num_parameters for expert in trained)
-    keys = model.router.keys.numel() if method.experts == "pool" else 0
-    head = 0 if method.classifier == "router" else sum(rows.numel() for rows in learner.head.parameters())
-    return expert, keys, head
-
-
 def note_costs(
     report: StreamReport,
     model: ContinualModel,
-    learner: TaskLearner,
+    trained: tuple[int, int],
     num_images: int,
     args: ContinualTrainingArguments,
     seconds: dict[str, float],
@@ -70,25 +45,22 @@ def note_costs(
     Args:
         report ([`StreamReport`]): Where to note it.
         model ([`ContinualModel`]): Has learnt the task.
-        learner ([`TaskLearner`]): What was trained.
+        trained (`tuple[int, int]`): Parameters of experts and of the head, see [`Method.costs`].
         num_images (`int`): Training images.
         args ([`ContinualTrainingArguments`]): How it was trained.
         seconds (`dict[str, float]`): Of [`timed`].
-        stored (`int`): [`bytes_beside_experts`] before the task.
+        stored (`int`): [`Method.num_bytes`] before the task.
     """
-    method, first = model.config.method, len(model.config.tasks) == 1
-    expert, keys, head = count_trained(model, learner)
-    # Where tasks share experts, these were there before, unless this is the first task.
-    added = expert if first or method.experts == "per_task" else 0
+    task = model.config.tasks[-1]
     report.catch_up(model.config.tasks[:-1])
     report.add_task(
-        learner.config.name,
-        learner.config.title,
-        expert_parameters=expert + keys,
-        head_parameters=head,
-        stored_bytes=4 * added + bytes_beside_experts(model) - stored,
+        task.name,
+        task.title,
+        expert_parameters=trained[0],
+        head_parameters=trained[1],
+        stored_bytes=model.method.num_bytes() - stored,
         train_images_per_second=num_images * args.num_train_epochs / (seconds.get("train") or math.nan),
-        untrained_accuracy=1 / len(learner.config.classes),
+        untrained_accuracy=1 / len(task.classes),
         seconds=seconds,
     )
 

@@ -1,18 +1,18 @@
 """Evaluation after every task: routed and oracle-routed accuracy, and where images went."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from accelerate import Accelerator
 
+from ..methods import ContinualOutput
 from ..model import ContinualModel
-from ..routing import Routing
 from ..streams import TaskImages
 from .arguments import ContinualTrainingArguments
-from .features import TestFeatures, extract, extract_queries
+from .features import TestFeatures, extract, extract_all
 
 
 class TaskEvaluation(NamedTuple):
@@ -59,30 +59,34 @@ class Evaluator:
         """
         if name in self._tests:
             return
-        query = extract_queries(images, self.model, self.accelerator, self.args, desc=f"Querying {name}")
-        test = self._tests[name] = TestFeatures(images, query)
+        test = self._tests[name] = TestFeatures(images, self._queries(images, name))
+        method = self.model.method
         if measured is not None:
             self._recalled.add(name)
-            routing, method = self.model.route(query.to(self.model.device)), self.model.config.method
-            routings = [routing, routing.sent_to(measured)] if method.experts == "per_task" else [routing]
-            for each in routings if method.uses_experts and method.experts != "pool" else []:
-                for selection in each.selection.cpu().reshape(len(query), -1).T:
-                    test.recall(selection)
+            for selection in self._selections(test, measured) if method.independent and method.reads else []:
+                test.recall(selection)
+
+    def _queries(self, images: TaskImages, name: str) -> torch.Tensor:
+        method = self.model.method
+        if not method.query_layers:
+            return torch.zeros(len(images), 0)
+        return extract_all(images, method.query, self.model, self.accelerator, self.args, desc=f"Querying {name}")
+
+    def _selections(self, test: TestFeatures, owner: int) -> Iterator[torch.Tensor]:
+        """Experts of each image, one of each at a time: those that it is routed to, and its own."""
+        routing = self.model.method.route(test.query.to(self.model.device))
+        for each in (routing, routing.sent_to(owner)):
+            yield from each.selection.cpu().reshape(len(test.query), -1).T
 
     def forwards_per_image(self) -> float:
         """Forward passes so far per registered test image, query included; the same after a run that was killed."""
-        depth, of_query = self.model.backbone.num_layers, self.model.query_layers[-1]
+        depth, of_query = self.model.backbone.num_layers, max(self.model.method.query_layers, default=0)
         layers, images, recalled = 0, 0, 0  # whole numbers, so that nothing is lost in adding up
         for name, test in self._tests.items():
             layers += depth * test.forwards + (0 if name in self._recalled else of_query * len(test.images))
             images += len(test.images)
             recalled += len(test.images) * (name in self._recalled)
         return (layers + round(self.before * depth * recalled)) / (depth * max(1, images))
-
-    def expert_changed(self) -> None:
-        """Tells that an expert was trained again, so that its features are stale."""
-        for test in self._tests.values():
-            test.forget()
 
     @torch.no_grad()
     def evaluate(self, name: str, classes: Sequence[str], owner: int | None) -> TaskEvaluation:
@@ -96,45 +100,46 @@ class Evaluator:
         Returns:
             [`TaskEvaluation`]
         """
-        test, model = self._tests[name], self.model
-        column = {label: number for number, label in enumerate(model.config.classes)}
+        test, method = self._tests[name], self.model.method
+        column = {label: number for number, label in enumerate(self.model.config.classes)}
         wanted = torch.tensor([column[label] for label in classes])[test.labels]
-        routing = model.route(test.query.to(model.device))
+        if not method.fixed_query:
+            test.query = self._queries(test.images, name)
+        query, device = test.query.to(self.model.device), self.model.device
 
-        def accuracy(routing: Routing) -> float:
-            features = self._features(test, routing.selection.cpu(), name).to(model.device)
-            return float((model.classify(features, routing).argmax(dim=1).cpu() == wanted).float().mean())
+        def read(_: TaskImages, selection: torch.Tensor) -> torch.Tensor:
+            return self._read(test, selection.cpu(), name).to(device)
 
-        oracle_accuracy, chosen = math.nan, routing.selection.cpu()
-        if model.config.method.experts == "per_task":
+        def accuracy(output: ContinualOutput) -> float:
+            assert output.logits is not None
+            return float((output.logits.argmax(dim=1).cpu() == wanted).float().mean())
+
+        output, oracle_accuracy = method(test.images, query, read), math.nan
+        if method.independent and owner is not None:
+            oracle_accuracy = accuracy(method(test.images, query, read, expert=method.expert_of(owner)))
+        assert output.selection is not None
+        chosen = output.selection.cpu()
+        if method.independent:
             chosen = chosen.reshape(len(chosen), -1)[:, 0]  # where several judge, the first is the likeliest
-            if owner is not None:
-                oracle_accuracy = accuracy(routing.sent_to(owner))
-        counts = np.bincount(chosen.flatten().numpy(), minlength=len(model.bank))
-        result = TaskEvaluation(accuracy(routing), oracle_accuracy, counts)
+        counts = np.bincount(chosen.flatten().numpy(), minlength=len(method.bank))
+        result = TaskEvaluation(accuracy(output), oracle_accuracy, counts)
         test.drop_unused()
         return result
 
-    def _features(self, test: TestFeatures, selection: torch.Tensor, name: str) -> torch.Tensor:
-        """What is classified; see [`ContinualModel.classify`]."""
-        method = self.model.config.method
-        if not method.uses_experts:
-            return test.query
-        if method.classifier == "both":
-            return torch.stack([self._under(test, column, name) for column in selection.T], dim=1)
-        return self._under(test, selection, name)
+    def _read(self, test: TestFeatures, selection: torch.Tensor, name: str) -> torch.Tensor:
+        """Features under the selected experts. Those of experts that never change are computed once."""
+        method = self.model.method
 
-    def _under(self, test: TestFeatures, selection: torch.Tensor, name: str) -> torch.Tensor:
-        model, readout = self.model, self.model.config.method.readout
-        return test.under(
-            selection,
-            lambda rows: extract(
-                test.images,
-                rows,
-                lambda pixels, index: model.bank(pixels, selection[index].to(model.device), readout),
-                model,
-                self.accelerator,
-                self.args,
-                desc=f"Evaluating {name}",
-            ),
-        )
+        def compute(rows: torch.Tensor, experts: torch.Tensor) -> torch.Tensor:
+            def features(pixels: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+                return method.read(pixels, experts[index].to(self.model.device))
+
+            desc = f"Evaluating {name}"
+            return extract(test.images, rows, features, self.model, self.accelerator, self.args, desc)
+
+        if not method.independent:
+            test.forwards += len(selection)
+            return compute(torch.arange(len(selection)), selection)
+        columns = selection.reshape(len(selection), -1).T
+        features = [test.under(column, lambda rows, column=column: compute(rows, column)) for column in columns]
+        return features[0] if selection.dim() == 1 else torch.stack(features, dim=1)

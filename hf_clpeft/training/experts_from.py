@@ -1,9 +1,9 @@
 """Experts of a model that has learnt the same tasks, taken over in place of training the same ones again."""
 
-import torch
+from collections.abc import Iterator
+from contextlib import contextmanager
 
-from ..config.errors import ConfigError
-from ..methods.learners import ExpertLearner, TaskLearner
+from ..config import ConfigError
 from ..model import ContinualModel
 
 
@@ -23,19 +23,13 @@ class Donor:
     def __init__(self, source: str, model: ContinualModel):
         self.source, self.model = source, model
         self.donor = ContinualModel.from_pretrained(source, backbone=model.backbone)
-        gives, takes = self.donor.config.method, model.config.method
-        if gives.experts != "per_task" or takes.experts not in ("per_task", "first"):
-            raise ConfigError(f"experts_from={source}: {takes.name} cannot take experts of {gives.name}.")
-        for name in ("peft", "mask_logits"):
-            given, wanted = getattr(gives, name), getattr(takes, name)
-            if given != wanted:
-                raise ConfigError(f"experts_from={source} was made with {name}={given!r}, not {wanted!r}.")
+        with self._named():
+            model.method.accept(self.donor.method)
 
-    def give(self, learner: TaskLearner, seconds: dict[str, float]) -> bool:
-        """Fills what a task would train.
+    def give(self, seconds: dict[str, float]) -> bool:
+        """Fills what the task that the model has begun would train.
 
         Args:
-            learner ([`TaskLearner`]): Of the model that takes.
             seconds (`dict[str, float]`): Gets the time that training took the giver.
 
         Returns:
@@ -44,28 +38,27 @@ class Donor:
         Raises:
             [`ConfigError`]: The giver has learnt a task of this name with other classes, or its head differs.
         """
-        tasks, config = self.donor.config.tasks, learner.config
-        names = [task.name for task in tasks]
-        if config.name not in names or not isinstance(learner, ExpertLearner):
+        tasks, task = self.donor.config.tasks, self.model.method.task
+        names = [known.name for known in tasks]
+        if task is None or task.name not in names:
             return False
-        position = names.index(config.name)
+        position = names.index(task.name)
         known = tasks[position]
-        if (known.classes, known.domain) != (config.classes, config.domain):
+        if (known.classes, known.domain) != (task.classes, task.domain):
             raise ConfigError(
                 f"experts_from={self.source} has learnt {known.name} with the classes {known.classes} (domain "
-                f"{known.domain}), not {config.classes} (domain {config.domain})."
+                f"{known.domain}), not {task.classes} (domain {task.domain})."
             )
-        rows, seen = self.donor.heads, set(config.classes) & set(self.model.config.classes)
-        numbers = [self.donor.config.classes.index(label) for label in config.classes]
-        if rows.classes[position] != numbers or (seen and rows.shared != self.model.heads.shared):
-            raise ConfigError(
-                f"experts_from={self.source} has another head, of which rows of {known.name} were trained by other "
-                "tasks too. Choose the same head."
-            )
-        self.donor.bank[position].copy_to(learner.peft_model)
-        with torch.no_grad():
-            learner.head.weight.copy_(rows.weights[position])
-            learner.head.bias.copy_(rows.biases[position])
+        with self._named():
+            self.model.method.take(self.donor.method, position)
         if self.donor.report is not None and "train" in self.donor.report.seconds[position]:
             seconds["train"] = self.donor.report.seconds[position]["train"]
         return True
+
+    @contextmanager
+    def _named(self) -> Iterator[None]:
+        """Says in errors what it is that cannot give."""
+        try:
+            yield
+        except ConfigError as error:
+            raise ConfigError(f"experts_from={self.source} {error}") from error

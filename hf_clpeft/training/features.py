@@ -33,7 +33,7 @@ def extract(
         images ([`TaskImages`]): Resized images.
         rows (integer `torch.Tensor` of shape `(count,)`): Which of them, each at most once, in this order; not none.
         features_of (callable): Takes normalised images `(batch, 3, height, width)` and their rows `(batch,)`, gives
-            features `(batch, hidden_size)`.
+            features `(batch, width)`, or `(batch, N, width)`.
         model ([`ContinualModel`]): Gives the image transform.
         accelerator (`accelerate.Accelerator`): Shares out the images.
         args ([`ContinualTrainingArguments`]): Batch size and progress bars.
@@ -59,7 +59,7 @@ def extract(
         # The first image of a batch may come again, to even out the last one; writing by position keeps it once.
         found, index = accelerator.gather((found.float(), batch["index"]))
         if features is None:
-            features = torch.full((len(rows), found.shape[1]), torch.nan, dtype=torch.float32)
+            features = torch.full((len(rows), *found.shape[1:]), torch.nan, dtype=torch.float32)
         features[position[index.cpu()]] = found.cpu()
     assert features is not None
     if features.isnan().any():
@@ -70,20 +70,21 @@ def extract(
     return features
 
 
-def extract_queries(
+def extract_all(
     images: TaskImages,
+    features_of: Callable[[torch.Tensor], torch.Tensor],
     model: ContinualModel,
     accelerator: Accelerator,
     args: ContinualTrainingArguments,
     desc: str,
 ) -> torch.Tensor:
-    """Query features of all images: [`extract`] with what chooses experts.
+    """Features of all images: [`extract`] of every row.
 
     Returns:
-        `torch.Tensor` of shape `(len(images), query_size)`, `float32`, on the CPU; the same on every process.
+        `torch.Tensor` of shape `(len(images), width)`, `float32`, on the CPU; the same on every process.
     """
     rows = torch.arange(len(images))
-    return extract(images, rows, lambda pixels, _: model.query_features(pixels), model, accelerator, args, desc)
+    return extract(images, rows, lambda pixels, _: features_of(pixels), model, accelerator, args, desc)
 
 
 class TestFeatures:
@@ -106,13 +107,9 @@ class TestFeatures:
         self.images, self.query = images, query
         self.labels = torch.from_numpy(images.labels)
         self.forwards = 0
-        self.forget()
-
-    def forget(self) -> None:
-        """Drops what experts gave, for methods that train an expert again."""
-        self.features = self.query.new_empty(0)
+        self.features = query.new_empty(0)
         # Row and expert to position in features, or a number below: not there, or only counted.
-        self._where = torch.full((len(self.images), 0), ABSENT)
+        self._where = torch.full((len(images), 0), ABSENT)
         self._used = torch.zeros_like(self._where, dtype=torch.bool)
 
     def recall(self, selection: torch.Tensor) -> None:
@@ -132,16 +129,12 @@ class TestFeatures:
         """Features of every image under its selected experts.
 
         Args:
-            selection (integer `torch.Tensor` of shape `(images,)` or `(images, N)`): Experts of each image; several
-                come from a pool, which every task changes, so that nothing can be kept.
+            selection (integer `torch.Tensor` of shape `(images,)`): Expert of each image.
             compute (callable): Takes the rows that are missing, sorted by expert, and gives their features.
 
         Returns:
             `torch.Tensor` of shape `(images, hidden_size)`.
         """
-        if selection.dim() == 2:
-            self.forwards += len(selection)
-            return compute(torch.arange(len(selection)))
         every = self._make_room(selection)
         rows = every[self._where[every, selection] < 0]
         rows = rows[selection[rows].argsort(stable=True)]

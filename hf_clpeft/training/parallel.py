@@ -13,17 +13,16 @@ from safetensors.torch import load_file
 
 from ..config.checks import read_json
 from ..config.errors import ConfigError
-from ..config.model import MethodConfig
-from ..experts import Expert
-from ..methods.learners import ExpertLearner, TaskLearner
+from ..methods import Method
 from ..model import ContinualModel
 from ..storage.folder import atomic, safe_path
 from ..streams import Task, TaskStream
+from .arguments import ContinualTrainingArguments
 from .checkpoints import write_tensors
 
 
 FOLDER = ".parallel"
-HEAD_NAME, RUN_NAME = "head.safetensors", "run.json"
+TRAINED_NAME, RUN_NAME = "trained.safetensors", "run.json"
 
 
 class ParallelExperts:
@@ -32,12 +31,15 @@ class ParallelExperts:
     Args:
         output_dir (`str` or `Path`): Folder of the run.
         model ([`ContinualModel`]): The model that takes them up.
-        made_with (`dict`): What must not differ between the run that trained them and the one that takes them up.
+        args ([`ContinualTrainingArguments`]): How they are trained.
+        made_with (`dict`): What else must not differ between the run that trained them and the one that takes them up.
     """
 
-    def __init__(self, output_dir: str | Path, model: ContinualModel, made_with: dict):
-        self.folder, self.model = safe_path(output_dir, FOLDER), model
-        self.made_with = json.loads(json.dumps(made_with))
+    def __init__(
+        self, output_dir: str | Path, model: ContinualModel, args: ContinualTrainingArguments, made_with: dict
+    ):
+        self.folder, self.model, self.args = safe_path(output_dir, FOLDER), model, args
+        self.made_with = json.loads(json.dumps({**args.decisive(), **made_with}))
 
     def todo(self, stream: TaskStream, rank: int, num_processes: int) -> list[tuple[int, Task]]:
         """Positions and tasks that a process has to train: every so many of those that the model has not learnt."""
@@ -50,37 +52,44 @@ class ParallelExperts:
         path = self.folder / task / RUN_NAME
         return path.is_file() and read_json(path)["made_with"] == {**self.made_with, **trained_on}
 
-    def put(self, learner: ExpertLearner, seconds: float, trained_on: dict) -> None:
-        """Keeps what a learner has trained, as a whole or not at all."""
-        name = learner.config.name
-        num_bytes = sum(parameter.nbytes for parameter in learner.parameters() if parameter.requires_grad)
-        with atomic(self.folder / name, num_bytes) as staging:
-            Expert.from_peft_model(name, learner.peft_model).save(staging)
-            write_tensors(staging / HEAD_NAME, learner.head.state_dict())
+    def put(self, seconds: float, trained_on: dict) -> None:
+        """Keeps what a task has trained, as a whole or not at all."""
+        name, tensors = self._trained()
+        with atomic(self.folder / name, sum(tensor.nbytes for tensor in tensors.values())) as staging:
+            write_tensors(staging / TRAINED_NAME, tensors)
             text = json.dumps({"seconds": seconds, "made_with": {**self.made_with, **trained_on}})
             (staging / RUN_NAME).write_text(text, encoding="utf-8")
 
-    def give(self, learner: TaskLearner, seconds: dict[str, float], trained_on: dict) -> bool:
+    def give(self, seconds: dict[str, float], trained_on: dict) -> bool:
         """Fills what a task would train; as [`Donor.give`]."""
-        folder = self.folder / learner.config.name
-        if not isinstance(learner, ExpertLearner) or not self.has(learner.config.name, trained_on):
+        name, tensors = self._trained()
+        if not self.has(name, trained_on):
             return False
-        Expert.load(learner.config.name, folder).copy_to(learner.peft_model)
-        learner.head.load_state_dict(load_file(folder / HEAD_NAME))
-        seconds["train"] = read_json(folder / RUN_NAME)["seconds"]
+        found = load_file(self.folder / name / TRAINED_NAME)
+        with torch.no_grad():
+            for key, tensor in tensors.items():
+                tensor.copy_(found[key])
+        seconds["train"] = read_json(self.folder / name / RUN_NAME)["seconds"]
         return True
+
+    def _trained(self) -> tuple[str, dict[str, torch.Tensor]]:
+        """Name of the task that the model has begun, and what it trains."""
+        method = self.model.method
+        assert method.task is not None
+        parameters = [parameter for group in method.parameter_groups(self.args) for parameter in group["params"]]
+        return method.task.name, {str(number): parameter.detach() for number, parameter in enumerate(parameters)}
 
     def clear(self) -> None:
         """Removes all; the model has them."""
         shutil.rmtree(self.folder, ignore_errors=True)
 
 
-def check_independent(method: MethodConfig, stream: TaskStream, mixed_precision: str) -> None:
+def check_independent(method: Method, stream: TaskStream, mixed_precision: str) -> None:
     """Raises [`ConfigError`] unless every expert of a stream can be trained without those before it."""
-    if method.experts != "per_task" or not method.mask_logits:
+    if not method.independent:
         raise ConfigError(f"task_parallel needs an expert per task and masked logits; {method.name} has not.")
     names = [label for task in stream for label in task.classes]
-    if method.head == "shared" and len(set(names)) < len(names):
+    if method.heads is not None and method.heads.shared and len(set(names)) < len(names):
         raise ConfigError("task_parallel needs head='per_task' where tasks share classes: their rows would be shared.")
     if mixed_precision == "fp16":
         raise ConfigError("task_parallel trains in float32 or bf16; choose another mixed_precision than fp16.")

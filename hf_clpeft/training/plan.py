@@ -6,12 +6,10 @@ from accelerate import PartialState
 from datasets import Dataset
 
 from ..config.text import printable
-from ..methods.learners import FrozenLearner
 from ..model import ContinualModel
 from ..reports.tables import print_table
 from ..streams import Split, Task, TaskStream
 from .arguments import ContinualTrainingArguments
-from .costs import count_trained
 
 
 @dataclass(frozen=True)
@@ -62,23 +60,21 @@ def make_plan(model: ContinualModel, stream: TaskStream, args: ContinualTraining
 
     ```
     """
-    known, joint = {task.name for task in model.config.tasks}, model.config.method.joint
-    tasks = list(stream)
-    planned: list[PlannedTask] = []
-    images: int | None = 0
-    for task in tasks:
-        train_images, test_images = count(task.train), count(task.test)
+    known, planned = {task.name for task in model.config.tasks}, list[PlannedTask]()
+    for task in stream:
+        images, test_images = count(task.train), count(task.test)
         if task.name in known:
-            planned.append(PlannedTask(task, True, train_images, test_images))
+            planned.append(PlannedTask(task, True, images, test_images))
             continue
-        learner = model.start_task(task.name, task.classes, task.domain)
-        images = None if train_images is None or images is None else images * joint + train_images
+        model.start_task(task.name, task.classes, task.domain)
         steps = None if images is None else args.num_train_epochs * steps_per_epoch(images, args)
-        if isinstance(learner, FrozenLearner) or len(learner.classes) == 1 or (joint and task is not tasks[-1]):
+        if not model.method.trains or len(task.classes) == 1:
             steps = 0
-        model.finish_task(learner, 0)
-        experts, keys, head = count_trained(model, learner)
-        planned.append(PlannedTask(task, False, train_images, test_images, experts + keys, head, steps))
+        planned.append(PlannedTask(task, False, images, test_images, *model.method.costs(), steps))
+        assert model.method.task is not None
+        model.config.classes, begun = model.method.classes, model.method.task
+        model.method.abandon()
+        model.config.tasks.append(begun)
     return planned
 
 

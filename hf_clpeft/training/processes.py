@@ -8,7 +8,9 @@ from contextlib import contextmanager
 from datetime import timedelta
 
 import torch
+import xxhash
 from accelerate import Accelerator, PartialState
+from accelerate.utils import broadcast, gather_object
 
 from ..config.errors import HfClpeftError
 from ..config.text import get_logger
@@ -91,3 +93,19 @@ def explaining_lost_processes(accelerator: Accelerator) -> Iterator[None]:
             "Another process has died, or has not answered for ddp_timeout seconds; see its own error above, if "
             "any. Resume with --resume_from_checkpoint auto."
         ) from error
+
+
+def same_everywhere(module: torch.nn.Module, accelerator: Accelerator) -> None:
+    """Gives every process the tensors of the main one: what each has computed may differ in the last digits.
+
+    Args:
+        module (`torch.nn.Module`): Its parameters and buffers, which have the same shapes everywhere.
+        accelerator (`accelerate.Accelerator`): Of these processes.
+    """
+    if accelerator.num_processes == 1:
+        return
+    tensors = [*module.parameters(), *module.buffers()]
+    digests = [xxhash.xxh3_64_hexdigest(tensor.detach().cpu().contiguous().numpy().tobytes()) for tensor in tensors]
+    for tensor, *found in zip(tensors, *gather_object([digests]), strict=True):
+        if len(set(found)) > 1:  # few do, and some are large
+            tensor.data.copy_(broadcast(tensor.detach().to(accelerator.device)))

@@ -18,7 +18,7 @@ from ..hub.download import find_model
 from ..hub.outbox import Outbox
 from ..model import ContinualModel
 from ..reports.report import PLOT_NAME, StreamReport
-from ..storage.model_files import as_saved
+from ..storage.files import as_saved
 from ..streams import BENCHMARKS, TaskStream
 from .arguments import ContinualTrainingArguments
 from .console import print_reports

@@ -11,7 +11,7 @@ import torch
 from accelerate import Accelerator
 
 from ..config.text import get_logger
-from ..methods.learners import TaskLearner
+from ..methods import Batch, Method
 from ..streams import StreamedImages, TaskImages
 from ..streams.images import draw_views
 from .arguments import ContinualTrainingArguments
@@ -37,11 +37,43 @@ class TrainingStopped(KeyboardInterrupt):
         self.signal = signal
 
 
-class StepLoop:
-    """Trains what a learner holds.
+class Step(torch.nn.Module):
+    """A method's loss as a forward pass, which is all that DDP wraps; and nothing but what the task trains.
 
     Args:
-        learner ([`TaskLearner`]): Expert and head rows.
+        method ([`Method`]): Has begun a task.
+        args ([`ContinualTrainingArguments`]): For its parameter groups.
+    """
+
+    def __init__(self, method: Method, args: ContinualTrainingArguments):
+        super().__init__()
+        self._method = (method,)  # not a submodule: DDP would broadcast all that it keeps
+        self.groups = method.parameter_groups(args)
+        self.trained = torch.nn.ParameterList([parameter for group in self.groups for parameter in group["params"]])
+
+    def forward(
+        self, pixels: torch.Tensor, labels: torch.Tensor, query: torch.Tensor | None, weight: torch.Tensor
+    ) -> torch.Tensor:
+        """Loss of a batch.
+
+        Args:
+            pixels, labels, query: See [`Batch`].
+            weight (`torch.Tensor` of shape `(batch,)`): What each image counts for.
+        """
+        losses = self._method[0].loss(Batch(pixels, labels, query))
+        return losses @ weight if losses.dim() else losses * weight.sum()
+
+    def train(self, mode: bool = True) -> "Step":
+        """Sets the mode of the method, too."""
+        self._method[0].train(mode)
+        return super().train(mode)
+
+
+class StepLoop:
+    """Trains what a task of a method trains.
+
+    Args:
+        method ([`Method`]): Has begun the task.
         images ([`TaskImages`] or [`StreamedImages`]): What to train on.
         accelerator (`accelerate.Accelerator`): Shares out the images.
         args ([`ContinualTrainingArguments`]): How to train.
@@ -52,7 +84,7 @@ class StepLoop:
 
     def __init__(
         self,
-        learner: TaskLearner,
+        method: Method,
         images: TaskImages | StreamedImages,
         accelerator: Accelerator,
         args: ContinualTrainingArguments,
@@ -62,17 +94,18 @@ class StepLoop:
     ):
         from transformers import get_scheduler
 
-        self.learner, self.accelerator, self.args, self.checkpoints = learner, accelerator, args, checkpoints
-        expert, head = learner.expert_parameters(), list(learner.head.parameters())
-        self._trained = [*expert, *head]
-        groups = [{"params": expert, "lr": args.learning_rate}, {"params": head, "lr": args.head_learning_rate}]
+        assert method.task is not None
+        self.accelerator, self.args, self.checkpoints = accelerator, args, checkpoints
+        step = Step(method, args)
+        self._trained = [*step.trained]
+        groups = step.groups
         optimizer: torch.optim.Optimizer
         if args.optim == "adamw":
             optimizer = torch.optim.AdamW(groups, weight_decay=args.weight_decay)
         else:
             optimizer = torch.optim.SGD(groups, momentum=0.9, weight_decay=args.weight_decay)
         self.batches = make_batches(images, args, accelerator)
-        self.module, self.optimizer = accelerator.prepare(learner, optimizer)
+        self.module, self.optimizer = accelerator.prepare(step, optimizer)
         self.num_steps = args.num_train_epochs * -(-len(self.batches) // args.gradient_accumulation_steps)
         scheduler = get_scheduler(
             args.lr_scheduler_type, self.optimizer, round(args.warmup_ratio * self.num_steps), self.num_steps
@@ -81,7 +114,7 @@ class StepLoop:
         self._num_parts = 1  # in which a batch passes the device
         self._unusable = torch.zeros((), dtype=torch.bool, device=accelerator.device)
         sizes = {"images": len(images), "num_processes": accelerator.num_processes}
-        self.progress = Progress(learner.config.name, {**args.decisive(), **sizes, **made_with}, logged=logged)
+        self.progress = Progress(method.task.name, {**args.decisive(), **sizes, **made_with}, logged=logged)
 
     def run(
         self,
@@ -124,7 +157,7 @@ class StepLoop:
                     after_step(progress, loss)
                     self._save_or_stop(stop)
             progress.epoch, progress.batch, position = progress.epoch + 1, 0, None
-        self.learner.eval()
+        self.module.eval()
 
     def _complete(self, batch: dict[str, torch.Tensor], share: Share) -> None:
         """Adds what each image counts for, and how it is looked at."""
@@ -218,8 +251,8 @@ class StepLoop:
         set_random_state(*random_state)  # the epoch to come makes its loader as it would have
         return _nothing, None
 
-    def _weights(self) -> dict[str, torch.nn.Parameter]:
-        return {name: value for name, value in self.learner.named_parameters() if value.requires_grad}
+    def _weights(self) -> dict[str, torch.Tensor]:
+        return {str(number): parameter for number, parameter in enumerate(self._trained)}
 
 
 def _nothing() -> None:

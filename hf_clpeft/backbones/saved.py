@@ -1,63 +1,18 @@
-"""A saved model and its backbone come together again: the same weights, and the same pixels to the bit."""
+"""The backbone of a saved model: the same weights, and the same pixels to the bit."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
-from .backbones import Backbone, BackboneError, ImageTransform, load_backbone
-from .backbones.bundled import bundled_folder
-from .backbones.processors import read_processor
-from .config.errors import ConfigError
-from .config.model import BackboneConfig, ContinualConfig
-from .hub.download import check_repo_id, fetch_model, split_revision
-from .storage.model_files import as_saved, check_files, load_into
+from ..config import BackboneConfig, ConfigError
+from ..config.repos import split_revision
+from .backbone import Backbone
+from .errors import BackboneError
+from .loading import load_backbone
+from .transform import ImageTransform
 
 
 if TYPE_CHECKING:
     from transformers.image_processing_utils import BaseImageProcessor
-
-    from .model import ContinualModel
-
-Model = TypeVar("Model", bound="ContinualModel")
-
-
-def load_model(
-    model_class: type[Model],
-    name_or_path: str | Path,
-    backbone: str | Backbone | None,
-    revision: str | None,
-    how: dict[str, Any],
-    hub_options: dict[str, Any],
-) -> Model:
-    """Loads a model whole, or not at all: the body of [`ContinualModel.from_pretrained`].
-
-    Args:
-        model_class (`type`): [`ContinualModel`], or a class made from it.
-        name_or_path (`str` or `Path`): Folder, or repo id on the Hub.
-        backbone (`str` or [`Backbone`], *optional*): Where the backbone is now, or the backbone itself.
-        revision (`str`, *optional*): Branch, tag or commit of the model's repo.
-        how (`dict`): `dtype` and `attn_implementation` of the backbone.
-        hub_options (`dict`): `token`, `cache_dir`, `local_files_only`.
-
-    Returns:
-        [`ContinualModel`]
-    """
-    bundled = bundled_folder(str(name_or_path)) if revision is None else None  # only the Hub has revisions
-    folder = bundled or Path(name_or_path)
-    local = folder.is_dir()
-    folder = as_saved(folder) if local else fetch_model(str(name_or_path), revision, **hub_options)
-    config = ContinualConfig.load(folder)
-    if not local and backbone is None:
-        check_repo_id(config.backbone.name_or_path, name_or_path)
-    check_files(folder, config, config.expert_names)
-    processor = read_processor(folder, str(name_or_path))
-    if isinstance(backbone, Backbone):
-        check_backbone(backbone, config.backbone, processor, name_or_path)
-    else:
-        backbone = load_saved_backbone(config.backbone, processor, backbone, name_or_path, **how, **hub_options)
-    model = model_class(backbone, config)
-    model.origin = f"{name_or_path}@{revision}" if revision else str(name_or_path)
-    load_into(model, folder)
-    return model
 
 
 def load_saved_backbone(

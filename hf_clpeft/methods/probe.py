@@ -21,7 +21,7 @@ def fit_probe(head: torch.nn.Linear, features: torch.Tensor, rows: torch.Tensor,
 
     ```py
     >>> import torch
-    >>> from hf_clpeft.training.probe import fit_probe
+    >>> from hf_clpeft.methods.probe import fit_probe
 
     >>> head = torch.nn.Linear(2, 2)
     >>> fit_probe(head, torch.eye(2).repeat(20, 1), torch.arange(2).repeat(20))

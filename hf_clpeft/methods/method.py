@@ -1,0 +1,551 @@
+"""What a method is: one module that owns all it learns, with verbs to predict by and verbs to learn by."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, ClassVar, NamedTuple, Protocol
+
+import torch
+
+from ..backbones import Backbone
+from ..backbones.precision import KeepsPrecision, without_autocast
+from ..config import ConfigError, ContinualConfig, MethodOptions, TaskConfig, read_options
+from ..config.method import OPTIONS, UnknownOptions
+from ..experts import ExpertBank
+from ..routing import Router, Routing
+from .heads import Heads
+from .output import ContinualOutput
+from .state import ELSEWHERE, fill, load_state
+
+
+METHODS: dict[str, type["Method"]] = {}
+"""Every method by its name. `class Mine(Method, name="mine")` adds one."""
+
+Features = Callable[[torch.Tensor], torch.Tensor]
+
+
+class FeaturesOf(Protocol):
+    """What [`~Method.end`] gets: features of all training images, over all processes, each computed once."""
+
+    def __call__(self, features: Features, /) -> tuple[torch.Tensor, torch.Tensor]:
+        """Applies a function to all training images of the task.
+
+        Args:
+            features (callable): Takes normalised images `(batch, 3, height, width)`, gives `(batch, width)`.
+
+        Returns:
+            Features `(images, width)` in `float32` and class numbers `(images,)`, on the CPU.
+        """
+
+
+class Batch(NamedTuple):
+    """Training images.
+
+    Args:
+        pixels (`torch.Tensor` of shape `(batch, 3, height, width)`): Augmented and normalised.
+        labels (integer `torch.Tensor` of shape `(batch,)`): Numbers of their classes in the model.
+        query (`torch.Tensor` of shape `(batch, query_size)`, *optional*): Query features, where the method says
+            `trains_by_query`.
+    """
+
+    pixels: torch.Tensor
+    labels: torch.Tensor
+    query: torch.Tensor | None = None
+
+
+class Method(KeepsPrecision):
+    """A way to learn tasks one after another on one frozen backbone. A subclass with a name is a method of its own.
+
+    **Predicting**: [`~Method.query`] → [`~Method.route`] → [`~Method.read`] → [`~Method.classify`], which
+    [`~Method.forward`] strings together.
+
+    **Learning**: [`~Method.begin`] makes what a task trains, [`~Method.loss`] judges a batch, [`~Method.end`] learns
+    from the features of all training images and fixes everything.
+
+    **Keeping**: `bank`, `router` and `heads` have files of their own; every other parameter and buffer goes into
+    `method.safetensors`, unless its name begins with an underscore.
+
+    Args:
+        backbone ([`Backbone`]): The frozen model.
+        config ([`ContinualConfig`]): The options, and the tasks learnt so far.
+
+    Attributes:
+        Config (`type`): Dataclass of the method's own options.
+        name (`str`): Its name in `config.json` and on the command line.
+        title (`str`): Its name for people, in cards.
+        paper (`str`, *optional*): arXiv number of its paper, for cards.
+        trains (`bool`): Whether optimizer steps are made; otherwise `begin` and `end` are all there is.
+        independent (`bool`): Whether a task trains an expert of its own, and changes nothing that other tasks use.
+        routes (`bool`): Whether images choose among experts, so that it is worth telling which.
+        reads (`bool`): Whether an image passes the backbone again once it is routed.
+        fixed_query (`bool`): Whether query features stay what they are once the first task is learnt.
+        trains_by_query (`bool`): Whether [`~Method.loss`] needs `batch.query`.
+        takes_one_class (`bool`): Whether a task of a single class can be told from the others.
+        task ([`TaskConfig`], *optional*): The one that is being learnt.
+        seed (`int`): Of what [`~Method.end`] draws.
+
+    Example:
+
+    ```py
+    >>> import torch
+    >>> from hf_clpeft import ContinualModel, Method
+
+    >>> class NearestMean(Method, name="nearest_mean"):
+    ...     trains = reads = False
+    ...
+    ...     def __init__(self, backbone, config):
+    ...         super().__init__(backbone, config)
+    ...         self.register_buffer("means", torch.zeros(0, self.query_size))
+    ...
+    ...     def end(self, features_of):
+    ...         features, labels = features_of(self.query)
+    ...         new = [features[labels == number].mean(dim=0) for number in self.numbers]
+    ...         self.means = torch.cat([self.means, torch.stack(new)])
+    ...
+    ...     def classify(self, features, routing):
+    ...         return -torch.cdist(features, self.means)
+
+    >>> model = ContinualModel.from_backbone("hf-clpeft/vit-tiny-glyphs", NearestMean.Config())
+    >>> model.start_task("pets", ["cat", "dog"])
+    >>> images, labels = torch.randn(4, 3, 32, 32), torch.tensor([0, 1, 0, 1])
+    >>> model.finish_task(lambda features: (features(images), labels), num_train_images=4)
+    >>> model(images).logits.shape
+    torch.Size([4, 2])
+
+    ```
+    """
+
+    @dataclass
+    class Config(MethodOptions):
+        pass
+
+    name: ClassVar[str] = ""
+    title: ClassVar[str] = ""
+    paper: ClassVar[str | None] = None
+    trains: ClassVar[bool] = True
+    independent: ClassVar[bool] = False
+    reads: ClassVar[bool] = True
+    routes: ClassVar[bool] = False
+    fixed_query: ClassVar[bool] = True
+    trains_by_query: ClassVar[bool] = False
+    takes_one_class: ClassVar[bool] = False
+
+    options: Any  # the method's own Config
+    router: Router | None
+    heads: Heads | None
+
+    def __init_subclass__(cls, name: str | None = None, **kwargs: Any):
+        super().__init_subclass__(**kwargs)
+        if name is None:
+            return
+        if "Config" not in vars(cls):  # options are those of the class that it is made from, under another name
+            place = {
+                "__module__": cls.__module__,
+                "__qualname__": f"{cls.__qualname__}.Config",
+                "__doc__": cls.__doc__,
+            }
+            cls.Config = dataclass(type("Config", (cls.Config,), place))  # type: ignore[misc]
+        cls.name = cls.Config.name = name
+        cls.title = vars(cls).get("title", name)
+        METHODS[name], OPTIONS[name] = cls, cls.Config
+
+    def __init__(self, backbone: Backbone, config: ContinualConfig):
+        super().__init__()
+        self._backbone = (backbone,)  # not a submodule: it is never saved
+        self.config, self.options = config, config.method
+        self.bank = ExpertBank(backbone)
+        self.router = self.heads = None
+        self.task: TaskConfig | None = None
+        self.seed = 0
+        self._before: dict[str, torch.Tensor] = {}  # the state when the task was begun
+
+    @property
+    def backbone(self) -> Backbone:
+        """The frozen model."""
+        return self._backbone[0]
+
+    @property
+    def tasks(self) -> list[TaskConfig]:
+        """All tasks, the one that is being learnt included."""
+        return [*self.config.tasks, *([self.task] if self.task else [])]
+
+    @property
+    def classes(self) -> list[str]:
+        """All classes by their number, those of the task that is being learnt included."""
+        return list(dict.fromkeys([*self.config.classes, *(self.task.classes if self.task else [])]))
+
+    @property
+    def numbers(self) -> list[int]:
+        """Numbers of the classes of the task that is being learnt."""
+        assert self.task is not None
+        number_of = {label: number for number, label in enumerate(self.classes)}
+        return [number_of[label] for label in self.task.classes]
+
+    # Predicting
+
+    @property
+    def query_layers(self) -> list[int]:
+        """Layers behind which query features are taken, side by side; none where there are no query features."""
+        return [self.backbone.num_layers]
+
+    @property
+    def query_size(self) -> int:
+        """Width of query features."""
+        return self.backbone.hidden_size * len(self.query_layers)
+
+    def query(self, pixels: torch.Tensor) -> torch.Tensor:
+        """Query features: by default [CLS] of the frozen backbone.
+
+        Args:
+            pixels (`torch.Tensor` of shape `(batch, 3, height, width)`): Normalised images.
+
+        Returns:
+            `torch.Tensor` of shape `(batch, query_size)`, `float32`.
+        """
+        if not self.query_layers:
+            return torch.zeros(len(pixels), 0, device=pixels.device)
+        return self.bank.frozen(pixels, self._cut).float()
+
+    def route(self, query: torch.Tensor) -> Routing:
+        """Experts of each image, from its own query features alone: by default there is just one.
+
+        Args:
+            query (`torch.Tensor` of shape `(batch, query_size)`): Query features.
+
+        Returns:
+            [`Routing`]: `selection` of shape `(batch,)`, or `(batch, N)` where several experts are selected.
+        """
+        nowhere = torch.zeros(len(query), dtype=torch.int64, device=query.device)
+        return Routing(nowhere, query.new_zeros(len(query)), query.new_zeros(len(query), 1))
+
+    def read(self, pixels: torch.Tensor, selection: torch.Tensor) -> torch.Tensor:
+        """Features under the selected experts: by default of the bank.
+
+        Args:
+            pixels (`torch.Tensor` of shape `(batch, 3, height, width)`): Normalised images.
+            selection (integer `torch.Tensor` of shape `(batch,)` or `(batch, N)`): Of [`~Method.route`].
+
+        Returns:
+            `torch.Tensor` of shape `(batch, hidden_size)`; of an independent method with N experts for an image,
+            `(batch, N, hidden_size)`: what each of them alone would give.
+        """
+        if selection.dim() == 1 or not self.independent:
+            return self.bank(pixels, selection)
+        count = selection.shape[1]
+        features = self.bank(pixels.repeat_interleave(count, dim=0), selection.flatten())
+        return features.unflatten(0, (-1, count))
+
+    def classify(self, features: torch.Tensor, routing: Routing) -> torch.Tensor:
+        """Logits.
+
+        Args:
+            features (`torch.Tensor`): Of [`~Method.read`]; query features where the method does not read.
+            routing ([`Routing`]): Of the same images.
+
+        Returns:
+            `torch.Tensor` of shape `(batch, classes)`: −inf where no expert knows a class.
+        """
+        raise NotImplementedError(f"{type(self).__name__} must say how it classifies.")
+
+    def forward(
+        self,
+        pixels: Any,
+        query: torch.Tensor | None = None,
+        read: Callable[[Any, torch.Tensor], torch.Tensor] | None = None,
+        expert: int | None = None,
+    ) -> ContinualOutput:
+        """Query, route, read, classify.
+
+        Args:
+            pixels (`torch.Tensor` of shape `(batch, 3, height, width)`): Normalised images.
+            query (`torch.Tensor`, *optional*): Query features, where they are known already.
+            read (callable, *optional*): In place of [`~Method.read`]: for who remembers features.
+            expert (`int`, *optional*): Position of the expert that all images go to, whatever their route.
+
+        Returns:
+            [`ContinualOutput`]
+        """
+        query = self.query(pixels) if query is None else query
+        with without_autocast(query.device):
+            routing = self.route(query.float())
+        if expert is not None:
+            routing = routing.sent_to(expert)
+        features = (read or self.read)(pixels, routing.selection) if self.reads else query
+        with without_autocast(features.device):
+            logits = self.classify(features.float(), routing)
+        return ContinualOutput(logits, routing.selection, routing.distances)
+
+    # Learning
+
+    def start(self, task: TaskConfig, seed: int = 0) -> None:
+        """Begins a task, so that it can be abandoned.
+
+        Args:
+            task ([`TaskConfig`]): The next one.
+            seed (`int`, *optional*, defaults to 0): Of what [`~Method.end`] draws.
+
+        Raises:
+            [`ConfigError`]: The method cannot learn it.
+            [`ExpertError`]: Another thread is learning one.
+        """
+        self.abandon()
+        self.bank.claim(task.name)
+        self._before = {name: tensor.detach().clone() for name, tensor in self.state().items()}
+        self.task, self.seed = task, seed
+        try:
+            self.begin(task)
+        except BaseException:
+            self.abandon()
+            raise
+        self.to(self.backbone.device)
+
+    def finish(self, features_of: FeaturesOf) -> None:
+        """Ends a task. It is known once the caller has added it to `config`."""
+        self.end(features_of)
+        self.to(self.backbone.device)
+        self.bank.abandon()
+        self.task, self._before = None, {}
+
+    def abandon(self) -> None:
+        """Forgets the task that is being learnt, if there is one: everything is what it was before."""
+        if self.task is not None:
+            self.bank.abandon()
+            fill(self, self._before)
+            self.task, self._before = None, {}
+
+    @contextmanager
+    def learning(self) -> Iterator[None]:
+        """Refuses other threads that want to train, and abandons at its end what was not finished.
+
+        Raises:
+            [`ExpertError`]: Another thread is training.
+        """
+        with self.bank.learning():
+            try:
+                yield
+            finally:
+                self.abandon()
+
+    def begin(self, task: TaskConfig) -> None:
+        """Makes what the task trains. `self.task` is that task, `self.numbers` are the numbers of its classes."""
+
+    def parameter_groups(self, args: Any) -> list[dict[str, Any]]:
+        """What the optimizer gets: by default all that requires a gradient.
+
+        Args:
+            args ([`ContinualTrainingArguments`]): `learning_rate`, and `head_learning_rate` for what is named `head`.
+
+        Returns:
+            `list[dict]`: Parameter groups of `torch.optim`.
+        """
+        groups: dict[bool, list[torch.nn.Parameter]] = {False: [], True: []}
+        for name, parameter in self.named_parameters():
+            if parameter.requires_grad:
+                groups[name.lstrip("_").startswith("head")].append(parameter)
+        rates = {False: args.learning_rate, True: args.head_learning_rate}
+        return [{"params": params, "lr": rates[head]} for head, params in groups.items()]
+
+    def loss(self, batch: Batch) -> torch.Tensor:
+        """What training brings down.
+
+        Args:
+            batch ([`Batch`]): Training images of the task.
+
+        Returns:
+            `torch.Tensor` of shape `(batch,)`, a loss for each image; or `()`, their mean.
+        """
+        raise NotImplementedError(f"{type(self).__name__} must say what its loss is.")
+
+    def end(self, features_of: FeaturesOf) -> None:
+        """Fixes what the task has trained, and learns what needs no training.
+
+        Args:
+            features_of (callable): See [`FeaturesOf`]; to be called on every process alike.
+        """
+
+    def rows(self, labels: torch.Tensor) -> torch.Tensor:
+        """Positions of class numbers among the classes of the task that is being learnt."""
+        row_of = torch.full((len(self.classes),), -1)
+        row_of[self.numbers] = torch.arange(len(self.numbers))
+        return row_of.to(labels.device)[labels]
+
+    def costs(self) -> tuple[int, int]:
+        """Parameters that the task trains, between `begin` and `end`: those of its experts, and those of its head."""
+        groups: dict[bool, int] = {False: 0, True: 0}
+        for name, parameter in self.named_parameters():
+            groups[name.lstrip("_").startswith("head")] += parameter.numel() * parameter.requires_grad
+        return groups[False], groups[True]
+
+    def fingerprint(self) -> dict[str, Any]:
+        """What must not differ between a run and the one that goes on with it: the options, as they were given."""
+        return {option: value for option, value in self.options.to_dict().items() if option != "head"}
+
+    def num_bytes(self) -> int:
+        """Bytes of all that the tasks have left; none before the first."""
+        if not self.config.tasks:
+            return 0
+        kept = [*self.state().values()]
+        for part in (self.router, self.heads):
+            kept += [] if part is None else part.state_dict().values()
+        return 4 * self.bank.num_parameters + sum(tensor.nbytes for tensor in kept)
+
+    def accept(self, giver: "Method") -> None:
+        """Raises [`ConfigError`] unless the method can take over what another model's has trained.
+
+        Args:
+            giver ([`Method`]): Of the model that `experts_from` names.
+        """
+        raise ConfigError(f"{self.name} cannot take experts of {giver.name}.")
+
+    def take(self, giver: "Method", position: int) -> None:
+        """Takes over what another model's method has trained in the task, in place of training, after `begin`.
+
+        Args:
+            giver ([`Method`]): One that was accepted, and has learnt the task.
+            position (`int`): Place of the task in the giver.
+
+        Raises:
+            [`ConfigError`]: Other tasks of the giver had a part in it.
+        """
+
+    # What it has, and what it can do
+
+    def expert_names(self) -> list[str]:
+        """Names of the experts of a model that has learnt the tasks of `config`, in the order of the bank."""
+        return self.config.expert_names
+
+    def check(self) -> None:
+        """Raises [`ConfigError`] unless all that the tasks need has been learnt, before it is saved."""
+
+    def expert_of(self, position: int) -> int | None:
+        """Position of the expert that a task has trained for itself; `None` where none belongs to a task."""
+        return None
+
+    def choose(self, expert: str) -> int:
+        """Position of an expert that all images are to go to.
+
+        Args:
+            expert (`str`): Its name.
+
+        Raises:
+            [`ConfigError`]: There is no such expert, or none can be chosen.
+        """
+        if not self.reads or not len(self.bank):
+            raise ConfigError(f"expert={expert!r}: no expert judges images in {self.name}.")
+        if expert not in self.bank.names:
+            raise ConfigError(f"expert={expert!r} is not one of {', '.join(self.bank.names)}.")
+        return self.bank.names.index(expert)
+
+    def why_no_reject(self) -> str | None:
+        """Why out-of-distribution images cannot be told; `None` if [`~Method.typicality`] tells them."""
+        return (
+            f"reject_rate needs prototypes, and {self.name} has none: choose an S-X method with router='prototypes'."
+        )
+
+    def typicality(self, distances: torch.Tensor) -> torch.Tensor:
+        """Conformal p-values: the share of a task's own images that are as far off as these, or farther.
+
+        Args:
+            distances (`torch.Tensor` of shape `(batch, experts)`): Of [`Routing`].
+
+        Returns:
+            `torch.Tensor` of shape `(batch,)`, the largest over all tasks, in [0, 1].
+        """
+        raise NotImplementedError(self.why_no_reject())
+
+    def remove(self, position: int, number_of: dict[int, int]) -> None:
+        """Unlearns a task exactly: nothing else changes by a bit.
+
+        Args:
+            position (`int`): Of the task.
+            number_of (`dict[int, int]`): New number of each class that stays.
+
+        Raises:
+            [`ConfigError`]: It cannot.
+        """
+        raise ConfigError(f"All tasks trained the same parameters in {self.name}; none can be removed exactly.")
+
+    def alike(self) -> dict[str, Any]:
+        """What must agree in models that are combined, by what to call it.
+
+        Raises:
+            [`ConfigError`]: Its tasks cannot be combined with those of others. The message goes on after its name.
+        """
+        raise ConfigError(f"is of the method {self.name}, whose experts belong to no task")
+
+    def merged_options(self, others: "list[Method]") -> MethodOptions:
+        """Options of a model with the tasks of this method and of others that are alike."""
+        return self.options
+
+    def merge(self, other: "Method", number_of: list[int], names: list[str]) -> None:
+        """Adds all tasks of another model's method, as if they had been learnt here.
+
+        Args:
+            other ([`Method`]): What to add.
+            number_of (`list[int]`): Number that each of its classes has here.
+            names (`list[str]`): Names that its tasks have here.
+
+        """
+        raise NotImplementedError
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """What is kept besides experts, router and head, by name."""
+        kept = self.state_dict(keep_vars=True).items()
+        return {name: tensor for name, tensor in kept if not name.startswith(ELSEWHERE)}
+
+    def load_state(self, tensors: dict[str, torch.Tensor]) -> None:
+        """Inverse of [`~Method.state`]; raises `ValueError` if something does not fit."""
+        load_state(self, tensors, self.state())
+
+    @classmethod
+    def facts(cls, options: Any) -> dict[str, str]:
+        """Rows of the card's table about the method, in words.
+
+        Args:
+            options ([`MethodOptions`]): Its own.
+        """
+        return {}
+
+    @classmethod
+    def rejects(cls, options: Any) -> bool:
+        """Whether models with these options can tell out-of-distribution images."""
+        return False
+
+    # Helpers of subclasses
+
+    def _layers(self, wanted: list[int] | None) -> list[int]:
+        """Query layers as an option has them, where -1 is the last, counted from 1."""
+        count = self.backbone.num_layers
+        layers = [number + count + 1 if number < 0 else number for number in wanted or [count]]
+        if layers != sorted(set(layers)) or not 1 <= layers[0] <= layers[-1] <= count:
+            raise ConfigError(f"query_layers={wanted}, but the backbone has {count} layers, to be named rising.")
+        return layers
+
+    @property
+    def _cut(self) -> int | list[int] | None:
+        """Query layers as [`Backbone.forward`] takes them."""
+        layers = self.query_layers
+        return None if layers == [self.backbone.num_layers] else layers[0] if len(layers) == 1 else layers
+
+
+def make_method(backbone: Backbone, config: ContinualConfig) -> Method:
+    """The method of a model.
+
+    Args:
+        backbone ([`Backbone`]): The frozen model.
+        config ([`ContinualConfig`]): Says which method, with which options.
+
+    Returns:
+        [`Method`]
+
+    Raises:
+        [`ConfigError`]: There is no such method, or it does not fit the backbone.
+    """
+    if isinstance(config.method, UnknownOptions):  # unless its class has been imported since
+        config.method = read_options(config.method.values)
+    if config.method.name not in METHODS:
+        raise ConfigError(
+            f"There is no method {config.method.name!r}; choose one of {', '.join(METHODS)}, or, if it is your own, "
+            "import the file that defines it first."
+        )
+    return METHODS[config.method.name](backbone, config)

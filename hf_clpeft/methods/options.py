@@ -1,0 +1,94 @@
+"""Options that several methods share."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from ..config import ConfigError, MethodOptions
+from ..config.adapters import LARGEST_RANK, check_peft
+
+
+LARGEST_PROJECTION = 100_000  # random features, of which a router keeps a square matrix
+
+
+@dataclass
+class PeftOptions(MethodOptions):
+    """Experts of any PEFT technique."""
+
+    peft: dict[str, Any] = field(
+        default_factory=dict, metadata={"help": 'PEFT technique and its arguments, as in {"peft_type": "IA3"}.'}
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_peft(self.peft)
+
+
+@dataclass
+class LoraOptions(MethodOptions):
+    """LoRA experts. `lora_alpha` is `r` unless given, so that updates are not scaled."""
+
+    r: int = field(default=1, metadata={"help": "Rank of the LoRA adapters."})
+    lora: dict[str, Any] = field(
+        default_factory=dict, metadata={"help": 'Further arguments of peft.LoraConfig, as in {"lora_dropout": 0.1}.'}
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_size("r", self.r)
+        check_peft(self.peft)
+
+    @property
+    def peft(self) -> dict[str, Any]:
+        """The PEFT technique and its arguments."""
+        return {"peft_type": "LORA", "r": self.r, "lora_alpha": self.r, **self.lora}
+
+
+@dataclass
+class PromptOptions(MethodOptions):
+    """Prompts as experts."""
+
+    prompt_length: int = field(default=10, metadata={"help": "Tokens of each prompt, behind [CLS]."})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_size("prompt_length", self.prompt_length)
+
+    @property
+    def peft(self) -> dict[str, Any]:
+        """The PEFT technique and its arguments."""
+        return {"peft_type": "PROMPT_TUNING", "num_virtual_tokens": self.prompt_length}
+
+
+@dataclass
+class QueryOptions(MethodOptions):
+    """Where query features are taken."""
+
+    query_layers: list[int] | None = field(
+        default=None,
+        metadata={"help": "Layers behind which query features are taken, side by side; default: the last, -1."},
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        layers = self.query_layers
+        if layers is not None and (not layers or 0 in layers or layers != sorted(set(layers))):
+            raise ConfigError(f"query_layers={layers} must be layers from 1, or from -1 down, rising.")
+
+
+@dataclass
+class ProjectionOptions(MethodOptions):
+    """What RanPAC projects to."""
+
+    projection_size: int = field(default=10_000, metadata={"help": "Random features of the ridge router."})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 1 <= self.projection_size <= LARGEST_PROJECTION:
+            raise ConfigError(
+                f"projection_size={self.projection_size} must be between 1 and {LARGEST_PROJECTION:,} features."
+            )
+
+
+def _check_size(name: str, value: int) -> None:
+    if not 1 <= value <= LARGEST_RANK:
+        raise ConfigError(f"{name}={value!r} must be a whole number from 1 to {LARGEST_RANK:,}.")

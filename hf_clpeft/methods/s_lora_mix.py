@@ -1,0 +1,83 @@
+"""S-LoRA-Mix: a Gaussian router on two depths; the experts of the likeliest tasks judge together with it."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from ..backbones import Backbone
+from ..config import ConfigError, ContinualConfig
+from ..routing import ClassRouter, Routing
+from .mixing import mix
+from .options import LoraOptions, PeftOptions, QueryOptions
+from .s_x import PerTask
+
+
+@dataclass
+class MixOptions(QueryOptions):
+    """How many experts judge, and what weighs them."""
+
+    mix: int = field(default=3, metadata={"help": "Experts that judge an image, in one pass through the bank."})
+    router: str = field(default="gaussian", metadata={"help": "A router whose scores are log-likelihoods."})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.query_layers is None:
+            self.query_layers = [-2, -1]
+        if self.mix < 1:
+            raise ConfigError(f"mix={self.mix} must be 1 or more.")
+
+
+class SXMix(PerTask, name="s_x_mix"):
+    """S-LoRA-Mix with any PEFT technique.
+
+    **Trains** what S-X trains. **Stores** an adapter and head rows per task, a mean per class, one covariance.
+    **Costs** 1 + `mix` forward passes an image. Query features are taken with the first task's expert.
+    """
+
+    title = "S-X-Mix"
+    query_with_first = True
+    router: ClassRouter
+
+    @dataclass
+    class Config(MixOptions, PeftOptions):
+        pass
+
+    def __init__(self, backbone: Backbone, config: ContinualConfig):
+        super().__init__(backbone, config)
+        if not self.router.gives_likelihoods:
+            raise ConfigError(
+                f"{self.name} adds up log-likelihoods, and the scores of {self.options.router!r} are none: choose "
+                "router='gaussian', a subclass of GaussianRouter, or a ClassRouter with gives_likelihoods = True."
+            )
+
+    def route(self, query: torch.Tensor) -> Routing:
+        routing = self.router(query)
+        nearest = routing.distances.topk(min(self.options.mix, self.router.num_owners), largest=False).indices
+        return routing._replace(selection=nearest)
+
+    def classify(self, features: torch.Tensor, routing: Routing) -> torch.Tensor:
+        judges = [self.heads(features[:, n], routing.selection[:, n]) for n in range(features.shape[1])]
+        router = self.router
+        assert routing.scores is not None
+        return mix(torch.stack(judges, dim=1), routing.selection, routing.scores, router.owners, router.classes)
+
+    @classmethod
+    def facts(cls, options: Any) -> dict[str, str]:
+        experts = f"one PEFT expert per task, of which {options.mix} judge every image together with the router"
+        return {**super().facts(options), "experts": experts}
+
+
+class SLoraMix(SXMix, name="s_lora_mix"):
+    """S-LoRA-Mix: a Gaussian router, on query features of two depths, and several experts judge every image.
+
+    Query features are taken with the first task's expert, behind the last two layers by default.
+    [`GaussianRouter`] finds the likeliest tasks; the experts of the first `mix` judge the image in one pass through
+    the bank, and their log-probabilities are added to the router's class scores: see [`hf_clpeft.methods.mixing`].
+    """
+
+    title = "S-LoRA-Mix"
+
+    @dataclass
+    class Config(MixOptions, LoraOptions):
+        pass

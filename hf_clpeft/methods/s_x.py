@@ -1,0 +1,262 @@
+"""S-X: a task trains an expert and head rows of its own; an image goes to the expert of the nearest task."""
+
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+import torch
+from torch.nn.functional import cross_entropy
+
+from ..backbones import Backbone
+from ..config import ConfigError, ContinualConfig, MethodOptions, TaskConfig
+from ..config.text import get_logger
+from ..experts.expert import Expert, make_peft_config
+from ..routing import ROUTERS, Router, Routing, find_router, router_title
+from .heads import Heads
+from .method import Batch, FeaturesOf, Method
+from .options import LoraOptions, PeftOptions, ProjectionOptions, PromptOptions, QueryOptions
+
+
+logger = get_logger(__name__)
+
+
+@dataclass
+class RouteOptions(QueryOptions, ProjectionOptions):
+    """How S-X methods route and classify."""
+
+    k: int | str = field(default=5, metadata={"help": "Prototypes per task, or auto: chosen on held-out features."})
+    router: str = field(
+        default="prototypes",
+        metadata={
+            "help": "What chooses experts: prototypes, as in the paper, or the owner of the likeliest class: "
+            "gaussian, class_means, ridge."
+        },
+    )
+    head: Literal["auto", "shared", "per_task"] = field(
+        default="auto",
+        metadata={"help": "auto: shared where tasks bring new classes and prototypes route, else per_task."},
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if isinstance(self.k, str) and self.k.isdecimal():  # as it comes from a command line
+            self.k = int(self.k)
+        if self.k != "auto" and (isinstance(self.k, str) or self.k < 1):
+            raise ConfigError(f"k={self.k!r} must be a whole number of prototypes per task, 1 or more, or 'auto'.")
+
+
+class PerTask(Method):
+    """The base of methods with a PEFT adapter per task and a router that finds it."""
+
+    independent = routes = takes_one_class = True
+    query_with_first = False  # the "++" variants: query features under the first task's expert, once there is one
+    router: Router
+    heads: Heads
+
+    def __init__(self, backbone: Backbone, config: ContinualConfig):
+        super().__init__(backbone, config)
+        self._query_layers = self._layers(self.options.query_layers)
+        self.router = find_router(self.options.router)(self.query_size).configure(self.options)
+        self.heads = Heads(backbone.hidden_size, shared=getattr(self.options, "head", "per_task") == "shared")
+
+    @property
+    def query_layers(self) -> list[int]:
+        return self._query_layers
+
+    def query(self, pixels: torch.Tensor) -> torch.Tensor:
+        if not (self.query_with_first and len(self.bank)):
+            return super().query(pixels)
+        first = torch.zeros(len(pixels), dtype=torch.int64, device=pixels.device)
+        return self.bank(pixels, first, layers=self._cut).float()
+
+    def route(self, query: torch.Tensor) -> Routing:
+        return self.router(query)
+
+    def classify(self, features: torch.Tensor, routing: Routing) -> torch.Tensor:
+        return self.heads(features, routing.selection)
+
+    def begin(self, task: TaskConfig) -> None:
+        self._head = self.heads.start(self.numbers).to(self.backbone.device)
+        self.bank.start(task.name, make_peft_config(self.options.peft, self.backbone))
+
+    def loss(self, batch: Batch) -> torch.Tensor:
+        # Over the rows of this task alone, which masks the classes of all others.
+        logits = self._head(self.bank.under_training(batch.pixels).to(self._head.weight.dtype))
+        return cross_entropy(logits.float(), self.rows(batch.labels), reduction="none")
+
+    def end(self, features_of: FeaturesOf) -> None:
+        assert self.task is not None
+        self.bank.finish(self.task.name)
+        self.heads.write(self._head.weight, self._head.bias, self.numbers, single=len(self.task.classes) == 1)
+        del self._head
+        self.router.learn(*features_of(self.query), seed=self.seed)
+
+    def accept(self, giver: Method) -> None:
+        check_giver(self, giver)
+
+    def take(self, giver: Method, position: int) -> None:
+        assert isinstance(giver, PerTask) and self.task is not None
+        numbers = [giver.classes.index(label) for label in self.task.classes]
+        seen = set(self.task.classes) & set(self.config.classes)
+        if giver.heads.classes[position] != numbers or (seen and giver.heads.shared != self.heads.shared):
+            raise ConfigError(
+                f"has another head, of which rows of {self.task.name} were trained by other tasks too. Choose the "
+                "same head."
+            )
+        self.bank.adopt(giver.bank[position])
+        with torch.no_grad():
+            self._head.weight.copy_(giver.heads.weights[position])
+            self._head.bias.copy_(giver.heads.biases[position])
+
+    def expert_names(self) -> list[str]:
+        return [task.name for task in self.config.tasks]
+
+    def check(self) -> None:
+        self.router.check_knows([task.name for task in self.config.tasks], self.config.classes)
+
+    def expert_of(self, position: int) -> int | None:
+        return position
+
+    def why_no_reject(self) -> str | None:
+        calibrated = self.router.calibrated()
+        if calibrated is None:
+            return super().why_no_reject()
+        unknown = [task.name for task, known in zip(self.config.tasks, calibrated, strict=True) if not known]
+        return (
+            None
+            if not unknown
+            else (
+                f"reject_rate needs to know how far a task's images lie from its prototypes, but {unknown[:3]} had a "
+                "single image, or were saved before that was measured. Learn them again, or remove them."
+            )
+        )
+
+    def typicality(self, distances: torch.Tensor) -> torch.Tensor:
+        return self.router.typicality(distances).amax(dim=1)
+
+    def remove(self, position: int, number_of: dict[int, int]) -> None:
+        tasks = self.config.tasks
+        name, others = tasks[position].name, [*tasks[:position], *tasks[position + 1 :]]
+        shared = sorted({label for other in others for label in other.classes} & set(tasks[position].classes))
+        if self.router.knows_classes:
+            raise ConfigError(
+                f"The sums of the {self.options.router} router hold the images of all tasks; {name!r} cannot be "
+                "removed exactly. Choose router='prototypes' where tasks must be unlearnt."
+            )
+        if self.query_with_first and position == 0 and others:
+            raise ConfigError(f"The expert of {name!r} takes everyone's query features; it cannot be removed alone.")
+        if self.heads.shared and shared:
+            raise ConfigError(
+                f"Other tasks trained classes {shared} too, in one head: {name!r} cannot be removed exactly."
+            )
+        self.bank.remove(name)
+        self.router.remove(position)
+        self.heads.remove(position, number_of)
+
+    def alike(self) -> dict[str, Any]:
+        if self.query_with_first:
+            raise ConfigError("takes query features with its own first expert, which others do not")
+        options = self.options
+        technique = options.peft["peft_type"]
+        return {"technique": technique, "query_layers": options.query_layers, "router": options.router}
+
+    def merge(self, other: Method, number_of: list[int], names: list[str]) -> None:
+        assert isinstance(other, PerTask)
+        experts = zip(names, other.bank, strict=True)
+        self.bank.extend([Expert(name, expert.config, expert.tensors) for name, expert in experts])
+        self.router.merge(other.router, number_of)
+        heads = other.heads
+        for weight, bias, old, single in zip(heads.weights, heads.biases, heads.classes, heads.single, strict=True):
+            self.heads.write(weight, bias, [number_of[number] for number in old], single)
+
+    @classmethod
+    def rejects(cls, options: Any) -> bool:
+        return options.router in ROUTERS and not ROUTERS[options.router].knows_classes
+
+    @classmethod
+    def facts(cls, options: Any) -> dict[str, str]:
+        return {
+            "experts": "one PEFT expert per task, of which every image chooses its own",
+            "PEFT": ", ".join(f"{key} = {value}" for key, value in options.peft.items()),
+            "router": router_title(options.router),
+            "head": getattr(options, "head", "per_task").replace("_", " "),
+        }
+
+
+def check_giver(method: Method, giver: Method) -> None:
+    """Raises [`ConfigError`] unless a method has one expert per task, made as another method makes its own."""
+    if not isinstance(giver, PerTask):
+        raise ConfigError(f"{method.name} cannot take experts of {giver.name}.")
+    if giver.options.peft != method.options.peft:
+        raise ConfigError(f"was made with peft={giver.options.peft!r}, not {method.options.peft!r}.")
+
+
+class SX(PerTask, name="s_x"):
+    """S-X with any PEFT technique: arXiv 2207.12819; section 3 of arXiv 2406.03216.
+
+    **Trains** an adapter per task and the head rows of its classes. **Stores** both, and k prototypes per task.
+    **Costs** two forward passes an image: one for the query features, one under the nearest task's expert.
+    """
+
+    title, paper = "S-X", "2406.03216"
+
+    @dataclass
+    class Config(RouteOptions, PeftOptions):
+        pass
+
+    def begin(self, task: TaskConfig) -> None:
+        if self.options.head == "auto":
+            # Where the router has compared the classes of all tasks already, rows of other tasks can only mislead.
+            self.heads.shared = task.domain is None and not self.router.knows_classes
+        super().begin(task)
+
+    def end(self, features_of: FeaturesOf) -> None:
+        self.options.head = "shared" if self.heads.shared else "per_task"
+        super().end(features_of)
+
+    def merged_options(self, others: list[Method]) -> MethodOptions:
+        # Rows of a shared head are compared with each other, so there must be one per class.
+        every = [self, *others]
+        classes = [label for method in every for label in method.classes]
+        shared = all(method.heads.shared for method in every) and len(set(classes)) == len(classes)
+        return replace(self.options, head="shared" if shared else "per_task")
+
+
+class SXPlusPlus(SX, name="s_x_pp"):
+    """S-X whose query features are taken with the first task's expert; section 3 of arXiv 2406.03216."""
+
+    title, query_with_first = "S-X++", True
+
+
+class SLora(SX, name="s_lora"):
+    """S-LoRA: S-Prompts with LoRA in place of prompts; section 3 of arXiv 2406.03216.
+
+    Not to be confused with the LLM serving system of the same name (arXiv 2311.03285).
+    """
+
+    title = "S-LoRA"
+
+    @dataclass
+    class Config(RouteOptions, LoraOptions):
+        pass
+
+
+class SLoraPlusPlus(SLora, name="s_lora_pp"):
+    """S-LoRA++: S-LoRA whose query features are taken with the first task's expert; arXiv 2406.03216."""
+
+    title, query_with_first = "S-LoRA++", True
+
+
+class SPrompts(SX, name="s_prompts"):
+    """S-Prompts: one prompt per task, chosen by the nearest prototype; arXiv 2207.12819."""
+
+    title, paper = "S-Prompts", "2207.12819"
+
+    @dataclass
+    class Config(RouteOptions, PromptOptions):
+        pass
+
+
+class SPromptsPlusPlus(SPrompts, name="s_prompts_pp"):
+    """S-Prompts++: S-Prompts whose query features are taken with the first task's prompt; arXiv 2406.03216."""
+
+    title, paper, query_with_first = "S-Prompts++", "2406.03216", True

@@ -1,0 +1,79 @@
+"""What a module keeps, out of a file that somebody else may have written."""
+
+import torch
+
+
+ELSEWHERE = ("_", "bank.", "router.", "heads.")  # what is not saved, or has a file of its own
+
+
+def load_state(module: torch.nn.Module, tensors: dict[str, torch.Tensor], own: dict[str, torch.Tensor]) -> None:
+    """Fills a module with tensors that may have grown since it was made.
+
+    A tensor has the type and the number of dimensions of the module's own. A dimension that is zero in the module may
+    have any size in the file; all others must agree. Lists of parameters may be longer.
+
+    Args:
+        module (`torch.nn.Module`): What to fill.
+        tensors (`dict[str, torch.Tensor]`): Content of a file.
+        own (`dict[str, torch.Tensor]`): What the module keeps, by the same names.
+
+    Raises:
+        `ValueError`: A tensor is missing, has no place, or does not fit.
+
+    Example:
+
+    ```py
+    >>> import torch
+    >>> from hf_clpeft.methods.state import load_state
+
+    >>> module = torch.nn.Linear(2, 0, bias=False)
+    >>> load_state(module, {"weight": torch.ones(3, 2)}, module.state_dict())
+    >>> module.weight.shape
+    torch.Size([3, 2])
+
+    ```
+    """
+    lists = _lists(module)
+    for name in lists:
+        items = {key for key in tensors if key.rpartition(".")[0] == name}
+        if items != {f"{name}.{i}" for i in range(len(items))}:
+            raise ValueError(f"the items of {name} are {sorted(items)[:5]}.")
+    listed = {key for key in tensors.keys() | own.keys() if key.rpartition(".")[0] in lists}
+    missing, unknown = own.keys() - tensors.keys() - listed, tensors.keys() - own.keys() - listed
+    if missing or unknown:
+        raise ValueError(f"it lacks {sorted(missing)[:3]}, and has {sorted(unknown)[:3]} too many.")
+    for name, tensor in tensors.items():
+        wanted = torch.float32 if name not in own or own[name].is_floating_point() else torch.int64
+        if tensor.dtype != wanted:
+            raise ValueError(f"{name} is of {tensor.dtype}, and is stored as {wanted}.")
+        shape = own[name].shape if name in own else tensor.shape
+        if tensor.dim() != len(shape) or any(a != b for a, b in zip(tensor.shape, shape, strict=True) if b):
+            raise ValueError(f"{name} has shape {tuple(tensor.shape)}, not {tuple(shape)}, where 0 is any size.")
+    fill(module, tensors)
+
+
+def fill(module: torch.nn.Module, tensors: dict[str, torch.Tensor]) -> None:
+    """Sets parameters and buffers, whatever their size was; a list of parameters gets as many as there are."""
+    for name in _lists(module):
+        part = module.get_submodule(name)
+        while len(part) > sum(key.rpartition(".")[0] == name for key in tensors):  # type: ignore[arg-type]
+            del part._parameters[str(len(part) - 1)]  # type: ignore[arg-type]
+            part._size -= 1
+    for name, tensor in tensors.items():
+        path, _, key = name.rpartition(".")
+        part = module.get_submodule(path)
+        if key in part._buffers:
+            own = part._buffers[key]
+            part._buffers[key] = tensor.to(tensor if own is None else own, copy=True)
+        elif key in part._parameters:
+            known = part._parameters[key]
+            assert known is not None
+            part._parameters[key] = torch.nn.Parameter(tensor.to(known, copy=True), known.requires_grad)
+        else:
+            assert isinstance(part, torch.nn.ParameterList)
+            part.append(torch.nn.Parameter(tensor.clone()))
+
+
+def _lists(module: torch.nn.Module) -> list[str]:
+    lists = [name for name, part in module.named_modules() if isinstance(part, torch.nn.ParameterList)]
+    return [name for name in lists if not name.startswith(ELSEWHERE)]

@@ -1,0 +1,158 @@
+"""Which files a model's folder has, and what is checked before one of them is read."""
+
+import atexit
+import shutil
+from pathlib import Path
+from tempfile import mkdtemp
+
+from peft.utils import CONFIG_NAME as ADAPTER_CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
+
+from ..config import CONFIG_NAME, ConfigError, ContinualConfig
+from ..reports.card import CARD_NAME
+from .folder import READY, hash_file, unfinished_change
+from .lineage import difference
+
+
+ROUTER_NAME = "router.safetensors"
+HEADS_NAME = "heads.safetensors"
+METHOD_NAME = "method.safetensors"  # what a method keeps besides, if anything
+PROCESSOR_NAME = "preprocessor_config.json"
+EXPERTS_FOLDER = "experts"
+SAVE_ELSEWHERE = "Save this one into another folder, or pass overwrite=True."
+PICKLES = {".bin", ".ckpt", ".dill", ".joblib", ".npy", ".npz", ".pickle", ".pkl", ".pt", ".pth"}
+WEIGHTS = {".safetensors", *PICKLES}
+
+
+def check_same_model(
+    folder: str | Path, config: ContinualConfig | None, ways_out: str = SAVE_ELSEWHERE, overwrite: bool = False
+) -> ContinualConfig | None:
+    """Looks whether a model may be saved into a folder: it is empty, or holds an earlier state of that model.
+
+    Args:
+        folder (`str` or `Path`): Only looked at.
+        config ([`ContinualConfig`], *optional*): The model's; as it is before, if it is to learn yet. `None` for one
+            that has yet to be made.
+        ways_out (`str`, *optional*): What the error advises.
+        overwrite (`bool`, *optional*, defaults to `False`): Let another model be there.
+
+    Returns:
+        [`ContinualConfig`], *optional*: The model that is there.
+
+    Raises:
+        [`ConfigError`]: Another model would be lost, or what else lies there could not be loaded with this one.
+    """
+    saved, there, what = as_saved(folder), None, None
+    try:
+        there = ContinualConfig.load(saved)
+    except FileNotFoundError:
+        pass
+    except ConfigError as error:
+        what = f"one that cannot be read ({error})"
+    if there is not None and there.tasks:
+        learnt = f"one that has learnt {', '.join(task.name for task in there.tasks[:3])}"
+        what = learnt if config is None else difference(config, there)
+    if what is not None and not overwrite:
+        raise ConfigError(f"{folder} holds another model, which would be lost: {what}. {ways_out}")
+    known = there.files if there is not None else {}
+    vouching = config or there
+    if vouching is not None:
+        check_names([name for name in _names_in(saved) if name not in known], vouching, folder)
+    return there
+
+
+def as_saved(folder: str | Path) -> Path:
+    """Where to read the model of a folder: there, or, if a process was killed when it had begun to change the folder,
+    in a copy in which that change is complete. The folder stays as it is.
+
+    Args:
+        folder (`str` or `Path`): A model's folder.
+
+    Returns:
+        `Path`: The folder, or the copy, which this process deletes when it ends.
+
+    Raises:
+        [`ConfigError`]: The change is none of ours: it would reach out of the folder.
+
+    Example:
+
+    ```py
+    >>> from hf_clpeft.storage.files import as_saved
+
+    >>> as_saved("out").as_posix()
+    'out'
+
+    ```
+    """
+    folder = Path(folder)
+    try:
+        change = unfinished_change(folder)
+    except FileNotFoundError:  # another process has ended it just now
+        return folder
+    if change is None:
+        return folder
+    removed, names = change
+    place = Path(mkdtemp(prefix="hf-clpeft-"))
+    atexit.register(shutil.rmtree, place, ignore_errors=True)
+    ours = {name for name in _names_in(folder) if Path(name).suffix in {".json", ".safetensors", *PICKLES}}
+    kept = {name for name in ours if not any(f"{name}/".startswith(f"{gone}/") for gone in removed)}
+    for name in kept | set(names):
+        (place / name).parent.mkdir(parents=True, exist_ok=True)
+        new = folder / READY / name
+        shutil.copyfile(new if name in names and new.is_file() else folder / name, place / name)
+    return place
+
+
+def expert_files(name: str) -> list[str]:
+    """Paths of an expert's files in a model's folder."""
+    return [f"{EXPERTS_FOLDER}/{name}/{file}" for file in (ADAPTER_CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME)]
+
+
+def check_files(folder: Path, config: ContinualConfig) -> None:
+    """Raises [`ConfigError`] unless the folder holds the files that its configuration vouches for, and no strangers.
+
+    Args:
+        folder (`Path`): A model's folder.
+        config ([`ContinualConfig`]): Its configuration.
+    """
+    experts = {path for name in config.expert_names for path in expert_files(name)}
+    expected = {ROUTER_NAME, HEADS_NAME, PROCESSOR_NAME, *experts}
+    unnamed, unknown = expected - config.files.keys(), config.files.keys() - expected - {METHOD_NAME}
+    if unnamed or unknown:
+        raise ConfigError(
+            f"{folder / CONFIG_NAME} does not fit together: of the files that its tasks need it lacks "
+            f"{sorted(unnamed)[:3]}, and it names {sorted(unknown)[:3]}, which no task needs."
+        )
+    check_names(_names_in(folder), config, folder)
+    for path, digest in config.files.items():
+        if not (folder / path).is_file():
+            raise ConfigError(f"{folder} lacks the file {path}, so the model is not whole.")
+        if hash_file(folder / path) != digest:
+            raise ConfigError(
+                f"{folder / path} is not the file that {CONFIG_NAME} vouches for: it is damaged or from another model."
+            )
+
+
+def check_names(names: list[str], config: ContinualConfig, where: str | Path) -> None:
+    """Raises [`ConfigError`] if there are pickles, or weights that the configuration does not vouch for.
+
+    Args:
+        names (`list[str]`): Paths in a model's folder or repo.
+        config ([`ContinualConfig`]): Its configuration.
+        where (`str` or `Path`): The folder or repo, for the message.
+    """
+    for name in sorted(names):
+        if Path(name).suffix.lower() in PICKLES:
+            raise ConfigError(
+                f"{where} holds {name}, which can run code when read. Only safetensors and JSON are read."
+            )
+        weights = name.startswith(f"{EXPERTS_FOLDER}/") or name.endswith(".safetensors")
+        if weights and name not in config.files and Path(name).name != CARD_NAME:
+            raise ConfigError(f"{where} holds {name}, which its {CONFIG_NAME} does not know.")
+
+
+def _names_in(folder: Path) -> list[str]:
+    """What may belong to a model in a folder: its files, and all that is beside and in its experts."""
+    paths = [path for path in folder.glob("*") if path.is_file()]
+    for path in folder.glob(f"{EXPERTS_FOLDER}/*"):
+        paths += path.iterdir() if path.is_dir() else [path]
+    return [path.relative_to(folder).as_posix() for path in paths]
