@@ -232,7 +232,7 @@ def test_an_absurd_configuration_is_refused_before_it_is_built(glyphs, values, m
         ({"size": {"shortest_edge": 32}}, "square images of one size"),
         ({"size": {"height": -3, "width": -3}}, "cannot resize"),
         ({"image_mean": [0.5]}, "normalises with"),
-        ({"image_mean": [float("nan")] * 3}, "NaN is no finite number"),
+        ({"image_mean": [float("nan")] * 3}, "NaN is not a finite number"),
         ({"image_processor_type": "OneFormerImageProcessor"}, "does more than resize"),
         ({"image_processor_type": "EvilProc", "auto_map": {"AutoImageProcessor": "evil.C"}}, "is unknown or"),
         ({"resample": 77}, "cannot resize"),

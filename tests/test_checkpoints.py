@@ -102,7 +102,7 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(undisturbed, str
     trainer.on_step = lambda done, total: steps.append(done)
     with caplog.at_level(logging.WARNING):
         trainer.learn_stream(stream)
-    assert steps[0] == 3 and "is damaged (state.safetensors is not what was written)" in caplog.text
+    assert steps[0] == 3 and "is damaged (state.safetensors does not match its hash)" in caplog.text
     assert outcome(tmp_path / "pieces") == undisturbed["s_lora"]
 
 
@@ -110,7 +110,7 @@ def test_a_checkpoint_of_another_run_is_not_gone_on_with(stream, tmp_path):
     with pytest.raises(RuntimeError):
         begin(s_lora(k=2), tmp_path / "run", 5).learn_stream(stream)
     shutil.copytree(tmp_path / "run", tmp_path / "fresh")
-    with pytest.raises(ConfigError, match=r"state of a run that was interrupted \(checkpoints/task-000-00000004\)"):
+    with pytest.raises(ConfigError, match=r"state of an interrupted run \(checkpoints/task-000-00000004\)"):
         make_trainer(s_lora(k=2), tmp_path / "fresh", **{**OPTIONS, "resume_from_checkpoint": None}).learn(stream[0])
     for folder, options in (
         ("run", {"learning_rate": 1e-3}),

@@ -79,7 +79,7 @@ def test_push_sends_what_a_run_could_not(hub, learnt, monkeypatch):
     from hf_clpeft import s_lora
     from hf_clpeft.hub import push
 
-    monkeypatch.setattr(push, "WAITS", (0, 0))
+    monkeypatch.setattr(push, "RETRY_DELAYS", (0, 0))
     options = {"push_to_hub": True, "hub_model_id": REPO, "hub_token": "hf_alice", "num_train_epochs": 1}
     trainer = make_trainer(s_lora(k=1), "out", **options)
     hub.faults.append(Fault("POST", "/commit/", status=503, times=10**6))
@@ -153,7 +153,7 @@ def command(*words):
         (("export", "MODEL", "task-009", "-o", "x"), 1, "error: .*task-009"),
         (("combine", "MODEL", "-o", "x"), 1, "error: Combining needs two models"),
         (("push", "MODEL"), 1, "error: .* does not say which repo"),
-        (("push", "nothing", "alice/digits"), 1, "error: nothing is no folder, and none of hf-clpeft/s-lora-digits"),
+        (("push", "nothing", "alice/digits"), 1, "error: nothing is neither a folder nor one of hf-clpeft/s-lora-d"),
         (("info", "."), 1, "error: . holds no config.json"),
         (("sing",), 2, "No such command"),
     ],

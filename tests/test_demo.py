@@ -103,7 +103,7 @@ def test_an_answer_is_the_models_with_its_reasons(ask, digits):
 
 def test_another_expert_can_be_chosen_by_hand(ask, digits):
     verdict, _, _, details = ask("/predict", SEVEN, "task-000", "")
-    assert details["expert"] == "task-000" and "Its own route leads to 6, 7." in verdict
+    assert details["expert"] == "task-000" and "Routing alone would have chosen 6, 7." in verdict
     with pytest.raises(AppError, match="not one of task-000"):
         ask("/predict", SEVEN, "task-777", "")
 
@@ -490,7 +490,7 @@ def test_a_pool_can_be_shown_too(learnt):
 
 def test_a_model_whose_pictures_go_to_no_expert_is_refused(tmp_path):
     make_trainer(ncm(), tmp_path).learn_stream(TaskStream.class_incremental(pattern_dataset(), num_tasks=2))
-    with pytest.raises(ConfigError, match="of the method ncm, in which no expert takes a picture"):
+    with pytest.raises(ConfigError, match="uses the method ncm, which routes no picture to an expert"):
         Models(str(tmp_path))
 
 
@@ -500,7 +500,7 @@ def test_a_mixed_model_says_who_judged_and_cannot_be_taught(tmp_path):
     )
     models = Models(str(tmp_path))
     (found,) = models.served.predict(pattern_dataset()["test"][0]["image"], top_k=5)
-    assert "Judged by the router and the experts of <b>class" in views.verdict(found, models.served, 0.05)
+    assert "Classified by the router and the experts of <b>class" in views.verdict(found, models.served, 0.05)
     assert views.prototype_points(models.served) is not None
     with pytest.raises(ConfigError, match="weighs the classes of all tasks against each other"):
         teach(models, "", {"new": [Image.new("RGB", (32, 32))] * 5})

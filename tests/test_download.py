@@ -50,7 +50,7 @@ def test_without_a_network_the_cache_will_do(hub, pushed):
     expected = load().config
     hub.faults.append(Fault(".*", ".*", cut=True, times=10**6))
     assert load(local_files_only=True).config == load().config == expected
-    with pytest.raises(HubError, match="cannot be reached .* and what is needed is not in the cache"):
+    with pytest.raises(HubError, match="cannot be reached .* and the files are not in the cache"):
         load(cache_dir="other")
     with pytest.raises(HubError, match="not in the cache"):
         load(cache_dir="other", local_files_only=True)
@@ -71,7 +71,7 @@ def test_a_download_that_broke_off_is_taken_up_again(hub, pushed):
     [
         ("alice/nothing", None, "no such folder, and http.* has no such model repo"),
         (REPO, "task-009", "no revision 'task-009'"),
-        ("out/of/nowhere", None, "no such folder, and it is no repo id"),
+        ("out/of/nowhere", None, "no such folder, and it is not a valid repo id"),
     ],
 )
 def test_what_is_not_there_is_named(pushed, repo, revision, message):

@@ -26,7 +26,7 @@ REPO, CLOSED = "alice/model", "http://127.0.0.1:9"
 
 @pytest.fixture(autouse=True)
 def _no_waiting(monkeypatch):
-    monkeypatch.setattr(push, "WAITS", (0, 0))
+    monkeypatch.setattr(push, "RETRY_DELAYS", (0, 0))
 
 
 @pytest.fixture(scope="module")
@@ -70,12 +70,12 @@ BUSY = Fault(**ANY, status=429, headers={"Retry-After": "1"})
     [
         ("hf_alice", [BUSY], r"the Hub answers 429 \(This went wrong on purpose\)\. Try again later\."),
         ("hf_alice", [Fault(**ANY, status=503)], r"the Hub answers 503 .* Try again later\."),
-        ("hf_alice", [Fault(**ANY, status=403)], r"the Hub answers 403 .* may not read it"),
+        ("hf_alice", [Fault(**ANY, status=403)], r"the Hub answers 403 .* no read access"),
         ("hf_nobody", [], r"the Hub answers 401 \(Invalid cred.*\)\. The token is not valid; log in"),
         (
             "hf_alice",
             [Fault(**ANY, cut=True)],
-            r"http://127.* cannot be reached \(\w+\), and what is needed is not in",
+            r"http://127.* cannot be reached \(\w+\), and the files are not in",
         ),
         (False, [Fault(**ANY, status=401)], r"the Hub answers 401 .* Log in with `hf auth login`"),
         ("hf_alice", [Fault(**ANY, status=401)], r"the Hub answers 401 .* The token is not valid"),
@@ -92,12 +92,12 @@ def test_loading_what_the_hub_does_not_give_is_told_in_one_line(hub, pushed, tok
 @pytest.mark.parametrize(
     "repo, token, told",
     [
-        ("bob/model", "hf_alice", r"the Hub answers 403 \(You don't have the rights .*\)\. The token may not write"),
-        (REPO, "hf_reader", "the Hub answers 403 .* make one with write access"),
+        ("bob/model", "hf_alice", r"the Hub answers 403 \(You don't have the rights .*\)\. The token has no write"),
+        (REPO, "hf_reader", "the Hub answers 403 .* no write access"),
         (REPO, "hf_nobody", "the Hub answers 401 .* The token is not valid"),
         (REPO, False, "the Hub answers 401 .* Log in with `hf auth login`"),
         ("model", False, "there is no token|Log in with `hf auth login`"),
-        ("lab/../x", "hf_alice", "it is no repo id"),
+        ("lab/../x", "hf_alice", "it is not a valid repo id"),
     ],
 )
 def test_pushing_what_the_hub_does_not_take_is_told_in_one_line(hub, model, repo, token, told):
@@ -119,7 +119,7 @@ def test_a_private_repo_of_others_and_one_that_is_missing_are_told_alike_by_stat
 @pytest.mark.parametrize("token", ["hf_alice", False])
 def test_gated_repos_say_where_to_accept_the_terms(hub, pushed, token):
     hub.gated.add(REPO)
-    with pytest.raises(HubError, match=f"accept their terms .* Do so on {hub.url}/{REPO}, and log in") as error:
+    with pytest.raises(HubError, match=f"repo is gated .* Accept its terms on {hub.url}/{REPO}, and log in") as error:
         load(token=token)
     line_of(error)
 
@@ -147,11 +147,11 @@ def test_what_is_in_the_cache_is_used_when_the_hub_gives_nothing_and_that_is_sai
 def test_offline_mode_is_named(pushed, model, monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(
-        HubError, match="HF_HUB_OFFLINE=1 forbids to ask http.*, and what is needed is not in"
+        HubError, match="HF_HUB_OFFLINE=1 forbids requests to http.*, and the files are not in"
     ) as error:
         load()
     line_of(error)
-    with pytest.raises(HubError, match="HF_HUB_OFFLINE=1 forbids to ask .* What is in a folder can be pushed later"):
+    with pytest.raises(HubError, match="HF_HUB_OFFLINE=1 forbids requests to .* A saved model can be pushed later"):
         model.push_to_hub(REPO, token="hf_alice")
 
 
@@ -172,7 +172,7 @@ def test_a_storage_that_takes_nothing_leaves_the_tasks_in_the_outbox_and_learnin
     said = [record.getMessage() for record in caplog.records if "Learning goes on" in record.getMessage()]
     assert len(said) == 2 and all("\n" not in line for line in said)
     assert f"the storage of {hub.url} cannot be reached (Network error" in said[0]
-    assert "HF_HUB_DISABLE_XET=1 goes another way" in said[0] and "hf-clpeft push out" in said[0]
+    assert "If only Xet is blocked, set HF_HUB_DISABLE_XET=1" in said[0] and "hf-clpeft push out" in said[0]
     assert [commit.title for commit in hub.repo(REPO).commits()] == ["initial commit"]
 
     # Going on with the run works while the storage still takes nothing, too.
@@ -223,7 +223,7 @@ def test_only_while_files_move_is_a_builtin_error_one_of_the_hub(error):
 
 def test_an_address_that_is_no_hub_is_told(hub, pushed):
     hub.faults.append(Fault("HEAD", "/resolve/", status=200, times=10**6))  # without what the client needs to know
-    with pytest.raises(HubError, match=f"Cannot load {REPO}: {hub.url} does not answer as a Hub does") as error:
+    with pytest.raises(HubError, match=f"Cannot load {REPO}: {hub.url} does not answer like a Hub") as error:
         load()
     assert "\n" not in str(error.value)
 

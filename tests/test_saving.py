@@ -21,8 +21,8 @@ from hf_clpeft.backbones.bundled import bundled_folder
 from hf_clpeft.cli import app
 from hf_clpeft.config import ContinualConfig
 from hf_clpeft.export import export_adapter, export_merged
-from hf_clpeft.storage.folder import atomic
 from hf_clpeft.storage.files import check_same_model
+from hf_clpeft.storage.folder import atomic
 
 
 CLASSES = [["cat", "dog"], ["owl", "emu"], ["fox", "elk"]]

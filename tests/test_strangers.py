@@ -24,8 +24,8 @@ from hf_clpeft.cli import app
 from hf_clpeft.config.checks import read_json
 from hf_clpeft.hub.outbox import Outbox
 from hf_clpeft.hub.push import PushTarget, push_folder
-from hf_clpeft.storage.folder import atomic, recover, unfinished_change
 from hf_clpeft.storage.files import as_saved
+from hf_clpeft.storage.folder import atomic, recover, unfinished_change
 from hf_clpeft.training.checkpoints import Checkpoints
 from hf_clpeft.training.recipe import _find_checkpoint
 
@@ -319,20 +319,20 @@ def test_sums_of_no_images_are_refused(tmp_path, backbone, key, change):
 
 
 BAD_JSON = {
-    '{"a": NaN}': "NaN is no finite number",
-    '{"a": [-Infinity]}': "-Infinity is no finite number",
-    '{"a": 1e999}': "1e999 is no finite number",
+    '{"a": NaN}': "NaN is not a finite number",
+    '{"a": [-Infinity]}': "-Infinity is not a finite number",
+    '{"a": 1e999}': "1e999 is not a finite number",
     '{"a": 1, "b": 2, "a": 3}': "it has the field 'a' twice",
-    '{"tasks": [{"classes": ["x", "\\ud800"]}]}': r"tasks\[0\]\['classes'\]\[1\] is '\\ud800', which is no Unicode",
-    '{"\\udfff": 1}': "a field's name is .* which is no Unicode",
-    '{"a": {"\\udfff": 1}}': "a name in a is .* which is no Unicode",
-    '{"a": ' + "[" * 30 + "]" * 30 + "}": "lies deeper than 20 levels",
-    '{"a": ' + "[" * 100_000 + "]" * 100_000 + "}": "is no JSON",
-    '{"a": ' + '{"a":' * 900 + "1" + "}" * 900 + "}": "lies deeper than 20 levels",
-    '{"a": 99999999999999999999}': "a is a whole number of 67 bits",
-    '{"a": ' + "9" * 5000 + "}": "is no JSON",
-    "\ufeff{}": "is no JSON",
-    "": "is no JSON",
+    '{"tasks": [{"classes": ["x", "\\ud800"]}]}': r"tasks\[0\]\['classes'\]\[1\] is '\\ud800', which is not valid",
+    '{"\\udfff": 1}': "a field's name is .* which is not valid Unicode",
+    '{"a": {"\\udfff": 1}}': "a name in a is .* which is not valid Unicode",
+    '{"a": ' + "[" * 30 + "]" * 30 + "}": "is nested deeper than 20 levels",
+    '{"a": ' + "[" * 100_000 + "]" * 100_000 + "}": "is not valid JSON",
+    '{"a": ' + '{"a":' * 900 + "1" + "}" * 900 + "}": "is nested deeper than 20 levels",
+    '{"a": 99999999999999999999}': "a is an integer of 67 bits",
+    '{"a": ' + "9" * 5000 + "}": "is not valid JSON",
+    "\ufeff{}": "is not valid JSON",
+    "": "is not valid JSON",
 }
 
 
@@ -347,8 +347,8 @@ def test_json_that_means_nothing_is_refused(text):
 def test_half_a_character_is_refused_before_a_model_learns_it(model, field):
     if field == "license":
         model.config.license = "\udce4"
-        with pytest.raises(ConfigError, match="license is .* no Unicode text"):
+        with pytest.raises(ConfigError, match="license is .* not valid Unicode"):
             model.save_pretrained("out")
     else:
-        with pytest.raises(ConfigError, match=f"{field}.* is .* no Unicode text"):
+        with pytest.raises(ConfigError, match=f"{field}.* is .* not valid Unicode"):
             model.start_task("new", ["\udce4" if field == "classes" else "x", "y"], "\udce4")

@@ -1,6 +1,6 @@
-"""The command `hf-clpeft`: one file a command, each a thin layer over a function of the library.
+"""The command `hf-clpeft`: one file per command, each a thin wrapper of a function of the library.
 
-Heavy libraries are imported when a command runs, so that `--help` is there at once.
+Heavy libraries are imported when a command runs, so that `--help` is fast.
 """
 
 import typer
@@ -29,5 +29,5 @@ for command in (demo, info, predict, combine, push, export, migrate, env, test):
 
 
 def main() -> None:
-    """Runs the command line; what is refused becomes one line and exit status 1, or 2 where options are wrong."""
+    """Runs the command line; errors end it with one line and exit status 1, or 2 for wrong options."""
     run_app(app)

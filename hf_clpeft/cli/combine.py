@@ -1,4 +1,4 @@
-"""`hf-clpeft combine`: experts of several models in one."""
+"""`hf-clpeft combine`: merges the experts of several models into one model."""
 
 from pathlib import Path
 from shlex import quote
@@ -17,7 +17,7 @@ def combine(
     backbone: BackbonePath = None,
     token: Token = None,
 ) -> None:
-    """Combine the experts of several models into one model; nothing is trained."""
+    """Combine the experts of several models into one model, without training."""
     from ..combining import combine as combine_models
 
     quieten()

@@ -1,4 +1,4 @@
-"""What several commands share: their options, and how a result is shown."""
+"""Options and output shared by several commands."""
 
 import json
 import sys
@@ -8,7 +8,6 @@ import typer
 
 from ..config.text import printable, printable_json
 from ..reports.tables import print_table
-from ..training.progress import disable_progress_bars
 
 
 if TYPE_CHECKING:
@@ -16,19 +15,19 @@ if TYPE_CHECKING:
 
 
 Repo = Annotated[str, typer.Argument(help="Repo id, repo@revision, or folder of a model.")]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace another model that the folder holds.")]
-AsJson = Annotated[bool, typer.Option("--json", "--as-json", help="Print JSON, for programs.")]
-Token = Annotated[str | None, typer.Option(help="Token of the Hub; default: as logged in.")]
-BackbonePath = Annotated[str | None, typer.Option("--backbone", help="Where the backbone is, if not where it was.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace a different model in the folder.")]
+AsJson = Annotated[bool, typer.Option("--json", "--as-json", help="Print JSON.")]
+Token = Annotated[str | None, typer.Option(help="Access token; default: the one saved by `hf auth login`.")]
+BackbonePath = Annotated[str | None, typer.Option("--backbone", help="Repo or folder of the backbone, if moved.")]
 
 
 def show(values: dict | list[dict], as_json: bool, title: str = "") -> None:
-    """Prints a mapping as lines, or rows (a list of mappings) as a table; or either as JSON.
+    """Prints a mapping as lines, a list of mappings as a table, or either as JSON.
 
     Args:
         values (`dict` or `list[dict]`): What to print.
         as_json (`bool`): Print JSON.
-        title (`str`, *optional*): Heading of a table.
+        title (`str`, *optional*): Title of a table.
     """
     if as_json:
         print(printable_json(json.dumps(values, indent=2, ensure_ascii=False)))
@@ -42,12 +41,14 @@ def show(values: dict | list[dict], as_json: bool, title: str = "") -> None:
 
 
 def quieten() -> None:
-    """Leaves of the libraries' progress bars those that somebody at a terminal waits for: of files that travel."""
+    """Disables the libraries' progress bars; in a terminal, those of uploads and downloads stay."""
+    from ..training.progress import disable_progress_bars  # which loads torch
+
     disable_progress_bars(transfers=not sys.stderr.isatty())
 
 
 def load_model(repo: str, backbone: str | None, token: str | None) -> "ContinualModel":
-    """Loads the [`ContinualModel`] that a command was given."""
+    """Loads the [`ContinualModel`] of a command's arguments."""
     from ..config.repos import split_revision
     from ..model import ContinualModel
 

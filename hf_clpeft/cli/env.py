@@ -1,4 +1,4 @@
-"""`hf-clpeft env`: what a bug report needs."""
+"""`hf-clpeft env`: the environment, for bug reports."""
 
 import os
 import platform
@@ -7,7 +7,7 @@ from .common import AsJson, show
 
 
 def env(as_json: AsJson = False) -> None:
-    """Print versions, device and Hub settings, to copy into a bug report."""
+    """Print versions, device and Hub settings for a bug report."""
     import torch
     from huggingface_hub import constants
 

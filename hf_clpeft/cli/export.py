@@ -1,4 +1,4 @@
-"""`hf-clpeft export`: one expert for use without this library."""
+"""`hf-clpeft export`: exports an expert for use without this library."""
 
 from pathlib import Path
 from typing import Annotated
@@ -11,8 +11,8 @@ from .common import AsJson, BackbonePath, Overwrite, Repo, Token, load_model, sh
 def export(
     repo: Repo,
     task: Annotated[str, typer.Argument(help="Name of a task; `hf-clpeft info` lists them.")],
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write into.")],
-    merge: Annotated[bool, typer.Option("--merge", help="Merge it into the backbone: a plain classifier.")] = False,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Output folder.")],
+    merge: Annotated[bool, typer.Option("--merge", help="Merge it into the backbone.")] = False,
     overwrite: Overwrite = False,
     as_json: AsJson = False,
     backbone: BackbonePath = None,

@@ -1,4 +1,4 @@
-"""`hf-clpeft info`: what a model has learnt and how well, without its weights."""
+"""`hf-clpeft info`: tasks, method and metrics of a model, without downloading its weights."""
 
 from pathlib import Path
 
@@ -6,11 +6,12 @@ from .common import AsJson, Repo, Token, show
 
 
 def info(repo: Repo, as_json: AsJson = False, token: Token = None) -> None:
-    """Show what a model has learnt, with what, and how well."""
+    """Show the tasks, method, backbone and metrics of a model."""
     from ..backbones.bundled import bundled_folder
     from ..config.checks import read_json
     from ..config.model import ContinualConfig
     from ..config.repos import split_revision
+    from ..config.text import percent
     from ..hub.download import fetch_config
     from ..reports.report import METRICS_NAME, StreamReport
     from ..storage.files import as_saved
@@ -24,7 +25,8 @@ def info(repo: Repo, as_json: AsJson = False, token: Token = None) -> None:
     for i, task in enumerate(config.tasks):
         row = {"task": task.name, "classes or domain": task.title, "images": task.num_train_images}
         if report is not None:
-            row["when learnt"], row["now"] = _percent(report.accuracy_matrix[i][i], report.accuracy_matrix[-1][i])
+            row["when learnt"] = percent(report.accuracy_matrix[i][i])
+            row["now"] = percent(report.accuracy_matrix[-1][i])
         tasks.append(row)
     summary = {
         "method": config.method.name,
@@ -42,11 +44,6 @@ def info(repo: Repo, as_json: AsJson = False, token: Token = None) -> None:
     if as_json:
         show({**summary, "classes": config.classes, "tasks": tasks, "metrics": measured}, as_json=True)
         return
-    numbers = zip(measured, _percent(*measured.values()), strict=True)
-    show({**summary, **{name.replace("_", " "): value for name, value in numbers}}, as_json=False)
+    show({**summary, **{name.replace("_", " "): percent(value) for name, value in measured.items()}}, as_json=False)
     print()
     show(tasks, as_json=False, title=f"{len(tasks)} task{'s' * (len(tasks) != 1)}")
-
-
-def _percent(*values: float) -> list[str]:
-    return ["–" if value != value else f"{100 * value:.1f} %" for value in values]

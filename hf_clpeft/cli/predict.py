@@ -1,4 +1,4 @@
-"""`hf-clpeft predict`: labels for pictures."""
+"""`hf-clpeft predict`: classifies pictures."""
 
 import sys
 from pathlib import Path
@@ -17,12 +17,17 @@ def predict(
     batch_size: Annotated[int, typer.Option(min=1, help="Pictures per forward pass.")] = 32,
     reject_rate: Annotated[
         float | None,
-        typer.Option(min=0.01, max=1, help="Give no label to what is far from every task; this share of others too."),
+        typer.Option(
+            min=0.01,
+            max=1,
+            help="Withhold the label of out-of-distribution pictures; at most this share of in-distribution ones is "
+            "withheld by mistake.",
+        ),
     ] = None,
-    top_k: Annotated[int, typer.Option(min=1, help="Likeliest classes and nearest experts to tell in JSON.")] = 1,
+    top_k: Annotated[int, typer.Option(min=1, help="Likeliest classes and nearest experts in the JSON.")] = 1,
     token: Token = None,
 ) -> None:
-    """Classify pictures: label, score, and the expert that each was routed to."""
+    """Classify pictures: label, score, and expert of each."""
     from dataclasses import asdict
 
     from ..prediction import best_device

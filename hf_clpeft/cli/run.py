@@ -1,4 +1,4 @@
-"""How a program of typer is run: what it refuses is told in one line."""
+"""Runs typer programs, and reports their errors in one line."""
 
 import sys
 from collections.abc import Callable
@@ -9,17 +9,17 @@ import typer
 from ..config.errors import OptionError, errors_in_one_line
 
 
-UsageError: Any = typer.BadParameter.__base__  # of click, or of typer's own copy
+UsageError: Any = typer.BadParameter.__base__  # of click, or of the copy vendored by typer
 
 
 def run_app(app: typer.Typer) -> None:
-    """Runs a command line; what is refused becomes one line and exit status 1, or 2 where options are wrong.
+    """Runs a command line; errors end it with one line and exit status 1, or 2 for wrong options.
 
     Args:
-        app (`typer.Typer`): Its commands.
+        app (`typer.Typer`): The commands.
 
     Raises:
-        `SystemExit`: Always, as programs end.
+        `SystemExit`: Always, with the exit status.
     """
     with errors_in_one_line():
         try:
@@ -32,10 +32,10 @@ def run_app(app: typer.Typer) -> None:
 
 
 def run_program(main: Callable) -> None:
-    """The same for a script that is a single function.
+    """Runs a script that is a single function like [`run_app`].
 
     Args:
-        main (callable): Its arguments are those of the command line, as for `typer.run`.
+        main (callable): The function; its arguments become options, as with `typer.run`.
     """
     app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
     app.command()(main)

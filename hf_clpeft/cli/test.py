@@ -1,4 +1,4 @@
-"""`hf-clpeft test`: does everything work on this machine?"""
+"""`hf-clpeft test`: checks the installation."""
 
 import time
 from tempfile import TemporaryDirectory
@@ -9,7 +9,7 @@ from .common import AsJson, quieten, show
 
 
 def test(as_json: AsJson = False) -> None:
-    """Learn two tasks of digits with the bundled backbone, save, load and predict; needs no network."""
+    """Learn two tasks of digits with the bundled backbone, save, load and predict; works offline."""
     import torch
 
     from .. import ContinualModel, ContinualTrainer, ContinualTrainingArguments, load_benchmark, s_lora

@@ -1,7 +1,7 @@
-"""What an adapter's configuration may say: the techniques that work on a frozen backbone, their options and bounds.
+"""The allowlist of PEFT configurations: techniques that work on a frozen backbone, with their options and bounds.
 
-A closed list. Whatever PEFT has besides would rewrite the backbone that all experts share, cannot be saved and loaded
-again, or makes a file of a few bytes cost hours or gigabytes. Nothing heavy is imported, PEFT least of all.
+Whatever PEFT has besides would modify the backbone that all experts share, cannot be saved and loaded again, or lets a
+config of a few bytes cost hours or gigabytes. Imports nothing heavy, not even PEFT.
 """
 
 import difflib
@@ -13,17 +13,17 @@ from typing import Any, NamedTuple
 from .errors import ConfigError
 
 
-LARGEST_RANK = 4096  # also tokens of a prompt, and sides of a block
-MOST_NAMES = 1000  # modules that are listed, or have a rank of their own
-MOST_WAYS = 1_000_000  # in which the patterns of a configuration may match a name, before it is known that they do not
+LARGEST_RANK = 4096  # also the largest prompt length and block size
+MOST_NAMES = 1000  # modules in a list, or in a mapping such as rank_pattern
+MOST_WAYS = 1_000_000  # of matching a configuration's patterns against a name, in the worst case
 
 
 class Rule(NamedTuple):
-    """What an option may be.
+    """The values allowed for an option.
 
     Args:
-        says (`str`): The same in words.
-        fits (callable): Whether a value is.
+        says (`str`): The rule in words.
+        fits (callable): Whether a value is allowed.
     """
 
     says: str
@@ -31,19 +31,19 @@ class Rule(NamedTuple):
 
 
 def check_peft(arguments: Mapping[str, Any], defaults: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """The options of an adapter that say something, after checking that every expert may have them.
+    """Validates an adapter's options against the allowlist, and drops those that are unset or without effect.
 
     Args:
-        arguments (`dict`): `peft_type` and its options, from a user or from somebody's `adapter_config.json`. `None`
-            is as good as left out.
-        defaults (`dict`, *optional*): What PEFT takes for options that are left out, where PEFT is at hand. An option
-            that is not in the list must say just that.
+        arguments (`dict`): `peft_type` and its options, from a user or from an untrusted `adapter_config.json`. `None`
+            counts as unset.
+        defaults (`dict`, *optional*): PEFT's own defaults, if PEFT is imported. Options outside the
+            allowlist must equal them.
 
     Returns:
-        `dict`: Those in the list.
+        `dict`: The options to use.
 
     Raises:
-        [`ConfigError`]: The technique does not work here, an option is not in the list, or its value out of bounds.
+        [`ConfigError`]: The technique does not work here, an option is not allowed, or its value is out of bounds.
 
     Example:
 
@@ -63,9 +63,9 @@ def check_peft(arguments: Mapping[str, Any], defaults: Mapping[str, Any] | None 
     if not isinstance(technique, str):
         raise ConfigError("peft needs a 'peft_type', for example {'peft_type': 'LORA', 'r': 1}.")
     if technique not in TECHNIQUES:
-        raise ConfigError(_why_not(technique))
+        raise ConfigError(_refusal_of(technique))
     rules = {**_PROVENANCE, **TECHNIQUES[technique]}
-    said = {}
+    allowed = {}
     for option, value in arguments.items():
         if value is None or option in _WITHOUT_EFFECT:
             continue
@@ -74,7 +74,7 @@ def check_peft(arguments: Mapping[str, Any], defaults: Mapping[str, Any] | None 
                 reason = _REASONS.get(option, f"must be {rules[option].says}.")
                 raise ConfigError(f"{option}={_shown(value)} {reason}")
             if defaults is None or option in defaults:
-                said[option] = value
+                allowed[option] = value
             elif value:
                 raise ConfigError(f"{option}={_shown(value)} needs a newer PEFT; try `pip install --upgrade peft`.")
         elif not _is_default(option, value, defaults):
@@ -82,17 +82,17 @@ def check_peft(arguments: Mapping[str, Any], defaults: Mapping[str, Any] | None 
             hint = f" Do you mean {near[0]}?" if near and near[0] != option else ""
             reason = _REASONS.get(option, f"is no option of {technique} that an expert may have.{hint}")
             raise ConfigError(f"{_shown(option, quoted=False)}={_shown(value)} {reason}")
-    patterns = [text for option in _PATTERNS for text in _texts(said.get(option))]
+    patterns = [text for option in _PATTERNS for text in _patterns_in(allowed.get(option))]
     if sum(ways_to_match(pattern) for pattern in patterns) > MOST_WAYS:
         raise ConfigError(f"The patterns {_shown(patterns)} are too many, or could match in too many ways.")
-    return said
+    return allowed
 
 
 def ways_to_match(pattern: str) -> int:
-    """An upper bound of the ways in which a regular expression can be tried on a module's name.
+    """An upper bound of the steps in which a regular expression can backtrack on a module's name.
 
-    What could take exponentially many is none: a group is never repeated, and nothing looks back. A plain name is a
-    pattern, too.
+    Patterns that could take exponential time are refused: groups may not repeat, and there are no backreferences. A
+    plain name is a pattern, too.
 
     Args:
         pattern (`str`): For a module's name.
@@ -101,8 +101,8 @@ def ways_to_match(pattern: str) -> int:
         `int`
 
     Raises:
-        [`ConfigError`]: It is no regular expression, or has more than names, classes of signs, `|`, and `*`, `+`, `?`
-            or `{}` behind a single sign, or `?` behind a group.
+        [`ConfigError`]: It is not a regular expression, or has more than names, character classes, `|`, and `*`, `+`,
+            `?` or `{}` after a single character, or `?` after a group.
 
     Example:
 
@@ -114,15 +114,15 @@ def ways_to_match(pattern: str) -> int:
     >>> ways_to_match("(a+)+")
     Traceback (most recent call last):
         ...
-    hf_clpeft.config.errors.ConfigError: The pattern '(a+)+' repeats a group, which can take for ever...
+    hf_clpeft.config.errors.ConfigError: The pattern '(a+)+' repeats a group, which can take exponential time...
 
     ```
     """
-    stars, factor, position, before = 1, 1, 0, ""  # PEFT puts a .* in front of most
+    stars, factor, position, before = 1, 1, 0, ""  # PEFT prepends .* to most
     alternatives = [1]
     while position < len(pattern):
         token = _TOKEN.match(pattern, position) if len(pattern) <= 500 else None
-        if token is None or (token.lastgroup == "repeat" and before not in ("sign", "close")):
+        if token is None or (token.lastgroup == "repeat" and before not in ("char", "close")):
             raise ConfigError(
                 f"The pattern {_shown(pattern)} is too long, or has more in it than names, [classes], (groups|or), . "
                 "* + ? {}."
@@ -132,7 +132,7 @@ def ways_to_match(pattern: str) -> int:
             factor *= 2
         elif kind == "repeat" and before == "close":
             raise ConfigError(
-                f"The pattern {_shown(pattern)} repeats a group, which can take for ever; repeat single signs."
+                f"The pattern {_shown(pattern)} repeats a group, which can take exponential time; repeat characters."
             )
         elif kind == "repeat":
             stars += 1
@@ -146,18 +146,18 @@ def ways_to_match(pattern: str) -> int:
     try:
         re.compile(pattern)
     except re.error as error:
-        raise ConfigError(f"The pattern {_shown(pattern)} is no regular expression: {error}.") from error
-    return math.comb(64 + stars, stars) * factor * alternatives[0]  # names have some 64 signs
+        raise ConfigError(f"The pattern {_shown(pattern)} is not a regular expression: {error}.") from error
+    return math.comb(64 + stars, stars) * factor * alternatives[0]  # names have about 64 characters
 
 
 _TOKEN = re.compile(
     r"(?P<open>\((\?:)?)|(?P<close>\))|(?P<or>\|)|(?P<repeat>([*+?]|\{\d{0,3}(,\d{0,3})?\})\??)"
-    r"|(?P<sign>\\[dw.]|\[\^?([\w.-]|\\[dw.-])+\]|[\w.-])|(?P<edge>[\^$])"
+    r"|(?P<char>\\[dw.]|\[\^?([\w.-]|\\[dw.-])+\]|[\w.-])|(?P<edge>[\^$])"
 )
 
 
-def _why_not(technique: str) -> str:
-    for techniques, reason in _NOT_HERE.items():
+def _refusal_of(technique: str) -> str:
+    for techniques, reason in _UNSUPPORTED.items():
         if technique in techniques:
             return f"{technique} {reason}"
     near = difflib.get_close_matches(technique.upper(), TECHNIQUES, n=1)
@@ -166,7 +166,7 @@ def _why_not(technique: str) -> str:
 
 
 def _is_default(option: str, value: Any, defaults: Mapping[str, Any] | None) -> bool:
-    """Whether an option that is not in the list says nothing."""
+    """Whether an option outside the allowlist is at its default."""
     if defaults is not None and option in defaults:
         return bool(value == defaults[option]) or (not value and not defaults[option])
     return value is False or (isinstance(value, list | dict | str) and not value)
@@ -177,12 +177,12 @@ def _shown(value: Any, quoted: bool = True) -> str:
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 
-def _texts(value: Any) -> list[str]:
-    """The patterns in a checked option: a list of modules holds names, which PEFT compares as they are."""
+def _patterns_in(value: Any) -> list[str]:
+    """The patterns in a checked option; the names in a list are compared literally by PEFT."""
     return [value] if isinstance(value, str) else [*value] if isinstance(value, dict) else []
 
 
-# What an option may be
+# Rules
 
 
 def _whole(low: int, high: int) -> Rule:
@@ -211,7 +211,7 @@ def _for_each(rule: Rule) -> Rule:
             return False
         return all(isinstance(name, str) and rule.fits(inner) for name, inner in value.items())
 
-    return Rule(f"for up to {MOST_NAMES:,} modules each {rule.says}", fits)
+    return Rule(f"a mapping of up to {MOST_NAMES:,} modules, each to {rule.says}", fits)
 
 
 def _are_layers(value: Any) -> bool:
@@ -219,7 +219,7 @@ def _are_layers(value: Any) -> bool:
     return len(numbers) <= MOST_NAMES and all(type(number) is int and 0 <= number < MOST_NAMES for number in numbers)
 
 
-_TEXT = Rule("a text", lambda v: isinstance(v, str) and len(v) <= 4096)
+_TEXT = Rule("a string", lambda v: isinstance(v, str) and len(v) <= 4096)
 _TRUTH = Rule("True or False", lambda v: isinstance(v, bool))
 _MODULES = Rule(
     f"a list of up to {MOST_NAMES:,} names of modules, a pattern for their names, or 'all-linear'",
@@ -236,7 +236,7 @@ _PROVENANCE = {
     "revision": _TEXT,
     "inference_mode": _TRUTH,
 }
-# Of no effect on a vision model, or without the option that they belong to.
+# Without effect on a vision model, or without the option that they depend on.
 _WITHOUT_EFFECT = {"auto_mapping", "runtime_config", "megatron_core", "qalora_group_size", "ensure_weight_tying"}
 _PATTERNS = (
     "target_modules",
@@ -251,7 +251,7 @@ _PATTERNS = (
 _ON_LAYERS = {
     "target_modules": _MODULES,
     "exclude_modules": _MODULES,
-    "layers_to_transform": Rule("a number of a layer, or a list of them", _are_layers),
+    "layers_to_transform": Rule("the index of a layer, or a list of them", _are_layers),
     "layers_pattern": Rule("a name or pattern", lambda v: isinstance(v, str) or (_are_names(v) and len(v) <= 10)),
     "bias": _one_of("none"),
     "init_weights": _TRUTH,
@@ -444,35 +444,32 @@ TECHNIQUES: dict[str, dict[str, Rule]] = {
 }
 """The PEFT techniques that work here, each with the options that an expert may have."""
 
-_NOT_HERE = {
+_UNSUPPORTED = {
     ("PREFIX_TUNING", "P_TUNING", "MULTITASK_PROMPT_TUNING", "CPT", "CARTRIDGE", "ADAPTION_PROMPT"): (
-        "is made for language models, and has no place in a vision backbone yet. Choose PROMPT_TUNING for prompts, or "
-        "LORA."
+        "is made for language models, and does not work on a vision backbone. Choose PROMPT_TUNING or LORA."
     ),
-    ("TRAINABLE_TOKENS",): "trains embeddings of words, and a vision backbone has none. Choose LORA.",
+    ("TRAINABLE_TOKENS",): "trains word embeddings, which a vision backbone does not have. Choose LORA.",
     ("SUPERTUNING", "FROD"): (
-        "trains single weights, and saves which ones as whole numbers, which are not loaded again here. Choose LORA, "
-        "or SHIRA."
+        "trains single weights and saves their indices as integer tensors, which are not loaded here. Choose LORA or "
+        "SHIRA."
     ),
     ("XLORA", "POLY", "SHADOW"): (
-        "wants more than an image: other adapters, the number of a task, or a second model. Choose LORA."
+        "needs more than an image as input: other adapters, a task id, or a second model. Choose LORA."
     ),
     ("OSF", "ADAMSS", "UNILORA"): (
-        "takes the backbone's own weights apart, or cannot be checked before it takes memory. Choose LORA or PSOFT."
+        "decomposes the backbone's weights, or cannot be validated before it allocates memory. Choose LORA or PSOFT."
     ),
-    ("PVERA",): "draws its answers at random, so that none stays as it was. Choose VERA.",
+    ("PVERA",): "samples at random, so that predictions are not reproducible. Choose VERA.",
 }
 _REASONS = {
     "bias": "trains biases of the backbone, which all experts share; leave it out.",
     "init_lora_weights": (
-        "starts by rewriting weights of the backbone, which all experts share; leave it out, or choose one of True, "
-        "False, 'gaussian', 'orthogonal'."
+        "modifies weights of the backbone, which all experts share; leave it out, or choose one of True, False, "
+        "'gaussian', 'orthogonal'."
     ),
-    "modules_to_save": (
-        "trains whole modules, which would take the place of the backbone's for all experts; leave it out."
-    ),
+    "modules_to_save": "trains whole modules, which would replace the backbone's for all experts; leave it out.",
     "layer_replication": "rebuilds the backbone, which all experts share; leave it out.",
-    "target_parameters": "adapts weights outside of layers, which cannot be taken off again; name target_modules.",
-    "trainable_token_indices": "trains embeddings of words, and a vision backbone has none; leave it out.",
+    "target_parameters": "adapts weights outside of layers, which cannot be detached again; use target_modules.",
+    "trainable_token_indices": "trains word embeddings, which a vision backbone does not have; leave it out.",
     "loftq_config": "quantises the backbone, which all experts share; leave it out.",
 }

@@ -1,4 +1,4 @@
-"""Checks of what comes from a file or a stranger: names, paths, types, JSON. Nothing heavy is imported."""
+"""Validation of untrusted names, paths, types and JSON. Imports nothing heavy."""
 
 import json
 import math
@@ -11,10 +11,10 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 from .errors import ConfigError
 
 
-MOST = 2**31 - 1  # what counts and rates may be at most
-LONGEST_NAME = 96  # signs of a task's name
+MOST = 2**31 - 1  # upper bound of counts and rates
+LONGEST_NAME = 96  # characters of a task's name
 LARGEST_JSON = 4 * 2**20  # bytes; a model of 5,000 tasks needs less
-DEEPEST_JSON = 20  # mappings and lists in each other
+DEEPEST_JSON = 20  # nested mappings and lists
 LARGEST_INTEGER = 2**63 - 1
 
 
@@ -33,7 +33,7 @@ def check_task_name(name: str) -> str:
     """
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", name) or len(name) > LONGEST_NAME:
         raise ConfigError(
-            f"Task name {name!r} must be 1 to {LONGEST_NAME} letters, digits, '_' or '-', and start with no sign."
+            f"Task name {name!r} must be 1 to {LONGEST_NAME} letters, digits, '_' or '-', the first a letter or digit."
         )
     return name
 
@@ -57,7 +57,7 @@ def check_path(path: str) -> str:
 
 
 def check_text(text: str, what: str) -> str:
-    """Returns `text` if it can be written as UTF-8, else raises [`ConfigError`]: half of a surrogate pair cannot.
+    """Returns `text` if it can be written as UTF-8, else raises [`ConfigError`]: a lone surrogate cannot.
 
     Example:
 
@@ -72,12 +72,12 @@ def check_text(text: str, what: str) -> str:
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        raise ConfigError(f"{what} is {text!r}, which is no Unicode text: {error.reason}.") from error
+        raise ConfigError(f"{what} is {text!r}, which is not valid Unicode: {error.reason}.") from error
     return text
 
 
 def check_types(config: object) -> None:
-    """Raises [`ConfigError`] unless every field of a dataclass holds what its annotation says.
+    """Raises [`ConfigError`] unless every field of a dataclass matches its type hint.
 
     Example:
 
@@ -96,16 +96,16 @@ def check_types(config: object) -> None:
         value, hint = getattr(config, name), hints[name]
         if not fits(value, hint):
             shown = repr(value) if len(repr(value)) <= 80 else f"{repr(value)[:77]}..."
-            raise ConfigError(f"{name}={shown} must be {_in_words(hint)}.")
+            raise ConfigError(f"{name}={shown} must be {_describe(hint)}.")
         _check_values(value, name)
 
 
 def check_ranges(config: object, **ranges: tuple[float, float]) -> None:
-    """Raises [`ConfigError`] unless numbers of a dataclass are within their bounds. `None` always is, NaN never.
+    """Raises [`ConfigError`] unless fields of a dataclass are within bounds. `None` is accepted, NaN is not.
 
     Args:
-        config (dataclass): Whose fields.
-        ranges: By name of the field, the least and the most.
+        config (dataclass): The instance to check.
+        ranges: Minimum and maximum by field name.
 
     Example:
 
@@ -127,7 +127,7 @@ def check_ranges(config: object, **ranges: tuple[float, float]) -> None:
             raise ConfigError(f"{name}={value} must be {bounds}.")
 
 
-def _in_words(hint: Any) -> str:
+def _describe(hint: Any) -> str:
     for choice in (hint, *get_args(hint)):
         if get_origin(choice) is Literal:
             return f"one of {', '.join(get_args(choice))}"
@@ -135,7 +135,7 @@ def _in_words(hint: Any) -> str:
 
 
 def fits(value: object, hint: Any) -> bool:
-    """Whether a value is what an annotation of plain types says, down to the items of lists and mappings.
+    """Whether a value matches a type hint of plain types, including the items of lists and mappings.
 
     Example:
 
@@ -150,7 +150,7 @@ def fits(value: object, hint: Any) -> bool:
     origin, arguments = get_origin(hint), get_args(hint)
     if origin is Literal:
         return value in arguments
-    if origin in (UnionType, Union):  # with a Literal in it, it is the other one
+    if origin in (UnionType, Union):  # a union with a Literal is a typing.Union
         return any(fits(value, choice) for choice in arguments)
     if origin is list:
         return isinstance(value, list) and all(fits(item, arguments[0]) for item in value)
@@ -158,7 +158,7 @@ def fits(value: object, hint: Any) -> bool:
         return isinstance(value, dict) and all(
             fits(k, arguments[0]) and fits(v, arguments[1]) for k, v in value.items()
         )
-    if hint in (int, float):  # True is no number, and 1 is a float
+    if hint in (int, float):  # a bool is not a number, an int is a float
         return isinstance(value, int | hint) and not isinstance(value, bool)
     return hint is Any or isinstance(value, hint)
 
@@ -167,7 +167,7 @@ def read_json(path: str | Path) -> dict:
     """Reads a small JSON file.
 
     Raises:
-        [`ConfigError`]: It is damaged, no mapping, or so big that it cannot be ours.
+        [`ConfigError`]: The file is not valid JSON, not a mapping, or too large.
 
     Example:
 
@@ -187,14 +187,14 @@ def read_json(path: str | Path) -> dict:
     try:
         values = json.loads(
             path.read_text(encoding="utf-8"),
-            object_pairs_hook=_no_field_twice,
+            object_pairs_hook=_unique_fields,
             parse_float=_finite,
             parse_constant=_finite,
         )
     except (ValueError, RecursionError) as error:
-        raise ConfigError(f"{path.name} is no JSON: {error}.") from error
+        raise ConfigError(f"{path.name} is not valid JSON: {error}.") from error
     if not isinstance(values, dict):
-        raise ConfigError(f"{path.name} holds no mapping.")
+        raise ConfigError(f"{path.name} does not hold a mapping.")
     try:
         for name, value in values.items():
             _check_values(value, check_text(name, "a field's name"))
@@ -203,7 +203,7 @@ def read_json(path: str | Path) -> dict:
     return values
 
 
-def _no_field_twice(pairs: list[tuple[str, Any]]) -> dict:
+def _unique_fields(pairs: list[tuple[str, Any]]) -> dict:
     values: dict[str, Any] = {}
     for name, value in pairs:
         if name in values:
@@ -214,20 +214,20 @@ def _no_field_twice(pairs: list[tuple[str, Any]]) -> dict:
 
 def _finite(text: str) -> float:
     if not math.isfinite(float(text)):
-        raise ValueError(f"{text[:80]} is no finite number")
+        raise ValueError(f"{text[:80]} is not a finite number")
     return float(text)
 
 
 def _check_values(value: Any, where: str, depth: int = 1) -> None:
-    """Raises [`ConfigError`] on what no configuration holds: half a character, 2**64, or a deep nest."""
+    """Raises [`ConfigError`] on lone surrogates, integers of more than 63 bits, and deep nesting."""
     if isinstance(value, str):
         check_text(value, where)
     elif isinstance(value, dict | list):
         if depth > DEEPEST_JSON:
-            raise ConfigError(f"{where} lies deeper than {DEEPEST_JSON} levels.")
+            raise ConfigError(f"{where} is nested deeper than {DEEPEST_JSON} levels.")
         for key, inner in value.items() if isinstance(value, dict) else enumerate(value):
             if isinstance(key, str):
                 check_text(key, f"a name in {where}")
             _check_values(inner, f"{where[:60]}[{key!r:.40}]", depth + 1)
     elif isinstance(value, int) and not -LARGEST_INTEGER <= value <= LARGEST_INTEGER:
-        raise ConfigError(f"{where} is a whole number of {value.bit_length()} bits; at most 63 are read.")
+        raise ConfigError(f"{where} is an integer of {value.bit_length()} bits; at most 63 are read.")

@@ -1,4 +1,4 @@
-"""What the library refuses, in words that say what to do."""
+"""Base errors of the library, and how command-line programs report them."""
 
 import re
 import signal
@@ -10,7 +10,7 @@ from .text import one_line
 
 
 class HfClpeftError(Exception):
-    """The base of every error of this library: a mistake or a mishap that has a way out, which the message tells.
+    """Base class of all errors that this library raises. The message says what is wrong and what to do.
 
     Example:
 
@@ -26,14 +26,14 @@ class HfClpeftError(Exception):
     ```
     """
 
-    exit_status = 1  # of a program that ends with it
+    exit_status = 1  # of a command-line program
 
     def __str__(self) -> str:
-        return one_line(super().__str__())  # it may quote a stranger
+        return one_line(super().__str__())  # it may quote untrusted text
 
 
 class ConfigError(HfClpeftError, ValueError):
-    """A configuration that cannot work. The message says which field, what it was and what it may be.
+    """An invalid configuration. The message names the field, its value, and the values allowed.
 
     Example:
 
@@ -51,7 +51,7 @@ class ConfigError(HfClpeftError, ValueError):
 
 
 class OptionError(ConfigError):
-    """A command line, or a file of options, that cannot be meant. The message names the option and what is allowed.
+    """An invalid command line or options file. The message names the option and the values allowed.
 
     Example:
 
@@ -68,12 +68,12 @@ class OptionError(ConfigError):
     ```
     """
 
-    exit_status = 2  # as every parser of command lines ends
+    exit_status = 2  # as with argparse and click
 
 
 @contextmanager
 def refusing_options() -> Iterator[None]:
-    """Turns every [`ConfigError`] inside this context into an [`OptionError`]: its values came from a command line."""
+    """Turns every [`ConfigError`] inside this context into an [`OptionError`]: its values come from a command line."""
     try:
         yield
     except OptionError:
@@ -84,12 +84,12 @@ def refusing_options() -> Iterator[None]:
 
 @contextmanager
 def errors_in_one_line() -> Iterator[None]:
-    """For programs: ends with one line and an exit status, rather than a traceback, on what the library refuses.
+    """For command-line programs: reports errors as one line and an exit status, instead of a traceback.
 
-    The status is 2 where the command line is wrong, 130 and 143 after SIGINT and SIGTERM, as shells have it, else 1.
+    The status is 2 for a wrong command line, 130 after SIGINT and 143 after SIGTERM as in shells, else 1.
 
     Raises:
-        `SystemExit`: Something was refused, a file cannot be read or written, or the program was interrupted.
+        `SystemExit`: On an error of this library, an `OSError`, or an interrupt.
 
     Example:
 

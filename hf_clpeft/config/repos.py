@@ -6,7 +6,7 @@ from .errors import ConfigError
 
 
 def split_revision(name: str) -> tuple[str, str | None]:
-    """Cuts `me/model@task-003` in two. A folder of that name stays whole.
+    """Splits `me/model@task-003` into repo id and revision. The path of an existing folder is returned as it is.
 
     Example:
 
@@ -25,14 +25,14 @@ def split_revision(name: str) -> tuple[str, str | None]:
 
 
 def check_repo_id(name: str, where: str | Path) -> None:
-    """A model from a stranger may name a backbone on the Hub, but no folder of this machine.
+    """Checks that a downloaded model names its backbone by repo id: a path would lead to a folder of this machine.
 
     Args:
-        name (`str`): What it names.
-        where (`str` or `Path`): The model, for the message.
+        name (`str`): The backbone's name in `config.json`.
+        where (`str` or `Path`): The model, for the error message.
 
     Raises:
-        [`ConfigError`]: It is no repo id.
+        [`ConfigError`]: The name is not a repo id.
 
     Example:
 

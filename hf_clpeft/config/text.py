@@ -1,31 +1,26 @@
-"""Text of strangers, fit for a terminal: names of classes, domains and methods come from whoever made a model.
+"""Untrusted text made safe for the terminal: names of classes, domains and methods come from whoever made a model.
 
-An escape sequence in one of them could rename a window, hide a line or turn text around.
+An escape sequence in one of them could retitle the window, hide a line or reverse the text.
 """
 
 import json
 import logging
+import math
 import re
 
 
-# Control characters, separators of lines and paragraphs, what turns text around or marks it unseen, lone surrogates.
-_HARMFUL = (
+# Control characters, line and paragraph separators, bidirectional and invisible characters, lone surrogates.
+_RANGES = (
     "\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb"
     "\U000e0000-\U000e007f\ud800-\udfff"
 )
-_SIGNS = re.compile(f"[{_HARMFUL}]")
-_SIGNS_IN_JSON = re.compile(f"(?!\n)[{_HARMFUL}]")
+_UNSAFE = re.compile(f"[{_RANGES}]")
+_UNSAFE_IN_JSON = re.compile(f"(?!\n)[{_RANGES}]")
 _BREAKS = re.compile(r"[^\S\r\n]*[\r\n]\s*")
 
 
 def printable(text: object) -> str:
-    r"""Text without anything that a terminal obeys rather than shows: it is spelt out.
-
-    Args:
-        text: What to show.
-
-    Returns:
-        `str`: In one line.
+    r"""Text whose control characters are escaped, so that a terminal shows them instead of obeying them, in one line.
 
     Example:
 
@@ -37,11 +32,11 @@ def printable(text: object) -> str:
 
     ```
     """
-    return _SIGNS.sub(lambda sign: sign[0].encode("unicode_escape").decode(), str(text))
+    return _UNSAFE.sub(lambda char: char[0].encode("unicode_escape").decode(), str(text))
 
 
 def printable_json(text: str) -> str:
-    r"""The same for JSON, which stays what it was to whoever reads it.
+    r"""JSON whose control characters are escaped; it parses to the same values.
 
     Example:
 
@@ -55,11 +50,11 @@ def printable_json(text: str) -> str:
 
     ```
     """
-    return _SIGNS_IN_JSON.sub(lambda sign: json.dumps(sign[0])[1:-1], text)
+    return _UNSAFE_IN_JSON.sub(lambda char: json.dumps(char[0])[1:-1], text)
 
 
 def one_line(text: object) -> str:
-    r"""Printable text of an error, whose lines become one.
+    r"""Printable text, with its lines joined into one.
 
     Example:
 
@@ -74,8 +69,24 @@ def one_line(text: object) -> str:
     return printable(_BREAKS.sub(" ", str(text)).strip())
 
 
+def percent(value: float, digits: int = 1, unit: str = " %") -> str:
+    """A fraction in percent; a dash for NaN, which was not measured.
+
+    Example:
+
+    ```py
+    >>> from hf_clpeft.config.text import percent
+
+    >>> percent(0.1234), percent(0.1234, digits=0, unit=""), percent(float("nan"))
+    ('12.3 %', '12', '–')
+
+    ```
+    """
+    return "–" if math.isnan(value) else f"{100 * value:.{digits}f}{unit}"
+
+
 def get_logger(name: str) -> logging.Logger:
-    r"""The logger of a module that quotes strangers, in print.
+    """A module's logger that makes every message a printable single line.
 
     Example:
 
@@ -88,10 +99,10 @@ def get_logger(name: str) -> logging.Logger:
     ```
     """
     logger = logging.getLogger(name)
-    logger.addFilter(_spell_out)
+    logger.addFilter(_escape)
     return logger
 
 
-def _spell_out(record: logging.LogRecord) -> bool:
+def _escape(record: logging.LogRecord) -> bool:
     record.msg, record.args = one_line(record.getMessage()), ()
     return True

@@ -1,9 +1,9 @@
-"""The Gradio demo: which expert takes a picture, and why."""
+"""The Gradio demo: which expert classifies a picture, and why."""
 
 import os
 
 
-# Read when gradio is imported. No statistics for others, and none of all requests so far anew with every request.
+# Read when gradio is imported. No telemetry, and no statistics over all past requests, which slow every new one down.
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
 os.environ.setdefault("GRADIO_ANALYTICS_CACHE_FREQUENCY", str(10**12))
 os.environ.setdefault("GRADIO_ANALYTICS_MAX_EVENTS", "100")

@@ -1,4 +1,4 @@
-"""The page: what is where, and which method of [`Handlers`] answers which click. One function for each tab."""
+"""Layout of the page, and which method of [`Handlers`] each event calls. One function per tab."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,9 +19,9 @@ from .teaching import FEWEST, refusal
 
 
 FILE_TYPES = [f".{name.lower()}" for name in (*FORMATS, "JPG", "TIF", "ZIP")]
-VISITORS = 64  # whose requests are answered at the same time
+VISITORS = 64  # requests handled concurrently
 SHARED: dict[str, Any] = {"concurrency_limit": VISITORS}
-SYSTEM_FONTS = ("ui-sans-serif", "system-ui", "sans-serif")  # a page that asks nobody else for anything
+SYSTEM_FONTS = ("ui-sans-serif", "system-ui", "sans-serif")  # no request to a font server
 LAUNCH: dict[str, Any] = {
     "theme": gr.themes.Soft(primary_hue="blue", font=SYSTEM_FONTS, font_mono=("ui-monospace", "monospace")),
     "css_paths": Path(__file__).with_name("page.css"),
@@ -43,17 +43,17 @@ def build_demo(
     drawing: bool | None = None,
     teaching: bool = False,
 ) -> gr.Blocks:
-    """Makes the page for one model. Launch it with the keywords in `LAUNCH`.
+    """Builds the page for one model. Launch it with the keywords in `LAUNCH`.
 
     Args:
         source (`str`): Repo id or folder of the model.
         revision (`str`, *optional*): Branch, tag or commit of the repo.
-        backbone (`str`, *optional*): Where the backbone is now, when not where it was.
-        examples (sequence of `Path`, *optional*): Pictures for visitors who have none at hand. Default: those in the
-            folder `examples` of a model on this machine.
-        drawing (`bool`, *optional*): Let visitors draw digits. Default: if the model is the bundled one, of digits.
-        teaching (`bool`, *optional*, defaults to `False`): Let visitors teach new classes, each on a model of their
-            own.
+        backbone (`str`, *optional*): Repo id or folder of the backbone, if it has moved.
+        examples (sequence of `Path`, *optional*): Example pictures. Default: those in the folder `examples` of a
+            local model.
+        drawing (`bool`, *optional*): Let visitors draw digits. Default: `True` for the bundled digits model.
+        teaching (`bool`, *optional*, defaults to `False`): Let visitors teach new classes, each to a model of
+            their own.
 
     Returns:
         `gradio.Blocks`
@@ -84,15 +84,15 @@ def build_demo(
             _many_pictures(handlers, key)
         with gr.Tab("Look inside") as tab:
             step, plane = _look_inside(handlers, key, picture, tab)
-        why_not = refusal(models.served)
-        if teaching and why_not is not None:
+        reason = refusal(models.served)
+        if teaching and reason is not None:
             with gr.Tab("Teach it"):
-                gr.Markdown(why_not)
+                gr.Markdown(reason)
         elif teaching:
             with gr.Tab("Teach it"):
                 taught = _teach_it(handlers, key, drawing)
                 taught.success(
-                    lambda key: _learnt_more(models.get(key)),
+                    lambda key: _updated(models.get(key)),
                     key,
                     [expert, step, plane],
                     api_visibility="private",
@@ -128,8 +128,8 @@ def _try_it(
                 _choices(model),
                 value=NEAREST,
                 label="Expert",
-                info="Choose another one to see what it would have said.",
-                allow_custom_value=True,  # experts that were taught later have no place in this list
+                info="Choose another one to see its prediction.",
+                allow_custom_value=True,  # experts taught later are not in this list
                 visible=not pool,
             )
         with gr.Column(min_width=300):
@@ -145,7 +145,7 @@ def _try_it(
                 colors_in_legend=[],
                 x_title=" ",
                 y_title=" ",
-                y_lim=[0, None if landmark == "class" else 1.5],  # one scale for all pictures, where there is one
+                y_lim=[0, None if landmark == "class" else 1.5],  # one scale, if distances are bounded
                 height=280,
                 buttons=[],
                 label="Distances",
@@ -259,8 +259,8 @@ def _choices(model: ContinualModel) -> list[tuple[str, str]]:
     return [("the nearest, as routed", NEAREST), *((f"{title} ({name})", name) for name, title in named)]
 
 
-def _learnt_more(model: ContinualModel) -> tuple[gr.Dropdown, Step, gr.ScatterPlot]:
-    """The lists of a page whose visitor has taught a task."""
+def _updated(model: ContinualModel) -> tuple[gr.Dropdown, Step, gr.ScatterPlot]:
+    """Updates of the components that list tasks, after a visitor has taught one."""
     steps = len(model.config.tasks)
     return (
         gr.Dropdown(_choices(model), value=NEAREST),

@@ -1,4 +1,4 @@
-"""Requests of many visitors in shared batches."""
+"""A queue that batches the requests of many visitors."""
 
 import threading
 import time
@@ -12,19 +12,19 @@ import numpy as np
 import PIL.Image
 
 from ..model import ContinualModel
-from ..prediction import Prediction, check_options, classify
+from ..prediction import Prediction, check_options
 
 
 LARGEST_BATCH = 64
-MOMENT = 0.02  # seconds
+BATCH_DELAY = 0.02  # seconds
 T = TypeVar("T")
 
 
 class Batcher:
-    """One thread that runs the backbone: whatever waits when it is free becomes one mixed-expert batch.
+    """One worker thread that runs the backbone: all queued requests become one mixed-expert batch.
 
-    Threads may share a model, but a forward pass costs much the same for one image and for a few. A visitor who is
-    alone waits for nobody; while there are several, a batch waits a moment for the rest of them.
+    A forward pass of a few images takes about as long as one of a single image. A lone visitor is served at once;
+    while there are several, a batch waits for `BATCH_DELAY` to fill up.
 
     Example:
 
@@ -45,73 +45,56 @@ class Batcher:
         threading.Thread(target=self._work, name="batcher", daemon=True).start()
 
     def run(self, function: Callable[[], T]) -> T:
-        """Calls a function of no arguments between two batches; returns what it returns, or raises what it raises."""
+        """Runs a function on the worker thread, between two batches. Returns its result, or raises its exception."""
         future: Future = Future()
         self._waiting.put((function, None, future))
         return future.result()
 
     def predict(self, model: ContinualModel, images: Iterable[PIL.Image.Image], **options: Any) -> list[Prediction]:
-        """Classifies images of one visitor, together with those of others.
+        """Classifies a visitor's images, in batches shared with other visitors.
 
         Args:
             model ([`ContinualModel`]): The visitor's model.
-            images (iterable of `PIL.Image.Image`): Images, each of which is resized before the next one is asked for.
+            images (iterable of `PIL.Image.Image`): Images; each is resized before the next one is read.
             options: `reject_rate`, `expert`, `top_k`; see [`ContinualModel.predict`].
 
         Returns:
             `list[Prediction]`: One per image.
 
         Raises:
-            [`ConfigError`]: The model cannot do what is asked. Nobody else hears of it.
+            [`ConfigError`]: The options do not fit the model. Other visitors are not affected.
         """
         check_options(model.method, **options)
         job = (model, tuple(sorted(options.items())))
         futures: list[Future] = []
-        for image in images:  # one by one, so that a visitor with hundreds does not keep the others waiting
+        for image in images:  # queued one by one, so that hundreds of images do not block other visitors
             pixels = model.backbone.transform.resize([image])
             futures.append(Future())
             self._waiting.put((job, pixels, futures[-1]))
         return [future.result() for future in futures]
 
     def _work(self) -> None:
-        several = False
+        busy = False
         while True:
             requests = [self._waiting.get()]
-            if several:
-                time.sleep(MOMENT)
+            if busy:
+                time.sleep(BATCH_DELAY)
             while len(requests) < LARGEST_BATCH and not self._waiting.empty():
                 requests.append(self._waiting.get())
-            several = len(requests) > 1
+            busy = len(requests) > 1
             try:
                 _answer(requests)
-            except BaseException as error:  # the thread must live, whatever a request holds
+            except BaseException as error:  # no request may kill the thread
                 _fail([future for _, _, future in requests], error)
-            del requests  # nothing of a visitor's stays here while nobody asks
+            del requests  # do not hold a visitor's data while idle
 
 
 def _answer(requests: Sequence[tuple[Any, np.ndarray | None, Future]]) -> None:
     groups = defaultdict(list)
     for job, pixels, future in requests:
         if pixels is None:
-            _settle([future], lambda job=job: [job()])
+            _resolve([future], lambda job=job: [job()])
         else:
             groups[job].append((pixels, future))
     for (model, options), group in groups.items():
         pixels, futures = zip(*group, strict=True)
-        _settle(futures, lambda m=model, p=pixels, o=options: classify(m.method, np.concatenate(p), **dict(o)))
-
-
-def _settle(futures: Sequence[Future], compute: Callable) -> None:
-    try:
-        results = compute()
-    except BaseException as error:  # whoever asked shall hear of it
-        _fail(futures, error)
-        return
-    for future, result in zip(futures, results, strict=True):
-        future.set_result(result)
-
-
-def _fail(futures: Sequence[Future], error: BaseException) -> None:
-    for future in futures:
-        if not future.done():
-            future.set_exception(error)

@@ -1,7 +1,7 @@
-"""Gradio components that hand over uploads as they are, so that all of them are read in one careful way.
+"""Gradio components that pass uploads on as paths, so that all pictures are decoded by one validated reader.
 
-Those of gradio open pictures themselves, and fail in their own words; and they fetch any address that a request names,
-which would let strangers look around in the server's network.
+Gradio's own components decode pictures themselves, with their own error messages; and they fetch any URL in a request,
+which would allow server-side request forgery (SSRF).
 """
 
 from pathlib import Path
@@ -15,7 +15,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 
 def _path_of(file: Any) -> str:
-    """Path of a file that was really uploaded."""
+    """Path of a file, after checking that it was uploaded."""
     if not file.path or not is_in_or_equal(file.path, get_upload_folder()) or not Path(file.path).is_file():
         raise gr.Error("Upload the file first.", print_exception=False)
     return file.path
@@ -32,14 +32,14 @@ def _paths_of(component: Block, payload: Any) -> list[str] | None:
 
 
 def _example(name: str) -> dict:
-    """An upload in the examples of the API's documentation."""
+    """An uploaded file, for the examples of the API docs."""
     return {"path": name, "meta": {"_type": "gradio.FileData"}}
 
 
 class Picture(gr.Image):
     """A picture, as the path of the uploaded file."""
 
-    is_template = True  # in the browser it is its parent
+    is_template = True  # the browser renders its parent class
     async_move_resource_to_block_cache = _never_fetch
 
     def preprocess(self, payload: Any) -> str | None:
@@ -47,7 +47,7 @@ class Picture(gr.Image):
         return None if payload is None else _path_of(payload)
 
     def example_payload(self) -> dict:
-        """For the documentation."""
+        """Example for the API docs."""
         return _example("digit.png")
 
 
@@ -59,7 +59,7 @@ class Files(gr.File):
     preprocess = _paths_of
 
     def example_payload(self) -> list[dict]:
-        """For the documentation."""
+        """Example for the API docs."""
         return [_example("digit.png"), _example("more.zip")]
 
 
@@ -72,17 +72,17 @@ class Folder(gr.UploadButton):
 
 
 class Canvas(gr.ImageEditor):
-    """A drawing, as the bytes or the path of its file, all layers in one picture."""
+    """A drawing with its layers merged, as the bytes or the path of its file."""
 
     is_template = True
     async_move_resource_to_block_cache = _never_fetch
 
     def example_payload(self) -> dict:
-        """For the documentation."""
+        """Example for the API docs."""
         return {"background": None, "layers": [], "composite": _example("drawing.png")}
 
-    def preprocess(self, payload: Any) -> bytes | str | None:  # type: ignore[override]  # raw, unlike its parent's
-        """What was drawn."""
+    def preprocess(self, payload: Any) -> bytes | str | None:  # type: ignore[override]  # not the parent's decoded image
+        """Bytes or path of the drawing."""
         if payload is None:
             return None
         blobs = self.blob_storage.pop(payload.id, None) if payload.id is not None else None
@@ -92,24 +92,24 @@ class Canvas(gr.ImageEditor):
 
 
 class Step(gr.Slider):
-    """A number, or whatever a request holds in its place, which its function then refuses."""
+    """A slider that passes its value on unchecked; the handler validates it."""
 
     is_template = True
 
     def preprocess(self, payload: Any) -> Any:
-        """As it came."""
+        """The value as it is."""
         return payload
 
 
 def textbox(label: str, example: str, **options: Any) -> gr.Textbox:
-    """A text box with an example for the documentation."""
+    """A text box with an example for the API docs."""
     box = gr.Textbox(label=label, **options)
     box.example_payload = lambda: example  # type: ignore[method-assign]
     return box
 
 
 def canvas(elem_id: str) -> Canvas:
-    """A white square to draw on with one thick black brush, which is in the visitor's hand already."""
+    """A white canvas with a thick black brush, which is selected already."""
     pad = Canvas(
         label="Drawing",
         show_label=False,
@@ -129,7 +129,7 @@ def canvas(elem_id: str) -> Canvas:
 
 
 def take_brush(elem_id: str) -> str:
-    """JavaScript that presses the button of the brush as soon as it is there."""
+    """JavaScript that selects the brush as soon as its button is rendered."""
     return f"""() => {{
         const wait = setInterval(() => {{
             const brush = document.querySelector('#{elem_id} button[aria-label="Brush"]');
@@ -140,7 +140,7 @@ def take_brush(elem_id: str) -> str:
 
 
 class NeverFetch:
-    """ASGI middleware: gradio's server would also fetch what is asked for as `/file=http…`."""
+    """ASGI middleware: blocks gradio's routes that fetch URLs (`/file=http…`, `/proxy=`)."""
 
     def __init__(self, app: ASGIApp):
         self.app = app

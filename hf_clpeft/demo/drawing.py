@@ -1,4 +1,4 @@
-"""A drawing as the digits' authors would have scanned it."""
+"""Converts drawings to the format of scikit-learn's digits."""
 
 import numpy as np
 import PIL.Image
@@ -8,20 +8,20 @@ from ..streams.digits import SCAN, enlarge
 from .pictures import VisitorError
 
 
-FAINTEST = 64  # of 255: what is fainter is the soft edge of a stroke
+FAINTEST = 64  # of 255; fainter pixels are the antialiased edge of a stroke
 
 
 def scan(drawing: PIL.Image.Image) -> PIL.Image.Image:
-    """Cuts a drawing to its ink and scans it down to 8 x 8 pixels, as scikit-learn's digits were.
+    """Crops a drawing to its ink and downsamples it to 8 x 8 pixels, like scikit-learn's digits.
 
     Args:
-        drawing (`PIL.Image.Image`): Dark strokes on a light ground.
+        drawing (`PIL.Image.Image`): Dark strokes on a light background.
 
     Returns:
         `PIL.Image.Image`: 32 x 32 pixels, light ink on black.
 
     Raises:
-        [`VisitorError`]: There is no ink.
+        [`VisitorError`]: The canvas is blank.
 
     Example:
 

@@ -1,4 +1,4 @@
-"""What the page and its API can be asked: one method for each."""
+"""The endpoints of the page and its API, one method each."""
 
 import functools
 import html
@@ -35,7 +35,7 @@ TABLE = ["picture", "answer", "score", "expert", "distance", "typicality", "prob
 
 
 def friendly(method: Callable[P, R]) -> Callable[P, R]:
-    """Shows a visitor what the library says, and nothing of the server; a request may hold values of any type."""
+    """Validates argument types, and shows errors of the library to the visitor, but no traceback of the server."""
     signature, hints = inspect.signature(method), get_type_hints(method)
 
     @functools.wraps(method)
@@ -47,19 +47,19 @@ def friendly(method: Callable[P, R]) -> Callable[P, R]:
                     raise VisitorError(f"{name} must be of type {wanted}, and not {type(value).__name__}.")
             return method(*args, **kwargs)
         except HfClpeftError as error:
-            # Shown as HTML, with names that strangers gave their files.
+            # Rendered as HTML, and may contain untrusted file names.
             raise gr.Error(html.escape(str(error), quote=False), print_exception=False) from None
 
     return wrapper
 
 
 class Handlers:
-    """Answers for one [`Models`].
+    """The endpoints of one [`Models`].
 
     Args:
-        models ([`Models`]): The models.
-        examples (sequence of `Path`): Pictures whose answers are compared before and after teaching.
-        reject_rate (`float`, *optional*): See [`ContinualModel.predict`]; without prototypes nothing is rejected.
+        models ([`Models`]): The models to serve.
+        examples (sequence of `Path`): Pictures whose predictions are compared before and after teaching.
+        reject_rate (`float`, *optional*): See [`ContinualModel.predict`]; ignored by models that cannot reject.
     """
 
     def __init__(self, models: Models, examples: Sequence[Path] = (), reject_rate: float = 0.05):
@@ -78,13 +78,13 @@ class Handlers:
         Args:
             picture: The picture: PNG, JPEG, WebP, GIF, BMP or TIFF.
             expert: "nearest", or the name of a task, such as "task-002".
-            key: Of a model that you taught; empty for the one that is served.
+            key: Key of a model that you taught; empty for the served one.
 
         Returns:
-            What it is and why, as HTML; the five likeliest classes; the distance to the nearest prototype of every
-            task; and all of it as JSON.
+            The prediction and its routing, as HTML; the five likeliest classes; the distance to the nearest
+            prototype of every task; and all of it as JSON.
         """
-        if not picture:  # it was taken off the page
+        if not picture:  # the visitor removed it
             return "", None, gr.skip(), None
         model = self.models.get(key)
         options: dict[str, Any] = {"top_k": max(5, len(model.bank)), **self._reject(model)}
@@ -102,10 +102,10 @@ class Handlers:
 
     @friendly
     def scan_drawing(self, drawing: bytes | str | None) -> PIL.Image.Image:
-        """Scan a drawn digit down as the digits of the training data were.
+        """Downsample a drawn digit like the digits of the training data.
 
         Args:
-            drawing: Dark strokes on a light ground.
+            drawing: Dark strokes on a light background.
 
         Returns:
             The picture, for /predict.
@@ -121,20 +121,20 @@ class Handlers:
 
     @friendly
     def predict_files(self, files: list[str] | None, key: str | None = "") -> tuple[pd.DataFrame, str]:
-        """Classify many pictures at once, each by its own expert, all in shared batches.
+        """Classify many pictures, each routed to its own expert, in shared batches.
 
         Args:
             files: Pictures, or zip archives of pictures; 500 at most.
-            key: Of a model that you taught; empty for the one that is served.
+            key: Key of a model that you taught; empty for the served one.
 
         Returns:
-            A table with one row for each picture, and the same as a CSV file.
+            A table with one row per picture, and the same as a CSV file.
         """
         if not files:
-            raise VisitorError("There is no file yet: add pictures or a zip archive of pictures.")
+            raise VisitorError("Add pictures, or a zip archive of pictures, first.")
         model = self.models.get(key)
         rows: list[list] = []
-        waiting: list[list] = []  # rows whose pictures have been read
+        waiting: list[list] = []  # rows whose pictures are being classified
         options = self._reject(model)
 
         def read() -> Iterator[PIL.Image.Image]:
@@ -166,16 +166,16 @@ class Handlers:
     def look_inside(
         self, step: float, picture: str | None = None, key: str | None = ""
     ) -> tuple[str, str, str, dict | None, dict[str, float] | None]:
-        """The model as it was after a task: what it could do, where its prototypes lie, what it would have answered.
+        """The model as it was after a task: its accuracy, its prototypes, and its prediction for a picture.
 
         Args:
-            step: After how many tasks.
-            picture: A picture to answer as of then, and to put on the map; optional.
-            key: Of a model that you taught; empty for the one that is served.
+            step: Number of tasks learnt.
+            picture: A picture to classify with that model, and to add to the scatter plot; optional.
+            key: Key of a model that you taught; empty for the served one.
 
         Returns:
-            What it had learnt; its accuracy matrix and routing, in percent, as HTML; its prototypes on a plane; its
-            answer to the picture.
+            Its tasks, accuracy matrix and routing, in percent, as HTML; its prototypes in a 2D projection; its
+            prediction for the picture.
         """
         now = self.models.get(key)
         step = int(step) if math.isfinite(step) else 0
@@ -203,15 +203,15 @@ class Handlers:
         key: str | None = "",
         progress: gr.Progress = gr.Progress(),  # noqa: B008
     ) -> tuple[str, str, str]:
-        """Teach new classes from a few pictures each: one more task, on a model of your own.
+        """Teach new classes from a few pictures each: one more task, on your own copy of the model.
 
         Args:
-            name: Name of the class; empty if the pictures lie in one folder for each class.
+            name: Name of the class; empty if there is one folder of pictures per class.
             files: Three or more pictures of each class, or a zip archive of folders named after the classes.
-            key: Of the model to go on with; empty for the one that is served.
+            key: Key of the model to continue; empty for the served one.
 
         Returns:
-            What happened, as HTML; the key of the new model; and the model as a zip archive.
+            A summary, as HTML; the key of the new model; and the model as a zip archive.
         """
         known = self.models.get(key).config.classes
         classes = sort_pictures(name or "", read_uploads(files or []), known)
@@ -222,14 +222,14 @@ class Handlers:
 
     @friendly
     def add_drawing(self, drawing: bytes | str | None, files: list[str] | None) -> list[str]:
-        """Put a drawing among the pictures to teach from.
+        """Add a drawing to the pictures to teach from.
 
         Args:
-            drawing: Dark strokes on a light ground.
+            drawing: Dark strokes on a light background.
             files: The pictures so far.
 
         Returns:
-            The pictures with one more.
+            The pictures with the drawing.
         """
         png = io.BytesIO()
         self.scan_drawing(drawing).save(png, "PNG")
@@ -237,26 +237,26 @@ class Handlers:
 
     @friendly
     def push(self, repo_id: str | None, token: str | None, key: str | None) -> str:
-        """Push the model that you taught to the Hub, in your name.
+        """Push the model that you taught to the Hub, with your own token.
 
         Args:
-            repo_id: Where to, such as "me/my-digits"; made if needed.
-            token: Your token with write access; used once, stored nowhere.
-            key: Of the model that you taught.
+            repo_id: Repo id, such as "me/my-digits"; created if missing.
+            token: Your token with write access; used once, never stored.
+            key: Key of the model that you taught.
 
         Returns:
-            Where it is, as HTML.
+            A link to the repo, as HTML.
         """
         if not key:
             raise VisitorError("Teach a class first; then there is a model to push.")
         repo_id, token = (repo_id or "").strip(), (token or "").strip()
         if not token or not repo_id:
-            # Without a token the library would take that of whoever runs this server.
+            # Without a token, the library would use that of the server's operator.
             raise VisitorError("Give the repo's name and your own token with write access.")
         url = self.models.get(key).push_to_hub(repo_id, token=token)
         return views.link(url)
 
 
 def _keep(content: bytes, name: str) -> str:
-    """Puts a file where gradio serves files from, and deletes them after an hour."""
+    """Saves a file to gradio's cache, which is served, and deleted after an hour."""
     return save_bytes_to_cache(content, name, get_upload_folder())

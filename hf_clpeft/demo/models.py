@@ -1,4 +1,4 @@
-"""The models of a running demo: the one it serves, those that visitors taught, and each as it was after every task."""
+"""The models of a running demo: the served one, those that visitors taught, and earlier states of each."""
 
 import secrets
 import shutil
@@ -11,6 +11,7 @@ from tempfile import TemporaryDirectory
 
 from ..backbones.bundled import bundled_folder
 from ..config.errors import ConfigError
+from ..hub.client import hub_client
 from ..hub.errors import HubError, explained
 from ..model import ContinualModel
 from ..prediction import best_device
@@ -18,23 +19,23 @@ from .batching import Batcher
 from .pictures import VisitorError
 
 
-MOST_MODELS = 32  # taught ones on disk, and in memory taught and past ones; the oldest goes first
+MOST_MODELS = 32  # limit of taught models on disk, and of models cached in memory; the oldest are evicted
 
 
 class Models:
-    """Finds models by key. All share one backbone, and run in one [`Batcher`].
+    """Looks up models by key. All share one backbone and one [`Batcher`].
 
     Args:
         source (`str`): Repo id or folder of the model to serve.
         revision (`str`, *optional*): Branch, tag or commit of the repo.
-        backbone (`str`, *optional*): Where the backbone is now, when not where it was.
+        backbone (`str`, *optional*): Repo id or folder of the backbone, if it has moved.
 
     Raises:
-        [`ConfigError`]: The model has learnt no task yet, or has no experts that judge. Otherwise as
+        [`ConfigError`]: The model has learnt no task yet, or does not predict with experts. Otherwise as
             [`ContinualModel.from_pretrained`].
 
     Attributes:
-        served ([`ContinualModel`]): The model of whoever has taught nothing: that of the key `""`.
+        served ([`ContinualModel`]): The model for visitors who have taught nothing, of the key `""`.
 
     Example:
 
@@ -56,8 +57,8 @@ class Models:
         method = self.served.config.method
         if not method.uses_experts:
             raise ConfigError(
-                f"{source} is of the method {method.name}, in which no expert takes a picture; the demo shows how "
-                "pictures find theirs. Try it with `hf-clpeft predict`."
+                f"{source} uses the method {method.name}, which routes no picture to an expert, so the demo has "
+                "nothing to show. Use `hf-clpeft predict`."
             )
         self.batcher = Batcher()
         self._kept: OrderedDict[tuple[str, int | None], ContinualModel] = OrderedDict()
@@ -69,20 +70,20 @@ class Models:
         """A model by its key.
 
         Raises:
-            [`VisitorError`]: Nobody has it any more.
+            [`VisitorError`]: The model has been evicted.
         """
         if not key:
             return self.served
         if key not in self._folders:
-            raise VisitorError("The model you taught is no longer here, only its download is. Teach it once more.")
+            raise VisitorError("The model you taught has been evicted, only its download is left. Teach it again.")
         return self._keep((key, None), lambda: self.load(self._folders[key]))
 
     def new_folder(self) -> Path:
-        """Where a model to be taught is saved, once it has learnt."""
+        """A new folder to save a taught model in."""
         return Path(self._home.name, secrets.token_hex(8), "model")
 
     def add(self, folder: Path) -> str:
-        """Takes a taught model in; its key, which nobody can guess, lets its owner use it."""
+        """Registers a taught model. Returns its key, an unguessable token."""
         key = secrets.token_urlsafe(16)
         with self._lock:
             self._folders[key] = folder
@@ -93,7 +94,7 @@ class Models:
         return key
 
     def folder(self, key: str | None) -> Path | None:
-        """Where a taught model is saved; `None` for the one that is served."""
+        """Folder of a taught model; `None` for the served one."""
         return self._folders.get(key or "")
 
     def load(self, source: str | Path, revision: str | None = None) -> ContinualModel:
@@ -104,10 +105,10 @@ class Models:
         )
 
     def after(self, key: str | None, step: int) -> ContinualModel:
-        """A model as it was after so many tasks: from the task's tag on the Hub, else without the later tasks.
+        """A model as it was after `step` tasks: from the task's tag on the Hub, else by removing the later tasks.
 
         Raises:
-            [`ConfigError`]: There is no tag, and the tasks cannot be taken apart exactly.
+            [`ConfigError`]: There is no tag, and later tasks cannot be removed exactly.
         """
         model, key = self.get(key), key or ""
         if not 1 <= step <= len(model.config.tasks):
@@ -122,7 +123,7 @@ class Models:
         tag = model.config.tasks[step - 1].name
         if not key and tag in self._tags:
             past = self.load(self.source, revision=tag)
-            if _learnt(past) == _learnt(model)[:step]:  # not so on a branch, or once a task was unlearnt
+            if _history(past) == _history(model)[:step]:  # not on another branch, or after a task was removed
                 return past
         past = self.load(self._folders[key]) if key else self.load(self.source, self.revision)
         for task in reversed(model.config.tasks[step:]):
@@ -131,14 +132,12 @@ class Models:
 
     @cached_property
     def _tags(self) -> list[str]:
-        from huggingface_hub import HfApi
-
         if bundled_folder(self.source) is not None or Path(self.source).is_dir():
             return []
         try:
             with explained("look at the tags of", self.source):
-                return [tag.name for tag in HfApi().list_repo_refs(self.source).tags]
-        except HubError:  # offline: the past can still be had by leaving later tasks out
+                return [tag.name for tag in hub_client().list_repo_refs(self.source).tags]
+        except HubError:  # offline: earlier states are made by removing later tasks
             return []
 
     def _keep(self, name: tuple[str, int | None], make: Callable[[], ContinualModel]) -> ContinualModel:
@@ -154,6 +153,6 @@ class Models:
         return model
 
 
-def _learnt(model: ContinualModel) -> list[tuple]:
-    """What tells the past of one model from that of another: older models do not say more of their tasks."""
+def _history(model: ContinualModel) -> list[tuple]:
+    """What identifies a model's history, from fields that old models have, too."""
     return [(task.name, task.classes, task.domain) for task in model.config.tasks]

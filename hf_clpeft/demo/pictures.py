@@ -1,4 +1,4 @@
-"""Pictures that strangers uploaded: read within fixed limits, or refused in a sentence that says what to do."""
+"""Decodes untrusted uploads within fixed limits; errors say what to do."""
 
 import io
 import re
@@ -13,14 +13,14 @@ from ..backbones.pictures import PictureError, read_file
 from ..config.errors import HfClpeftError
 
 
-FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")  # no decoder that few people use, or that starts a program
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")  # no rarely used decoder, and none that runs a program
 LARGEST_FILE = 20 * 2**20  # bytes
 LARGEST_ARCHIVE = 200 * 2**20  # bytes, packed and unpacked
 SMALLEST_SIDE = 4
 MOST_PIXELS = 50_000_000
 MOST_FILES = 500
-MOST_OBLONG = 50  # the longer side by the shorter one; a resized shorter side must not make the longer one huge
-MOST_SCANS = 500  # of a JPEG, which has 10; each takes all pixels once more and costs its author 75 bytes
+MOST_OBLONG = 50  # aspect ratio; resizing the shorter side must not make the longer one huge
+MOST_SCANS = 500  # of a progressive JPEG, usually 10; each of 75 bytes makes the decoder pass over all pixels
 
 _OTHER_KINDS = {
     rb"%PDF": "a PDF document",
@@ -32,24 +32,24 @@ _JUNK = ("__macosx", "thumbs.db", "desktop.ini")
 
 
 class VisitorError(HfClpeftError, ValueError):
-    """What a visitor cannot have, such as an answer to what is no picture. The message says why, and what to do.
+    """An invalid request of a visitor, such as a file that is not a picture. The message says why, and what to do.
 
-    It has names that strangers gave their files: escape it before it becomes part of a page.
+    It may contain untrusted file names: escape it before rendering it as HTML.
     """
 
 
 def open_picture(file: str | Path | bytes, name: str | None = None) -> PIL.Image.Image:
-    """Reads one picture within the limits of the demo, as [`open_image`] reads all others.
+    """Reads one picture within the limits of the demo.
 
     Args:
-        file (`str`, `Path` or `bytes`): The file, or what is in it.
-        name (`str`, *optional*): What messages call it; its file name if left out.
+        file (`str`, `Path` or `bytes`): The file, or its content.
+        name (`str`, *optional*): Name for error messages; default: the file name.
 
     Returns:
         `PIL.Image.Image`: RGB, without metadata.
 
     Raises:
-        [`VisitorError`]: It is no picture, a damaged one or one outside of the limits.
+        [`VisitorError`]: The file is not a picture, is damaged, or exceeds a limit.
 
     Example:
 
@@ -71,8 +71,8 @@ def open_picture(file: str | Path | bytes, name: str | None = None) -> PIL.Image
         try:
             with open(file, "rb") as opened:
                 data = opened.read(LARGEST_FILE + 1)
-        except (OSError, ValueError) as error:  # a path may be a mere string
-            raise VisitorError(f"{name} did not arrive; upload it once more.") from error
+        except (OSError, ValueError) as error:  # ValueError: the path has a NUL
+            raise VisitorError(f"{name} was not uploaded; try again.") from error
     if not data:
         raise VisitorError(f"{name} is empty; choose another file.")
     if len(data) > LARGEST_FILE:
@@ -86,16 +86,16 @@ def open_picture(file: str | Path | bytes, name: str | None = None) -> PIL.Image
     try:
         return read_file(io.BytesIO(data), name, FORMATS, check)
     except PictureError as error:
-        raise VisitorError(f"{name} {_in_a_visitors_words(error.__cause__, data)}") from error
+        raise VisitorError(f"{name} {_reason(error.__cause__, data)}") from error
 
 
-def _in_a_visitors_words(cause: BaseException | None, data: bytes) -> str:
+def _reason(cause: BaseException | None, data: bytes) -> str:
     if isinstance(cause, PIL.UnidentifiedImageError):
         kinds = (kind for mark, kind in _OTHER_KINDS.items() if re.match(mark, data, re.DOTALL | re.IGNORECASE))
         return f"is {next(kinds, 'no picture that can be read here')}; save it as PNG or JPEG first."
     if isinstance(cause, PIL.Image.DecompressionBombError | PIL.Image.DecompressionBombWarning):
         return f"has more than {MOST_PIXELS:,} pixels; make it smaller first."
-    return "is damaged, incomplete or of a rare kind; save it as PNG or JPEG once more."
+    return "is damaged, incomplete or of a rare format; save it as PNG or JPEG again."
 
 
 def _check_size(width: int, height: int, name: str) -> None:
@@ -105,23 +105,23 @@ def _check_size(width: int, height: int, name: str) -> None:
     if min(width, height) < SMALLEST_SIDE:
         raise VisitorError(f"{size}; choose one of at least {SMALLEST_SIDE} x {SMALLEST_SIDE}.")
     if max(width, height) > MOST_OBLONG * min(width, height):
-        raise VisitorError(f"{size}, which is a mere strip; cut out a part of it first.")
+        raise VisitorError(f"{size}, which is too elongated; crop it first.")
 
 
 def read_uploads(paths: Sequence[str | Path]) -> Iterator[tuple[str, PIL.Image.Image | VisitorError]]:
     """Reads pictures and zip archives of pictures, one picture at a time. Nothing is unpacked on disk.
 
-    The call itself looks through the archives; pictures are decoded once they are asked for.
+    Archives are checked at the call; pictures are decoded lazily.
 
     Args:
         paths (sequence of `str` or `Path`): The uploaded files.
 
     Returns:
         Iterator of names and images: the name of a file, or its path within its archive with `/` between folders.
-        Instead of an image, a [`VisitorError`] says why a file is none.
+        Instead of an image, a [`VisitorError`] says why a file cannot be read.
 
     Raises:
-        [`VisitorError`]: An archive is damaged, locked or hostile, or there is too much of everything.
+        [`VisitorError`]: An archive is damaged, encrypted or malicious, or a limit is exceeded.
 
     Example:
 
@@ -151,14 +151,14 @@ def read_uploads(paths: Sequence[str | Path]) -> Iterator[tuple[str, PIL.Image.I
 def _is_archive(path: Path) -> bool:
     try:
         with open(path, "rb") as file:
-            return file.read(4) in (b"PK\3\4", b"PK\5\6")  # a picture with an archive behind it is a picture
-    except (OSError, ValueError):  # which open_picture puts into words
+            return file.read(4) in (b"PK\3\4", b"PK\5\6")  # a picture with an appended archive is a picture
+    except (OSError, ValueError):  # reported by open_picture
         return False
 
 
 def _members(path: Path) -> dict[zipfile.ZipInfo, str]:
-    """Names of the pictures in an archive, once nothing in it is suspicious."""
-    again = "zip the pictures once more"
+    """Names of the pictures in an archive, after checking it for path traversal, encryption and zip bombs."""
+    again = "zip the pictures again"
     try:
         if path.stat().st_size > LARGEST_ARCHIVE:
             raise VisitorError(f"{path.name} has more than {LARGEST_ARCHIVE // 2**20} MB; make it smaller first.")
@@ -173,13 +173,13 @@ def _members(path: Path) -> dict[zipfile.ZipInfo, str]:
         name = entry.filename.replace("\\", "/")
         place = PurePosixPath(name)
         if place.is_absolute() or ".." in place.parts or re.match("[a-zA-Z]:", name):
-            raise VisitorError(f"{path.name} has a file outside of the archive, {name}; {again}.")
+            raise VisitorError(f"{path.name} holds a path outside of the archive, {name}; {again}.")
         if name.endswith("/") or any(part[0] == "." or part.lower() in _JUNK for part in place.parts):
             continue
         if entry.flag_bits & 1:
             raise VisitorError(f"{path.name} is locked with a password; {again}, without one.")
-        if entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):  # others unpack without a bound
-            raise VisitorError(f"{path.name} is packed in an unusual way; {again}, as .zip with usual settings.")
+        if entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):  # others unpack unbounded
+            raise VisitorError(f"{path.name} uses an unusual compression; {again}, with the default settings.")
         if entry.file_size > LARGEST_FILE:
             raise VisitorError(f"{name} in {path.name} has more than {LARGEST_FILE // 2**20} MB; leave it out.")
         members[entry] = str(place)
@@ -206,13 +206,13 @@ def _attempt(read: Callable[..., PIL.Image.Image], *arguments: Any) -> PIL.Image
     try:
         return read(*arguments)
     except VisitorError as error:
-        return VisitorError(str(error))  # anew, as the traceback of the old one keeps the whole file in memory
+        return VisitorError(str(error))  # a copy, as the traceback of the original keeps the file in memory
 
 
 def _open_member(archive: zipfile.ZipFile, entry: zipfile.ZipInfo, name: str) -> PIL.Image.Image:
     try:
         with archive.open(entry) as file:
-            data = file.read(entry.file_size)  # which may be a lie, so never until the end
+            data = file.read(entry.file_size)  # the size may be forged, so never read to the end
     except Exception as error:  # zipfile raises anything from BadZipFile to zlib.error
-        raise VisitorError(f"{name} is damaged in its archive; zip the pictures once more.") from error
+        raise VisitorError(f"{name} is damaged in its archive; zip the pictures again.") from error
     return open_picture(data, name)

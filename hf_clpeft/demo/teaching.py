@@ -1,4 +1,4 @@
-"""A new task from a visitor's pictures: learnt on a model of its own, while the others go on being served."""
+"""Learns a new task from a visitor's pictures, on a copy of the model, while others are being served."""
 
 import re
 import time
@@ -20,22 +20,22 @@ from .pictures import VisitorError
 
 
 FEWEST, MOST_PICTURES, MOST_CLASSES, MOST_SECONDS = 3, 200, 20, 180
-MOST_PIXELS = 800_000_000  # of all pictures, which are in memory together
+MOST_PIXELS = 800_000_000  # of all pictures together, as they are all in memory
 STEPS, MOST_EPOCHS, BATCH = 100, 60, 16
-HEAD_LEARNING_RATE = 1e-2  # of a new row, which must win over those of old tasks within few steps
+HEAD_LEARNING_RATE = 1e-2  # high, as a new row must outweigh the old ones within few steps
 
 
 @dataclass(frozen=True)
 class Lesson:
-    """What came of teaching.
+    """The result of teaching.
 
     Args:
-        key (`str`): Of the new model in [`Models`].
-        folder (`Path`): Where it is saved.
+        key (`str`): Key of the new model in [`Models`].
+        folder (`Path`): Folder of the new model.
         task (`str`): Name of the new task.
-        seconds (`float`): How long it took.
-        answers (`int`): Answers to old pictures that were compared.
-        unchanged (`int`): How many of them are the same, to the last bit.
+        seconds (`float`): Duration.
+        answers (`int`): Number of predictions for old pictures that were compared.
+        unchanged (`int`): How many of them are bit-identical.
     """
 
     key: str
@@ -49,18 +49,18 @@ class Lesson:
 def sort_pictures(
     name: str, uploads: Iterable[tuple[str, PIL.Image.Image | VisitorError]], known: Sequence[str]
 ) -> dict[str, list[PIL.Image.Image]]:
-    """Which class each uploaded picture is of: of the folder it lies in, or of the given name.
+    """Groups uploaded pictures by class: the name of their folder, else the given name.
 
     Args:
-        name (`str`): Class of the pictures that lie in no folder.
-        uploads (iterable): Path inside its archive or folder, and picture, of each; see [`read_uploads`].
+        name (`str`): Class of the pictures without a folder.
+        uploads (iterable): Paths and pictures; see [`read_uploads`].
         known (sequence of `str`): Classes that the model knows.
 
     Returns:
         `dict[str, list[PIL.Image.Image]]`: Pictures by class.
 
     Raises:
-        [`VisitorError`]: A picture or a name cannot be used, or there are too few or too many.
+        [`VisitorError`]: A picture or a name is invalid, or there are too few or too many.
 
     Example:
 
@@ -87,17 +87,17 @@ def sort_pictures(
         label = " ".join((Path(path).parent.name or name).split())
         classes.setdefault(label, []).append(picture)
     if not classes:
-        raise VisitorError(f"There is no picture yet: give {FEWEST} or more, about five is good.")
+        raise VisitorError(f"There is no picture yet: add {FEWEST} or more, ideally five.")
     for label, pictures in classes.items():
         if not re.fullmatch(r"[\w .,'()&+-]{1,40}", label):
             raise VisitorError(
-                "Give the class a name of 1 to 40 letters, digits or simple signs, or put the pictures into a folder "
+                "Give the class a name of 1 to 40 letters, digits or .,'()&+-, or put the pictures into a folder "
                 "of that name."
             )
         if label in known:
             raise VisitorError(f"The model knows {label!r} already. Give the new class another name.")
         if len(pictures) < FEWEST:
-            raise VisitorError(f"{label!r} has {len(pictures)} pictures; give {FEWEST} or more, about five is good.")
+            raise VisitorError(f"{label!r} has {len(pictures)} pictures; give {FEWEST} or more, ideally five.")
     count = sum(map(len, classes.values()))
     if count > MOST_PICTURES or len(classes) > MOST_CLASSES:
         raise VisitorError(
@@ -108,17 +108,17 @@ def sort_pictures(
 
 
 def refusal(model: ContinualModel) -> str | None:
-    """Why a model cannot be taught without changing old answers; `None` if it can."""
+    """Why a model cannot be taught without changing old predictions; `None` if it can."""
     method = model.config.method
     if model.router.knows_classes:
         return (
             f"The {method.router} router weighs the classes of all tasks against each other, so a new one changes "
-            "old answers. A model with router='prototypes' can be taught here; this one learns in a recipe."
+            "old predictions. Teach a model with router='prototypes' here, or train this one with a recipe."
         )
     if method.experts != "per_task":
         return (
-            f"{method.name} trains the same experts on every task, which changes old answers. A model with an expert "
-            "per task (s_lora, s_prompts) can be taught here; this one learns in a recipe."
+            f"{method.name} trains the same experts on every task, which changes old predictions. Teach a model with "
+            "an expert per task (s_lora, s_prompts) here, or train this one with a recipe."
         )
     return None
 
@@ -130,30 +130,30 @@ def teach(
     old_pictures: Sequence[PIL.Image.Image] = (),
     progress: Callable[[float, str], None] = lambda share, text: None,
 ) -> Lesson:
-    """Learns one more task on a copy of a model.
+    """Trains a copy of a model on one more task.
 
     Args:
-        models ([`Models`]): Where the model is, and where the new one goes.
+        models ([`Models`]): Where the model is looked up, and the new one is added.
         key (`str`): Key of the model.
         classes (`dict[str, list[PIL.Image.Image]]`): Pictures by class.
-        old_pictures (sequence of `PIL.Image.Image`): Pictures to compare answers on, before and after.
-        progress (callable): Told how far it is, from 0 to 1, and what is being done.
+        old_pictures (sequence of `PIL.Image.Image`): Pictures whose predictions are compared before and after.
+        progress (callable): Called with the progress, from 0 to 1, and a description.
 
     Returns:
         [`Lesson`]
 
     Raises:
-        [`VisitorError`]: It takes longer than it may.
-        [`ConfigError`]: The method cannot learn such a task.
+        [`VisitorError`]: Training takes longer than `MOST_SECONDS`.
+        [`ConfigError`]: The method cannot learn the task.
     """
     start = time.monotonic()
     progress(0.0, "Loading the model")
     disable_progress_bars()
     old = models.get(key)
-    why_not = refusal(old)
-    if why_not is not None:
-        raise ConfigError(why_not)
-    # With a backbone of its own, which training may take to another device.
+    reason = refusal(old)
+    if reason is not None:
+        raise ConfigError(reason)
+    # With its own backbone, as training may move it to another device.
     model = ContinualModel.from_pretrained(
         models.folder(key) or models.source,
         backbone=models.backbone,
@@ -164,7 +164,7 @@ def teach(
 
     def on_step(step: int, steps: int) -> None:
         if time.monotonic() - start > MOST_SECONDS:
-            raise VisitorError(f"This takes longer than {MOST_SECONDS} seconds here. Give fewer pictures.")
+            raise VisitorError(f"This takes longer than {MOST_SECONDS} seconds here. Upload fewer pictures.")
         progress(0.1 + 0.7 * step / steps, f"Training, step {step} of {steps}")
 
     args = ContinualTrainingArguments(
@@ -182,17 +182,17 @@ def teach(
     progress(0.1, "Reading the pictures")
     data = DatasetDict(train=Dataset.from_dict(rows))
     ContinualTrainer(model, args, on_step).learn(load_task(data, task, test_size=0))
-    progress(0.9, "Comparing old answers")
+    progress(0.9, "Comparing old predictions")
     new_key = models.add(folder)
     new = models.get(new_key)
-    _check_old_parts(models, old, new)
+    _check_unchanged(models, old, new)
     before, after = (models.batcher.predict(m, old_pictures) for m in (old, new))
     unchanged = sum(was == now for was, now in zip(before, after, strict=True))
     return Lesson(new_key, folder, task, time.monotonic() - start, len(before), unchanged)
 
 
-def _check_old_parts(models: Models, old: ContinualModel, new: ContinualModel) -> None:
-    """Old experts, prototypes and head rows must not have changed by a bit."""
+def _check_unchanged(models: Models, old: ContinualModel, new: ContinualModel) -> None:
+    """Raises unless old experts, prototypes and head rows are bit-identical."""
     count = len(old.router.prototypes)
     same = torch.equal(new.router.prototypes[:count], old.router.prototypes)
     for i in range(len(old.config.tasks)):

@@ -1,4 +1,4 @@
-"""What a visitor sees of a prediction and of a model, as text, tables and points."""
+"""Renders predictions and models as HTML, tables and plots."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -8,6 +8,7 @@ import numpy as np
 import PIL.Image
 import torch
 
+from ..config.text import percent
 from ..model import ContinualModel
 from ..prediction import Prediction
 from ..reports.report import StreamReport
@@ -20,7 +21,7 @@ PALETTE = ("#3b82f6", "#f59e0b", "#10b981", "#8b5cf6", "#06b6d4", "#84cc16", "#d
 
 
 def introduction(model: ContinualModel, source: str) -> str:
-    """The head of the page, as HTML."""
+    """The header of the page, as HTML."""
     config = model.config
     experts = {
         "per_task": "each task left a tiny expert behind, and every picture finds its own",
@@ -35,13 +36,13 @@ def introduction(model: ContinualModel, source: str) -> str:
 
 
 def colours(model: ContinualModel) -> dict[str, str]:
-    """One colour for each expert's prototypes, and one that no expert has for the visitor's picture."""
+    """A colour per expert for its prototypes, and another one for the visitor's picture."""
     names = titles(model).values()
     return {**{name: PALETTE[i % len(PALETTE)] for i, name in enumerate(names)}, PICTURE: "#ef4444"}
 
 
 def titles(model: ContinualModel) -> dict[str, str]:
-    """What to call each expert: its task's domain or classes, or the name of a pool's member; no two alike."""
+    """A unique title per expert: its task's domain or classes, or its name in a pool."""
     named = {task.name: task.title for task in model.config.tasks}
     titles = {name: named.get(name, name) for name in model.bank.names}
     count = Counter(titles.values())
@@ -55,57 +56,57 @@ def titles(model: ContinualModel) -> dict[str, str]:
 
 
 def landmark(model: ContinualModel) -> str:
-    """What distances are measured to: a prototype, an expert's key, or, where the router knows classes, a class."""
+    """What distances are measured to: a prototype, a key of the pool, or a class."""
     method = model.config.method
     return "key" if method.experts == "pool" else "class" if model.router.knows_classes else "prototype"
 
 
 def verdict(prediction: Prediction, model: ContinualModel, reject_rate: float, chosen: bool = False) -> str:
-    """The answer in a few sentences, as HTML.
+    """The prediction and its routing in a few sentences, as HTML.
 
     Args:
-        prediction ([`Prediction`]): With the distances of all experts.
-        model ([`ContinualModel`]): Whose answer it is.
-        reject_rate (`float`): What [`ContinualModel.predict`] was given.
-        chosen (`bool`, *optional*, defaults to `False`): Whether a visitor chose the expert.
+        prediction ([`Prediction`]): Including the distances of all experts.
+        model ([`ContinualModel`]): The model that made it.
+        reject_rate (`float`): As passed to [`ContinualModel.predict`].
+        chosen (`bool`, *optional*, defaults to `False`): Whether the visitor chose the expert.
 
     Returns:
-        `str`: HTML, every name of a stranger escaped.
+        `str`: HTML, with untrusted names escaped.
     """
     assert prediction.expert is not None
     names = titles(model)
     label = escape(prediction.label if prediction.label is not None else NONE)
-    score = "" if prediction.label is None else f"<small>{100 * prediction.score:.0f} %</small>"
-    sentences = [f"Judged by the expert of <b>{escape(names[prediction.expert])}</b>."]
+    score = "" if prediction.label is None else f"<small>{percent(prediction.score, 0)}</small>"
+    sentences = [f"Classified by the expert of <b>{escape(names[prediction.expert])}</b>."]
     distances = list(prediction.experts.values())
     nearest = next(iter(prediction.experts))
     if model.config.method.experts == "pool":
         selected = list(prediction.experts)[: model.config.method.top_n]
-        sentences = [f"Judged by {', '.join(f'<b>{escape(name)}</b>' for name in selected)} together."]
+        sentences = [f"Classified by {', '.join(f'<b>{escape(name)}</b>' for name in selected)} together."]
     elif chosen and nearest != prediction.expert:
-        sentences.append(f"Its own route leads to {escape(names[nearest])}.")
+        sentences.append(f"Routing alone would have chosen {escape(names[nearest])}.")
     elif model.config.method.classifier == "both":
         judges = [f"<b>{escape(names[name])}</b>" for name in list(prediction.experts)[: model.config.method.mix]]
-        sentences = [f"Judged by the router and the experts of {', '.join(judges)} together."]
+        sentences = [f"Classified by the router and the experts of {', '.join(judges)} together."]
     elif len(distances) > 1 and distances[1] > 0:
         margin = 1 - distances[0] / distances[1]
         sure = "clear" if margin >= 0.2 else "a close call" if margin < 0.05 else "fairly clear"
         sentences.append(
-            f"The route is {sure}: the nearest {landmark(model)} is {100 * margin:.0f} % nearer than any other task's."
+            f"The route is {sure}: the nearest {landmark(model)} is {percent(margin, 0)} nearer than any other task's."
         )
     if prediction.typicality is not None:
-        share = f"{100 * prediction.typicality:.0f} %" if prediction.typicality else "Under 1 %"
-        sentences.append(f"{share} of a task's own pictures lie as far from its prototypes as this one, or farther.")
+        share = percent(prediction.typicality, 0) if prediction.typicality else "Under 1 %"
+        sentences.append(f"{share} of a task's own pictures are at least as far from its prototypes as this one.")
     if prediction.label is None:
         sentences.append(
-            f"That is less than {100 * reject_rate:.0f} %, so it is taken for something never learnt; the likeliest "
+            f"That is less than {percent(reject_rate, 0)}, so it is rejected as out-of-distribution; the likeliest "
             f"class would have been {escape(next(iter(prediction.classes)))}."
         )
     return f'<div class="verdict"><b>{label}</b> {score}</div><p>{" ".join(sentences)}</p>'
 
 
 def distance_bars(prediction: Prediction, model: ContinualModel) -> dict:
-    """Every expert in the order in which it was learnt, its distance, and which part it played, for a bar plot."""
+    """Data of a bar plot: experts in the order learnt, their distances, and whether they were chosen."""
     names = titles(model)
     rows = [
         [names[name], prediction.experts[name], "chosen" if name == prediction.expert else "others"]
@@ -116,21 +117,21 @@ def distance_bars(prediction: Prediction, model: ContinualModel) -> dict:
 
 
 def _plot(columns: dict[str, str], rows: list[list], mark: str) -> dict:
-    """What gradio makes of a pandas frame for its plots, without pandas, which takes longer than the model does."""
+    """Plot data as gradio makes it of a pandas frame; pandas would take longer than the model."""
     return {"columns": list(columns), "data": rows, "datatypes": columns, "mark": mark}
 
 
 def heat_table(values: np.ndarray, rows: Sequence[str], columns: Sequence[str], corner: str) -> str:
-    """A table whose cells are the fuller, the nearer to 1, in the colours of the page.
+    """A heat map of values in [0, 1] as an HTML table.
 
     Args:
-        values (array of shape `(rows, columns)`): In [0, 1]; NaN stays empty.
-        rows (sequence of `str`): Their titles.
-        columns (sequence of `str`): Theirs.
-        corner (`str`): What both are.
+        values (array of shape `(rows, columns)`): In [0, 1]; NaN leaves a cell empty.
+        rows (sequence of `str`): Titles of the rows.
+        columns (sequence of `str`): Titles of the columns.
+        corner (`str`): What rows and columns are, for the top left cell.
 
     Returns:
-        `str`: HTML, every title escaped.
+        `str`: HTML, with titles escaped.
 
     Example:
 
@@ -154,15 +155,15 @@ def heat_table(values: np.ndarray, rows: Sequence[str], columns: Sequence[str], 
 
 
 def accuracy_table(report: StreamReport | None, step: int) -> str:
-    """The accuracy matrix up to a task."""
+    """The accuracy matrix up to a task, as HTML."""
     if report is None or not report.tasks:
-        return "<p>Nothing was measured while this model learnt.</p>"
+        return "<p>No accuracy was measured while this model was trained.</p>"
     matrix = np.array(report.accuracy_matrix, dtype=float)[:step, :step]
     return heat_table(matrix, report.titles[:step], report.titles[:step], "after \\ on, %")
 
 
 def routing_table(report: StreamReport | None) -> str:
-    """Which expert the test images of each task went to, after the last task that was measured."""
+    """The routing confusion after the last measured task, as HTML."""
     if report is None or not np.any(report.routing_confusion):
         return "<p>Routing was not measured for this model.</p>"
     confusion = np.array(report.routing_confusion, dtype=float)
@@ -172,14 +173,14 @@ def routing_table(report: StreamReport | None) -> str:
 
 
 def prototype_points(model: ContinualModel, query: torch.Tensor | None = None) -> dict | None:
-    """The prototypes on the plane in which they spread most (PCA), and a picture's query features among them.
+    """Prototypes and a picture's query features, projected on the first two principal components.
 
     Args:
-        model ([`ContinualModel`]): With prototypes, or with the keys of a pool.
-        query (`torch.Tensor` of shape `(1, hidden_size)`, *optional*): Of the picture.
+        model ([`ContinualModel`]): A model with prototypes, or with a pool's keys.
+        query (`torch.Tensor` of shape `(1, hidden_size)`, *optional*): Query features of the picture.
 
     Returns:
-        `dict` for a scatter plot with x, y and owner of each point; `None` if there are too few.
+        `dict`: Data of a scatter plot; `None` for fewer than two points.
     """
     names = list(titles(model).values())
     if model.config.method.experts == "pool":
@@ -191,7 +192,7 @@ def prototype_points(model: ContinualModel, query: torch.Tensor | None = None) -
     points = vectors.detach().float().cpu().numpy()
     centre = points.mean(axis=0)
     _, _, axes = np.linalg.svd(points - centre, full_matrices=False)
-    axes = axes[:2] * np.sign(axes[:2].sum(axis=1, keepdims=True))  # else a point more could mirror the map
+    axes = axes[:2] * np.sign(axes[:2].sum(axis=1, keepdims=True))  # so that a new point cannot flip the plot
     if query is not None:
         points = np.concatenate([points, torch.nn.functional.normalize(query, dim=-1).float().cpu().numpy()])
         owners = [*owners, PICTURE]
@@ -208,7 +209,7 @@ def query_of(model: ContinualModel, image: PIL.Image.Image) -> torch.Tensor:
 
 
 def learnt(model: ContinualModel, step: int) -> str:
-    """What a model had learnt after so many tasks, as HTML."""
+    """The tasks that a model had learnt after `step` tasks, as HTML."""
     tasks = model.config.tasks
     items = "".join(
         f"<li{'' if i < step else ' class=later'}><b>{escape(task.name)}</b> {escape(task.title)}"
@@ -219,15 +220,15 @@ def learnt(model: ContinualModel, step: int) -> str:
 
 
 def lesson(found: Lesson, classes: dict[str, list]) -> str:
-    """What came of teaching, as HTML."""
+    """The result of teaching, as HTML."""
     names = ", ".join(f"<b>{escape(label)}</b> ({len(pictures)} pictures)" for label, pictures in classes.items())
     text = f"<p>Learnt {names} as {found.task} in {found.seconds:.0f} seconds. "
-    text += "Old experts, prototypes and head rows are the same to the last bit. "
+    text += "Old experts, prototypes and head rows are bit-identical. "
     if found.answers:
-        text += f"{found.unchanged} of {found.answers} answers to the example pictures are, too. "
-    return text + "From now on your answers come from your own model; nobody else sees it.</p>"
+        text += f"{found.unchanged} of {found.answers} answers to the example pictures are bit-identical, too. "
+    return text + "From now on you use your own model, which no other visitor sees.</p>"
 
 
 def link(url: str) -> str:
-    """An address of the Hub, as HTML."""
+    """A link to the Hub, as HTML."""
     return f'<p>Pushed: <a href="{escape(url)}" target="_blank" rel="noopener">{escape(url)}</a></p>'

@@ -1,1 +1,1 @@
-"""How a model meets people: its card, and its way to the Hub and back."""
+"""Pushes models to the Hub and downloads them."""

@@ -1,4 +1,4 @@
-"""From the Hub: the files that a model is loaded from, and no others."""
+"""Downloads the files that a model is loaded from, and no others."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -9,6 +9,7 @@ from ..config.model import CONFIG_NAME, ContinualConfig
 from ..config.text import get_logger
 from ..reports.report import METRICS_NAME
 from ..storage.files import check_names
+from .client import hub_client
 from .errors import HfHubHTTPError, HubError, RevisionResolutionError, explained, transferring
 
 
@@ -19,18 +20,16 @@ logger = get_logger(__name__)
 
 
 def find_model(repo_id: str, token: str | None = None) -> str | None:
-    """Full id of a repo, if there is one of that id with a model in it.
+    """Full repo id of a model on the Hub; `None` if there is no such repo, or no model in it.
 
     Args:
-        repo_id (`str`): Repo id; the namespace of the token's owner if it has none.
-        token (`str`, *optional*): Token of the Hub; default: as logged in.
+        repo_id (`str`): Repo id; its namespace defaults to the token's owner.
+        token (`str`, *optional*): Access token of the Hub; default: the one saved by `hf auth login`.
 
     Raises:
-        [`HubError`]: The Hub cannot be reached or refuses.
+        [`HubError`]: The Hub cannot be reached or denies the request.
     """
-    from huggingface_hub import HfApi
-
-    api = HfApi(token=token, library_name="hf-clpeft")
+    api = hub_client(token)
     with explained("look for", repo_id):
         repo_id = repo_id if "/" in repo_id else f"{api.whoami()['name']}/{repo_id}"
         return repo_id if api.file_exists(repo_id, CONFIG_NAME) else None
@@ -43,28 +42,28 @@ def fetch_config(
     cache_dir: str | Path | None = None,
     local_files_only: bool = False,
 ) -> Path:
-    """Downloads what says what a model is: `config.json` and `metrics.json`.
+    """Downloads `config.json` and `metrics.json` of a model, without its weights.
 
-    The revision is resolved once, so that everything comes from one commit. What is in the cache already is not asked
-    for again; without a network the cache is all there is.
+    The revision is resolved to a commit once, so that all files come from the same one. Cached files are not requested
+    again; offline, only the cache is used.
 
     Args:
         repo_id (`str`): Repo id on the Hub.
         revision (`str`, *optional*): Branch, tag or commit.
-        token (`str` or `bool`, *optional*): Token of the Hub; default: as logged in.
-        cache_dir (`str` or `Path`, *optional*): Cache to use.
-        local_files_only (`bool`, *optional*, defaults to `False`): Ask nobody, use the cache.
+        token (`str` or `bool`, *optional*): Access token of the Hub; default: the one saved by `hf auth login`.
+        cache_dir (`str` or `Path`, *optional*): Cache folder; default: that of `huggingface_hub`.
+        local_files_only (`bool`, *optional*, defaults to `False`): Use the cache only.
 
     Returns:
         `Path`: The folder in the cache.
 
     Raises:
-        [`HubError`]: There is no such repo or revision, or no way to it.
-        [`ConfigError`]: It is no model of ours, not whole, or holds files that nobody should read.
+        [`HubError`]: The repo or revision does not exist or cannot be reached.
+        [`ConfigError`]: The repo holds no hf_clpeft model, an incomplete one, or files that are not safe to read.
     """
-    from huggingface_hub import HfApi, hf_hub_download, try_to_load_from_cache
+    from huggingface_hub import hf_hub_download, try_to_load_from_cache
 
-    api = HfApi(token=token, library_name="hf-clpeft")
+    api = hub_client(token)
     with explained("load", repo_id, revision):
         commit = _resolve(api, repo_id, revision, cache_dir, local_files_only)
         cached = try_to_load_from_cache(repo_id, CONFIG_NAME, cache_dir=cache_dir, revision=commit)
@@ -72,7 +71,7 @@ def fetch_config(
             return Path(cached).parent
         if local_files_only:
             raise HubError(f"Cannot load {repo_id}: {CONFIG_NAME} is not in the cache, and local_files_only=True.")
-        api.repo_info(repo_id, revision=commit)  # fails at once if the Hub is gone; listing takes 23 s to
+        api.repo_info(repo_id, revision=commit)  # fails fast offline; listing retries for 23 s
         sizes = {
             entry.path: entry.size
             for entry in api.list_repo_tree(repo_id, recursive=True, revision=commit)
@@ -93,9 +92,9 @@ def fetch_config(
         check_names(list(sizes), config, repo_id)
         for name in config.files:
             if name not in sizes:
-                raise ConfigError(f"{repo_id} lacks the file {name}, so the model is not whole.")
+                raise ConfigError(f"{repo_id} lacks the file {name}, so the model is incomplete.")
     except ConfigError:
-        (folder / CONFIG_NAME).unlink()  # whoever comes next shall not take it from the cache unchecked
+        (folder / CONFIG_NAME).unlink()  # else the next call takes it from the cache unchecked
         raise
     return folder
 
@@ -103,7 +102,7 @@ def fetch_config(
 def _resolve(
     api: "HfApi", repo_id: str, revision: str | None, cache_dir: str | Path | None, local_files_only: bool
 ) -> str:
-    """Commit of a revision. What the cache says has to do where the Hub is not there, or turns away who asks often."""
+    """Commit of a revision; from the cache if the Hub cannot be reached or its rate limit is hit."""
     where: dict[str, Any] = {"revision": revision, "cache_dir": cache_dir}
     try:
         return api.resolve_revision(repo_id, local_files_only=local_files_only, **where).resolved
@@ -114,7 +113,7 @@ def _resolve(
             commit = api.resolve_revision(repo_id, local_files_only=True, **where).resolved
         except RevisionResolutionError:
             raise error from None
-        logger.warning("The Hub answers 429 (too many requests): %s is taken from the cache.", repo_id)
+        logger.warning("The Hub's rate limit is reached (429): %s is taken from the cache.", repo_id)
         return commit
 
 
@@ -129,7 +128,7 @@ def fetch_model(repo_id: str, revision: str | None = None, **hub_options: Any) -
     Returns:
         `Path`: The folder in the cache.
     """
-    from huggingface_hub import HfApi, snapshot_download
+    from huggingface_hub import snapshot_download
 
     folder = fetch_config(repo_id, revision, **hub_options)
     names = ContinualConfig.load(folder).files
@@ -139,7 +138,7 @@ def fetch_model(repo_id: str, revision: str | None = None, **hub_options: Any) -
     if missing:
         commit = folder.name
         with explained("load", repo_id, revision):
-            HfApi(token=hub_options.get("token")).repo_info(repo_id, revision=commit)  # fails at once, as above
+            hub_client(hub_options.get("token")).repo_info(repo_id, revision=commit)  # fails fast, as above
             with transferring():
                 snapshot_download(repo_id, revision=commit, allow_patterns=missing, **hub_options)
     return folder

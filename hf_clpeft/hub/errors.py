@@ -1,4 +1,4 @@
-"""What can go wrong between here and the Hub, in words that say what to do."""
+"""Errors of the Hub, translated into messages that say what to do."""
 
 import os
 from collections.abc import Iterator
@@ -21,19 +21,19 @@ from huggingface_hub.errors import (
 from ..config.errors import HfClpeftError
 
 
-# Of the library that the installed client is built on: httpx or httpx2.
+# The base error of httpx or httpx2, whichever the installed huggingface_hub is built on.
 HTTPError: type[Exception] = next(base for base in HfHubHTTPError.__mro__ if base.__name__ == "HTTPError")
-NOT_CACHED = (LocalEntryNotFoundError, RevisionResolutionError)  # their cause says why not from the Hub either
+NOT_CACHED = (LocalEntryNotFoundError, RevisionResolutionError)  # their __cause__ says why the download failed
 
 CLIENT_ERRORS = (HTTPError, HFValidationError, LocalTokenNotFoundError, OfflineModeIsEnabled, *NOT_CACHED)
 
 
 class HubError(HfClpeftError, RuntimeError):
-    """The Hub cannot be reached, refuses, or holds something else.
+    """The Hub cannot be reached, denies a request, or holds something unexpected.
 
     Args:
         message (`str`): What happened and what to do.
-        transient (`bool`, *optional*, defaults to `False`): The same call may work a little later.
+        transient (`bool`, *optional*, defaults to `False`): Whether a retry may succeed.
 
     Example:
 
@@ -52,15 +52,15 @@ class HubError(HfClpeftError, RuntimeError):
 
 
 class _TransferError(Exception):
-    """Files could not be carried to the Hub's storage or from it."""
+    """An upload to the Hub's storage, or a download from it, failed."""
 
 
 @contextmanager
 def transferring() -> Iterator[None]:
-    """Inside of [`explained`], around calls that do nothing but move files: there, any error is one of moving them.
+    """Inside of [`explained`], around calls that only upload or download: every error there is a failed transfer.
 
-    hf-xet has no errors of its own: it raises builtin ones, plain `RuntimeError` among them. By itself it tries again
-    for eight minutes; here for half a minute, unless its variable says otherwise when its first transfer begins.
+    hf-xet has no exceptions of its own; it raises builtin ones, even plain `RuntimeError`. By default it retries for
+    eight minutes; here for half a minute, unless its variable is set before the first transfer.
     """
     os.environ.setdefault("HF_XET_CLIENT_RETRY_MAX_ATTEMPTS", "3")
     try:
@@ -69,7 +69,7 @@ def transferring() -> Iterator[None]:
         raise
     except (OSError, RuntimeError, ValueError) as error:
         if isinstance(error.__cause__, HTTPError):
-            raise error.__cause__ from error  # what the storage said
+            raise error.__cause__ from error  # the storage's answer
         of_this_disk = getattr(error, "errno", None) is not None
         if of_this_disk and not isinstance(error, ConnectionError | TimeoutError):
             raise
@@ -97,10 +97,10 @@ def explained(doing: str, repo_id: str, revision: str | None = None) -> Iterator
 
 
 def _explain(error: BaseException, pushes: bool, repo_id: str, revision: str | None) -> tuple[str, bool]:
-    """What an error means, and whether it may pass."""
+    """The error in words, and whether a retry may succeed."""
     no_folder = "" if pushes else "there is no such folder, and "
     if isinstance(error, HFValidationError):
-        return f"{no_folder}it is no repo id. {error}", False
+        return f"{no_folder}it is not a valid repo id. {error}", False
     if isinstance(error, LocalTokenNotFoundError):
         return "there is no token. Log in with `hf auth login` or pass token=.", False
     if isinstance(error, RevisionNotFoundError):
@@ -108,56 +108,56 @@ def _explain(error: BaseException, pushes: bool, repo_id: str, revision: str | N
     if isinstance(error, HfHubHTTPError):
         return _explain_answer(error, pushes, repo_id, no_folder)
     if pushes:
-        hint = "so nothing was pushed. What is in a folder can be pushed later: hf-clpeft push FOLDER REPO."
+        hint = "so nothing was pushed. A saved model can be pushed later: hf-clpeft push FOLDER REPO."
     else:
-        hint = "and what is needed is not in the cache. Try again with a network, or pass a folder."
+        hint = "and the files are not in the cache. Try again online, or pass a folder."
     if isinstance(error, OfflineModeIsEnabled):
-        return f"HF_HUB_OFFLINE=1 forbids to ask {constants.ENDPOINT}, {hint}", False
+        return f"HF_HUB_OFFLINE=1 forbids requests to {constants.ENDPOINT}, {hint}", False
     if isinstance(error, _TransferError):
         return (
-            f"the storage of {constants.ENDPOINT} cannot be reached ({_first_line(error)}), {hint} Where only Xet is "
-            "kept out, HF_HUB_DISABLE_XET=1 goes another way."
+            f"the storage of {constants.ENDPOINT} cannot be reached ({_first_line(error)}), {hint} If only Xet is "
+            "blocked, set HF_HUB_DISABLE_XET=1."
         ), False
     if isinstance(error, HTTPError | ConnectionError | TimeoutError):
         return f"{constants.ENDPOINT} cannot be reached ({type(error).__name__}), {hint}", True
     if isinstance(error, NOT_CACHED):
-        return "it is not in the cache, and local_files_only=True forbids to ask the Hub.", False
-    return f"{constants.ENDPOINT} does not answer as a Hub does ({_first_line(error)}), {hint}", False
+        return "it is not in the cache, and local_files_only=True forbids a download.", False
+    return f"{constants.ENDPOINT} does not answer like a Hub ({_first_line(error)}), {hint}", False
 
 
 def _explain_answer(error: HfHubHTTPError, pushes: bool, repo_id: str, no_folder: str) -> tuple[str, bool]:
     status, sent_token = error.response.status_code, _sent_token(error)
     if isinstance(error, GatedRepoError):
         return (
-            f"its owners ask everybody to accept their terms (the Hub answers {status}). Do so on "
+            f"the repo is gated (the Hub answers {status}). Accept its terms on "
             f"{constants.ENDPOINT}/{repo_id}, and log in here as the same user with `hf auth login` or pass token=."
         ), False
     if isinstance(error, RepositoryNotFoundError) and not (sent_token and status == 401):
         access = "the token has no access to it" if sent_token else "you are not logged in"
         return (
             f"{no_folder}{constants.ENDPOINT} has no such model repo, or it is private and {access} (it answers "
-            f"{status}). Look at the name; log in with `hf auth login` or pass token=."
+            f"{status}). Check the name, or log in with `hf auth login` or pass token=."
         ), False
     return answer_in_words(error, pushes), status >= 500 or status in (408, 412, 429)
 
 
 def answer_in_words(error: HfHubHTTPError, pushes: bool = False) -> str:
-    """What the Hub's refusal means, whatever was asked for.
+    """An HTTP error of the Hub in words: status, message, and what to do.
 
     Args:
-        error (`HfHubHTTPError`): The refusal.
-        pushes (`bool`, *optional*, defaults to `False`): Whether something was to be written.
+        error (`HfHubHTTPError`): The error.
+        pushes (`bool`, *optional*, defaults to `False`): Whether the request was to write.
     """
     status = error.response.status_code
     said = f"the Hub answers {status} ({error.server_message or _first_line(error)})."
     if isinstance(error, DisabledRepoError):
         return f"{said} The repo has been disabled by the Hub."
-    right = "write there; make one with write access" if pushes else "read it; make one that may"
+    right = "write" if pushes else "read"
     valid = "The token is not valid; log in with `hf auth login`."
     hint = {
         401: valid if _sent_token(error) else "Log in with `hf auth login`.",
-        403: f"The token may not {right} at the Hub's settings and pass it.",
-        412: "Somebody else has pushed in the meantime.",
+        403: f"The token has no {right} access; pass one that has, made in the Hub's settings.",
+        412: "The branch has moved in the meantime.",
     }.get(status, "Try again later." if status >= 500 or status == 429 else "")
     return f"{said} {hint}".rstrip()
 

@@ -1,4 +1,4 @@
-"""What to call models that are put together, so that every task's name says where it comes from."""
+"""Short unique labels of the models that are combined, which become prefixes of their tasks' names."""
 
 import hashlib
 import re
@@ -11,16 +11,16 @@ from ..config.repos import split_revision
 
 
 def label_sources(sources: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Short labels that tell sources apart, and the same as the beginnings of names.
+    """Short unique labels of models, to display and as prefixes of names.
 
-    A folder is called by the last part of its path, and by more of it where two folders end alike; a repo by its id,
-    and with its revision where that makes the difference. What is still alike is numbered.
+    A folder is labelled with the last part of its path, or more parts if two collide; a repo with its id, and with its
+    revision if the ids collide. Remaining duplicates are numbered.
 
     Args:
-        sources (sequence of `str`): Folders, repo ids with or without `@revision`, or other words.
+        sources (sequence of `str`): Folders, repo ids with or without `@revision`, or other text.
 
     Returns:
-        Two `list[str]`: Labels as people write them; and made of ASCII letters, digits and `-` alone, no two alike.
+        Two `list[str]`: labels to display; and unique prefixes of ASCII letters, digits and `-`.
 
     Example:
 
@@ -32,24 +32,24 @@ def label_sources(sources: Sequence[str]) -> tuple[list[str], list[str]]:
 
     ```
     """
-    choices = [_choices(source) for source in sources]
-    chosen = [0] * len(choices)
+    candidates = [_candidates(source) for source in sources]
+    chosen = [0] * len(candidates)
     while True:
-        labels = [choices[i][number] for i, number in enumerate(chosen)]
-        names = [_name(label) or f"model-{i + 1}" for i, label in enumerate(labels)]
+        labels = [candidates[i][number] for i, number in enumerate(chosen)]
+        names = [_slug(label) or f"model-{i + 1}" for i, label in enumerate(labels)]
         longer = [
-            i for i, number in enumerate(chosen) if number + 1 < len(choices[i]) and _is_alike(i, names, choices)
+            i for i, number in enumerate(chosen) if number + 1 < len(candidates[i]) and _collides(i, names, candidates)
         ]
         if not longer:
             break
         for i in longer:
             chosen[i] += 1
     labels = [label if Path(source).is_dir() else source for label, source in zip(labels, sources, strict=True)]
-    return labels, _number(names)
+    return labels, _make_unique(names)
 
 
 def join_name(prefix: str, name: str) -> str:
-    """A task's name behind its model's; a hash stands for the middle of what is too long for a name.
+    """Joins a prefix and a task's name; a hash replaces the middle of what would be too long.
 
     Example:
 
@@ -68,8 +68,8 @@ def join_name(prefix: str, name: str) -> str:
     return f"{joined[: LONGEST_NAME // 2 - 10]}-{digest}-{joined[-LONGEST_NAME // 2 :]}"
 
 
-def _choices(source: str) -> list[str]:
-    """Labels of a source, from short to long; of a folder, no longer than it was written: others will read them."""
+def _candidates(source: str) -> list[str]:
+    """Possible labels of a source, from short to long; a folder's show no more of its path than the user wrote."""
     if Path(source).is_dir():
         written = [part for part in Path(source).parts if part not in ("..", Path(source).anchor)]
         parts = Path(source).resolve().parts
@@ -78,21 +78,21 @@ def _choices(source: str) -> list[str]:
     return [name] if name == source else [name, source]
 
 
-def _name(label: str) -> str:
+def _slug(label: str) -> str:
     plain = unicodedata.normalize("NFKD", label)
-    plain = "".join(sign for sign in plain if not unicodedata.combining(sign))
+    plain = "".join(char for char in plain if not unicodedata.combining(char))
     return re.sub("[^A-Za-z0-9]+", "-", plain).strip("-")
 
 
-def _is_alike(i: int, names: list[str], choices: list[list[str]]) -> bool:
-    """Whether another source has the same name, and a longer label would tell them apart."""
+def _collides(i: int, names: list[str], candidates: list[list[str]]) -> bool:
+    """Whether another source has the same slug, and a longer label would tell them apart."""
     return any(
-        name.casefold() == names[i].casefold() and _name(other[-1]).casefold() != _name(choices[i][-1]).casefold()
-        for name, other in zip(names, choices, strict=True)
+        name.casefold() == names[i].casefold() and _slug(other[-1]).casefold() != _slug(candidates[i][-1]).casefold()
+        for name, other in zip(names, candidates, strict=True)
     )
 
 
-def _number(names: list[str]) -> list[str]:
+def _make_unique(names: list[str]) -> list[str]:
     folded = [name.casefold() for name in names]
     numbered: list[str] = []
     for i, name in enumerate(names):

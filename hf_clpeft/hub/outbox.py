@@ -1,4 +1,4 @@
-"""What a run has learnt and the Hub does not have yet: one folder per commit, kept until it is pushed."""
+"""A queue on disk of models that are not on the Hub yet: one folder per commit, deleted once it is pushed."""
 
 import json
 import os
@@ -19,17 +19,17 @@ TARGET_NAME = "target.json"
 
 
 class Outbox:
-    """Pushes a run's folder as it was after each task, even if the Hub could not be reached at that time.
+    """Queue of a run's pushes, one entry per task, which outlives failures of the Hub and of the run.
 
-    Each entry is a whole model whose files are hard links where the disk has them, so it costs next to nothing.
+    An entry is a snapshot of the whole model, made of hard links where the file system has them.
 
     Args:
         folder (`str` or `Path`): The run's folder.
-        target ([`PushTarget`], *optional*): Where its models go; default: as it was before, with the token of whoever
-            is logged in.
+        target ([`PushTarget`], *optional*): Where to push; default: the target saved in the folder, with the token
+            saved by `hf auth login`.
 
     Raises:
-        [`ConfigError`]: Neither now nor before anybody has said where models go.
+        [`ConfigError`]: No target is given, and the folder holds none.
 
     Example:
 
@@ -48,7 +48,7 @@ class Outbox:
         path = self.folder / TARGET_NAME
         if target is None:
             if not path.is_file():
-                raise ConfigError(f"{folder} does not say which repo its model goes to; name one.")
+                raise ConfigError(f"{folder} does not say which repo its model is pushed to; name one.")
             self.target = PushTarget(**read_json(path))
             return
         self.target = target
@@ -59,16 +59,16 @@ class Outbox:
 
     @classmethod
     def open(cls, folder: str | Path, target: PushTarget, config: ContinualConfig) -> "Outbox":
-        """The outbox of a model that is to be pushed, once the Hub has said that it can be.
+        """Opens the outbox of a model, after checking that the Hub will take the model.
 
         Args:
             folder (`str` or `Path`): Where the model is saved.
-            target ([`PushTarget`]): Where it goes.
-            config ([`ContinualConfig`]): The model, new or going on.
+            target ([`PushTarget`]): Where to push.
+            config ([`ContinualConfig`]): The model, new or resumed.
 
         Raises:
-            [`HubError`]: The Hub cannot be reached, refuses, or holds another model.
-            [`ConfigError`]: What waits here is of another model.
+            [`HubError`]: The Hub cannot be reached, denies the request, or holds another model.
+            [`ConfigError`]: The queue holds entries of another model.
         """
         target, there = target.prepare(config)
         outbox = cls(folder, target)
@@ -77,11 +77,11 @@ class Outbox:
 
     @staticmethod
     def exists(folder: str | Path) -> bool:
-        """Whether a run in this folder was to be pushed."""
+        """Whether a folder has an outbox."""
         return Path(folder, OUTBOX, TARGET_NAME).is_file()
 
     def pending(self) -> list[Path]:
-        """Entries that wait, oldest first."""
+        """Queued entries, oldest first."""
         return sorted(
             path
             for path in self.folder.iterdir()
@@ -89,14 +89,14 @@ class Outbox:
         )
 
     def take_up(self, config: ContinualConfig, there: list[str]) -> None:
-        """Goes on where a run was killed: what it had saved and neither put here nor pushed is put here now.
+        """Recovers a killed run: queues what it saved but neither queued nor pushed.
 
         Args:
-            config ([`ContinualConfig`]): The model that goes on.
+            config ([`ContinualConfig`]): The model that is resumed.
             there (`list[str]`): Names of the tasks that the repo has.
 
         Raises:
-            [`ConfigError`]: What waits here is of another model.
+            [`ConfigError`]: The queue holds entries of another model.
         """
         recover(self.model)
         waiting = self.pending()
@@ -113,7 +113,7 @@ class Outbox:
         return self.folder / f"{len(config.tasks) + len(config.removed):05d}-{config.tasks[-1].name}"
 
     def put(self) -> None:
-        """Takes the model as it is in the run's folder now."""
+        """Queues a snapshot of the model in the run's folder."""
         config = ContinualConfig.load(self.model)
         entry = self._entry(config)
         new = self.folder / ".new"
@@ -126,21 +126,21 @@ class Outbox:
         os.rename(new, entry)
 
     def flush(self, target: PushTarget | None = None) -> str | None:
-        """Pushes what waits, oldest first.
+        """Pushes all entries, oldest first.
 
         Args:
-            target ([`PushTarget`], *optional*): Where to, if not where it was meant to go.
+            target ([`PushTarget`], *optional*): Where to push; default: the outbox's own target.
 
         Returns:
-            `str`, *optional*: Address of the last commit, if there was anything to push.
+            `str`, *optional*: URL of the last commit; `None` if the queue was empty.
 
         Raises:
-            [`HubError`]: The Hub cannot be reached or refuses; what is left waits on.
+            [`HubError`]: The Hub cannot be reached or denies the request; unpushed entries stay queued.
         """
         address = None
         for entry in self.pending():
             address = push_folder(entry, target or self.target)
-            done = self.folder / ".done"  # renamed first: an entry is never half there
+            done = self.folder / ".done"  # renamed first, so that an entry disappears atomically
             shutil.rmtree(done, ignore_errors=True)
             os.rename(entry, done)
             shutil.rmtree(done)
@@ -155,5 +155,5 @@ def _precedes(earlier: ContinualConfig, config: ContinualConfig) -> bool:
 def _link(source: Path, target: Path) -> None:
     try:
         os.link(source, target)
-    except OSError:  # this disk has no hard links
+    except OSError:  # no hard links on this file system
         shutil.copy2(source, target)

@@ -1,4 +1,4 @@
-"""To the Hub: a model's folder as one commit, and its latest task's name as a tag."""
+"""Pushes a model's folder to the Hub as one commit, tagged with its latest task's name."""
 
 import time
 from collections.abc import Callable
@@ -15,6 +15,7 @@ from ..reports.card import CARD_NAME, make_card
 from ..reports.report import METRICS_NAME, REPORT_FILES, StreamReport
 from ..storage.files import WEIGHTS, check_files
 from ..storage.lineage import difference
+from .client import hub_client
 from .errors import HfHubHTTPError, HubError, explained, transferring
 
 
@@ -23,19 +24,19 @@ if TYPE_CHECKING:
 
 logger = get_logger(__name__)
 
-WAITS = (1, 4)  # seconds before the second and the third attempt
+RETRY_DELAYS = (1, 4)  # seconds before the second and the third attempt
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class PushTarget:
-    """Where on the Hub a model goes.
+    """Where on the Hub to push a model.
 
     Args:
-        repo_id (`str`): Repo id; the namespace of the token's owner if it has none. Made if needed.
-        token (`str`, *optional*): Token of the Hub; default: as logged in. Never stored.
-        private (`bool`, *optional*): Whether a new repo is private; default: as its owner has set.
-        revision (`str`, *optional*): Branch; made if needed. Default: the main one.
+        repo_id (`str`): Repo id, created if missing; its namespace defaults to the token's owner.
+        token (`str`, *optional*): Access token; default: the one saved by `hf auth login`. Never stored.
+        private (`bool`, *optional*): Whether a new repo is private; default: its owner's setting.
+        revision (`str`, *optional*): Branch, created if missing; default: main.
         create_pr (`bool`, *optional*, defaults to `False`): Open a pull request instead of moving the branch.
 
     Example:
@@ -56,7 +57,7 @@ class PushTarget:
     create_pr: bool = False
 
     def prepare(self, config: ContinualConfig) -> tuple["PushTarget", list[str]]:
-        """Makes the repo and the branch if needed, and checks that the model may go there.
+        """Creates the repo and the branch if missing, and checks that the model may be pushed there.
 
         Args:
             config ([`ContinualConfig`]): The model's configuration.
@@ -65,25 +66,19 @@ class PushTarget:
             [`PushTarget`]: With the full repo id; and the names of the tasks that the repo has.
 
         Raises:
-            [`HubError`]: The Hub cannot be reached or refuses, or holds another model.
+            [`HubError`]: The Hub cannot be reached, denies the request, or holds another model.
         """
-        api = self.api()
+        api = hub_client(self.token)
 
         def attempt() -> tuple["PushTarget", list[str]]:
-            ready = self._ready(api)
+            ready = self._create(api)
             there = _read_head(api, ready).config
             _check_lineage(config, there, ready.repo_id)
             return ready, _names(there) if there is not None else []
 
         return _retrying(attempt, "push to", self.repo_id)
 
-    def api(self) -> "HfApi":
-        """The Hub's client."""
-        from huggingface_hub import HfApi
-
-        return HfApi(token=self.token, library_name="hf-clpeft")
-
-    def _ready(self, api: "HfApi") -> "PushTarget":
+    def _create(self, api: "HfApi") -> "PushTarget":
         repo_id = api.create_repo(self.repo_id, private=self.private, exist_ok=True).repo_id
         api.auth_check(repo_id, write=not self.create_pr)
         if self.revision is not None and not self.create_pr:
@@ -94,28 +89,28 @@ class PushTarget:
 def push_folder(
     folder: str | Path, target: PushTarget, message: str | None = None, squash_history: bool = False
 ) -> str:
-    """Makes the repo hold what a model's folder holds, in one commit; what the repo has already is not sent again.
+    """Pushes a model's folder in one commit; files that the repo has already are not uploaded again.
 
-    If somebody else has changed the repo in the meantime, the push is tried again on top of that, as long as what is
-    there is an earlier state of the same model. The name of the latest task becomes a tag. Where that leads to an
-    earlier state of this model, it is moved; where it leads to another one, the tag gets the branch's name in front.
+    If the branch moves in the meantime, the push is retried on its new head, if that is an earlier state of the same
+    model. The commit is tagged with the latest task's name. An existing tag is moved if it points to an earlier
+    state of this model; if it points to another model, the new tag gets the branch's name as a prefix.
 
     Args:
         folder (`str` or `Path`): What [`~ContinualModel.save_pretrained`] wrote.
-        target ([`PushTarget`]): Where it goes.
-        message (`str`, *optional*): First line of the commit; default: what has been learnt or removed.
-        squash_history (`bool`, *optional*, defaults to `False`): Then make this the only commit of the branch, and
-            delete what still holds a removed task: tags, and large files that no commit needs any more.
+        target ([`PushTarget`]): Where to push.
+        message (`str`, *optional*): Title of the commit; default: the tasks learnt and removed.
+        squash_history (`bool`, *optional*, defaults to `False`): Squash the branch into this commit, and delete the
+            tags and orphaned LFS files that still hold a removed task.
 
     Returns:
-        `str`: Address of the commit or pull request.
+        `str`: URL of the commit or pull request.
 
     Raises:
-        [`HubError`]: The Hub cannot be reached or refuses, or holds another model. Nothing half is left there.
+        [`HubError`]: The Hub cannot be reached, denies the request, or holds another model. Commits are atomic.
     """
     folder = Path(folder)
     config = ContinualConfig.load(folder)
-    check_files(folder, config)  # nothing leaves this machine but what the model vouches for
+    check_files(folder, config)  # only what config.json lists and hashes is uploaded
     if squash_history and target.create_pr:
         raise ConfigError("A pull request leaves the branch as it is, so squash_history needs create_pr=False.")
     if Path(config.backbone.name_or_path).is_dir():
@@ -123,10 +118,10 @@ def push_folder(
             "The backbone is the folder %s, which others do not have: they will need from_pretrained(..., backbone=).",
             config.backbone.name_or_path,
         )
-    api = target.api()
+    api = hub_client(target.token)
 
     def attempt() -> str:
-        ready = target._ready(api)
+        ready = target._create(api)
         head = _read_head(api, ready)
         _check_lineage(config, head.config, ready.repo_id)
         text = message or _what_changed(config, head.config)
@@ -153,7 +148,7 @@ def push_folder(
 
 @dataclass(frozen=True)
 class _Head:
-    """What a branch holds: its commit, its files, and the configuration of the model, if there is one."""
+    """The head of a branch: commit, files, and the model's configuration, if it holds one."""
 
     commit: str
     files: set[str]
@@ -175,17 +170,17 @@ def _read_head(api: "HfApi", target: PushTarget, revision: str | None = None) ->
             return _Head(info.sha, files, ContinualConfig.load(folder))
         except ConfigError as error:
             raise HubError(
-                f"{target.repo_id} holds something that is no hf_clpeft model ({error}). Push to another repo."
+                f"{target.repo_id} does not hold an hf_clpeft model ({error}). Push to another repo."
             ) from error
 
 
 def _check_lineage(config: ContinualConfig, there: ContinualConfig | None, repo_id: str) -> None:
-    """Refuses to put a model over one that it did not come from: nothing that was learnt is pushed away by mistake."""
+    """Raises unless the repo is empty or holds an earlier state of this model: no push overwrites another model."""
     what = None if there is None else difference(config, there)
     if what is None:
         return
     raise HubError(
-        f"{repo_id} holds another model: {what}. Go on with that one (from_pretrained({repo_id!r}), or "
+        f"{repo_id} holds another model: {what}. Continue that one (from_pretrained({repo_id!r}), or "
         f"--resume_from_checkpoint {repo_id}), or push to another repo or branch."
     )
 
@@ -224,12 +219,12 @@ def _changes(folder: Path, config: ContinualConfig, head: _Head, repo_id: str) -
 
 
 def _squash(api: "HfApi", target: PushTarget, config: ContinualConfig, message: str) -> str:
-    """One commit in place of the history, and nothing that still leads to a removed task. Returns that commit."""
+    """Squashes the branch and deletes what still holds a removed task. Returns the new commit."""
     branch, removed = target.revision or "main", set(config.removed)
     api.super_squash_history(target.repo_id, branch=branch, commit_message=message)
     for tag in api.list_repo_refs(target.repo_id).tags:
         there = _read_head(api, target, tag.target_commit).config
-        if there is not None and removed & {*_names(there), *there.removed}:  # or it is in the tag's own history
+        if there is not None and removed & {*_names(there), *there.removed}:  # or an ancestor of the tag holds it
             api.delete_tag(target.repo_id, tag=tag.name)
     folders = tuple(f"experts/{name}/" for name in config.removed)
     orphans = [file for file in api.list_lfs_files(target.repo_id) if folders and file.filename.startswith(folders)]
@@ -240,24 +235,24 @@ def _squash(api: "HfApi", target: PushTarget, config: ContinualConfig, message: 
 
 
 def _tag(api: "HfApi", target: PushTarget, config: ContinualConfig, commit: str) -> None:
-    """Names a commit after its latest task; where that is the name of another model, after its branch and the task."""
+    """Tags a commit with its latest task; with branch and task, if that tag points to another model."""
     task, repo_id = config.tasks[-1].name, target.repo_id
     names = task, f"{target.revision or 'main'}-{task}".replace("/", "-")
     tagged = next((name for name in names if _set_tag(api, target, config, commit, name)), None)
     if tagged is None:
-        logger.warning("The tags %s of %s lead to other models: %s has none.", " and ".join(names), repo_id, commit)
+        logger.warning("The tags %s of %s point to other models; %s has none.", " and ".join(names), repo_id, commit)
     elif tagged != task:
         logger.warning("%s@%s is another model, so this one is %s@%s (its own tag).", repo_id, task, repo_id, tagged)
 
 
 def _set_tag(api: "HfApi", target: PushTarget, config: ContinualConfig, commit: str, name: str) -> bool:
-    """Whether a tag leads to this model: because it is made or moved, or has done before."""
+    """Creates or moves a tag, and returns whether it points to this model now."""
     repo_id = target.repo_id
     try:
         api.create_tag(repo_id, tag=name, revision=commit)
         return True
     except HfHubHTTPError as error:
-        if error.response.status_code != 409:  # there is one
+        if error.response.status_code != 409:  # it exists
             raise
     old = next((tag.target_commit for tag in api.list_repo_refs(repo_id).tags if tag.name == name), None)
     if old is not None and old != commit:
@@ -273,8 +268,8 @@ def _set_tag(api: "HfApi", target: PushTarget, config: ContinualConfig, commit: 
 
 
 def _retrying(attempt: Callable[[], T], doing: str, repo_id: str) -> T:
-    """Calls again, a little later, what failed for a reason that may pass."""
-    for wait in (*WAITS, None):
+    """Calls a function that may fail, and retries after transient errors."""
+    for wait in (*RETRY_DELAYS, None):
         try:
             with explained(doing, repo_id):
                 return attempt()

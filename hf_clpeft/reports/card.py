@@ -1,13 +1,12 @@
 """The model card: what a stranger reads first, filled from what the model knows about itself."""
 
-import math
 import re
 from importlib.resources import files
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from ..config import ContinualConfig
-from ..config.text import printable
+from ..config.text import percent, printable
 from ..methods import METHODS, Method
 from .report import StreamReport
 
@@ -88,11 +87,11 @@ def make_card(
         removed=", ".join(config.removed),
         tasks=rows,
         columns=columns,
-        metrics=[(key.replace("_", " "), _percent(value)) for key, value in summary.items()],
+        metrics=[(key.replace("_", " "), percent(value)) for key, value in summary.items()],
         coverage="" if measured == len(rows) else f", on the {measured} of {len(rows)} tasks whose data were at hand",
         routed=method.independent,
         rejects=method.rejects(options),
-        routing=_percent(summary["routing_accuracy"]) if "routing_accuracy" in summary else None,
+        routing=percent(summary["routing_accuracy"]) if "routing_accuracy" in summary else None,
         license=_plain(config.license),
     )
     card.content += "\n"
@@ -128,7 +127,7 @@ def _table(config: ContinualConfig, report: StreamReport | None) -> tuple[list[s
                 "title": _plain(task.title),
                 "images": f"{task.num_train_images:,}",
                 "source": task.source and _plain(task.source),
-                "accuracies": [_percent(value) for value in values],
+                "accuracies": [percent(value) for value in values],
             }
         )
     return columns, rows
@@ -138,10 +137,6 @@ def _scenario(config: ContinualConfig) -> str:
     if not config.tasks:
         return ""
     return "class-incremental" if config.tasks[-1].domain is None else "domain-incremental"
-
-
-def _percent(value: float) -> str:
-    return "–" if math.isnan(value) else f"{100 * value:.1f} %"
 
 
 def _plain(text: str) -> str:

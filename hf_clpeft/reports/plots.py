@@ -1,4 +1,4 @@
-"""Pictures of a run: the accuracy matrix and the routing confusion."""
+"""Plots of accuracy matrices, routing confusion, comparisons and throughput."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..config.text import printable
+from ..config.text import percent, printable
 
 
 if TYPE_CHECKING:
@@ -23,13 +23,13 @@ def plot_report(
     path: str | Path,
     name: str = "",
 ) -> None:
-    """Draws the accuracy matrix, and beside it which experts the images of each task selected.
+    """Plots the accuracy matrix and, beside it, the routing confusion.
 
     Args:
         accuracy_matrix (array of shape `(T, T)`): Accuracies in [0, 1]; NaN where not measured.
         routing_confusion (array of shape `(T, E)` or empty): Images of each task (row) sent to each expert.
-        titles (sequence of `str`): Short texts of the tasks.
-        experts (sequence of `str`): Short texts of the experts' tasks.
+        titles (sequence of `str`): Titles of the tasks.
+        experts (sequence of `str`): Titles of the experts.
         path (`str` or `Path`): PNG file to write.
         name (`str`, *optional*): Name of the method.
 
@@ -62,7 +62,7 @@ def plot_report(
 
 
 def plot_comparison(reports: Sequence, path: str | Path) -> None:
-    """Draws the accuracy matrices of several methods on one stream side by side, four in a row.
+    """Plots the accuracy matrices of several methods on one stream side by side, four in a row.
 
     Args:
         reports (sequence of [`StreamReport`]): Runs on the same stream.
@@ -93,7 +93,7 @@ def plot_comparison(reports: Sequence, path: str | Path) -> None:
     for axis in axes[len(reports) :]:
         axis.set_axis_off()
     for axis, report in zip(axes, reports, strict=False):
-        title = f"{report.method}: {100 * report.summary()['average_accuracy']:.1f} % at the end"
+        title = f"{report.method}: {percent(report.summary()['average_accuracy'])} at the end"
         draw_matrix(axis, np.asarray(report.accuracy_matrix), after, report.titles, title, "Blues")
     figure.suptitle(_literal(f"accuracy on each task of {reports[0].stream}"))
     figure.savefig(path)
@@ -106,15 +106,14 @@ def plot_series(
     ylabel: str,
     log_x: bool = False,
 ) -> None:
-    """Draws shares over something, one line per method with its spread over runs, one panel per benchmark.
+    """Plots percentages as lines, one per method with the standard deviation over runs, one panel per benchmark.
 
     Args:
-        panels (`dict`): Title to lines; name of a line to its places, of length `n`, and values of shape `(runs, n)`
-            in [0, 1]. What is known at its last place alone, or lies at 0 of a logarithmic axis, becomes a level to
-            compare with.
+        panels (`dict`): Title to lines; name of a line to x values, of length `n`, and y values of shape `(runs, n)`
+            in [0, 1]. A line known at its last x only, or at 0 of a logarithmic axis, becomes a horizontal baseline.
         path (`str` or `Path`): PNG file to write.
-        xlabel (`str`), ylabel (`str`): Texts of the axes.
-        log_x (`bool`, *optional*, defaults to `False`): Logarithmic places.
+        xlabel (`str`), ylabel (`str`): Labels of the axes.
+        log_x (`bool`, *optional*, defaults to `False`): Use a logarithmic x axis.
 
     Example:
 
@@ -135,19 +134,19 @@ def plot_series(
     figure = Figure(figsize=(5 * len(panels) + 2, 4.2), layout="constrained", dpi=120)
     axes = np.atleast_1d(figure.subplots(1, len(panels)))
     for axis, (title, lines) in zip(axes, panels.items(), strict=True):
-        for name, (places, values) in lines.items():
+        for name, (x, values) in lines.items():
             style: dict[str, Any] = {
                 "color": f"C{names.index(name) % 10}",
                 "linestyle": ("-", "--", ":")[names.index(name) // 10 % 3],
             }
             mean, spread = 100 * values.mean(axis=0), 100 * values.std(axis=0)
-            nowhere = log_x and not any(places)
-            if nowhere or (len(places) > 1 and np.isfinite(mean).sum() == 1):
+            at_zero = log_x and not any(x)
+            if at_zero or (len(x) > 1 and np.isfinite(mean).sum() == 1):
                 drawn[name] = axis.axhline(mean[-1], linewidth=1, **style)
                 continue
             style |= {"marker": "os^Dv"[names.index(name) // 10 % 5], "markersize": 4}
-            drawn[name] = axis.errorbar(places, mean, spread if len(values) > 1 else None, **style)
-        axis.set(title=_plain(title), xlabel=xlabel, ylabel=f"{ylabel}, %")
+            drawn[name] = axis.errorbar(x, mean, spread if len(values) > 1 else None, **style)
+        axis.set(title=_label(title), xlabel=xlabel, ylabel=f"{ylabel}, %")
         axis.spines[["top", "right"]].set_visible(False)
         if log_x:
             axis.set_xscale("log")
@@ -155,19 +154,19 @@ def plot_series(
             axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 200 * low else (1,)))
             axis.xaxis.set_major_formatter(EngFormatter(sep=""))
             axis.xaxis.set_minor_locator(NullLocator())
-        elif not any(isinstance(place, str) for places, _ in lines.values() for place in places):
+        elif not any(isinstance(place, str) for x, _ in lines.values() for place in x):
             axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     figure.legend(list(drawn.values()), [_literal(name) for name in drawn], loc="outside right upper", fontsize=8)
     figure.savefig(path)
 
 
 def plot_bars(panels: dict[str, dict[str, Sequence[float]]], path: str | Path, ylabel: str) -> None:
-    """Draws shares as bars, one per method with its spread over runs, one panel per benchmark.
+    """Plots percentages as bars, one per method with the standard deviation over runs, one panel per benchmark.
 
     Args:
         panels (`dict`): Title to bars; name of a bar to its values in [0, 1], one per run.
         path (`str` or `Path`): PNG file to write.
-        ylabel (`str`): Text of the axis.
+        ylabel (`str`): Label of the y axis.
 
     Example:
 
@@ -186,14 +185,14 @@ def plot_bars(panels: dict[str, dict[str, Sequence[float]]], path: str | Path, y
         spread = [100 * np.std(values) for values in bars.values()]
         drawn = axis.bar(range(len(bars)), heights, yerr=spread if any(spread) else None, color="#f59e0b")
         axis.bar_label(drawn, fmt="%.1f", fontsize=8)
-        axis.set_xticks(range(len(bars)), [_plain(name) for name in bars], rotation=45, ha="right")
-        axis.set(title=_plain(title), ylabel=f"{ylabel}, %", ylim=(0, 105))
+        axis.set_xticks(range(len(bars)), [_label(name) for name in bars], rotation=45, ha="right")
+        axis.set(title=_label(title), ylabel=f"{ylabel}, %", ylim=(0, 105))
         axis.spines[["top", "right"]].set_visible(False)
     figure.savefig(path)
 
 
 def plot_throughput(rows: Sequence[dict], path: str | Path) -> None:
-    """Draws what a batch costs over the number of experts, relative to the first system, one panel per setting.
+    """Plots the time of a batch against the number of experts, relative to the first system, one panel per setting.
 
     Args:
         rows (sequence of `dict`): Rows of `recipes/throughput.py`.
@@ -237,34 +236,33 @@ def plot_throughput(rows: Sequence[dict], path: str | Path) -> None:
 def draw_matrix(
     axis: "Axes", values: np.ndarray, rows: Sequence[str], columns: Sequence[str], title: str, cmap: str
 ) -> None:
-    """Draws values in [0, 1] as a labelled table of coloured cells.
+    """Draws a labelled heat map of values in [0, 1].
 
     Args:
-        axis (`matplotlib.axes.Axes`): Where to draw.
-        values (array of shape `(rows, columns)`): NaN stays empty.
+        axis (`matplotlib.axes.Axes`): The axes to draw on.
+        values (array of shape `(rows, columns)`): NaN leaves a cell empty.
         rows (sequence of `str`): Labels of the rows.
         columns (sequence of `str`): Labels of the columns.
-        title (`str`): Text above.
+        title (`str`): Title of the axes.
         cmap (`str`): Name of a colour map.
     """
     axis.imshow(values, cmap=cmap, vmin=0, vmax=1)
-    axis.set_xticks(range(len(columns)), [_plain(text) for text in columns], rotation=45, ha="right")
-    axis.set_yticks(range(len(rows)), [_plain(text) for text in rows])
+    axis.set_xticks(range(len(columns)), [_label(text) for text in columns], rotation=45, ha="right")
+    axis.set_yticks(range(len(rows)), [_label(text) for text in rows])
     axis.set_title(_literal(title), fontsize=11)
     axis.spines[:].set_visible(False)
     if values.size <= 400:
         for (i, j), value in np.ndenumerate(values):
             if not np.isnan(value):
-                axis.text(
-                    j, i, f"{100 * value:.0f}", ha="center", va="center", color="white" if value > 0.6 else "black"
-                )
+                colour = "white" if value > 0.6 else "black"
+                axis.text(j, i, percent(value, 0, ""), ha="center", va="center", color=colour)
 
 
-def _plain(text: str) -> str:
-    """Text of a stranger, as short as a label has to be."""
+def _label(text: str) -> str:
+    """Untrusted text as a short tick label or title."""
     return _literal(text if len(text) <= 24 else text[:23] + "…")
 
 
 def _literal(text: str) -> str:
-    """Text in which no dollar sign begins mathematics, and no sign is one that no font has."""
+    """Text with control characters and the `$` of mathtext escaped."""
     return printable(text).replace("$", r"\$")

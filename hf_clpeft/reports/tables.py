@@ -10,14 +10,13 @@ NUMBER = re.compile(r"-?[\d.,]+( %)?|[–?]|")
 
 
 def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence], caption: str | None = None) -> None:
-    """Prints a table: numbers to the right, text to the left.
+    """Prints a table: numbers right-aligned, text left-aligned.
 
     Args:
         title (`str`): Heading.
-        columns (sequence of `str`): Names of the columns.
-        rows (sequence of sequences): Their values. Text of strangers is shown as it is, its control characters spelt
-            out.
-        caption (`str`, *optional*): Line below.
+        columns (sequence of `str`): Column headers.
+        rows (sequence of sequences): Cells. Text is printed without markup, control characters escaped.
+        caption (`str`, *optional*): Text below the table.
 
     Example:
 
@@ -43,7 +42,7 @@ def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence], ca
         numeric = all(NUMBER.fullmatch(str(row[number])) for row in rows)
         table.add_column(Text(printable(name)), justify="right" if numeric else "left", overflow="fold")
     for row in rows:
-        table.add_row(*(Text(printable(value)) for value in row))  # no markup: class names come from strangers
+        table.add_row(*(Text(printable(value)) for value in row))  # no markup: class names are untrusted
     console = Console()
     if title:
         console.print(Text(printable(title), style="bold"))

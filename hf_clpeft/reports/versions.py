@@ -7,7 +7,7 @@ VERSIONED = ("hf-clpeft", "torch", "transformers", "peft", "accelerate", "datase
 
 
 def library_versions() -> dict[str, str]:
-    """Versions of the libraries that results depend on.
+    """Installed versions by library; "unknown" for a source tree that is not installed.
 
     Example:
 
@@ -23,6 +23,6 @@ def library_versions() -> dict[str, str]:
     for name in VERSIONED:
         try:
             versions[name] = version(name)
-        except PackageNotFoundError:  # run from a source tree that is not installed
+        except PackageNotFoundError:
             versions[name] = "unknown"
     return versions

@@ -1,7 +1,7 @@
-"""A folder that changes as a whole or not at all, whenever the process is killed.
+"""Atomic changes of a folder: either all of its files change or none, even if the process is killed.
 
-A folder may come from a stranger. So nothing is touched that lies outside of it: names are checked, no symbolic link
-inside it is followed, and who only reads it changes nothing.
+The folder may come from a stranger. So nothing outside of it is touched: paths are checked, symlinks inside it are not
+followed, and reading it changes nothing.
 """
 
 import errno
@@ -25,26 +25,26 @@ from ..config.errors import ConfigError
 
 STAGING, READY, LOCK = ".saving", ".saved", ".lock"
 REMOVED = ".removed.json"
-DEEPEST = 8  # folders in each other
+DEEPEST = 8  # nested folders
 
 
 @contextmanager
 def atomic(folder: str | Path, num_bytes: int = 0) -> Iterator[Path]:
-    """Gives an empty folder to write into; its files go to `folder` together, when the context ends without an error.
+    """Yields an empty staging folder, whose files move to `folder` atomically if the context ends without an error.
 
-    What is written is complete on disk before its folder is renamed, and that rename is the moment of change: a
-    process that dies before it leaves `folder` as it was, one that dies after it leaves the rest to [`recover`].
+    The files are synced to disk, then the staging folder is renamed, which commits the change: a process killed before
+    leaves `folder` as it was; if it is killed after, [`recover`] finishes the change.
 
     Args:
-        folder (`str` or `Path`): Made if needed. Files of other names in it stay.
-        num_bytes (`int`, *optional*, defaults to 0): How much will be written; looked for before anything is.
+        folder (`str` or `Path`): Created if missing. Its other files are kept.
+        num_bytes (`int`, *optional*, defaults to 0): Free space to require before anything is written.
 
     Yields:
-        `Path`: Where to write. Paths inside are those in `folder`.
+        `Path`: The staging folder; paths in it are those in `folder`.
 
     Raises:
-        `OSError`: It cannot be written, for example because the disk is full; `folder` is as it was.
-        [`ConfigError`]: A symbolic link in `folder` is in the way.
+        `OSError`: Writing failed, for example because the disk is full; `folder` is as it was.
+        [`ConfigError`]: A path to write leads through a symlink in `folder`.
 
     Example:
 
@@ -64,7 +64,7 @@ def atomic(folder: str | Path, num_bytes: int = 0) -> Iterator[Path]:
         folder.mkdir(parents=True, exist_ok=True)
         recover(folder)
         staging = folder / STAGING
-        _delete(staging)  # of a process that was killed
+        _delete(staging)  # left by a killed process
         free = shutil.disk_usage(folder).free
         if free < num_bytes:
             raise OSError(errno.ENOSPC, f"{os.strerror(errno.ENOSPC)}: {num_bytes:,} bytes needed, {free:,} free")
@@ -72,12 +72,12 @@ def atomic(folder: str | Path, num_bytes: int = 0) -> Iterator[Path]:
         yield staging
         _read_change(folder, staging)
         for name in _walk(staging):
-            _to_disk(staging / name)
+            _fsync(staging / name)
         os.rename(staging, folder / READY)
-        _to_disk(folder)
+        _fsync(folder)
         recover(folder)
     except (OSError, SafetensorError) as error:
-        number, text = _why(error)
+        number, text = _errno_and_text(error)
         raise OSError(number, f"{folder} could not be saved and stays as it was: {text}") from error
     finally:
         if _is_folder(folder / STAGING):
@@ -86,14 +86,14 @@ def atomic(folder: str | Path, num_bytes: int = 0) -> Iterator[Path]:
 
 @contextmanager
 def locked(folder: str | Path) -> Iterator[None]:
-    """Keeps other processes out of a folder inside this context; the lock of a process that dies is free at once.
+    """Holds the lock file of a folder inside this context; if the process dies, the lock is released.
 
     Args:
-        folder (`str` or `Path`): Made if needed.
+        folder (`str` or `Path`): Created if missing.
 
     Raises:
-        [`ConfigError`]: Another process has it, or its lock is a symbolic link.
-        `OSError`: It cannot be written into.
+        [`ConfigError`]: Another process holds the lock, or the lock file is a symlink.
+        `OSError`: The folder is not writable.
 
     Example:
 
@@ -125,17 +125,17 @@ def locked(folder: str | Path) -> Iterator[None]:
 
 
 def safe_path(folder: str | Path, name: str) -> Path:
-    """A place in a folder to write to or to delete in, which no symbolic link leads out of that folder.
+    """Joins a folder and a path in it that is to be written or deleted; refuses symlinks, which may lead elsewhere.
 
     Args:
-        folder (`str` or `Path`): May be a link itself: whoever named it meant it.
+        folder (`str` or `Path`): May itself be a symlink, as the user chose it.
         name (`str`): Path in it.
 
     Returns:
         `Path`
 
     Raises:
-        [`ConfigError`]: A part of the path is a symbolic link.
+        [`ConfigError`]: A part of the path is a symlink.
 
     Example:
 
@@ -152,28 +152,28 @@ def safe_path(folder: str | Path, name: str) -> Path:
         path = path / part
         if path.is_symlink():
             raise ConfigError(
-                f"{path} is a symbolic link, and nothing is written or deleted behind one. Put what it leads to in "
-                "its place, or choose another folder."
+                f"{path} is a symbolic link, and nothing is written or deleted behind one. Replace it "
+                "with its target, or choose another folder."
             )
     return path
 
 
 def remove_with(staging: Path, paths: Iterable[str]) -> None:
-    """Lets a change take away files, or folders, that `folder` has."""
+    """Lists the files and folders that a change deletes."""
     (staging / REMOVED).write_text(json.dumps({"removed": sorted(paths)}), encoding="utf-8")
 
 
 def unfinished_change(folder: str | Path) -> tuple[list[str], list[str]] | None:
-    """What a change that a killed process had begun still has to do; `None` where there is none.
+    """The rest of a committed change whose process was killed; `None` if there is none.
 
     Args:
-        folder (`str` or `Path`): Only looked at.
+        folder (`str` or `Path`): Read only.
 
     Returns:
-        Paths in `folder` that are to go, and those of the files that are to come.
+        Paths in `folder` to delete, and paths of the files to move into it.
 
     Raises:
-        [`ConfigError`]: It is no change of ours: it would reach out of the folder.
+        [`ConfigError`]: The change is invalid or leads outside of the folder.
 
     Example:
 
@@ -199,11 +199,11 @@ def unfinished_change(folder: str | Path) -> tuple[list[str], list[str]] | None:
 
 
 def recover(folder: str | Path) -> None:
-    """Ends a change that a killed process had begun. For those who write into `folder`; who reads it takes
+    """Finishes a committed change whose process was killed. For writers of `folder`; readers use
     [`hf_clpeft.storage.model_files.as_saved`].
 
     Raises:
-        [`ConfigError`]: It is no change of ours: it would reach out of the folder. Nothing is touched.
+        [`ConfigError`]: The change is invalid or leads outside of the folder. Nothing is touched.
     """
     folder, ready = Path(folder), Path(folder, READY)
     change = unfinished_change(folder)
@@ -225,16 +225,16 @@ def hash_file(path: str | Path) -> str:
 
 
 def _read_change(folder: Path, change: Path) -> tuple[list[str], list[str]]:
-    """Names to remove and names to put in place, once each is known to stay inside the folder and find its place."""
+    """Paths to delete and paths to move in, after checking that all stay inside the folder and can be written."""
     if not _is_folder(change):
-        raise ConfigError(f"{change.name} is no folder.")
+        raise ConfigError(f"{change.name} is not a folder.")
     names = list(_walk(change))
     removed: Any = []
     if REMOVED in names:
         names.remove(REMOVED)
         removed = read_json(change / REMOVED).get("removed")
         if not isinstance(removed, list) or not all(isinstance(path, str) for path in removed):
-            raise ConfigError(f"{REMOVED} holds no list of paths.")
+            raise ConfigError(f"{REMOVED} does not hold a list of paths.")
     for name in [*removed, *names]:
         parents = [parent.as_posix() for parent in Path(check_path(name)).parents][:-1]
         for parent in parents:
@@ -247,7 +247,7 @@ def _read_change(folder: Path, change: Path) -> tuple[list[str], list[str]]:
 
 
 def _walk(folder: Path, prefix: str = "") -> Iterator[str]:
-    """Paths of the files below a folder, in order. There must be nothing but files and folders."""
+    """Sorted paths of all files in a folder. Raises on anything but regular files and folders."""
     for path in sorted(folder.iterdir()):
         mode = path.lstat().st_mode
         if stat.S_ISDIR(mode) and prefix.count("/") < DEEPEST:
@@ -255,33 +255,33 @@ def _walk(folder: Path, prefix: str = "") -> Iterator[str]:
         elif stat.S_ISREG(mode):
             yield prefix + path.name
         else:
-            raise ConfigError(f"{prefix}{path.name} is neither a file nor a folder near the top.")
+            raise ConfigError(f"{prefix}{path.name} is neither a regular file nor a folder, or is nested too deeply.")
 
 
 def _is_folder(path: Path) -> bool:
-    """Whether it is a folder itself, not a link to one."""
+    """Whether a path is a folder and not a symlink to one."""
     return path.is_dir() and not path.is_symlink()
 
 
 def _delete(path: Path) -> None:
-    """Deletes a file, a folder, or a link, but never what a link leads to."""
+    """Deletes a file, a folder or a symlink, never the target of a symlink."""
     if _is_folder(path):
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
 
 
-def _why(error: OSError | SafetensorError) -> tuple[int | None, str]:
-    """Number and text of what the system said; safetensors wraps it in an error of its own."""
+def _errno_and_text(error: OSError | SafetensorError) -> tuple[int | None, str]:
+    """Error number and text of the operating system, also if safetensors wraps them in its own error."""
     if isinstance(error, OSError):
         return error.errno, error.strerror or str(error)
     number = re.search(r"\(os error (\d+)\)", str(error))
     return (None, str(error)) if number is None else (int(number[1]), os.strerror(int(number[1])))
 
 
-def _to_disk(path: Path) -> None:
+def _fsync(path: Path) -> None:
     if os.name == "nt" and path.is_dir():
-        return  # where folders cannot be opened
+        return  # Windows cannot open folders
     descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
     try:
         os.fsync(descriptor)

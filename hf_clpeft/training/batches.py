@@ -1,7 +1,7 @@
-"""The order in which a task's training images are seen: fixed by seed and epoch, so that it can go on anywhere.
+"""Batches of a task's training images, in an order fixed by seed and epoch, so that a run can resume anywhere.
 
-It does not depend on how many processes there are. They share every batch, row by row; one that has no row of the last
-batch, or fewer than others, fills its share with rows that count for nothing.
+The order does not depend on the number of processes. Every batch is sharded by row; a process with fewer rows of the
+last batch, or none, pads its shard with rows of weight 0.
 """
 
 from collections.abc import Iterable, Iterator
@@ -17,12 +17,12 @@ from .arguments import ContinualTrainingArguments
 
 
 class Share(NamedTuple):
-    """What a process has of a batch; the rows of its tensors beyond that are there to fill it.
+    """The rows of a batch in a process's shard; further rows of its tensors are padding.
 
     Args:
-        start (`int`): Where its rows begin.
-        size (`int`): How many it has.
-        total (`int`): Rows of the batch, over all processes.
+        start (`int`): Index of its first row in the batch.
+        size (`int`): Number of its rows.
+        total (`int`): Number of rows of the batch, over all processes.
     """
 
     start: int
@@ -30,31 +30,31 @@ class Share(NamedTuple):
     total: int
 
     def weights(self, length: int, num_processes: int) -> torch.Tensor:
-        """What each of `length` rows counts for, so that the mean over processes is the mean over the whole batch."""
+        """Weights of `length` rows, 0 for padding, such that the mean over processes is the mean over the batch."""
         weights = torch.zeros(length, dtype=torch.float32)
         weights[: self.size] = num_processes / self.total
         return weights
 
     def own(self, rows: torch.Tensor, length: int) -> torch.Tensor:
-        """This process's part of something that there is for every row of the batch, filled up to `length`."""
+        """This process's shard of a tensor over all rows of the batch, padded to `length`."""
         part = rows[self.start : self.start + self.size]
         return torch.cat([part, rows[:1].expand(length - len(part), *rows.shape[1:])])
 
 
 class EpochBatches(torch.utils.data.Sampler[list[int]]):
-    """Batches of one epoch after another, every epoch in an order of its own.
+    """Samples the batches of each epoch in a different order.
 
     Args:
-        num_images (`int`): How many images there are.
+        num_images (`int`): Number of images.
         batch_size (`int`): Images per batch, over all processes; the last batch of an epoch may have fewer.
-        seed (`int`): Seed of the orders.
-        rank (`int`, *optional*, defaults to 0): Number of this process.
-        num_processes (`int`, *optional*, defaults to 1): How many share each batch. All get as many rows: what is
-            missing in the last batch is filled up, see [`Share`].
+        seed (`int`): Seed of the shuffling.
+        rank (`int`, *optional*, defaults to 0): Rank of this process.
+        num_processes (`int`, *optional*, defaults to 1): Number of processes that shard each batch. All get
+            equally many rows; the last batch is padded, see [`Share`].
 
     Attributes:
-        epoch (`int`): Which epoch comes next.
-        start (`int`): How many of its batches to leave out, because they have been seen.
+        epoch (`int`): The next epoch.
+        start (`int`): Number of its batches to skip, as they have been trained on.
 
     Example:
 
@@ -73,7 +73,7 @@ class EpochBatches(torch.utils.data.Sampler[list[int]]):
     def __init__(self, num_images: int, batch_size: int, seed: int, rank: int = 0, num_processes: int = 1):
         self.num_images, self.batch_size, self.seed = num_images, batch_size, seed
         self.rank, self.num_processes = rank, num_processes
-        self.drop_last = False  # Accelerate asks
+        self.drop_last = False  # read by Accelerate
         self.epoch = self.start = 0
 
     def __len__(self) -> int:
@@ -88,19 +88,19 @@ class EpochBatches(torch.utils.data.Sampler[list[int]]):
             yield own + rows[:1] * (size - len(own))
 
     def share(self, number: int) -> Share:
-        """What this process has of a batch of any epoch."""
+        """This process's share of a batch; the same in every epoch."""
         rows = list(range(min(self.batch_size, self.num_images - number * self.batch_size)))
         own = share_of(rows, self.rank, self.num_processes)
         return Share(own[0] if own else 0, len(own), len(rows))
 
 
 class CachedBatches:
-    """Batches of images on disk.
+    """Batches of images that are cached on disk.
 
     Args:
-        images ([`TaskImages`]): What to train on.
-        args ([`ContinualTrainingArguments`]): Batch size, seed, workers.
-        accelerator (`accelerate.Accelerator`): How many processes there are.
+        images ([`TaskImages`]): The training images.
+        args ([`ContinualTrainingArguments`]): Batch size, seed and workers.
+        accelerator (`accelerate.Accelerator`): Rank and number of processes.
     """
 
     def __init__(self, images: TaskImages, args: ContinualTrainingArguments, accelerator: Accelerator):
@@ -113,22 +113,22 @@ class CachedBatches:
         return len(self._order)
 
     def read(self, epoch: int, start: int, position: dict | None) -> Iterator[tuple[dict[str, torch.Tensor], Share]]:
-        """Batches of an epoch, the first `start` of them left out, and what this process has of each."""
+        """Yields the batches of an epoch from `start` on, each with this process's share."""
         self._order.epoch, self._order.start = epoch, start
         for number, batch in enumerate(self._loader, start):
             yield batch, self._order.share(number)
 
     def position(self, start: int) -> None:
-        """Nothing but `start` is needed to go on."""
+        """`None`, as `start` is enough to resume."""
 
 
 class StreamedBatches:
-    """Batches of images that are read anew in every epoch, each process decoding its own share.
+    """Batches of images that are decoded anew in every epoch; each process decodes its own shard.
 
     Args:
-        images ([`StreamedImages`]): What to train on.
-        args ([`ContinualTrainingArguments`]): Batch size, seed.
-        accelerator (`accelerate.Accelerator`): Which process this is.
+        images ([`StreamedImages`]): The training images.
+        args ([`ContinualTrainingArguments`]): Batch size and seed.
+        accelerator (`accelerate.Accelerator`): Rank and number of processes.
     """
 
     def __init__(self, images: StreamedImages, args: ContinualTrainingArguments, accelerator: Accelerator):
@@ -141,26 +141,26 @@ class StreamedBatches:
         return -(-len(self._images) // self._batch_size)
 
     def read(self, epoch: int, start: int, position: dict | None) -> Iterator[tuple[dict[str, torch.Tensor], Share]]:
-        """Batches of an epoch from `start` on, which is where `position` is, and what this process has of each."""
+        """Yields the batches of an epoch from `start` on, at `position`, each with this process's share."""
         self._positions = {start: position}
-        loader = torch.utils.data.DataLoader(_Batches(self._numbered(epoch, start, position)), batch_size=None)
+        loader = torch.utils.data.DataLoader(_IterableBatches(self._epoch(epoch, start, position)), batch_size=None)
         for number, batch in enumerate(on_device(loader, self._accelerator), start + 1):
             yield batch, self._shares.pop(number)
 
     def position(self, start: int) -> dict | None:
-        """What [`~StreamedBatches.read`] needs to go on after so many batches."""
+        """The `position` for [`~StreamedBatches.read`] to resume after `start` batches."""
         return self._positions.get(start)
 
-    def _numbered(self, epoch: int, number: int, position: dict | None) -> Iterator[dict[str, torch.Tensor]]:
-        """As many batches in every epoch: if too few images can be decoded, some come again."""
+    def _epoch(self, epoch: int, number: int, position: dict | None) -> Iterator[dict[str, torch.Tensor]]:
+        """Equally many batches in every epoch: if images cannot be decoded, some are repeated."""
         place = {"rank": self._accelerator.process_index, "num_processes": self._accelerator.num_processes}
         while number < len(self):
             for batch, after in self._images.read(self._batch_size, self._seed, epoch, position, **place):
                 share = self._share(len(batch["label"]), after)
                 if not share.total:
-                    continue  # nothing could be decoded, by nobody
+                    continue  # no process could decode an image
                 number += 1
-                # The loader is some batches ahead of who uses them.
+                # The loader prefetches some batches.
                 self._positions = {at: where for at, where in self._positions.items() if at > number - 8}
                 self._positions[number], self._shares[number] = after, share
                 yield batch if share.size else self._blank(batch)
@@ -169,7 +169,7 @@ class StreamedBatches:
             position = None
 
     def _share(self, count: int, after: dict) -> Share:
-        """What this process has of a batch of which some images may not have been decoded."""
+        """This process's share of a batch, without images that could not be decoded."""
         images, rank, num_processes = self._images, self._accelerator.process_index, self._accelerator.num_processes
         if num_processes == 1:
             return Share(0, count, count)
@@ -181,7 +181,7 @@ class StreamedBatches:
         if sum(bad for _, bad in found) > images.max_bad_images:
             raise StreamError(
                 f"{images.split.title}: more than max_bad_images={images.max_bad_images} images cannot be decoded. "
-                "Mend or drop them (`dataset.filter`), or leave out more with --max_bad_images."
+                "Fix or drop them (`dataset.filter`), or allow more with --max_bad_images."
             )
         return Share(sum(good for good, _ in found[:rank]), count, sum(good for good, _ in found))
 
@@ -191,16 +191,16 @@ class StreamedBatches:
 
 
 def on_device(loader: torch.utils.data.DataLoader, accelerator: Accelerator) -> Iterable[dict[str, torch.Tensor]]:
-    """A loader of a process's own batches whose tensors come on the device; nothing is shared out any more."""
+    """Wraps a loader of a process's own shards to move tensors to the device, without sharding again."""
     if not isinstance(accelerator, Accelerator):
         return accelerator.prepare(loader)
-    # No generators to synchronise: that would draw from this process's own.
-    alone = {"num_processes": 1, "process_index": 0, "dispatch_batches": False, "rng_types": []}
-    return prepare_data_loader(loader, accelerator.device, put_on_device=True, **alone)
+    # No RNG synchronisation, which would advance this process's generators.
+    unsharded = {"num_processes": 1, "process_index": 0, "dispatch_batches": False, "rng_types": []}
+    return prepare_data_loader(loader, accelerator.device, put_on_device=True, **unsharded)
 
 
-class _Batches(torch.utils.data.IterableDataset):
-    """What a loader takes: batches made elsewhere, once."""
+class _IterableBatches(torch.utils.data.IterableDataset):
+    """Adapts an iterator of batches to a `DataLoader`; can be iterated once."""
 
     def __init__(self, batches: Iterator[dict[str, torch.Tensor]]):
         self._batches = batches
@@ -212,7 +212,7 @@ class _Batches(torch.utils.data.IterableDataset):
 def make_batches(
     images: TaskImages | StreamedImages, args: ContinualTrainingArguments, accelerator: Accelerator
 ) -> CachedBatches | StreamedBatches:
-    """[`CachedBatches`] or [`StreamedBatches`], whichever the images need."""
+    """[`CachedBatches`] or [`StreamedBatches`], depending on the images."""
     if isinstance(images, StreamedImages):
         return StreamedBatches(images, args, accelerator)
     return CachedBatches(images, args, accelerator)

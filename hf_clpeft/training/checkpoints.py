@@ -1,4 +1,4 @@
-"""The state of a task's training, again and again on disk, so that a killed run goes on where it was."""
+"""Checkpoints inside a task, from which a killed run resumes."""
 
 import errno
 import json
@@ -24,8 +24,8 @@ logger = get_logger(__name__)
 FOLDER = "checkpoints"
 STATE_NAME = "state.json"
 TENSORS_NAME = "state.safetensors"
-BESIDE = 2**17  # bytes of a checkpoint besides its tensors, and a few more
-IN_WORDS = {
+OVERHEAD = 2**17  # upper bound of a checkpoint's bytes rankss tensors
+DESCRIPTIONS = {
     "data": "other training images",
     "classes": "other classes",
     "model": "another model before the task",
@@ -36,15 +36,15 @@ IN_WORDS = {
 
 @dataclass
 class Progress:
-    """How far the training of a task is.
+    """Progress of a task's training.
 
     Args:
-        task (`str`): Its name.
-        made_with (`dict`): What must not differ, or the steps to come would not be those of an undisturbed run.
+        task (`str`): Name of the task.
+        made_with (`dict`): Everything that must be equal for a resumed run to repeat an uninterrupted one.
         step (`int`): Optimizer steps done.
-        epoch (`int`): The epoch that it is in.
-        batch (`int`): Batches of that epoch that are done.
-        logged (`int`): Optimizer steps of all tasks, as trackers count them.
+        epoch (`int`): The current epoch.
+        batch (`int`): Batches of this epoch done.
+        logged (`int`): Optimizer steps over all tasks, the x axis of trackers.
     """
 
     task: str
@@ -57,14 +57,14 @@ class Progress:
 
 @dataclass
 class Checkpoints:
-    """Checkpoints of one output folder, the newest of them kept. Each is written as a whole or not at all.
+    """Checkpoints of an output folder, of which the newest are kept. Each is written atomically.
 
-    What is read is JSON and safetensors, and only if it is, byte for byte, what was written.
+    Only JSON and safetensors are read, after their hashes are verified.
 
     Args:
         output_dir (`str` or `Path`): Folder of the run.
-        keep (`int`): How many to keep.
-        rank (`int`): Number of this process; each keeps its random state.
+        keep (`int`): Number of checkpoints to keep.
+        rank (`int`): Rank of this process; each saves its own random state.
     """
 
     output_dir: str | Path
@@ -83,58 +83,58 @@ class Checkpoints:
         position: dict | None,
         wait: Callable[[], None],
     ) -> None:
-        """Writes a checkpoint: the main process what all share, every process its random state and its position.
+        """Writes a checkpoint: the main process the shared state, every process its random state and data position.
 
         Args:
-            progress ([`Progress`]): How far it is.
-            tensors (`dict[str, torch.Tensor]`): Weights and the optimizer's state.
-            values (`dict`): What is not a tensor, ready for JSON.
-            position (`dict`, *optional*): Where in the images this process is, ready for JSON.
-            wait (callable): Waits for the other processes.
+            progress ([`Progress`]): Progress of the task.
+            tensors (`dict[str, torch.Tensor]`): Weights and optimizer state.
+            values (`dict`): JSON-serialisable state rankss tensors.
+            position (`dict`, *optional*): JSON-serialisable position of this process in the data.
+            wait (callable): A barrier over all processes.
 
         Raises:
-            `OSError`: It cannot be written, for example because the disk is full; those before are untouched.
+            `OSError`: Writing failed, for example because the disk is full; earlier checkpoints are intact.
         """
         path = self.folder / f"{progress.task}-{progress.step:08d}"
-        beside = self.folder / ".beside"  # what is each process's own, until all are there
+        ranks = self.folder / ".ranks"  # files of each process, until all are written
         try:
-            self._write(path, beside, progress, tensors, values, position, wait)
+            self._write(path, ranks, progress, tensors, values, position, wait)
         except OSError as error:
             raise OSError(
                 error.errno,
-                f"{path} could not be saved ({error.strerror or error}). Mend that, and go on where it was saved last "
-                "with --resume_from_checkpoint auto.",
+                f"{path} could not be saved ({error.strerror or error}). Fix that, and resume from the last one with "
+                "--resume_from_checkpoint auto.",
             ) from error
         finally:
             if self.rank == 0:
-                shutil.rmtree(beside, ignore_errors=True)
+                shutil.rmtree(ranks, ignore_errors=True)
 
     def _write(
         self,
         path: Path,
-        beside: Path,
+        ranks: Path,
         progress: Progress,
         tensors: dict[str, torch.Tensor],
         values: dict,
         position: dict | None,
         wait: Callable[[], None],
     ) -> None:
-        num_bytes = sum(tensor.nbytes for tensor in tensors.values()) + BESIDE
+        num_bytes = sum(tensor.nbytes for tensor in tensors.values()) + OVERHEAD
         if self.rank == 0:
-            shutil.rmtree(beside, ignore_errors=True)
-            beside.mkdir(parents=True)
-            free = shutil.disk_usage(beside).free
+            shutil.rmtree(ranks, ignore_errors=True)
+            ranks.mkdir(parents=True)
+            free = shutil.disk_usage(ranks).free
             if free < num_bytes:
                 raise OSError(errno.ENOSPC, f"{os.strerror(errno.ENOSPC)}: {num_bytes:,} bytes needed, {free:,} free")
         wait()
         random_tensors, random_values = random_state()
-        write_tensors(beside / f"rank-{self.rank}.safetensors", random_tensors)
+        write_tensors(ranks / f"rank-{self.rank}.safetensors", random_tensors)
         text = json.dumps({"random": random_values, "position": position})
-        (beside / f"rank-{self.rank}.json").write_text(text, encoding="utf-8")
+        (ranks / f"rank-{self.rank}.json").write_text(text, encoding="utf-8")
         wait()
         if self.rank == 0:
             with atomic(path, num_bytes) as staging:
-                for file in beside.iterdir():
+                for file in ranks.iterdir():
                     shutil.move(file, staging)
                 write_tensors(staging / TENSORS_NAME, tensors)
                 files = {file.name: hash_file(file) for file in sorted(staging.iterdir())}
@@ -146,17 +146,17 @@ class Checkpoints:
         wait()
 
     def latest(self, wanted: Progress) -> tuple[Progress, dict[str, torch.Tensor], dict, dict | None, tuple] | None:
-        """The newest whole checkpoint of a task. A damaged one is passed over with a warning.
+        """The newest intact checkpoint of a task. Damaged ones are skipped with a warning.
 
         Args:
-            wanted ([`Progress`]): Task, and what must not differ.
+            wanted ([`Progress`]): The task and `made_with` to match.
 
         Returns:
-            What [`~Checkpoints.save`] was given, and the random state of this process for [`set_random_state`]; `None`
-            if there is nothing to go on with.
+            The arguments of [`~Checkpoints.save`] and the random state for [`set_random_state`]; `None` if there is no
+            such checkpoint.
         """
         made_with = json.loads(json.dumps(wanted.made_with))
-        told = False
+        warned = False
         for path in self._newest():
             try:
                 content = json.loads((path / STATE_NAME).read_text(encoding="utf-8"))
@@ -164,25 +164,25 @@ class Checkpoints:
                 if progress.task != wanted.task:
                     continue
                 if progress.made_with != made_with:
-                    if not told and self.rank == 0:
+                    if not warned and self.rank == 0:
                         differences = _differences(progress.made_with, made_with)
                         logger.warning(
-                            "The state in %s was saved with %s. %s is trained anew.", path, differences, wanted.task
+                            "The checkpoint %s was saved with %s. %s is trained anew.", path, differences, wanted.task
                         )
-                    told = True
+                    warned = True
                     continue
                 damaged = [name for name, digest in content["files"].items() if hash_file(path / name) != digest]
                 if damaged:
-                    raise ValueError(f"{damaged[0]} is not what was written")
+                    raise ValueError(f"{damaged[0]} does not match its hash")
                 own = json.loads((path / f"rank-{self.rank}.json").read_text(encoding="utf-8"))
                 random_state = load_file(path / f"rank-{self.rank}.safetensors"), own["random"]
                 return progress, load_file(path / TENSORS_NAME), content["values"], own["position"], random_state
             except (OSError, ValueError, KeyError, TypeError) as error:
-                logger.warning("The checkpoint %s is damaged (%s); going on with the one before.", path, error)
+                logger.warning("The checkpoint %s is damaged (%s); trying the one before.", path, error)
         return None
 
     def clear(self) -> None:
-        """Removes all: the task is learnt, and the model is saved."""
+        """Deletes all checkpoints, once the task's model is saved."""
         if self.rank == 0:
             shutil.rmtree(self.folder, ignore_errors=True)
 
@@ -194,23 +194,23 @@ class Checkpoints:
 
 
 def write_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:
-    """Writes safetensors by Python, whose errors say that a disk is full; those of the library are of another kind."""
+    """Writes safetensors through Python, which raises `OSError` on a full disk, unlike the library's own writer."""
     path.write_bytes(save({name: tensor.contiguous().cpu() for name, tensor in tensors.items()}))
 
 
 def _differences(found: dict, wanted: dict) -> str:
-    """In words, what is not the same in two descriptions of what a state depends on."""
+    """Describes the differences of two `made_with` in words."""
     names = [name for name in sorted(found | wanted) if found.get(name) != wanted.get(name)]
-    told = [IN_WORDS.get(name) or f"{name}={found.get(name)!r}, not {wanted.get(name)!r}" for name in names]
-    return "; ".join(told)
+    parts = [DESCRIPTIONS.get(name) or f"{name}={found.get(name)!r}, not {wanted.get(name)!r}" for name in names]
+    return "; ".join(parts)
 
 
 def random_state() -> tuple[dict[str, torch.Tensor], dict]:
-    """State of all random generators of this process: tensors, and what is ready for JSON."""
+    """State of all random generators of this process: tensors, and JSON-serialisable values."""
     tensors = {"torch": torch.get_rng_state()}
     if torch.cuda.is_available():
         tensors["cuda"] = torch.cuda.get_rng_state()
-    numpy_state: Any = np.random.get_state()  # a tuple; a mapping only for those who ask for one
+    numpy_state: Any = np.random.get_state()  # a tuple, as legacy=True by default
     name, keys, position, has_gauss, gauss = numpy_state
     tensors["numpy"] = torch.from_numpy(keys.astype(np.int64))
     version, internal, gauss_next = random.getstate()
@@ -230,7 +230,7 @@ def set_random_state(tensors: dict[str, torch.Tensor], values: dict) -> None:
 
 
 def pack_optimizer(optimizer: torch.optim.Optimizer) -> tuple[dict[str, torch.Tensor], dict]:
-    """State of an optimizer: tensors by name, and the rest ready for JSON."""
+    """State of an optimizer: tensors by name, and JSON-serialisable values."""
     state = optimizer.state_dict()
     tensors, values = {}, {}
     for parameter, entries in state["state"].items():

@@ -1,4 +1,4 @@
-"""What a run says in the terminal: a plan before it, a table after every task, and one at the end."""
+"""Terminal output of a run: a status line, a table after every task, and one at the end."""
 
 import math
 from collections.abc import Iterator
@@ -7,28 +7,28 @@ from contextlib import contextmanager
 import numpy as np
 from tqdm.auto import tqdm
 
-from ..config.text import printable
+from ..config.text import percent, printable
 from ..reports.report import StreamReport
 from ..reports.tables import print_table
 
 
 @contextmanager
 def waiting(text: str, shows: bool) -> Iterator[None]:
-    """Shows a line while something takes its time that cannot say how far it is.
+    """Shows a status line during a step without measurable progress.
 
     Args:
-        text (`str`): What is being done.
-        shows (`bool`): Whether to show anything at all.
+        text (`str`): Description of the step.
+        shows (`bool`): Whether to show it.
     """
     with tqdm(desc=text, bar_format="{desc} ...", leave=False, disable=not shows):
         yield
 
 
 def print_task(report: StreamReport) -> None:
-    """Prints how the last task went: what it can do, what all can do by now, and what it cost.
+    """Prints accuracy and costs of the last task, and the averages over all tasks.
 
     Args:
-        report ([`StreamReport`]): Of the model.
+        report ([`StreamReport`]): The model's report.
     """
     last, measured, summary = len(report.tasks) - 1, report.measured(), report.summary()
     matrix, seconds = np.array(report.accuracy_matrix), report.seconds[-1]
@@ -38,10 +38,10 @@ def print_task(report: StreamReport) -> None:
         if report.oracle_accuracy:
             sent = report.routing_confusion[last]
             own[1:] = sent[last] / max(1, sum(sent)), report.oracle_accuracy[last]
-        rows.append(["this task", *map(percent, own)])
+        rows.append(["this task", *(percent(value, unit="") for value in own)])
     if len(measured) > 1:
         names = ("average_accuracy", "routing_accuracy", "oracle_accuracy")
-        rows.append([f"all {len(measured)} tasks", *(percent(summary.get(name, math.nan)) for name in names)])
+        rows.append([f"all {len(measured)} tasks", *(percent(summary.get(name, math.nan), unit="") for name in names)])
     cost = [f"{name.replace('_', ' ')} {value:.1f} s" for name, value in seconds.items() if value >= 0.05]
     sizes = f"expert {report.expert_parameters[-1]:,} and head {report.head_parameters[-1]:,} parameters"
     print_table(
@@ -56,8 +56,8 @@ def print_reports(reports: list[StreamReport], *closing: str) -> None:
     """Prints one row per report, on the main process.
 
     Args:
-        reports (`list[StreamReport]`): Runs to set side by side.
-        closing (`str`): Lines that go below: where the results are, and what to do next.
+        reports (`list[StreamReport]`): Runs to compare.
+        closing (`str`): Lines to print below the table.
     """
     from accelerate import PartialState
 
@@ -72,12 +72,12 @@ def print_reports(reports: list[StreamReport], *closing: str) -> None:
     }
     summaries = [report.summary() for report in reports]
     print_table(
-        f"{reports[0].stream}: accuracy after {len(reports[0].tasks)} tasks, every image routed by itself",
+        f"{reports[0].stream}: accuracy after {len(reports[0].tasks)} tasks, routed per image",
         ["method", *measures.values(), "expert", "sec"],
         [
             [
                 report.method,
-                *(percent(summary.get(name, math.nan)) for name in measures),
+                *(percent(summary.get(name, math.nan), unit="") for name in measures),
                 f"{max(report.expert_parameters):,}",
                 f"{sum(sum(parts.values()) for parts in report.seconds):.0f}",
             ]
@@ -86,19 +86,3 @@ def print_reports(reports: list[StreamReport], *closing: str) -> None:
     )
     for line in closing:
         print(printable(line), flush=True)
-
-
-def percent(value: float) -> str:
-    """A share in percent, with one digit; a dash if it was not measured.
-
-    Example:
-
-    ```py
-    >>> from hf_clpeft.training.console import percent
-
-    >>> percent(0.1234), percent(float("nan"))
-    ('12.3', '–')
-
-    ```
-    """
-    return "–" if math.isnan(value) else f"{100 * value:.1f}"

@@ -1,4 +1,4 @@
-"""What stands in the folder that a run is to write into: nothing of anybody's is overwritten in silence."""
+"""Checks of the output folder: no other model or run is overwritten silently."""
 
 from pathlib import Path
 
@@ -11,9 +11,9 @@ from .checkpoints import FOLDER as CHECKPOINTS
 from .parallel import FOLDER as PARALLEL
 
 
-WRITTEN = ("README.md", "preprocessor_config.json", "experts")  # what somebody else may have under the same name
+WRITTEN = ("README.md", "preprocessor_config.json", "experts")  # names that other contents of the folder may have, too
 WAYS_OUT = (
-    "Go on with it (--resume_from_checkpoint auto, or ContinualModel.from_pretrained), let a new model take its place "
+    "Continue it (--resume_from_checkpoint auto, or ContinualModel.from_pretrained), replace it "
     "(--overwrite_output_dir), or choose another output_dir."
 )
 
@@ -21,12 +21,12 @@ WAYS_OUT = (
 def check_output(
     args: ContinualTrainingArguments, config: ContinualConfig | None = None, new_run: bool = True
 ) -> None:
-    """Raises [`ConfigError`] if a run would overwrite a model that is not its own, or throw away another run's state.
+    """Raises [`ConfigError`] if a run would overwrite another model, or another run's checkpoints.
 
     Args:
         args ([`ContinualTrainingArguments`]): `overwrite_output_dir` allows it.
-        config ([`ContinualConfig`], *optional*): Of the model that learns; `None` for one that has yet to be made.
-        new_run (`bool`, *optional*, defaults to `True`): Whether the run has yet to begin.
+        config ([`ContinualConfig`], *optional*): Configuration of the model to train; `None` for a new model.
+        new_run (`bool`, *optional*, defaults to `True`): Whether the run has not started yet.
     """
     if args.overwrite_output_dir:
         return
@@ -36,11 +36,11 @@ def check_output(
 
 
 def check_free(folder: str | Path, config: ContinualConfig | None = None) -> None:
-    """Raises [`ConfigError`] if a model that is saved into a folder would overwrite what is not its own past.
+    """Raises [`ConfigError`] if saving a model would overwrite anything but an earlier state of it.
 
     Args:
-        folder (`str` or `Path`): Where it is to be saved.
-        config ([`ContinualConfig`], *optional*): Of the model; `None` for one that has yet to be made.
+        folder (`str` or `Path`): The folder to save into.
+        config ([`ContinualConfig`], *optional*): Configuration of the model; `None` for a new model.
 
     Example:
 
@@ -59,13 +59,13 @@ def check_free(folder: str | Path, config: ContinualConfig | None = None) -> Non
     folder = Path(folder)
     if folder.exists() and not folder.is_dir():
         raise ConfigError(f"output_dir={folder} is a file; choose a folder.")
-    # A save that was killed is read from where it waits.
+    # A save that was killed while being committed is still in READY.
     places = [place for place in (folder / READY, folder) if (place / CONFIG_NAME).is_file()]
     if not places:
         found = [name for name in WRITTEN if (folder / name).exists()]
         if found:
             raise ConfigError(
-                f"{folder} holds {found[0]}, which is of no model and would be overwritten. Choose another "
+                f"{folder} holds {found[0]}, which belongs to no model and would be overwritten. Choose another "
                 "output_dir, or allow it with --overwrite_output_dir."
             )
         return
@@ -73,7 +73,7 @@ def check_free(folder: str | Path, config: ContinualConfig | None = None) -> Non
         there = ContinualConfig.load(places[0])
     except ConfigError as error:
         raise ConfigError(
-            f"{folder} holds a {CONFIG_NAME} that would be overwritten, and cannot be read as a model of this library "
+            f"{folder} holds a {CONFIG_NAME} that would be overwritten, and is not an hf_clpeft model "
             f"({error}). Choose another output_dir, or allow it with --overwrite_output_dir."
         ) from error
     if not there.tasks:
@@ -85,14 +85,12 @@ def check_free(folder: str | Path, config: ContinualConfig | None = None) -> Non
 
 
 def check_no_state(folder: str | Path) -> None:
-    """Raises [`ConfigError`] if a run was interrupted in a folder, inside a task: a new run would throw that away.
+    """Raises [`ConfigError`] if a folder holds checkpoints of an interrupted run, which a new run would delete.
 
     Args:
-        folder (`str` or `Path`): Where the new run is to write.
+        folder (`str` or `Path`): Output folder of the new run.
     """
     for name in (CHECKPOINTS, PARALLEL):
         states = sorted(path.name for path in Path(folder, name).glob("[!.]*"))
         if states:
-            raise ConfigError(
-                f"{folder} holds the state of a run that was interrupted ({name}/{states[-1]}). {WAYS_OUT}"
-            )
+            raise ConfigError(f"{folder} holds the state of an interrupted run ({name}/{states[-1]}). {WAYS_OUT}")

@@ -1,4 +1,4 @@
-"""Command lines and YAML files into dataclasses; what cannot be meant is told in a line that names the option."""
+"""Parses command lines and YAML files into dataclasses; errors are one line that names the option."""
 
 import re
 import sys
@@ -19,10 +19,10 @@ KINDS = {"int": "a whole number", "float": "a number", "string_to_bool": "true o
 
 
 class OptionParser(HfArgumentParser):
-    """Every field of some dataclasses an option, to be given in full.
+    """A parser with an option per field of some dataclasses; abbreviations are not accepted.
 
     Args:
-        groups (tuple of dataclasses): Whose fields; each has a help text in its metadata.
+        groups (tuple of dataclasses): The dataclasses; each field has a help text in its metadata.
 
     Example:
 
@@ -43,12 +43,12 @@ class OptionParser(HfArgumentParser):
     def __init__(self, groups: tuple[type, ...]):
         super().__init__(groups, allow_abbrev=False)  # type: ignore[arg-type]  # a NewType that it does not export
         self.names = [f.name for group in groups for f in fields(group)]
-        self.emptied: dict[str, None] = {}  # by a YAML file, whatever suits the benchmark
+        self.emptied: dict[str, None] = {}  # reset by a YAML file: no default of the benchmark
         hints = [hint for group in groups for hint in get_type_hints(group).items()]
         self._may_be_none = {name for name, hint in hints if NoneType in get_args(hint)}
 
     def error(self, message: str) -> NoReturn:
-        """Raises [`OptionError`], where `argparse` prints all options and ends the program."""
+        """Raises [`OptionError`], where `argparse` prints its usage and exits."""
         message = re.sub(r"^argument (--\w+)\S*: ", r"\1: ", message)
         if found := re.search(r": invalid (\w+) value: (.*)$", message):
             message = f"{message[: found.start()]}: {found[2]} is not {KINDS.get(found[1], found[1])}"
@@ -61,10 +61,10 @@ class OptionParser(HfArgumentParser):
         raise OptionError(f"{message}. See --help.")
 
     def given(self, argv: list[str]) -> Any:
-        """What a command line says, as an `argparse.Namespace`.
+        """Parses a command line into an `argparse.Namespace` of the options given.
 
         Raises:
-            [`OptionError`]: There is no such option, or a value is of another type than the option's.
+            [`OptionError`]: An option does not exist, or a value has the wrong type.
         """
         namespace, rest = self.parse_known_args(argv)
         for word in rest:
@@ -74,17 +74,17 @@ class OptionParser(HfArgumentParser):
                 near = nearest(f"--{name[2:].replace('-', '_')}", known)
                 raise OptionError(f"There is no option {name}{near} See --help.")
         if rest:
-            raise OptionError(f"{rest[0]!r} belongs to no option. See --help.")
+            raise OptionError(f"{rest[0]!r} does not belong to an option. See --help.")
         return namespace
 
     def read(self, argv: list[str] | None = None) -> tuple:
-        """One instance of each dataclass, and a namespace of options that belong to none, if there are any.
+        """Parses a command line into an instance of each dataclass, and a namespace of other options, if any.
 
         Args:
-            argv (`list[str]`, *optional*): Default `sys.argv[1:]`.
+            argv (`list[str]`, *optional*): Default: `sys.argv[1:]`.
 
         Raises:
-            [`OptionError`]: There is no such option, or a value is not one of its own.
+            [`OptionError`]: An option does not exist, or a value is not allowed.
         """
         argv = sys.argv[1:] if argv is None else argv
         self.given(argv)
@@ -92,13 +92,13 @@ class OptionParser(HfArgumentParser):
             return self.parse_args_into_dataclasses(argv, look_for_args_file=False)
 
     def words_of(self, path: str) -> list[str]:
-        """The options of a YAML file as words of a command line.
+        """Converts the options of a YAML file into command-line arguments.
 
         Args:
-            path (`str`): A mapping of options. Empty ones take back what suits the benchmark.
+            path (`str`): A mapping of options. Empty values reset defaults of the benchmark.
 
         Raises:
-            [`OptionError`]: It cannot be read, there is no such option, or a value is not one of its own.
+            [`OptionError`]: The file cannot be read, an option does not exist, or a value is not allowed.
         """
         words = []
         for name, value in read_yaml(path).items():
@@ -122,7 +122,7 @@ class OptionParser(HfArgumentParser):
 
 
 def nearest(name: str, known: Iterable[object]) -> str:
-    """The end of a sentence about a name that does not exist: `"; did you mean ...?"`, or a full stop.
+    """The end of a message about an unknown name: `"; did you mean ...?"` if one is similar, else a full stop.
 
     Example:
 
@@ -141,13 +141,13 @@ def nearest(name: str, known: Iterable[object]) -> str:
 
 
 def read_yaml(path: str | Path) -> dict:
-    """A YAML file that is a mapping: plain values only, and no name twice.
+    """Reads a YAML file that is a mapping, by the safe loader; duplicate keys are errors.
 
     Args:
         path (`str` or `Path`): The file.
 
     Raises:
-        [`OptionError`]: It is not there, cannot be read, or is none.
+        [`OptionError`]: The file does not exist, cannot be read, or is not a mapping.
 
     Example:
 
@@ -162,22 +162,22 @@ def read_yaml(path: str | Path) -> dict:
     ```
     """
     try:
-        values = _OnceLoader(Path(path).read_text(encoding="utf-8")).get_single_data()
+        values = _UniqueKeyLoader(Path(path).read_text(encoding="utf-8")).get_single_data()
     except OSError as error:
         raise OptionError(f"{path} cannot be read: {error.strerror or error}.") from error
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark
         where = "" if mark is None else f" in line {mark.line + 1}, column {mark.column + 1}"
-        raise OptionError(f"{path} is no YAML{where}: {error.problem}.") from error
+        raise OptionError(f"{path} is not valid YAML{where}: {error.problem}.") from error
     except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise OptionError(f"{path} is no YAML: {' '.join(str(error).split())[:200]}.") from error
+        raise OptionError(f"{path} is not valid YAML: {' '.join(str(error).split())[:200]}.") from error
     if not isinstance(values, dict | NoneType):
-        raise OptionError(f"{path} holds no mapping of options, such as `seed: 1`, one in a line.")
+        raise OptionError(f"{path} does not hold a mapping of options, such as `seed: 1`, one per line.")
     return values or {}
 
 
-class _OnceLoader(yaml.SafeLoader):
-    """Where a mapping has a name twice, YAML takes the last one in silence."""
+class _UniqueKeyLoader(yaml.SafeLoader):
+    """A safe loader that refuses duplicate keys, of which YAML silently takes the last one."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
         seen = set()

@@ -1,4 +1,4 @@
-"""What processes that train together have to agree on: how they began, when to stop, and that one of them is gone."""
+"""Distributed training: joining the process group, stopping together, and detecting lost processes."""
 
 import os
 import signal
@@ -20,7 +20,7 @@ logger = get_logger(__name__)
 
 
 class TrainingError(HfClpeftError, RuntimeError):
-    """Training cannot go on as it was asked to. What was learnt before is untouched.
+    """Training failed or cannot be done as configured. Tasks learnt before are not affected.
 
     Example:
 
@@ -37,40 +37,40 @@ class TrainingError(HfClpeftError, RuntimeError):
 
 
 def cpu_only() -> bool:
-    """Whether this machine has no accelerator. Accelerate must be told, or several processes on the CPU would not find
-    each other and each would learn everything alone."""
+    """Whether this machine has no accelerator. Accelerate must be told, else processes on the CPU do not form a
+    group, and each trains on all data."""
     return not torch.accelerator.is_available()
 
 
 def join_processes(ddp_timeout: int) -> PartialState:
-    """Makes this process one of those that `accelerate launch` started, if it did.
+    """Joins the process group of `accelerate launch`, if there is one.
 
     Args:
-        ddp_timeout (`int`): Seconds after which one that does not answer ends the run.
+        ddp_timeout (`int`): Timeout of collective operations, in seconds.
 
     Returns:
         `accelerate.PartialState`
     """
     for name in ("FSDP", "DEEPSPEED"):
         if os.environ.get(f"ACCELERATE_USE_{name}", "false").lower() in ("true", "1"):
-            # An expert is a few thousand parameters: cut in pieces, it could only be saved in pieces.
+            # An expert has a few thousand parameters; sharded, it could not be saved as a whole.
             os.environ[f"ACCELERATE_USE_{name}"] = "false"
-            logger.warning("%s has nothing to shard here: the backbone is frozen. Sharing out batches alone.", name)
+            logger.warning("%s has nothing to shard here, as the backbone is frozen. Using DDP.", name)
     return PartialState(cpu=cpu_only(), timeout=timedelta(seconds=ddp_timeout))
 
 
 class Stop(threading.Event):
-    """Set to end training where it can go on.
+    """An event that ends training at the next point from which it can be resumed.
 
     Attributes:
-        signal (`int`): The signal that asked for it.
+        signal (`int`): The signal that set it.
     """
 
     signal: int = signal.SIGINT
 
 
 def any_process_stops(stop: Stop, accelerator: Accelerator) -> bool:
-    """Whether any process was asked to stop: they must all do so at the same place, and say the same of it."""
+    """Whether any process was asked to stop, as all must stop at the same step with the same signal."""
     if accelerator.num_processes == 1:
         return stop.is_set()
     asked = torch.tensor([stop.signal if stop.is_set() else 0], device=accelerator.device)
@@ -82,7 +82,7 @@ def any_process_stops(stop: Stop, accelerator: Accelerator) -> bool:
 
 @contextmanager
 def explaining_lost_processes(accelerator: Accelerator) -> Iterator[None]:
-    """Says what it means when waiting for another process fails. What torch raises then is any `RuntimeError`."""
+    """Turns errors of collective operations, of which torch makes plain `RuntimeError`s, into [`TrainingError`]."""
     try:
         yield
     except RuntimeError as error:
@@ -90,8 +90,8 @@ def explaining_lost_processes(accelerator: Accelerator) -> Iterator[None]:
         if accelerator.num_processes == 1 or not any(word in str(error) for word in words):
             raise
         raise TrainingError(
-            "Another process has died, or has not answered for ddp_timeout seconds; if it said why, that stands "
-            "above. Go on with --resume_from_checkpoint auto."
+            "Another process has died, or has not answered for ddp_timeout seconds; see its own error above, if "
+            "any. Resume with --resume_from_checkpoint auto."
         ) from error
 
 

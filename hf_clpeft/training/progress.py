@@ -1,11 +1,11 @@
-"""Progress bars of the libraries underneath."""
+"""Progress bars of other libraries."""
 
 
 def disable_progress_bars(transfers: bool = True) -> None:
-    """Lets data sets load, models load and files travel in silence.
+    """Disables the progress bars of datasets, transformers and huggingface_hub.
 
     Args:
-        transfers (`bool`, *optional*, defaults to `True`): Disable those of down- and uploads, too.
+        transfers (`bool`, *optional*, defaults to `True`): Also disable those of uploads and downloads.
 
     Example:
 
