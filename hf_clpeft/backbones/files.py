@@ -133,3 +133,77 @@ def count_parameters(folder: Path) -> int:
 
 
 def _download(repo_id: str, revision: str | None, **hub_options: Any) -> Path:
+    """Downloads to the cache folder, whose name is the commit; a cached commit makes no request."""
+    from huggingface_hub import constants, snapshot_download
+
+    fixed = revision is not None and re.fullmatch("[0-9a-f]{40}", revision)
+    if fixed and (folder := _cached(repo_id, revision, **hub_options)) is not None:
+        return folder
+    options: dict[str, Any] = {"revision": revision, "allow_patterns": ALL_FILES, **hub_options}
+    try:
+        with explained("load", repo_id, revision):
+            if not (constants.HF_HUB_OFFLINE or hub_options.get("local_files_only")):
+                api = hub_client(hub_options.get("token"))
+                api.model_info(repo_id, revision=revision)  # fails at once if the Hub is down; a listing waits 23 s
+            with transferring():
+                return Path(snapshot_download(repo_id, **options))
+    except HubError as error:
+        folder = _cached(repo_id, revision, **hub_options)
+        if folder is None or not error.transient:
+            raise
+        logger.warning("%s: using the cached commit %s: %s", repo_id, folder.name, error)
+        return folder
+
+
+def _cached(repo_id: str, revision: str | None, **hub_options: Any) -> Path | None:
+    from huggingface_hub import snapshot_download
+
+    try:
+        options: dict[str, Any] = {"revision": revision, "allow_patterns": ALL_FILES, **hub_options}
+        folder = Path(snapshot_download(repo_id, **options | {"local_files_only": True}))
+    except (LocalEntryNotFoundError, HFValidationError):
+        return None
+    return folder if (folder / CONFIG_NAME).is_file() and _has_weights(folder) else None
+
+
+def _has_weights(folder: Path) -> bool:
+    try:
+        return all(path.is_file() for path in _weight_files(folder))
+    except BackboneError:
+        return False
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    if (folder / WEIGHTS_NAME).is_file() or not (folder / INDEX_NAME).is_file():
+        return [folder / WEIGHTS_NAME]
+    try:
+        names = set(json.loads((folder / INDEX_NAME).read_text(encoding="utf-8"))["weight_map"].values())
+    except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
+        raise BackboneError(f"{folder / INDEX_NAME} is damaged.") from error
+    if any(not isinstance(name, str) or Path(name).name != name for name in names):
+        raise BackboneError(f"{folder / INDEX_NAME} names files outside its folder.")
+    return [folder / name for name in sorted(names)]
+
+
+def _check_config(values: Any, name: str, key: str = "") -> None:
+    """Rejects values that would loop, allocate memory or fetch code while the model is built."""
+    if isinstance(values, dict):
+        for inner, value in values.items():
+            if inner == "quantization_config" and value:
+                raise BackboneError(f"The backbone {name!r} is quantised; use the original checkpoint.")
+            if inner.endswith("attn_implementation") and isinstance(value, str) and not value.isidentifier():
+                raise BackboneError(f"The backbone {name!r} needs code from the Hub, {inner}={value[:60]!r}.")
+            _check_config(value, name, str(inner))
+    elif isinstance(values, list):
+        if len(values) > MAX_LIST_LENGTH and not isinstance(values[0], str):
+            raise BackboneError(f"{CONFIG_NAME} of the backbone {name!r} lists {len(values):,} values in {key}.")
+        for value in values:
+            _check_config(value, name, key)
+    elif isinstance(values, int | float):
+        most = MAX_LAYERS if LOOP_FIELDS.search(key) and "id" not in key.split("_") else MAX_NUMBER
+        if key == "num_labels":
+            most = 100 * MAX_LAYERS
+        if not abs(values) <= most or (values < 1 and key == "num_hidden_layers"):
+            raise BackboneError(
+                f"{CONFIG_NAME} of the backbone {name!r} has {key}={values!r:.40}; at most {most:,} is allowed."
+            )

@@ -12,7 +12,7 @@ import numpy as np
 import PIL.Image
 
 from ..model import ContinualModel
-from ..prediction import Prediction, check_options
+from ..prediction import Prediction, check_options, classify
 
 
 LARGEST_BATCH = 64
@@ -98,3 +98,20 @@ def _answer(requests: Sequence[tuple[Any, np.ndarray | None, Future]]) -> None:
             groups[job].append((pixels, future))
     for (model, options), group in groups.items():
         pixels, futures = zip(*group, strict=True)
+        _resolve(futures, lambda m=model, p=pixels, o=options: classify(m.method, np.concatenate(p), **dict(o)))
+
+
+def _resolve(futures: Sequence[Future], compute: Callable) -> None:
+    try:
+        results = compute()
+    except BaseException as error:  # raised again in the waiting threads
+        _fail(futures, error)
+        return
+    for future, result in zip(futures, results, strict=True):
+        future.set_result(result)
+
+
+def _fail(futures: Sequence[Future], error: BaseException) -> None:
+    for future in futures:
+        if not future.done():
+            future.set_exception(error)

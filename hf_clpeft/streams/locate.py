@@ -1,7 +1,9 @@
 """Locates a data set and its splits: in memory, in a folder, or on the Hub."""
 
 import glob
-from collections.abc import Callable, Collection, Mapping
+import os
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -17,13 +19,14 @@ from datasets import (
     load_from_disk,
 )
 from datasets.data_files import get_data_patterns
-from datasets.exceptions import DatasetNotFoundError
+from datasets.exceptions import DatasetNotFoundError, DatasetsError
 from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
 from datasets.packaged_modules.parquet.parquet import Parquet
-from huggingface_hub import snapshot_download
+from huggingface_hub import hf_hub_download, snapshot_download
 
 from ..config.text import get_logger
-from ..hub.errors import HfHubHTTPError
+from ..hub.client import hub_client
+from ..hub.errors import HfHubHTTPError, RepositoryNotFoundError, answer_in_words
 from .folders import SPLIT_WORDS, PictureFolder, find_metadata, find_pictures, holds_data, is_picture, list_files
 from .source import ImageSource, StreamError
 
@@ -271,3 +274,39 @@ def _kept_pictures(repo: str, revision: str | None, named: Collection[str], erro
         raise error from error.__cause__
     logger.warning("%s Using the images in the local cache.", error)
     return _in_folder(folder, repo, None, named)
+
+
+def _pictures_on_hub(repo: str, revision: str | None, named: Collection[str]) -> LocatedDataset | None:
+    """The images of a repo in class folders, if it has no metadata, data files or `configs`."""
+    with _as_stream_error(f"Data set {repo!r}"):
+        info = hub_client().dataset_info(repo, revision=revision)
+        files = [sibling.rfilename for sibling in info.siblings or ()]
+        pictures = [file for file in files if is_picture(file)]
+        if not pictures or find_metadata(files) or holds_data(files):
+            return None
+        settings: dict[str, Any] = {"repo_type": "dataset", "revision": revision}
+        if README in files and _has_configs(Path(hf_hub_download(repo, README, **settings))):
+            return None
+    settings["allow_patterns"] = sorted({f"*{os.path.splitext(file)[1]}" for file in pictures})
+    found = find_pictures(f"hf://datasets/{repo}@{info.sha}", files, named)
+    return _of_pictures(repo, found, partial(snapshot_download, repo, **settings))
+
+
+@contextmanager
+def _as_stream_error(what: str) -> Iterator[None]:
+    """Converts errors of the libraries to a one-line [`StreamError`]."""
+    try:
+        yield
+    except StreamError:
+        raise
+    except (DatasetsError, HfHubHTTPError, OSError, ValueError, RuntimeError) as error:
+        reason = " ".join(str(error).split()).rstrip(".") + "."
+        if isinstance(error, HfHubHTTPError) and not isinstance(error, RepositoryNotFoundError):
+            reason = answer_in_words(error)
+        if "is a gated dataset" in reason:
+            reason += " Accept its terms on its page on the Hub, and log in with `hf auth login`."
+        if isinstance(error, ConnectionError):
+            reason += " If it has been downloaded before, set HF_HUB_OFFLINE=1."
+        if isinstance(error, FileNotFoundError) and "doesn't exist" in reason and "Revision" not in reason:
+            raise StreamError(f"{what} is neither a folder of images nor a data set on the Hub: {reason}") from error
+        raise StreamError(f"{what} cannot be loaded: {reason}") from error
