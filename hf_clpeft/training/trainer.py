@@ -20,6 +20,7 @@ from ..hub.outbox import Outbox
 from ..hub.push import PushTarget
 from ..methods.learning import Features, FeaturesOf
 from ..model import ContinualModel
+from ..reports.costs import timed
 from ..reports.report import StreamReport
 from ..storage.files import PROCESSOR_NAME
 from ..storage.folder import locked
@@ -30,7 +31,7 @@ from .arguments import ContinualTrainingArguments
 from .callbacks import CallbackList, TrainerCallback
 from .checkpoints import Checkpoints, Progress
 from .console import print_task, waiting
-from .costs import describe_environment, note_costs, timed
+from .environment import describe_environment
 from .evaluation import Evaluator, TaskEvaluation
 from .experts_from import Donor
 from .features import extract_all
@@ -210,7 +211,17 @@ class ContinualTrainer:
             with timed(seconds, "router"), waiting(f"Finishing {task.name}", self._shows):
                 model.finish_task(self._features_of(task, train, f"Querying {task.name}"), len(train))
                 same_everywhere(model.method, self.accelerator)
-            note_costs(self.report, model, trained, len(train), args, seconds, stored)
+            self.report.catch_up(model.config.tasks[:-1])
+            self.report.add_task(
+                task.name,
+                model.config.tasks[-1].title,
+                expert_parameters=trained[0],
+                head_parameters=trained[1],
+                stored_bytes=model.method.num_bytes() - stored,
+                train_images_per_second=len(train) * args.num_train_epochs / (seconds.get("train") or math.nan),
+                untrained_accuracy=1 / len(task.classes),
+                seconds=seconds,
+            )
         with timed(seconds, "evaluate"):
             if test is not None:
                 self._tests[owner] = task
