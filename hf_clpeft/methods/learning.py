@@ -31,6 +31,17 @@ class Batch(NamedTuple):
         labels (integer `torch.Tensor` of shape `(batch,)`): Numbers of their classes in the model.
         query (`torch.Tensor` of shape `(batch, query_size)`, *optional*): Query features, where the method says
             `trains_by_query`.
+
+    Example:
+
+    ```py
+    >>> import torch
+    >>> from hf_clpeft import Batch
+
+    >>> Batch(torch.zeros(2, 3, 32, 32), labels=torch.tensor([4, 5])).query is None
+    True
+
+    ```
     """
 
     pixels: torch.Tensor

@@ -14,6 +14,7 @@ from ..config import ConfigError, ContinualConfig, TaskConfig, read_options
 from ..config.method import OPTIONS, UnknownOptions
 from ..experts.expert import make_peft_config
 from ..routing import Routing
+from .help import explain
 from .keeper import Keeper
 from .learning import Batch, FeaturesOf
 from .output import ContinualOutput
@@ -102,6 +103,7 @@ class Method(Keeper):
             cls.Config = dataclass(type("Config", (cls.Config,), place))  # type: ignore[misc]
         cls.name = cls.Config.name = name
         cls.title = vars(cls).get("title", name)
+        cls.Config.__doc__ = explain(cls)
         METHODS[name], OPTIONS[name] = cls, cls.Config
 
     # Predicting

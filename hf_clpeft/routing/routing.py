@@ -18,6 +18,18 @@ class Routing(NamedTuple):
         distances (`torch.Tensor` of shape `(batch, experts)`): How far every expert is.
         scores (`torch.Tensor` of shape `(batch, entries)`, *optional*): Of every class of every task, where the router
             knows them; see [`ClassRouter`].
+
+    Example:
+
+    ```py
+    >>> import torch
+    >>> from hf_clpeft import Routing
+
+    >>> routing = Routing(torch.tensor([1, 0]), distance=torch.zeros(2), distances=torch.zeros(2, 2))
+    >>> routing.sent_to(1).selection
+    tensor([1, 1])
+
+    ```
     """
 
     selection: torch.Tensor
@@ -42,6 +54,16 @@ class Router(KeepsPrecision):
             log-probabilities: see [`hf_clpeft.methods.mixing`].
         landmark (`str`): What distances are measured to.
         options (`tuple[str, ...]`): Attributes that a method's options of the same name set.
+
+    Example:
+
+    ```py
+    >>> from hf_clpeft import ROUTERS, s_lora
+
+    >>> ROUTERS["prototypes"](query_size=32).configure(s_lora(k=20)).k
+    20
+
+    ```
     """
 
     title = "unknown"
