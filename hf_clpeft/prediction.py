@@ -224,5 +224,6 @@ def classify(
         check_options(method, reject_rate=reject_rate, expert=expert)
         output = method(values, None if expert is None else method.choose(expert))
         typicality = method.typicality(output.distances) if method.why_no_reject() is None else None
-        experts = method.bank.names if method.reads else []
+        measured = method.reads and output.distances.shape[1] == len(method.bank)
+        experts = method.bank.names if measured else []
         return read_output(output, method.config.classes, experts, typicality, reject_rate or 0.0, top_k)

@@ -105,7 +105,7 @@ class Pool(Method, name="l2x"):
         return [f"pool-{i:03d}" for i in range(self.options.pool_size)]
 
     def expert_names(self) -> list[str]:
-        return self._names if self.config.tasks else []
+        return self._names if self.config.tasks or self.config.expert_names else []
 
     def choose(self, expert: str) -> int:
         raise ConfigError(f"expert={expert!r}: {self.name} selects from a pool; none can be chosen by hand.")

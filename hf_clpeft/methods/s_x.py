@@ -81,10 +81,13 @@ class PerTask(Method):
 
     def end(self, features_of: FeaturesOf) -> None:
         assert self.task is not None
+        # Before anything changes, in case that it fails; unless the expert that takes query features is this one.
+        first = self.query_with_first and not len(self.bank)
+        learnt = None if first else features_of(self.query)
         self.bank.finish(self.task.name)
         self.heads.write(self._head.weight, self._head.bias, self.numbers, single=len(self.task.classes) == 1)
         del self._head
-        self.router.learn(*features_of(self.query), seed=self.seed)
+        self.router.learn(*(learnt or features_of(self.query)), seed=self.seed)
 
     def accept(self, giver: Method) -> None:
         check_giver(self, giver)

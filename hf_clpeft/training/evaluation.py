@@ -22,8 +22,8 @@ class TaskEvaluation(NamedTuple):
     Args:
         accuracy (`float`): Share of images with the right class, every image routed by its own features.
         oracle_accuracy (`float`): The same if every image went to its own task's expert; NaN if it has none.
-        routed (integer array of shape `(experts,)`): How many images went to each expert; in a pool, each to
-            several.
+        routed (integer array): How many images went to each expert, up to the last that got one; in a pool, each
+            went to several.
     """
 
     accuracy: float
@@ -122,7 +122,7 @@ class Evaluator:
         chosen = output.selection.cpu()
         if method.independent:
             chosen = chosen.reshape(len(chosen), -1)[:, 0]  # where several judge, the first is the likeliest
-        counts = np.bincount(chosen.flatten().numpy(), minlength=len(method.bank))
+        counts = np.bincount(chosen.flatten().numpy())
         result = TaskEvaluation(accuracy(output), oracle_accuracy, counts)
         test.drop_unused()
         return result

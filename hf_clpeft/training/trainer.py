@@ -394,10 +394,11 @@ class ContinualTrainer:
         for position, result in results.items():
             report.accuracy_matrix[-1][position] = result.accuracy
         if method.routes:
-            report.experts = list(report.titles) if method.independent else method.bank.names
+            shared = len(method.bank) and not method.independent
+            report.experts = method.bank.names if shared else list(report.titles)
             confusion = np.zeros((count, len(report.experts)), dtype=int)
             for position, result in results.items():
-                confusion[position] = result.routed
+                confusion[position, : len(result.routed)] = result.routed
             report.routing_confusion = confusion.tolist()
         if method.independent:
             report.oracle_accuracy = [
