@@ -1,6 +1,7 @@
 """Experts of several models in one model and one router."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
+from copy import copy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,19 +10,8 @@ from .backbones.saved import load_saved_backbone
 from .config.errors import ConfigError
 from .config.model import ContinualConfig, TaskConfig
 from .config.repos import split_revision
-from .experts import Expert
 from .hub.labels import join_name, label_sources
 from .model import ContinualModel
-
-
-# What must not differ, and where it stands in a configuration.
-ALIKE: dict[str, Callable[[ContinualConfig], Any]] = {
-    "backbone weights": lambda config: config.backbone.weight_hash,
-    "image size": lambda config: config.backbone.image_size,
-    "technique": lambda config: config.method.peft["peft_type"],
-    "route_layer": lambda config: config.method.route_layer,
-    "router": lambda config: config.method.router,
-}
 
 
 def combine(
@@ -70,31 +60,22 @@ def combine(
     models = [_open(source, backbone, options) for source in sources]
     for label, model in zip(labels, models, strict=True):
         _check_alike(models[0], model, labels[0], label)
-    tasks = _rename([model.config.tasks for model in models], labels, prefixes)
-    classes = list(dict.fromkeys(name for group in tasks for task in group for name in task.classes))
-    first = models[0].config
+    groups = _rename([model.config.tasks for model in models], labels, prefixes)
+    classes = list(dict.fromkeys(name for group in groups for task in group for name in task.classes))
+    first, *others = models
     licenses = {model.config.license for model in models}
     config = ContinualConfig(
-        replace(first.method, head="shared" if _share_head(models) else "per_task"),
-        first.backbone,
-        tasks=[task for group in tasks for task in group],
+        copy(first.method.merged_options([other.method for other in others])),
+        first.config.backbone,
+        tasks=[task for group in groups for task in group],
         classes=classes,
-        license=first.license if len(licenses) == 1 else "other",
+        license=first.config.license if len(licenses) == 1 else "other",
     )
-    processor = models[0].backbone.processor
-    frozen = load_saved_backbone(first.backbone, processor, backbone, labels[0], **options)
+    frozen = load_saved_backbone(first.config.backbone, first.backbone.processor, backbone, labels[0], **options)
     combined = ContinualModel(frozen, config)
-    combined.bank.extend(
-        Expert(task.name, expert.config, expert.tensors)
-        for model, group in zip(models, tasks, strict=True)
-        for task, expert in zip(group, model.bank, strict=True)
-    )
-    for model in models:
+    for model, group in zip(models, groups, strict=True):
         numbers = [classes.index(label) for label in model.config.classes]
-        combined.router.merge(model.router, numbers)
-        heads = model.heads
-        for weight, bias, old, alone in zip(heads.weights, heads.biases, heads.classes, heads.alone, strict=True):
-            combined.heads.write(weight, bias, [numbers[number] for number in old], alone)
+        combined.method.merge(model.method, numbers, [task.name for task in group])
     return combined
 
 
@@ -111,20 +92,14 @@ def _origin(source: str | Path | ContinualModel) -> str:
 
 
 def _check_alike(one: ContinualModel, two: ContinualModel, name: str, other_name: str) -> None:
-    first, other = one.config, two.config
-    if other.method.experts != "per_task":
-        raise ConfigError(f"{other_name} is of the method {other.method.name}, whose experts belong to no task.")
-    if other.method.query_with_first_expert:
-        raise ConfigError(
-            f"{other_name} ({other.method.name}) takes query features with its own first expert, which others do not."
-        )
-    if not other.tasks:
+    first, other = _alike(one, name), _alike(two, other_name)
+    if not two.config.tasks:
         raise ConfigError(f"{other_name} has learnt no task.")
-    for what, value in ALIKE.items():
-        if value(first) != value(other):
+    for what in first | other:
+        if first.get(what) != other.get(what):
             raise ConfigError(
-                f"{name} and {other_name} cannot be combined: their {what} differs, {value(first)!r} and "
-                f"{value(other)!r}."
+                f"{name} and {other_name} cannot be combined: their {what} differs, {first.get(what)!r} and "
+                f"{other.get(what)!r}."
             )
     settings = one.backbone.transform.differs_from(two.backbone.transform)
     if settings:
@@ -134,10 +109,14 @@ def _check_alike(one: ContinualModel, two: ContinualModel, name: str, other_name
         )
 
 
-def _share_head(models: list[ContinualModel]) -> bool:
-    """Rows of a shared head are compared with each other, so there must be one per class."""
-    classes = [label for model in models for label in model.config.classes]
-    return all(model.heads.shared for model in models) and len(set(classes)) == len(classes)
+def _alike(model: ContinualModel, name: str) -> dict[str, Any]:
+    """What must not differ between models that are combined, by what to call it."""
+    backbone = model.config.backbone
+    try:
+        own = model.method.alike()
+    except ConfigError as error:
+        raise ConfigError(f"{name} {error}.") from error
+    return {"backbone weights": backbone.weight_hash, "image size": backbone.image_size, **own}
 
 
 def _rename(groups: list[list[TaskConfig]], labels: list[str], prefixes: list[str]) -> list[list[TaskConfig]]:

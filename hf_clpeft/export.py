@@ -14,6 +14,7 @@ from .config.errors import ConfigError
 from .config.model import CONFIG_NAME
 from .experts import Expert, ExpertError
 from .experts.expert import make_peft_model
+from .methods import Heads
 from .model import ContinualModel
 from .storage.files import EXPERTS_FOLDER
 from .storage.folder import atomic, hash_file
@@ -42,19 +43,22 @@ def export_adapter(model: ContinualModel, task: str, folder: str | Path, overwri
     Example:
 
     ```py
+    >>> import torch
     >>> from peft import PeftConfig
     >>> from hf_clpeft import ContinualModel, s_lora
     >>> from hf_clpeft.export import export_adapter
 
-    >>> model = ContinualModel.from_backbone("hf-clpeft/vit-tiny-glyphs", s_lora(r=1))
-    >>> model.finish_task(model.start_task("task-000", ["cat", "dog"]), num_train_images=0)
+    >>> model = ContinualModel.from_backbone("hf-clpeft/vit-tiny-glyphs", s_lora(r=1, k=1))
+    >>> model.start_task("task-000", ["cat", "dog"])
+    >>> images, labels = torch.randn(4, 3, 32, 32), torch.tensor([0, 1, 0, 1])
+    >>> model.finish_task(lambda features: (features(images), labels), num_train_images=4)
     >>> export_adapter(model, "task-000", "adapter")
     >>> PeftConfig.from_pretrained("adapter").r
     1
 
     ```
     """
-    expert = _find_expert(model, _find_task(model, task))
+    expert = model.bank[_find_expert(model, _find_task(model, task))]
     with _written(folder, overwrite) as staging:
         expert.save(staging)
 
@@ -74,18 +78,21 @@ def export_merged(model: ContinualModel, task: str, folder: str | Path, overwrit
     Raises:
         [`ConfigError`]: The model has learnt no such task, or the folder holds another model.
         `OSError`: It cannot be written; what was there is untouched.
-        [`ExpertError`]: Experts of the model belong to no task or are prompts, its backbone is not in `float32`, or
-            transformers' classifier for that backbone cannot give the same logits.
+        [`ExpertError`]: Experts of the model belong to no task or are prompts, its method has no linear head, its
+            backbone is not in `float32`, or transformers' classifier for that backbone cannot give the same logits.
 
     Example:
 
     ```py
+    >>> import torch
     >>> from transformers import AutoModelForImageClassification
     >>> from hf_clpeft import ContinualModel, s_lora
     >>> from hf_clpeft.export import export_merged
 
-    >>> model = ContinualModel.from_backbone("hf-clpeft/vit-tiny-glyphs", s_lora(r=1))
-    >>> model.finish_task(model.start_task("task-000", ["cat", "dog"]), num_train_images=0)
+    >>> model = ContinualModel.from_backbone("hf-clpeft/vit-tiny-glyphs", s_lora(r=1, k=1))
+    >>> model.start_task("task-000", ["cat", "dog"])
+    >>> images, labels = torch.randn(4, 3, 32, 32), torch.tensor([0, 1, 0, 1])
+    >>> model.finish_task(lambda features: (features(images), labels), num_train_images=4)
     >>> export_merged(model, "task-000", "cat-or-dog")
     >>> AutoModelForImageClassification.from_pretrained("cat-or-dog").config.id2label
     {0: 'cat', 1: 'dog'}
@@ -93,7 +100,12 @@ def export_merged(model: ContinualModel, task: str, folder: str | Path, overwrit
     ```
     """
     number = _find_task(model, task)
-    expert = _find_expert(model, number)
+    expert, heads = model.bank[_find_expert(model, number)], model.heads
+    if heads is None:
+        raise ExpertError(
+            f"{model.config.method.name} has no linear head to put on a merged model. Write the expert of {task!r} "
+            "with export_adapter."
+        )
     if expert.config.is_prompt_learning:
         raise ExpertError(
             f"Expert {expert.name!r} is a prompt, which has no weights to merge into. Write it with export_adapter."
@@ -101,11 +113,12 @@ def export_merged(model: ContinualModel, task: str, folder: str | Path, overwrit
     dtype = model.backbone.model.dtype
     if dtype != torch.float32:
         raise ExpertError(f"A merged model is written in float32, and this one is in {dtype}; load it in float32.")
+    numbers = [model.config.classes.index(label) for label in model.config.tasks[number].classes]
     with torch.random.fork_rng(devices=[]):  # what is drawn for weights that are then overwritten changes no training
         classifier: Any = _make_classifier(model, model.config.tasks[number].classes)
         _merge(model, expert, classifier)
-    _write_rows(model, number, classifier.classifier)
-    _check_logits(model, number, classifier)
+    _write_rows(classifier.classifier, *heads.rows_of(number, numbers))
+    _check_logits(model, heads, number, numbers, classifier)
     with _written(folder, overwrite) as staging:
         classifier.save_pretrained(staging)
         model.backbone.processor.save_pretrained(staging)
@@ -131,20 +144,18 @@ def _written(folder: str | Path, overwrite: bool) -> Iterator[Path]:
 
 
 def _find_task(model: ContinualModel, task: str) -> int:
-    if model.config.method.experts == "pool" or not model.config.method.uses_experts:
-        raise ExpertError(f"{model.config.method.name} has no expert that belongs to a task.")
     names = [learnt.name for learnt in model.config.tasks]
     if task not in names:
         raise ConfigError(f"The model has learnt no task {task!r}; it knows {', '.join(names) or 'none yet'}.")
     return names.index(task)
 
 
-def _find_expert(model: ContinualModel, number: int) -> Expert:
-    return model.bank[_expert_index(model, number)]
-
-
-def _expert_index(model: ContinualModel, number: int) -> int:
-    return number if model.config.method.experts == "per_task" else 0
+def _find_expert(model: ContinualModel, number: int) -> int:
+    """Position of a task's expert in the bank."""
+    position = model.method.expert_of(number)
+    if position is None:
+        raise ExpertError(f"{model.config.method.name} has no expert that belongs to a task.")
+    return position
 
 
 def _make_classifier(model: ContinualModel, classes: list[str]) -> "PreTrainedModel":
@@ -172,26 +183,21 @@ def _merge(model: ContinualModel, expert: Expert, classifier: "PreTrainedModel")
 
 
 @torch.no_grad()
-def _write_rows(model: ContinualModel, number: int, layer: torch.nn.Linear) -> None:
-    """Copies a task's rows of the head. What the layer reads behind [CLS], as DINOv2's does, gets zeros."""
-    heads, classes = model.heads, model.config.tasks[number].classes
+def _write_rows(layer: torch.nn.Linear, weight: torch.Tensor, bias: torch.Tensor) -> None:
+    """Copies rows of the head. What the layer reads behind [CLS], as DINOv2's does, gets zeros."""
     layer.weight.zero_()
-    # In a shared head a class may have been trained again, and its row gone to a later task.
-    for owner in heads.rows_judging(number):
-        for column, weight, bias in zip(heads.classes[owner], heads.weights[owner], heads.biases[owner], strict=True):
-            label = model.config.classes[column]
-            if label in classes:
-                layer.weight[classes.index(label), : heads.hidden_size] = weight
-                layer.bias[classes.index(label)] = bias
+    layer.weight[:, : weight.shape[1]] = weight
+    layer.bias.copy_(bias)
 
 
 @torch.no_grad()
-def _check_logits(model: ContinualModel, number: int, classifier: torch.nn.Module) -> None:
+def _check_logits(
+    model: ContinualModel, heads: Heads, number: int, numbers: list[int], classifier: torch.nn.Module
+) -> None:
     shape = model.backbone.input_shape
     pixel_values = torch.randn(4, *shape, generator=torch.Generator().manual_seed(0)).to(model.device)
-    selection = torch.full((4,), _expert_index(model, number), device=model.device)
-    columns = [model.config.classes.index(label) for label in model.config.tasks[number].classes]
-    logits = model.heads(model.bank(pixel_values, selection), torch.full_like(selection, number))[:, columns]
+    selection = torch.full((4,), _find_expert(model, number), device=model.device)
+    logits = heads(model.bank(pixel_values, selection), torch.full_like(selection, number))[:, numbers]
     classifier.to(model.device)
     merged_logits = classifier(pixel_values=pixel_values).logits
     difference = (merged_logits - logits).abs().max().item()

@@ -158,7 +158,7 @@ def learnt(request, tmp_path_factory):
 
     folder = tmp_path_factory.mktemp(request.param)
     options = {"k": 10} if request.param.startswith("s_") else {}
-    trainer = make_trainer(METHODS[request.param](**options), folder, train_batch_size=32)
+    trainer = make_trainer(METHODS[request.param].Config(**options), folder, train_batch_size=32)
     trainer.stream = load_benchmark("digits", max_train_samples_per_task=96, max_test_samples_per_task=24)[:3]
     trainer.learn_stream(trainer.stream)
     return trainer

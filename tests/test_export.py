@@ -20,20 +20,21 @@ IMAGES = torch.randn(6, 3, 32, 32, generator=torch.Generator().manual_seed(1))
 def untaught(method="s_lora", tasks=(["cat", "dog"], ["owl", "emu"]), backbone=None, domains=False, **options):
     """A model whose every weight matters, though no image taught it."""
     backbone = backbone or load_backbone(BACKBONE)
-    model = ContinualModel(backbone, ContinualConfig(METHODS[method](**options), backbone.config))
+    model = ContinualModel(backbone, ContinualConfig(METHODS[method].Config(**options), backbone.config))
     generator = torch.Generator().manual_seed(0)
     for i, classes in enumerate(tasks):
-        learner = model.start_task(f"task-{i:03d}", classes, f"domain {i}" if domains else None)
-        for parameter in learner.parameters():
+        model.start_task(f"task-{i:03d}", classes, f"domain {i}" if domains else None)
+        for parameter in model.method.parameters():
             if parameter.requires_grad:
                 parameter.data = 0.3 * torch.randn(parameter.shape, generator=generator)
-        model.finish_task(learner, num_train_images=0)
+        query = torch.randn(6, model.method.query_size, generator=generator)
+        model.finish_task(lambda features, query=query: (query, torch.zeros(6, dtype=int)), num_train_images=0)
     return model
 
 
 def logits_of(model, number, images=IMAGES):
     """The model's logits for the classes of one task, under that task's expert."""
-    expert = number if model.config.method.experts == "per_task" else 0
+    expert = model.method.expert_of(number)
     columns = [model.config.classes.index(label) for label in model.config.tasks[number].classes]
     with torch.no_grad():
         features = model.bank(images, torch.full((len(images),), expert))
@@ -89,7 +90,7 @@ OPTIONS = {
     "retrained rows": {"tasks": (["cat", "dog"], ["dog", "emu"], ["emu", "cat"])},
     "the same classes in domains": {"tasks": (["cat", "dog"], ["dog", "cat"]), "domains": True},
     "one expert": {"method": "sequential_lora"},
-    "grouped, the slot in use": {"use_dora": True},
+    "grouped, the slot in use": {"lora": {"use_dora": True}},
 }
 
 
