@@ -79,7 +79,8 @@ def read_output(
     """
     assert output.logits is not None and output.selection is not None and output.distances is not None
     scores, likeliest = output.logits.softmax(dim=1).topk(min(top_k, len(classes)))
-    nearest_distances, nearest = output.distances.topk(min(top_k, len(experts)), largest=False)
+    count = min(top_k, len(experts), output.distances.shape[1])  # a method may measure no distances
+    nearest_distances, nearest = output.distances.topk(count, largest=False)
     chosen = output.selection.reshape(len(scores), -1)[:, 0]
     distance = output.distances.gather(1, chosen[:, None])[:, 0]
     # Rounded, as 0.05 in float32 is not what Python calls 0.05.

@@ -7,7 +7,7 @@ import yaml
 from hub_server import check_card
 
 from hf_clpeft import ContinualModel, l2p, load_benchmark, s_lora
-from hf_clpeft.config import BackboneConfig, ContinualConfig, TaskConfig
+from hf_clpeft.config import BackboneConfig, ContinualConfig, TaskConfig, read_options
 from hf_clpeft.reports.card import make_card
 
 
@@ -65,7 +65,7 @@ Each expert is a plain PEFT adapter of the backbone:
 
 \| \| \|
 \|---\|---\|
-\| method \| s_lora \|
+\| method \| s_lora \(\[arXiv 2406\.03216\]\(https://arxiv\.org/abs/2406\.03216\)\) \|
 \| backbone \| \[hf-clpeft/vit-tiny-glyphs\]\(.+\), 32 px, weights `[0-9a-f]{12}…` \|
 \| PEFT \| peft_type = LORA, r = 1, lora_alpha = 1 \|
 \| router \| nearest prototype \|
@@ -160,3 +160,10 @@ def test_a_data_set_on_the_hub_is_named():
     text = str(make_card(config, report, "alice/pool"))
     assert "datasets:\n- uoft-cs/cifar100" in text and "It has learnt nothing yet." in text
     assert load_benchmark("digits").dataset is None
+
+
+def test_a_method_that_is_not_at_hand_is_said_to_be_its_authors_own():
+    config = ContinualConfig(read_options({"name": "<mine>", "depth": 3}), BackboneConfig("me/vit", 224, "0f3c"))
+    text = str(make_card(config, repo_id="alice/mine"))
+    assert "with a method of its author's own." in text and "| method | &lt;mine> |" in text
+    assert "| router |" not in text and "| head |" not in text

@@ -66,6 +66,21 @@ def test_info_says_what_was_learnt_without_downloading_weights(hub, learnt):
     assert values["metrics"] == pytest.approx(learnt.report.summary())
 
 
+def test_info_and_push_need_no_method_at_hand(hub, saved):
+    values = json.loads(run("info", saved, "--json"))
+    assert values["method"] == "s_lora" and values["options"]["k"] == 10 and values["method is at hand"]
+    path = saved / "config.json"
+    config = json.loads(path.read_text())
+    config["method"] |= {"name": "mine", "depth": 3}
+    path.write_text(json.dumps(config))
+    assert not json.loads(run("info", saved, "--json"))["method is at hand"]
+    text = run("info", saved)
+    assert "mine, which is not at hand: import the file that defines it" in text and "k = 10" in text
+    assert "depth = 3" in text
+    run("push", saved, REPO, "--token", "hf_alice")
+    assert json.loads(hub.repo(REPO).files()["config.json"])["method"]["depth"] == 3
+
+
 def test_push_then_everything_else_from_the_hub(hub, saved, pictures):
     address = json.loads(run("push", saved, REPO, "--token", "hf_alice", "-m", "By hand", "--json"))["address"]
     assert f"{hub.url}/{REPO}/commit/" in address and hub.repo(REPO).commits()[0].title == "By hand"

@@ -24,17 +24,21 @@ from PIL import Image, ImageDraw
 from test_pictures import KINDS, NOISE, archive_of, encode, forged_png
 
 from hf_clpeft import (
+    METHODS,
     ConfigError,
     ContinualModel,
     ContinualTrainer,
     ContinualTrainingArguments,
+    Method,
     TaskStream,
     ncm,
     s_lora,
     s_lora_mix,
+    sequential_lora,
 )
 from hf_clpeft.backbones.bundled import DIGITS_MODEL, bundled_folder
 from hf_clpeft.cli.demo import demo as demo_command
+from hf_clpeft.config.method import OPTIONS
 from hf_clpeft.demo import views
 from hf_clpeft.demo.app import build_demo
 from hf_clpeft.demo.batching import Batcher
@@ -488,10 +492,70 @@ def test_a_pool_can_be_shown_too(learnt):
     build_demo(learnt.args.output_dir, teaching=True)
 
 
-def test_a_model_whose_pictures_go_to_no_expert_is_refused(tmp_path):
-    make_trainer(ncm(), tmp_path).learn_stream(TaskStream.class_incremental(pattern_dataset(), num_tasks=2))
-    with pytest.raises(ConfigError, match="uses the method ncm, which routes no picture to an expert"):
-        Models(str(tmp_path))
+@pytest.fixture
+def nearest_mean():
+    """A stranger's method: no expert, no router, no head."""
+
+    class NearestMean(Method, name="nearest_mean"):
+        trains = reads = False
+
+        def __init__(self, backbone, config):
+            super().__init__(backbone, config)
+            self.register_buffer("means", torch.zeros(0, self.query_size))
+
+        def end(self, features_of):
+            features, labels = features_of(self.query)
+            new = [features[labels == number].mean(dim=0) for number in self.numbers]
+            self.means = torch.cat([self.means, torch.stack(new)])
+
+        def load_state(self, tensors):
+            self.means = tensors["means"]
+
+        def classify(self, features, routing):
+            return -torch.cdist(features, self.means)
+
+    yield NearestMean.Config()
+    del METHODS["nearest_mean"], OPTIONS["nearest_mean"]
+
+
+def seen(page):
+    """What stands above what can be seen of a page."""
+    parts = [part["props"] for part in page.get_config_file()["components"] if part["type"] == "markdown"]
+    return [part["value"] for part in parts if part.get("visible", True)]
+
+
+def show(method, folder):
+    """Every answer that the demo has for a model of two tasks."""
+    stream = TaskStream.class_incremental(pattern_dataset(), num_tasks=2)
+    make_trainer(method, folder, num_train_epochs=1).learn_stream(stream)
+    handlers = Handlers(Models(str(folder)))
+    answers = [*handlers.predict(str(SEVEN)), *handlers.look_inside(2, str(SEVEN))]
+    assert handlers.predict_files([str(SEVEN)])[0]["answer"].tolist() == [answers[3]["label"]]
+    return answers, seen(build_demo(str(folder), teaching=True)), handlers.models.served
+
+
+def test_a_strangers_method_is_shown_without_what_it_has_not(nearest_mean, tmp_path):
+    answers, texts, model = show(nearest_mean, tmp_path)
+    verdict, likeliest, bars, details, _, _, _, points, _ = answers
+    assert details["label"] in model.config.classes and len(likeliest) == 4 and details["expert"] is None
+    assert verdict.endswith("<p></p>") and not bars["data"] and points is None
+    assert not any("Distance" in text or "plane" in text for text in texts)
+    assert any("trains the same parameters on every task" in text for text in texts)
+    assert "with nearest_mean: no expert" in views.introduction(model, "here")
+
+
+def test_a_model_whose_pictures_go_to_no_expert_is_shown_with_its_classes(tmp_path):
+    answers, texts, model = show(ncm(), tmp_path)
+    assert answers[0].endswith("<p></p>") and not answers[2]["data"]
+    assert {row[2] for row in answers[7]["data"]} == {"class 0, class 1", "class 2, class 3", "your picture"}
+    assert "#### Class means on the plane in which they spread most" in texts
+    assert any(text.startswith("The class_means router weighs") for text in texts)
+
+
+def test_one_expert_for_all_tasks_is_nothing_to_choose(tmp_path):
+    answers, texts, model = show(sequential_lora(), tmp_path)
+    assert answers[0].endswith("<p></p>") and answers[3]["expert"] == "all-tasks" and answers[7] is None
+    assert not any("Distance" in text or "plane" in text for text in texts)
 
 
 def test_a_mixed_model_says_who_judged_and_cannot_be_taught(tmp_path):

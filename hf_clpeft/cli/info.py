@@ -13,6 +13,7 @@ def info(repo: Repo, as_json: AsJson = False, token: Token = None) -> None:
     from ..config.repos import split_revision
     from ..config.text import percent
     from ..hub.download import fetch_config
+    from ..methods import METHODS
     from ..reports.report import METRICS_NAME, StreamReport
     from ..storage.files import as_saved
 
@@ -21,6 +22,8 @@ def info(repo: Repo, as_json: AsJson = False, token: Token = None) -> None:
     config, report = ContinualConfig.load(folder), None
     if (folder / METRICS_NAME).is_file():
         report = StreamReport.from_dict(read_json(folder / METRICS_NAME), config.tasks)
+    options = {name: value for name, value in config.method.to_dict().items() if name != "name"}
+    known = config.method.name in METHODS
     tasks = []
     for i, task in enumerate(config.tasks):
         row = {"task": task.name, "classes or domain": task.title, "images": task.num_train_images}
@@ -30,12 +33,12 @@ def info(repo: Repo, as_json: AsJson = False, token: Token = None) -> None:
         tasks.append(row)
     summary = {
         "method": config.method.name,
+        "method is at hand": known,
+        "options": options,
         "backbone": config.backbone.name_or_path,
         "backbone revision": config.backbone.revision,
         "weight hash": config.backbone.weight_hash,
         "image size": config.backbone.image_size,
-        "PEFT": config.method.peft,
-        "head": config.method.head,
         "classes": len(config.classes),
         "unlearnt": config.removed,
         "license": config.license,
@@ -44,6 +47,10 @@ def info(repo: Repo, as_json: AsJson = False, token: Token = None) -> None:
     if as_json:
         show({**summary, "classes": config.classes, "tasks": tasks, "metrics": measured}, as_json=True)
         return
+    del summary["method is at hand"]
+    if not known:
+        summary["method"] += ", which is not at hand: import the file that defines it to load the model"
+    summary["options"] = ", ".join(f"{name} = {value}" for name, value in options.items()) or "none"
     show({**summary, **{name.replace("_", " "): percent(value) for name, value in measured.items()}}, as_json=False)
     print()
     show(tasks, as_json=False, title=f"{len(tasks)} task{'s' * (len(tasks) != 1)}")

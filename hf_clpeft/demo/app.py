@@ -105,7 +105,8 @@ def _try_it(
     handlers: Handlers, key: gr.Textbox, examples: Sequence[Path], drawing: bool
 ) -> tuple[Picture, gr.Dropdown]:
     model = handlers.models.served
-    pool, landmark = model.config.method.experts == "pool", views.landmark(model)
+    method, landmark = model.method, "" if model.router is None else model.router.landmark
+    of_tasks = method.expert_of(0) is not None
     with gr.Row(equal_height=False):
         with gr.Column(min_width=300):
             picture = Picture(
@@ -130,13 +131,14 @@ def _try_it(
                 label="Expert",
                 info="Choose another one to see its prediction.",
                 allow_custom_value=True,  # experts taught later are not in this list
-                visible=not pool,
+                visible=method.routes and of_tasks,
             )
         with gr.Column(min_width=300):
             verdict = gr.HTML(label="Verdict", elem_id="verdict", min_height=90)
             likeliest = gr.Label(num_top_classes=5, label="Likeliest classes", show_heading=False)
-            what = "each expert's key" if pool else f"the nearest {landmark} of each task"
-            gr.Markdown(f"#### Distance to {what}")
+            one = f"the nearest {landmark} of each task" if of_tasks else f"each expert's {landmark}"
+            what = one if landmark else "each expert"
+            gr.Markdown(f"#### Distance to {what}", visible=method.routes)
             distances = gr.BarPlot(
                 x="expert",
                 y="distance",
@@ -145,11 +147,12 @@ def _try_it(
                 colors_in_legend=[],
                 x_title=" ",
                 y_title=" ",
-                y_lim=[0, None if landmark == "class" else 1.5],  # one scale, if distances are bounded
+                y_lim=[0, 1.5 if landmark in ("prototype", "key") else None],  # one scale, if distances are bounded
                 height=280,
                 buttons=[],
                 label="Distances",
                 show_label=False,
+                visible=method.routes,
                 elem_id="distances",
             )
             with gr.Accordion("As JSON", open=False):
@@ -184,8 +187,10 @@ def _look_inside(handlers: Handlers, key: gr.Textbox, picture: Picture, tab: gr.
             learnt = gr.HTML(label="Tasks", elem_id="tasks")
             answer = gr.Label(label="Its answer to your picture", num_top_classes=3)
         with gr.Column(min_width=300, scale=2):
-            what = "Class means" if views.landmark(model) == "class" else "Prototypes"
-            gr.Markdown(f"#### {what} on the plane in which they spread most")
+            landmark = "" if model.router is None else model.router.landmark
+            what = "Class means" if landmark == "class" else f"{landmark.capitalize()}s"
+            shown = model.router is not None and len(model.router.points()[0]) > 0
+            gr.Markdown(f"#### {what} on the plane in which they spread most", visible=shown)
             plane = gr.ScatterPlot(
                 x="x",
                 y="y",
@@ -199,6 +204,7 @@ def _look_inside(handlers: Handlers, key: gr.Textbox, picture: Picture, tab: gr.
                 buttons=[],
                 label="Prototypes",
                 show_label=False,
+                visible=shown,
                 elem_id="plane",
             )
     gr.Markdown("#### Accuracy on each task after each task")

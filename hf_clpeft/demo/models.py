@@ -31,8 +31,7 @@ class Models:
         backbone (`str`, *optional*): Repo id or folder of the backbone, if it has moved.
 
     Raises:
-        [`ConfigError`]: The model has learnt no task yet, or does not predict with experts. Otherwise as
-            [`ContinualModel.from_pretrained`].
+        [`ConfigError`]: The model has learnt no task yet. Otherwise as [`ContinualModel.from_pretrained`].
 
     Attributes:
         served ([`ContinualModel`]): The model for visitors who have taught nothing, of the key `""`.
@@ -54,12 +53,6 @@ class Models:
         self.served = ContinualModel.from_pretrained(source, backbone=backbone, revision=revision).to(best_device())
         if not self.served.config.tasks:
             raise ConfigError(f"{source} has learnt no task yet, so there is nothing to show.")
-        method = self.served.config.method
-        if not method.uses_experts:
-            raise ConfigError(
-                f"{source} uses the method {method.name}, which routes no picture to an expert, so the demo has "
-                "nothing to show. Use `hf-clpeft predict`."
-            )
         self.batcher = Batcher()
         self._kept: OrderedDict[tuple[str, int | None], ContinualModel] = OrderedDict()
         self._home = TemporaryDirectory(prefix="hf-clpeft-")

@@ -12,8 +12,9 @@ from datasets import Dataset, DatasetDict
 
 from ..config.errors import ConfigError
 from ..model import ContinualModel
+from ..routing.registry import router_name
 from ..streams import load_task
-from ..training import ContinualTrainer, ContinualTrainingArguments
+from ..training import ContinualTrainer, ContinualTrainingArguments, TrainerCallback
 from ..training.progress import disable_progress_bars
 from .models import Models
 from .pictures import VisitorError
@@ -109,16 +110,16 @@ def sort_pictures(
 
 def refusal(model: ContinualModel) -> str | None:
     """Why a model cannot be taught without changing old predictions; `None` if it can."""
-    method = model.config.method
-    if model.router.knows_classes:
+    method = model.method
+    if model.router is not None and model.router.knows_classes:
         return (
-            f"The {method.router} router weighs the classes of all tasks against each other, so a new one changes "
-            "old predictions. Teach a model with router='prototypes' here, or train this one with a recipe."
+            f"The {router_name(model.router)} router weighs the classes of all tasks against each other, so a new one "
+            "changes old predictions. Teach a model with router='prototypes' here, or train this one with a recipe."
         )
-    if method.experts != "per_task":
+    if not method.independent:
         return (
-            f"{method.name} trains the same experts on every task, which changes old predictions. Teach a model with "
-            "an expert per task (s_lora, s_prompts) here, or train this one with a recipe."
+            f"{method.name} trains the same parameters on every task, which changes old predictions. Teach a model "
+            "with an expert per task (s_lora, s_prompts) here, or train this one with a recipe."
         )
     return None
 
@@ -162,10 +163,11 @@ def teach(
     folder = models.new_folder()
     task = f"task-{len(model.config.tasks) + len(model.config.removed):03d}"
 
-    def on_step(step: int, steps: int) -> None:
-        if time.monotonic() - start > MOST_SECONDS:
-            raise VisitorError(f"This takes longer than {MOST_SECONDS} seconds here. Upload fewer pictures.")
-        progress(0.1 + 0.7 * step / steps, f"Training, step {step} of {steps}")
+    class Watch(TrainerCallback):
+        def on_step_end(self, trainer: ContinualTrainer, step: int, num_steps: int) -> None:
+            if time.monotonic() - start > MOST_SECONDS:
+                raise VisitorError(f"This takes longer than {MOST_SECONDS} seconds here. Upload fewer pictures.")
+            progress(0.1 + 0.7 * step / num_steps, f"Training, step {step} of {num_steps}")
 
     args = ContinualTrainingArguments(
         str(folder),
@@ -181,7 +183,7 @@ def teach(
     }
     progress(0.1, "Reading the pictures")
     data = DatasetDict(train=Dataset.from_dict(rows))
-    ContinualTrainer(model, args, on_step).learn(load_task(data, task, test_size=0))
+    ContinualTrainer(model, args, callbacks=[Watch()]).learn(load_task(data, task, test_size=0))
     progress(0.9, "Comparing old predictions")
     new_key = models.add(folder)
     new = models.get(new_key)
@@ -193,11 +195,14 @@ def teach(
 
 def _check_unchanged(models: Models, old: ContinualModel, new: ContinualModel) -> None:
     """Raises unless old experts, prototypes and head rows are bit-identical."""
-    count = len(old.router.prototypes)
-    same = torch.equal(new.router.prototypes[:count], old.router.prototypes)
-    for i in range(len(old.config.tasks)):
-        same &= torch.equal(new.heads.weights[i], old.heads.weights[i])
-        same &= torch.equal(new.heads.biases[i], old.heads.biases[i])
+    same = True
+    if old.router is not None and new.router is not None:
+        before, after = old.router.points()[0], new.router.points()[0]
+        same &= torch.equal(after[: len(before)], before)
+    if old.heads is not None and new.heads is not None:
+        for i in range(len(old.config.tasks)):
+            same &= torch.equal(new.heads.weights[i], old.heads.weights[i])
+            same &= torch.equal(new.heads.biases[i], old.heads.biases[i])
     for was, now in models.batcher.run(lambda: list(zip(old.bank, new.bank, strict=False))):
         same &= all(torch.equal(now.tensors[name], tensor) for name, tensor in was.tensors.items())
     if not same:

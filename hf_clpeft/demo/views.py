@@ -11,6 +11,7 @@ import torch
 from ..config.text import percent
 from ..model import ContinualModel
 from ..prediction import Prediction
+from ..reports.card import describe
 from ..reports.report import StreamReport
 from .teaching import Lesson
 
@@ -22,16 +23,11 @@ PALETTE = ("#3b82f6", "#f59e0b", "#10b981", "#8b5cf6", "#06b6d4", "#84cc16", "#d
 
 def introduction(model: ContinualModel, source: str) -> str:
     """The header of the page, as HTML."""
-    config = model.config
-    experts = {
-        "per_task": "each task left a tiny expert behind, and every picture finds its own",
-        "pool": "all tasks trained a pool of tiny experts, of which every picture selects a few",
-        "single": "one tiny expert was trained on all tasks",
-    }[config.method.experts]
+    config, experts = model.config, describe(model.config.method)["experts"]
     return (
         '<div id="intro"><h1>Which expert takes your picture?</h1>'
         f"<p>A frozen vision transformer has learnt {len(config.classes)} classes in {len(config.tasks)} tasks, one "
-        f"after another, with {escape(config.method.name)}: {experts}. <code>{escape(source)}</code></p></div>"
+        f"after another, with {escape(config.method.name)}: {escape(experts)}. <code>{escape(source)}</code></p></div>"
     )
 
 
@@ -42,9 +38,9 @@ def colours(model: ContinualModel) -> dict[str, str]:
 
 
 def titles(model: ContinualModel) -> dict[str, str]:
-    """A unique title per expert: its task's domain or classes, or its name in a pool."""
+    """A unique title per expert: its task's domain or classes, or its name in a pool. Per task, where none reads."""
     named = {task.name: task.title for task in model.config.tasks}
-    titles = {name: named.get(name, name) for name in model.bank.names}
+    titles = {name: named.get(name, name) for name in (model.bank.names if model.method.reads else named)}
     count = Counter(titles.values())
     taken, unique = {PICTURE}, {}
     for name, title in titles.items():
@@ -53,12 +49,6 @@ def titles(model: ContinualModel) -> dict[str, str]:
         unique[name] = title
         taken.add(title)
     return unique
-
-
-def landmark(model: ContinualModel) -> str:
-    """What distances are measured to: a prototype, a key of the pool, or a class."""
-    method = model.config.method
-    return "key" if method.experts == "pool" else "class" if model.router.knows_classes else "prototype"
 
 
 def verdict(prediction: Prediction, model: ContinualModel, reject_rate: float, chosen: bool = False) -> str:
@@ -73,27 +63,9 @@ def verdict(prediction: Prediction, model: ContinualModel, reject_rate: float, c
     Returns:
         `str`: HTML, with untrusted names escaped.
     """
-    assert prediction.expert is not None
-    names = titles(model)
     label = escape(prediction.label if prediction.label is not None else NONE)
     score = "" if prediction.label is None else f"<small>{percent(prediction.score, 0)}</small>"
-    sentences = [f"Classified by the expert of <b>{escape(names[prediction.expert])}</b>."]
-    distances = list(prediction.experts.values())
-    nearest = next(iter(prediction.experts))
-    if model.config.method.experts == "pool":
-        selected = list(prediction.experts)[: model.config.method.top_n]
-        sentences = [f"Classified by {', '.join(f'<b>{escape(name)}</b>' for name in selected)} together."]
-    elif chosen and nearest != prediction.expert:
-        sentences.append(f"Routing alone would have chosen {escape(names[nearest])}.")
-    elif model.config.method.classifier == "both":
-        judges = [f"<b>{escape(names[name])}</b>" for name in list(prediction.experts)[: model.config.method.mix]]
-        sentences = [f"Classified by the router and the experts of {', '.join(judges)} together."]
-    elif len(distances) > 1 and distances[1] > 0:
-        margin = 1 - distances[0] / distances[1]
-        sure = "clear" if margin >= 0.2 else "a close call" if margin < 0.05 else "fairly clear"
-        sentences.append(
-            f"The route is {sure}: the nearest {landmark(model)} is {percent(margin, 0)} nearer than any other task's."
-        )
+    sentences = _route(prediction, model, chosen) if model.method.routes and prediction.experts else []
     if prediction.typicality is not None:
         share = percent(prediction.typicality, 0) if prediction.typicality else "Under 1 %"
         sentences.append(f"{share} of a task's own pictures are at least as far from its prototypes as this one.")
@@ -103,6 +75,28 @@ def verdict(prediction: Prediction, model: ContinualModel, reject_rate: float, c
             f"class would have been {escape(next(iter(prediction.classes)))}."
         )
     return f'<div class="verdict"><b>{label}</b> {score}</div><p>{" ".join(sentences)}</p>'
+
+
+def _route(prediction: Prediction, model: ContinualModel, chosen: bool) -> list[str]:
+    """Who classified a picture, and how clear that was."""
+    method, router, names = model.method, model.router, titles(model)
+    nearest, *others = prediction.experts.items()
+    if method.num_selected > 1 and not chosen:
+        selected = [f"<b>{escape(names[name])}</b>" for name in list(prediction.experts)[: method.num_selected]]
+        also = "the router and " if router is not None and router.knows_classes else ""
+        of_tasks = "" if method.expert_of(0) is None else "of "
+        return [f"Classified by {also}the experts {of_tasks}{', '.join(selected)} together."]
+    assert prediction.expert is not None
+    sentences = [f"Classified by the expert of <b>{escape(names[prediction.expert])}</b>."]
+    if chosen and nearest[0] != prediction.expert:
+        sentences.append(f"Routing alone would have chosen {escape(names[nearest[0]])}.")
+    elif router is not None and others and others[0][1] > 0:
+        margin = 1 - nearest[1] / others[0][1]
+        sure = "clear" if margin >= 0.2 else "a close call" if margin < 0.05 else "fairly clear"
+        sentences.append(
+            f"The route is {sure}: the nearest {router.landmark} is {percent(margin, 0)} nearer than any other task's."
+        )
+    return sentences
 
 
 def distance_bars(prediction: Prediction, model: ContinualModel) -> dict:
@@ -176,19 +170,18 @@ def prototype_points(model: ContinualModel, query: torch.Tensor | None = None) -
     """Prototypes and a picture's query features, projected on the first two principal components.
 
     Args:
-        model ([`ContinualModel`]): A model with prototypes, or with a pool's keys.
+        model ([`ContinualModel`]): The model.
         query (`torch.Tensor` of shape `(1, hidden_size)`, *optional*): Query features of the picture.
 
     Returns:
-        `dict`: Data of a scatter plot; `None` for fewer than two points.
+        `dict`: Data of a scatter plot; `None` for fewer than two points, or without a router of the titled experts.
     """
-    names = list(titles(model).values())
-    if model.config.method.experts == "pool":
-        vectors, owners = torch.nn.functional.normalize(model.router.keys, dim=-1), names
-    else:
-        vectors, owners = model.router.prototypes, [names[owner] for owner in model.router.owners.tolist()]
-    if len(vectors) < 2:
+    if model.router is None:
         return None
+    names, (vectors, numbers) = list(titles(model).values()), model.router.points()
+    if len(vectors) < 2 or int(numbers.max()) >= len(names):
+        return None
+    owners = [names[number] for number in numbers.tolist()]
     points = vectors.detach().float().cpu().numpy()
     centre = points.mean(axis=0)
     _, _, axes = np.linalg.svd(points - centre, full_matrices=False)
@@ -205,7 +198,7 @@ def query_of(model: ContinualModel, image: PIL.Image.Image) -> torch.Tensor:
     """Query features of one picture, of shape `(1, hidden_size)`."""
     pixels = torch.from_numpy(model.backbone.transform.resize([image])).to(model.device)
     with torch.no_grad():
-        return model.query_features(model.backbone.transform.normalize(pixels))
+        return model.method.query(model.backbone.transform.normalize(pixels))
 
 
 def learnt(model: ContinualModel, step: int) -> str:

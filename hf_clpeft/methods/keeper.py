@@ -88,6 +88,11 @@ class Keeper(KeepsPrecision):
         """Position of the expert that a task has trained for itself; `None` where none belongs to a task."""
         return None
 
+    @property
+    def num_selected(self) -> int:
+        """How many experts an image selects."""
+        return 1
+
     def choose(self, expert: str) -> int:
         """Position of an expert that all images are to go to.
 

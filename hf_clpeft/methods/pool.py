@@ -107,6 +107,10 @@ class Pool(Method, name="l2x"):
     def expert_names(self) -> list[str]:
         return self._names if self.config.tasks or self.config.expert_names else []
 
+    @property
+    def num_selected(self) -> int:
+        return self.options.top_n
+
     def choose(self, expert: str) -> int:
         raise ConfigError(f"expert={expert!r}: {self.name} selects from a pool; none can be chosen by hand.")
 

@@ -51,9 +51,13 @@ class SXMix(PerTask, name="s_x_mix"):
                 "router='gaussian', a subclass of GaussianRouter, or a ClassRouter with gives_likelihoods = True."
             )
 
+    @property
+    def num_selected(self) -> int:
+        return min(self.options.mix, self.router.num_owners)
+
     def route(self, query: torch.Tensor) -> Routing:
         routing = self.router(query)
-        nearest = routing.distances.topk(min(self.options.mix, self.router.num_owners), largest=False).indices
+        nearest = routing.distances.topk(self.num_selected, largest=False).indices
         return routing._replace(selection=nearest)
 
     def classify(self, features: torch.Tensor, routing: Routing) -> torch.Tensor:

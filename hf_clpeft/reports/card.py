@@ -5,7 +5,7 @@ from importlib.resources import files
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from ..config import ContinualConfig
+from ..config import ContinualConfig, MethodOptions
 from ..config.text import percent, printable
 from ..methods import METHODS, Method
 from .report import StreamReport
@@ -46,7 +46,7 @@ def make_card(
     """
     options, summary = config.method, report.summary() if report is not None else {}
     method = METHODS.get(options.name, Method)  # whoever pushes a model need not have its method at hand
-    facts = method.facts(options)
+    facts = describe(options)
     stream = printable(report.stream) if report is not None else "unknown"
     technique = getattr(options, "peft", {}).get("peft_type")
     # A folder on somebody's disk is nothing that a reader could follow.
@@ -79,7 +79,7 @@ def make_card(
         backbone=f"[{backbone_id}](https://huggingface.co/{backbone_id}){revision}" if backbone_id else "a local one",
         image_size=config.backbone.image_size,
         weight_hash=_plain(config.backbone.weight_hash[:12]),
-        experts=facts.pop("experts", "a method of its author's own"),
+        experts=_plain(facts.pop("experts")),
         facts=[(name, _plain(text)) for name, text in facts.items()],
         paper=method.paper,
         stream=_plain(stream),
@@ -96,6 +96,30 @@ def make_card(
     )
     card.content += "\n"
     return card
+
+
+def describe(options: MethodOptions) -> dict[str, str]:
+    """What a model's method is in words; little where its class has not been imported.
+
+    Args:
+        options ([`MethodOptions`]): Of the model.
+
+    Returns:
+        `dict[str, str]`: `experts`, which goes on after "tasks learnt with", and what else the method tells.
+
+    Example:
+
+    ```py
+    >>> from hf_clpeft import s_lora
+    >>> from hf_clpeft.reports.card import describe
+
+    >>> describe(s_lora())["experts"]
+    'one PEFT expert per task, of which every image chooses its own'
+
+    ```
+    """
+    unknown = {"experts": "a method of its author's own"}
+    return unknown | METHODS[options.name].facts(options) if options.name in METHODS else unknown
 
 
 def _eval_results(report: StreamReport | None, summary: dict[str, float]) -> list[EvalResult] | None:

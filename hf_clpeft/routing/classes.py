@@ -68,6 +68,9 @@ class ClassRouter(Router, ABC):
         self._append({**columns, "owners": other.owners + self.num_owners})
         self.merge_sums(other)
 
+    def points(self) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.prototypes, self.owners
+
     def check_knows(self, tasks: list[str], classes: list[str]) -> None:
         super().check_knows(tasks, classes)
         unknown = sorted(set(range(len(classes))) - set(self.classes.tolist()))

@@ -43,6 +43,9 @@ class KeyRouter(Router):
         """Draws the keys anew."""
         torch.nn.init.uniform_(self.keys, -1, 1)
 
+    def points(self) -> tuple[torch.Tensor, torch.Tensor]:
+        return torch.nn.functional.normalize(self.keys, dim=-1), torch.arange(len(self.keys))
+
     def check(self, tensors: dict[str, torch.Tensor], num_tasks: int, num_classes: int) -> None:
         super().check(tensors, num_tasks, num_classes)
         if tensors["keys"].shape != self.keys.shape:

@@ -151,6 +151,9 @@ class PrototypeRouter(Router):
         distance, owner = distances.min(dim=1)
         return Routing(owner, distance, distances)
 
+    def points(self) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.prototypes, self.owners
+
     def calibrated(self) -> list[bool] | None:
         return (self.thresholds < FARTHEST).any(dim=1).tolist()
 

@@ -5,6 +5,7 @@ from .classes import ClassMeanRouter, ClassRouter
 from .gaussian import GaussianRouter
 from .prototypes import PrototypeRouter
 from .ridge import RidgeRouter
+from .routing import Router
 
 
 ROUTERS: dict[str, type[PrototypeRouter | ClassRouter]] = {
@@ -47,6 +48,11 @@ def find_router(name: str) -> type[PrototypeRouter | ClassRouter]:
     if not (isinstance(kind, type) and issubclass(kind, PrototypeRouter | ClassRouter)):
         raise ConfigError(f"The router {name!r} is {kind!r}: it must be a subclass of ClassRouter or PrototypeRouter.")
     return kind
+
+
+def router_name(router: Router) -> str:
+    """What methods call a router; the name of its class where it is not in [`ROUTERS`]."""
+    return next((name for name, kind in ROUTERS.items() if kind is type(router)), type(router).__name__)
 
 
 def router_title(name: str) -> str:

@@ -111,6 +111,14 @@ class Router(KeepsPrecision):
         """Conformal p-values of distances, of the same shape: see [`PrototypeRouter`]."""
         raise NotImplementedError(f"A {type(self).__name__} is not calibrated.")
 
+    def points(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """What distances are measured to, for a map of the model: vectors among query features.
+
+        Returns:
+            Vectors `(points, query_size)`, none by default; and `(points,)`, the position of each one's expert.
+        """
+        return torch.zeros(0, 0), torch.zeros(0, dtype=torch.int64)
+
     def calibrated(self) -> list[bool] | None:
         """Whether it is known of each task how far its own images lie; `None` where no router of this kind knows."""
         return None
