@@ -1,6 +1,7 @@
 """`hf-clpeft info`: tasks, method and metrics of a model, without downloading its weights."""
 
 from pathlib import Path
+from typing import Any
 
 from .common import AsJson, Repo, Token, show
 
@@ -31,7 +32,7 @@ def info(repo: Repo, as_json: AsJson = False, token: Token = None) -> None:
             row["when learnt"] = percent(report.accuracy_matrix[i][i])
             row["now"] = percent(report.accuracy_matrix[-1][i])
         tasks.append(row)
-    summary = {
+    summary: dict[str, Any] = {
         "method": config.method.name,
         "method is at hand": known,
         "options": options,

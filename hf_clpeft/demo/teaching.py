@@ -164,7 +164,7 @@ def teach(
     task = f"task-{len(model.config.tasks) + len(model.config.removed):03d}"
 
     class Watch(TrainerCallback):
-        def on_step_end(self, trainer: ContinualTrainer, step: int, num_steps: int) -> None:
+        def on_step_end(self, model: ContinualModel, step: int, num_steps: int) -> None:
             if time.monotonic() - start > MOST_SECONDS:
                 raise VisitorError(f"This takes longer than {MOST_SECONDS} seconds here. Upload fewer pictures.")
             progress(0.1 + 0.7 * step / num_steps, f"Training, step {step} of {num_steps}")
