@@ -79,8 +79,7 @@ def read_output(
     """
     assert output.logits is not None and output.selection is not None and output.distances is not None
     scores, likeliest = output.logits.softmax(dim=1).topk(min(top_k, len(classes)))
-    count = min(top_k, len(experts), output.distances.shape[1])  # a method may measure no distances
-    nearest_distances, nearest = output.distances.topk(count, largest=False)
+    nearest_distances, nearest = output.distances.topk(min(top_k, len(experts)), largest=False)
     chosen = output.selection.reshape(len(scores), -1)[:, 0]
     distance = output.distances.gather(1, chosen[:, None])[:, 0]
     # Rounded, as 0.05 in float32 is not what Python calls 0.05.
@@ -223,7 +222,7 @@ def classify(
     values = method.backbone.transform.normalize(torch.from_numpy(pixels).to(method.backbone.device))
     with method.bank.reading():  # a batch is answered from one state of the model, whatever other threads do
         check_options(method, reject_rate=reject_rate, expert=expert)
-        output = method(values, None if expert is None else method.choose(expert))
+        output = method(values, expert=None if expert is None else method.choose(expert))
         typicality = method.typicality(output.distances) if method.why_no_reject() is None else None
         measured = method.reads and output.distances.shape[1] == len(method.bank)
         experts = method.bank.names if measured else []

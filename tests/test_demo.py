@@ -558,6 +558,18 @@ def test_one_expert_for_all_tasks_is_nothing_to_choose(tmp_path):
     assert not any("Distance" in text or "plane" in text for text in texts)
 
 
+def test_experts_that_no_picture_chooses_are_not_told(tmp_path):
+    class Unrouted(METHODS["s_lora"], name="unrouted"):
+        routes, route = False, Method.route  # all go to the first
+
+    try:
+        answers, texts, _ = show(Unrouted.Config(k=1), tmp_path)
+    finally:
+        del METHODS["unrouted"], OPTIONS["unrouted"]
+    assert answers[0].endswith("<p></p>") and answers[3]["expert"] is None and answers[3]["distance"] == 0
+    assert not any("Distance" in text for text in texts)
+
+
 def test_a_mixed_model_says_who_judged_and_cannot_be_taught(tmp_path):
     make_trainer(s_lora_mix(mix=2), tmp_path).learn_stream(
         TaskStream.class_incremental(pattern_dataset(), num_tasks=2)

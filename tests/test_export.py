@@ -169,3 +169,11 @@ def test_an_unknown_task_is_refused_with_the_known_ones(learnt, export):
 def test_a_pool_has_no_expert_of_a_task(export):
     with pytest.raises(ExpertError, match="l2l has no expert that belongs to a task"):
         export(untaught("l2l"), "task-000", "out")
+
+
+def test_a_method_with_another_head_has_adapters_alone():
+    model = untaught()
+    model.method.heads = None
+    with pytest.raises(ExpertError, match="s_lora has no linear head .* Write the expert of 'task-000'"):
+        export_merged(model, "task-000", "merged")
+    export_adapter(model, "task-000", "adapter")

@@ -147,7 +147,7 @@ def _try_it(
                 colors_in_legend=[],
                 x_title=" ",
                 y_title=" ",
-                x_label_angle=None if of_tasks else -45,  # a pool has many
+                x_label_angle=0 if of_tasks else -45,  # a pool has many
                 y_lim=[0, 1.5 if landmark in ("prototype", "key") else None],  # one scale, if distances are bounded
                 height=280,
                 buttons=[],

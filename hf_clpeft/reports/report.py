@@ -146,8 +146,9 @@ class StreamReport:
         evaluated_before = not math.isnan(np.diagonal(matrix, offset=1).sum()) and len(measured) > 1
         untrained = [self.untrained_accuracy[j] for j in measured]
         summary = metrics.summarize(matrix, untrained if evaluated_before else None)
-        if self.oracle_accuracy:
+        if self.oracle_accuracy and self.routing_confusion:
             summary["routing_accuracy"] = metrics.routing_accuracy(self.routing_confusion)
+        if self.oracle_accuracy:
             summary["oracle_accuracy"] = float(np.mean([self.oracle_accuracy[j] for j in measured]))
         # What trains on all tasks at once is measured once, and has never forgotten anything.
         return {name: value for name, value in summary.items() if not math.isnan(value)}
