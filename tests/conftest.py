@@ -126,7 +126,7 @@ class OnStep(TrainerCallback):
     def __init__(self, function):
         self.function = function
 
-    def on_step_end(self, trainer, step, num_steps):
+    def on_step_end(self, model, step, num_steps):
         self.function(step, num_steps)
 
 
