@@ -128,7 +128,7 @@ class Snapshot:
         for tensor, before, trained in self._tensors:
             tensor.data = before.to(tensor.device)
             tensor.grad = None
-            tensor.requires_grad_(trained)
+            tensor.detach_().requires_grad_(trained)
 
 
 def _parts(module: torch.nn.Module) -> Iterator[torch.nn.Module]:
