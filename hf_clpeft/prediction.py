@@ -222,7 +222,7 @@ def classify(
     values = method.backbone.transform.normalize(torch.from_numpy(pixels).to(method.backbone.device))
     with method.bank.reading():  # a batch is answered from one state of the model, whatever other threads do
         check_options(method, reject_rate=reject_rate, expert=expert)
-        output = method(values, None if expert is None else method.choose(expert))
+        output = method(values, expert=None if expert is None else method.choose(expert))
         typicality = method.typicality(output.distances) if method.why_no_reject() is None else None
         measured = method.reads and output.distances.shape[1] == len(method.bank)
         experts = method.bank.names if measured else []
