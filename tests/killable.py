@@ -38,8 +38,9 @@ def run_together(rank: int, num_processes: int, port: int, *args, **options) -> 
 
 
 def run_noted(rank: int, num_processes: int, port: int, num_images: int, method: str, folder: str, **options) -> None:
-    """Learns two tasks of `num_images` each, and notes every row that is trained on: its pixels, label and view; and what
-    the method keeps. The second process rounds otherwise, as another kind of processor would.
+    """Learns two tasks of `num_images` each, and notes every row that is trained on: its pixels, label and view.
+
+    What the method keeps is noted, too. The second process rounds otherwise, as another kind of processor would.
     """
     from conftest import pattern_dataset
 

@@ -119,7 +119,7 @@ def test_what_trains_jointly_is_measured_once_with_the_images_of_all_tasks(metho
     assert [task.num_train_images for task in trainer.model.config.tasks] == [len(stream) * 24]
     assert trainer.model.config.classes == [label for task in stream for label in task.classes]
     assert np.array(report.accuracy_matrix).shape == (1, 1)
-    assert set(report.summary()) == {"average_accuracy"}
+    assert report.summary()["average_accuracy"] == report.accuracy_matrix[0][0] > 0.5
 
 
 def test_a_joint_run_that_was_killed_still_sees_the_images_of_all_tasks(stream, tmp_path):

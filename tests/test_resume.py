@@ -74,7 +74,7 @@ def test_another_machine_goes_on_from_the_hub(hub, stream):
     "backbone, method, message",
     [
         (BARE, s_lora(k=3), "out was made with k=2, not 3"),
-        (BARE, s_lora(k=2, r=2), "out was made with peft="),
+        (BARE, s_lora(k=2, r=2), "out was made with r=1, not 2"),
         (replace(BARE, image_size=48), METHOD, "out was made with image_size=32, not 48"),
     ],
 )
