@@ -253,7 +253,7 @@ def test_a_technique_without_a_fused_form_is_learnt_too(tmp_path):
         (lambda: l2l(lora={"use_dora": True}), "use_dora cannot be in one"),
         (lambda: METHODS["l2x"].Config(peft={"peft_type": "IA3"}), "IA3 cannot be in one"),
         (lambda: METHODS["l2x"].Config(peft={"peft_type": "LORA"}, readout="prompts"), "a pool of prompts"),
-        (lambda: s_x(peft={"peft_type": "LORA"}, head="some"), "head='some' is not one of"),
+        (lambda: s_x(peft={"peft_type": "LORA"}, head="some"), "head='some' must be one of"),
     ],
 )
 def test_methods_that_cannot_work_are_refused(make, message):
