@@ -234,16 +234,22 @@ class ContinualModel(torch.nn.Module):
         Raises:
             [`ConfigError`]: There is no such task, or others were learnt from what it left behind, so that taking it
                 away would not be exact.
+            [`ExpertError`]: Another thread is training the model.
         """
         names = [known.name for known in self.config.tasks]
         if task not in names:
             raise ConfigError(
                 f"There is no task {task!r} to remove; the model has learnt {', '.join(names) or 'none'}."
             )
+        self.bank.claim(task)  # or refuses while another thread learns one
+        self.method.abandon()
         others = [known for known in self.config.tasks if known.name != task]
         classes = list(dict.fromkeys(label for known in others for label in known.classes))
         before = self.config.classes
-        self.method.remove(names.index(task), {before.index(label): new for new, label in enumerate(classes)})
+        try:
+            self.method.remove(names.index(task), {before.index(label): new for new, label in enumerate(classes)})
+        finally:
+            self.bank.abandon()
         self.config.tasks, self.config.classes = others, classes
         self.config.removed.append(task)
         self.unchanged_experts.pop(task, None)

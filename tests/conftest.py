@@ -36,6 +36,8 @@ import pytest
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, Value, disable_progress_bars
 from PIL import Image as PILImage
 
+from hf_clpeft import TrainerCallback
+
 
 BACKBONE = "hf-clpeft/vit-tiny-glyphs"
 disable_progress_bars()
@@ -118,12 +120,22 @@ def patterns():
     return pattern_dataset()
 
 
-def make_trainer(method, folder="out", **options):
+class OnStep(TrainerCallback):
+    """Calls a function after every optimizer step, with its number and how many there will be."""
+
+    def __init__(self, function):
+        self.function = function
+
+    def on_step_end(self, model, step, num_steps):
+        self.function(step, num_steps)
+
+
+def make_trainer(method, folder="out", callbacks=(), **options):
     from hf_clpeft import ContinualModel, ContinualTrainer, ContinualTrainingArguments
 
     defaults = {"num_train_epochs": 2, "train_batch_size": 8, "eval_batch_size": 16, "disable_tqdm": True}
     args = ContinualTrainingArguments(output_dir=str(folder), **{**defaults, **options})
-    return ContinualTrainer(ContinualModel.from_backbone(BACKBONE, method), args)
+    return ContinualTrainer(ContinualModel.from_backbone(BACKBONE, method), args, callbacks)
 
 
 def outcome(folder):

@@ -6,7 +6,15 @@ from pathlib import Path
 
 import torch
 
-from hf_clpeft import ContinualTrainingArguments, TaskStream, l2l, load_benchmark, s_lora
+from hf_clpeft import (
+    ContinualTrainer,
+    ContinualTrainingArguments,
+    PrototypeRouter,
+    TaskStream,
+    l2l,
+    load_benchmark,
+    s_lora,
+)
 from hf_clpeft.training.options import BackboneArguments
 from hf_clpeft.training.processes import TrainingError
 from hf_clpeft.training.recipe import learn
@@ -30,10 +38,13 @@ def run_together(rank: int, num_processes: int, port: int, *args, **options) -> 
 
 
 def run_noted(rank: int, num_processes: int, port: int, num_images: int, method: str, folder: str, **options) -> None:
-    """Learns two tasks of `num_images` each, and notes every row that is trained on: its pixels, label and view."""
+    """Learns two tasks of `num_images` each, and notes every row that is trained on: its pixels, label and view.
+
+    What the method keeps is noted, too. The second process rounds otherwise, as another kind of processor would.
+    """
     from conftest import pattern_dataset
 
-    rows, complete = [], StepLoop._complete
+    rows, complete, save, learn_task = [], StepLoop._complete, ContinualTrainer._save, PrototypeRouter.learn
 
     def noted(loop, batch, share):
         complete(loop, batch, share)
@@ -42,7 +53,16 @@ def run_noted(rank: int, num_processes: int, port: int, num_images: int, method:
             rows.append(hashlib.sha256(b"".join(part.numpy().tobytes() for part in parts)).hexdigest())
         rows.append("")
 
-    StepLoop._complete = noted
+    def noted_state(trainer):
+        tensors = [*trainer.model.method.parameters(), *trainer.model.method.buffers()]
+        Path(f"{folder}-{rank}.txt").write_text(repr([tensor.tolist() for tensor in tensors]))
+        save(trainer)
+
+    def rounded(router, *args, **kwargs):
+        learn_task(router, *args, **kwargs)
+        router.prototypes += 1e-6 * rank
+
+    StepLoop._complete, ContinualTrainer._save, PrototypeRouter.learn = noted, noted_state, rounded
     if num_processes > 1:
         place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": num_processes, "LOCAL_WORLD_SIZE": num_processes}
         place |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}

@@ -12,11 +12,22 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import BACKBONE, make_trainer, outcome, pattern_dataset
+from conftest import BACKBONE, OnStep, make_trainer, outcome, pattern_dataset
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Image as ImageColumn
 from PIL import Image
 
-from hf_clpeft import ConfigError, ContinualModel, ContinualTrainer, TaskStream, l2l, s_lora, s_prompts
+from hf_clpeft import (
+    Batch,
+    ConfigError,
+    ContinualModel,
+    ContinualTrainer,
+    TaskStream,
+    l2l,
+    ranpac_first,
+    s_lora,
+    s_prompts,
+    sequential_lora,
+)
 from hf_clpeft.training.batches import EpochBatches
 from hf_clpeft.training.checkpoints import random_state, set_random_state
 from hf_clpeft.training.steps import TrainingError, TrainingStopped
@@ -39,18 +50,21 @@ def begin(method, folder, stop_after, **options):
         if len(steps) == stop_after:
             raise RuntimeError("killed")
 
-    trainer = make_trainer(method, folder, **{**OPTIONS, **options})
-    trainer.on_step = die
-    return trainer
+    return make_trainer(method, folder, **{**OPTIONS, **options}, callbacks=[OnStep(die)])
 
 
-def resume(method, folder, **options):
+def resume(method, folder, callbacks=(), **options):
     there = Path(folder, "config.json").is_file()
     model = ContinualModel.from_pretrained(folder) if there else ContinualModel.from_backbone(BACKBONE, method)
-    return ContinualTrainer(model, make_trainer(method, folder, **{**OPTIONS, **options}).args)
+    return ContinualTrainer(model, make_trainer(method, folder, **{**OPTIONS, **options}).args, callbacks)
 
 
-METHODS = {"s_lora": s_lora(k=2), "l2l": l2l(pool_size=4, top_n=2)}
+METHODS = {
+    "s_lora": s_lora(k=2),
+    "l2l": l2l(pool_size=4, top_n=2),
+    "sequential_lora": sequential_lora(),
+    "ranpac_first": ranpac_first(projection_size=50),
+}
 
 
 @pytest.fixture(scope="module")
@@ -64,15 +78,19 @@ def undisturbed(stream, tmp_path_factory):
 
 # 12 images in batches of 5: three steps an epoch, the last one of a part; two epochs, six steps a task.
 @pytest.mark.parametrize(
-    "name, stop_after", [*(("s_lora", step) for step in (1, 3, 4, 5, 6, 9)), ("l2l", 4), ("l2l", 11)]
+    "name, stop_after",
+    [
+        *(("s_lora", step) for step in (1, 3, 4, 5, 6, 9)),
+        *((name, step) for name in ("l2l", "sequential_lora") for step in (4, 11)),
+        ("ranpac_first", 4),
+    ],
 )
 def test_a_run_that_died_inside_a_task_ends_like_one_that_did_not(name, stop_after, undisturbed, stream, tmp_path):
     method = METHODS[name]
     with pytest.raises(RuntimeError, match="killed"):
         begin(method, tmp_path / "pieces", stop_after).learn_stream(stream)
     steps = []
-    trainer = resume(method, tmp_path / "pieces")
-    trainer.on_step = lambda done, total: steps.append(done)
+    trainer = resume(method, tmp_path / "pieces", callbacks=[OnStep(lambda done, total: steps.append(done))])
     trainer.learn_stream(stream)
     assert outcome(tmp_path / "pieces") == undisturbed[name]
     saved = (stop_after % 6 - 1) // 2 * 2 if stop_after % 6 else 4  # a step whose state was saved before it died
@@ -98,8 +116,7 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(undisturbed, str
     file = newest / "state.safetensors"
     file.write_bytes(file.read_bytes()[:-4] + b"oops")
     steps = []
-    trainer = resume(method, tmp_path / "pieces")
-    trainer.on_step = lambda done, total: steps.append(done)
+    trainer = resume(method, tmp_path / "pieces", callbacks=[OnStep(lambda done, total: steps.append(done))])
     with caplog.at_level(logging.WARNING):
         trainer.learn_stream(stream)
     assert steps[0] == 3 and "is damaged (state.safetensors does not match its hash)" in caplog.text
@@ -117,8 +134,12 @@ def test_a_checkpoint_of_another_run_is_not_gone_on_with(stream, tmp_path):
         ("fresh", {"resume_from_checkpoint": None, "overwrite_output_dir": True}),
     ):
         steps = []
-        trainer = make_trainer(s_lora(k=2), tmp_path / folder, **{**OPTIONS, **options})
-        trainer.on_step = lambda done, total, steps=steps: steps.append(done)
+        trainer = make_trainer(
+            s_lora(k=2),
+            tmp_path / folder,
+            **{**OPTIONS, **options},
+            callbacks=[OnStep(lambda done, total, steps=steps: steps.append(done))],
+        )
         trainer.learn(stream[0])
         assert steps[0] == 1
 
@@ -153,8 +174,12 @@ def test_a_state_is_gone_on_with_on_the_same_pictures_only(change, room, tmp_pat
     with pytest.raises(RuntimeError, match="killed"):
         begin(s_lora(k=1), tmp_path / "run", 5, **room).learn(other_pictures()[0])
     steps = []
-    trainer = make_trainer(s_lora(k=1), tmp_path / "run", **{**OPTIONS, **room})
-    trainer.on_step = lambda done, total: steps.append(done)
+    trainer = make_trainer(
+        s_lora(k=1),
+        tmp_path / "run",
+        **{**OPTIONS, **room},
+        callbacks=[OnStep(lambda done, total: steps.append(done))],
+    )
     with caplog.at_level(logging.WARNING):
         trainer.learn(other_pictures(**{change or "": True})[0])
     assert steps[0] == (5 if change is None else 1)
@@ -170,12 +195,12 @@ def test_experts_that_were_trained_in_parallel_are_taken_up_on_the_same_pictures
         if len(steps) == total + 1:
             raise RuntimeError("killed")
 
-    trainer = make_trainer(s_lora(k=1), tmp_path, **options)
-    trainer.on_step = die
+    trainer = make_trainer(s_lora(k=1), tmp_path, **options, callbacks=[OnStep(die)])
     with pytest.raises(RuntimeError, match="killed"):
         trainer.learn_stream(other_pictures())
-    trainer = make_trainer(s_lora(k=1), tmp_path, **options)
-    trainer.on_step = lambda done, total: steps.append(done)
+    trainer = make_trainer(
+        s_lora(k=1), tmp_path, **options, callbacks=[OnStep(lambda done, total: steps.append(done))]
+    )
     count = len(steps)
     trainer.learn_stream(other_pictures(one=True))
     assert len(steps) - count == 2 * 3  # three steps a task, of both tasks
@@ -224,16 +249,21 @@ def test_a_full_disk_is_seen_before_a_state_is_written_and_told_in_one_line(stre
     after = {path: path.read_bytes() for path in (tmp_path / "checkpoints").rglob("*") if path.is_file()}
     assert after == before
     steps = []
-    trainer = make_trainer(s_lora(k=2), tmp_path, **OPTIONS)
-    trainer.on_step = lambda done, total: steps.append(done)
+    trainer = make_trainer(
+        s_lora(k=2), tmp_path, **OPTIONS, callbacks=[OnStep(lambda done, total: steps.append(done))]
+    )
     trainer.learn(stream[0])
     assert steps[0] == 3
 
 
 def test_asked_to_stop_it_saves_and_goes_on_from_there(undisturbed, stream, tmp_path):
     method, options = METHODS["s_lora"], {"save_steps": 0}
-    trainer = make_trainer(method, tmp_path / "pieces", **{**OPTIONS, **options})
-    trainer.on_step = lambda done, total: trainer.stop.set() if done == 3 else None
+    trainer = make_trainer(
+        method,
+        tmp_path / "pieces",
+        **{**OPTIONS, **options},
+        callbacks=[OnStep(lambda done, total: trainer.stop.set() if done == 3 else None)],
+    )
     with pytest.raises(TrainingStopped):
         trainer.learn_stream(stream)
     resume(method, tmp_path / "pieces", **options).learn_stream(stream)
@@ -299,7 +329,7 @@ def test_processes_share_each_batch_row_by_row_and_fill_up_with_what_counts_for_
         assert total == pytest.approx(1)
 
 
-@pytest.mark.parametrize("make", [partial(s_lora, k=2), partial(l2l, pool_size=4, top_n=2)])
+@pytest.mark.parametrize("make", [partial(s_lora, k=2), partial(l2l, pool_size=4, top_n=2), sequential_lora])
 def test_a_loss_that_is_not_finite_ends_the_task_and_leaves_the_model_as_it_was(make, stream, tmp_path):
     trainer = make_trainer(make(), tmp_path, **OPTIONS)
     trainer.learn(stream[0])
@@ -313,8 +343,29 @@ def test_a_loss_that_is_not_finite_ends_the_task_and_leaves_the_model_as_it_was(
     assert len(ContinualModel.from_pretrained(tmp_path).config.tasks) == 2
 
 
+@pytest.mark.parametrize("name", METHODS)
+def test_a_task_that_fails_at_its_end_leaves_the_model_as_it_was(name, undisturbed, stream, tmp_path, monkeypatch):
+    trainer = make_trainer(METHODS[name], tmp_path, **OPTIONS)
+    for position, task in enumerate(stream):
+        method, end = trainer.model.method, trainer.model.method.end
+        before = {name: weight.clone() for name, weight in method.state_dict().items()}
+
+        def failing(features_of, end=end):
+            end(features_of)
+            raise RuntimeError("as planned")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(method, "end", failing)
+            with pytest.raises(RuntimeError, match="as planned"):
+                trainer.learn(task)
+        after = method.state_dict()
+        assert before.keys() == after.keys() and all(torch.equal(before[key], after[key]) for key in before)
+        assert len(trainer.model.config.tasks) == position and method.task is None
+        trainer.learn(task)
+    assert outcome(tmp_path) == undisturbed[name]
+
+
 def test_two_runs_in_one_folder_are_refused(stream, tmp_path):
-    trainer = make_trainer(s_lora(k=2), tmp_path, **OPTIONS)
     other = make_trainer(s_lora(k=2), tmp_path, overwrite_output_dir=True)
     refused = []
 
@@ -323,8 +374,7 @@ def test_two_runs_in_one_folder_are_refused(stream, tmp_path):
             other.learn(stream[1])
         refused.append(done)
 
-    trainer.on_step = meanwhile
-    trainer.learn(stream[0])
+    make_trainer(s_lora(k=2), tmp_path, **OPTIONS, callbacks=[OnStep(meanwhile)]).learn(stream[0])
     assert refused and len(other.model.config.tasks) == 0
     other.learn(stream[1])
 
@@ -333,19 +383,19 @@ def test_a_batch_that_does_not_fit_into_memory_is_added_up_in_parts(stream, tmp_
     experts, largest = [], 2
     for folder, room in (("roomy", 100), ("tight", largest)):
         trainer = make_trainer(s_lora(k=2), tmp_path / folder, train_batch_size=8, gradient_accumulation_steps=2)
-        query = trainer._query
+        loss = trainer.model.method.loss
 
-        def scarce(pixel_values, batch, queries, query=query, room=room):
-            if len(pixel_values) > room:
+        def scarce(batch, loss=loss, room=room):
+            if len(batch.pixels) > room:
                 raise torch.OutOfMemoryError
-            return query(pixel_values, batch, queries)
+            return loss(batch)
 
-        monkeypatch.setattr(trainer, "_query", scarce)
+        monkeypatch.setattr(trainer.model.method, "loss", scarce)
         trainer.learn(stream[0])
         experts.append(trainer.model.bank[0].tensors)
     assert "batches in 4 parts" in caplog.text
     for key, tensor in experts[0].items():
         torch.testing.assert_close(tensor, experts[1][key], atol=1e-3, rtol=1e-3)
-    monkeypatch.setattr(trainer, "_query", lambda *_: scarce(torch.zeros(3), {}, None))
+    monkeypatch.setattr(trainer.model.method, "loss", lambda _: scarce(Batch(torch.zeros(3), torch.zeros(3))))
     with pytest.raises(TrainingError, match="too little memory for a batch of 8 images"):
         trainer.learn(stream[1])

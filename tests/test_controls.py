@@ -1,12 +1,11 @@
 """Controls and the mixed method are models like any other; and experts that are taken over, not trained again."""
 
-import json
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
-from conftest import BACKBONE, make_trainer, pattern_dataset
+from conftest import BACKBONE, OnStep, make_trainer, outcome, pattern_dataset
 from hub_server import check_card
 
 from hf_clpeft import (
@@ -15,10 +14,8 @@ from hf_clpeft import (
     ContinualModel,
     ContinualTrainer,
     ExpertError,
-    MethodConfig,
     TaskStream,
     combine,
-    joint_lora,
     linear_probe,
     ncm,
     ranpac,
@@ -26,6 +23,7 @@ from hf_clpeft import (
     s_lora,
     s_lora_mix,
     s_lora_pp,
+    sequential_lora,
     slda,
 )
 from hf_clpeft.export import export_merged
@@ -34,11 +32,12 @@ from hf_clpeft.streams.images import open_image
 
 
 STREAM = {"num_tasks": 3}
-CONTROLS = ["ncm", "slda", "ranpac", "ranpac_first", "linear_probe", "joint_lora", "s_lora_mix"]
+JOINT = ["linear_probe", "sequential_lora"]  # ceilings on the images of all tasks at once
+CONTROLS = ["ncm", "slda", "ranpac", "ranpac_first", "s_lora_mix", *JOINT]
 
 
 def make(name):
-    return METHODS[name](**({"projection_size": 100} if name.startswith("ranpac") else {}))
+    return METHODS[name].Config(**({"projection_size": 100} if name.startswith("ranpac") else {}))
 
 
 @pytest.fixture(scope="module")
@@ -65,6 +64,7 @@ def accuracy_of(model, stream):
 @pytest.mark.parametrize("name", CONTROLS)
 def test_it_learns_saves_predicts_and_has_a_card(name, stream, domains, tmp_path):
     for kind, tasks in (("classes", stream), ("domains", domains)):
+        tasks = tasks.joined() if name in JOINT else tasks
         trainer = make_trainer(make(name), tmp_path / kind, num_train_epochs=4, learning_rate=1e-2)
         summary = trainer.learn_stream(tasks).summary()
         model = ContinualModel.from_pretrained(tmp_path / kind)
@@ -112,32 +112,36 @@ def test_closed_forms_forget_nothing_whatever_the_order(stream):
     assert accuracies[0] == accuracies[1]
 
 
-@pytest.mark.parametrize("method", [linear_probe(), joint_lora()], ids=lambda method: method.name)
+@pytest.mark.parametrize("method", [linear_probe(), sequential_lora()], ids=lambda method: method.name)
 def test_what_trains_jointly_is_measured_once_with_the_images_of_all_tasks(method, stream, tmp_path):
     trainer = make_trainer(method, tmp_path, num_train_epochs=4, learning_rate=1e-2)
-    report = trainer.learn_stream(stream)
-    matrix = np.array(report.accuracy_matrix)
-    assert np.isnan(matrix[:-1]).all() and not np.isnan(matrix[-1]).any()
-    assert set(report.summary()) == {"average_accuracy"}
-    metrics = json.loads((tmp_path / "metrics.json").read_text())
-    assert metrics["accuracy_matrix"][0] == [None] * 3
+    report = trainer.learn_stream(stream.joined())
+    assert [task.num_train_images for task in trainer.model.config.tasks] == [len(stream) * 24]
+    assert trainer.model.config.classes == [label for task in stream for label in task.classes]
+    assert np.array(report.accuracy_matrix).shape == (1, 1)
+    assert report.summary()["average_accuracy"] == report.accuracy_matrix[0][0] > 0.5
 
 
 def test_a_joint_run_that_was_killed_still_sees_the_images_of_all_tasks(stream, tmp_path):
-    first = make_trainer(linear_probe(), tmp_path / "killed")
-    first._postpone(stream[0])
-    first.model.save_pretrained(tmp_path / "killed")
-    resumed = ContinualTrainer(ContinualModel.from_pretrained(tmp_path / "killed"), first.args)
-    report = resumed.learn_stream(stream)
-    whole = make_trainer(linear_probe(), tmp_path / "whole").learn_stream(stream)
-    assert report.accuracy_matrix[-1] == whole.accuracy_matrix[-1]
+    options = {"save_steps": 2, "resume_from_checkpoint": "auto"}
+
+    def die(step, steps):
+        if step == 5:
+            raise RuntimeError("killed")
+
+    killed = make_trainer(sequential_lora(), tmp_path / "killed", callbacks=[OnStep(die)], **options)
+    with pytest.raises(RuntimeError, match="killed"):
+        killed.learn_stream(stream.joined())
+    make_trainer(sequential_lora(), tmp_path / "killed", **options).learn_stream(stream.joined())
+    make_trainer(sequential_lora(), tmp_path / "whole", **options).learn_stream(stream.joined())
+    assert outcome(tmp_path / "killed") == outcome(tmp_path / "whole")
 
 
 def test_the_mixed_method_judges_by_the_likeliest_experts_in_one_pass(stream, tmp_path):
     trainer = make_trainer(s_lora_mix(mix=2), tmp_path)
     trainer.learn_stream(stream)
     model, passes = trainer.model, []
-    assert model.query_layers == [5, 6] and model.config.method.route_layer == [-2, -1]
+    assert model.method.query_layers == [5, 6] and model.config.method.query_layers == [-2, -1]
     model.backbone.model.layers[0].register_forward_hook(lambda _, inputs, __: passes.append(len(inputs[0])))
     pixel_values = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
@@ -182,19 +186,15 @@ def test_experts_that_do_not_fit_are_not_taken_over(stream, tmp_path):
     [
         (lambda: ContinualModel.from_backbone(BACKBONE, s_lora(router="nearest")), "There is no router 'nearest'"),
         (lambda: s_lora_mix(mix=0), "mix=0 must be 1 or more"),
-        (lambda: s_lora(route_layer=[3, 2]), r"route_layer=\[3, 2\] must be layers"),
-        (lambda: method(experts="pool", router="gaussian"), "do not go with experts='pool'"),
-        (lambda: method(classifier="router", router="gaussian"), "needs a router that knows classes, and experts="),
+        (lambda: s_lora(query_layers=[3, 2]), r"query_layers=\[3, 2\] must be layers"),
         (
-            lambda: ContinualModel.from_backbone(BACKBONE, method(classifier="both")),
+            lambda: ContinualModel.from_backbone(BACKBONE, s_lora_mix(router="prototypes")),
             "'prototypes' are none",
         ),
-        (lambda: method(mix=2), "more than 1 needs classifier='both'"),
-        (lambda: method(experts="first"), "needs classifier='router' and query_with_first_expert"),
-        (lambda: method(experts="none"), "has no use with experts='none'"),
-        (lambda: MethodConfig("x", {}, experts="none"), "needs classifier='router', or joint=True"),
-        (lambda: method(joint=True), "needs experts='single' or 'none'"),
-        (lambda: method(experts="single", joint=True), "needs head='shared' and mask_logits=False"),
+        (
+            lambda: ContinualModel.from_backbone(BACKBONE, METHODS["closed_form"].Config(router="prototypes")),
+            "'prototypes' knows tasks alone",
+        ),
         (lambda: replace(ranpac(), projection_size=0), "projection_size=0 must be between 1 and 100,000"),
     ],
 )
@@ -203,10 +203,6 @@ def test_methods_that_cannot_work_are_refused(make, message):
         make()
 
 
-def method(**options):
-    return MethodConfig("x", {"peft_type": "LORA", "r": 1}, **options)
-
-
 def test_layers_that_the_backbone_does_not_have_are_refused():
-    with pytest.raises(ConfigError, match=r"route_layer=\[6, 7\], but the backbone has 6 layers"):
-        ContinualModel.from_backbone(BACKBONE, s_lora(route_layer=[6, 7]))
+    with pytest.raises(ConfigError, match=r"query_layers=\[6, 7\], but the backbone has 6 layers"):
+        ContinualModel.from_backbone(BACKBONE, s_lora(query_layers=[6, 7]))

@@ -10,17 +10,19 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from hf_clpeft import (
+    METHODS,
     ROUTERS,
     ConfigError,
     ContinualModel,
     ContinualTrainer,
-    MethodConfig,
+    Method,
     TaskStream,
     combine,
     s_lora,
     s_lora_mix,
     slda,
 )
+from hf_clpeft.methods import Slda, SLora
 from hf_clpeft.routing import ClassMeanRouter, GaussianRouter, PrototypeRouter, RidgeRouter
 
 
@@ -70,9 +72,9 @@ def pictures(stream):
     [
         (s_lora(k=2, router="cosine"), Cosine),
         (s_lora(router="wide"), Wide),
-        (MethodConfig(**{**vars(s_lora_mix(mix=2)), "router": "wide"}), Wide),
-        (MethodConfig(**{**vars(s_lora_mix(mix=2)), "router": "means"}), Means),
-        (MethodConfig(**{**vars(slda()), "router": "projected", "projection_size": 50}), Projected),
+        (s_lora_mix(mix=2, router="wide"), Wide),
+        (s_lora_mix(mix=2, router="means"), Means),
+        (METHODS["closed_form"].Config(router="projected", projection_size=50), Projected),
     ],
     ids=["prototypes", "gaussian", "mix", "mix of means", "no experts"],
 )
@@ -103,59 +105,74 @@ def test_a_router_of_ones_own_learns_saves_loads_and_answers(method, kind, strea
 
 
 @pytest.mark.parametrize(
-    "options, message",
+    "make, router, message",
     [
-        (
-            {"classifier": "both", "router": "class_means"},
-            "scores of 'class_means' are none: choose router='g",
-        ),
-        ({"classifier": "both", "router": "cosine"}, "scores of 'cosine' are none"),
-        ({"classifier": "both"}, "scores of 'prototypes' are none"),
-        ({"classifier": "router", "router": "cosine", "experts": "none"}, "'cosine' knows tasks alone"),
-        ({"classifier": "router", "experts": "none"}, "'prototypes' knows tasks alone"),
-        ({"router": "no class"}, "must be a subclass of ClassRouter or PrototypeRouter"),
-        ({"router": "unheard of"}, "There is no router 'unheard of'"),
+        (s_lora_mix, "class_means", "scores of 'class_means' are none: choose router='g"),
+        (s_lora_mix, "cosine", "scores of 'cosine' are none"),
+        (s_lora_mix, "prototypes", "scores of 'prototypes' are none"),
+        (METHODS["closed_form"].Config, "cosine", "'cosine' knows tasks alone"),
+        (METHODS["closed_form"].Config, "prototypes", "'prototypes' knows tasks alone"),
+        (s_lora, "no class", "must be a subclass of ClassRouter or PrototypeRouter"),
+        (s_lora, "unheard of", "There is no router 'unheard of'"),
     ],
 )
-def test_a_router_that_cannot_do_what_is_asked_of_it_is_refused_before_training(options, message, monkeypatch):
+def test_a_router_that_cannot_do_what_is_asked_of_it_is_refused_before_training(make, router, message, monkeypatch):
     monkeypatch.setitem(ROUTERS, "no class", print)
-    peft = {} if options.get("experts") == "none" else {"peft_type": "LORA", "r": 1}
     with pytest.raises(ConfigError, match=message):
-        ContinualModel.from_backbone(BACKBONE, MethodConfig("x", peft, **options))
+        ContinualModel.from_backbone(BACKBONE, make(router=router))
 
 
 @pytest.mark.parametrize(
     "method", [s_lora(k=2), s_lora(router="gaussian"), slda()], ids=["s_lora", "gaussian", "slda"]
 )
-def test_a_loop_of_ones_own_saves_or_says_what_is_missing(method, stream, tmp_path):
+def test_a_loop_of_ones_own_learns_and_saves(method, stream, tmp_path):
     trainer = make_trainer(method, "trained", num_train_epochs=1)
     trainer.learn(stream[0])
     for model in (
         ContinualModel.from_backbone(BACKBONE, method),
         ContinualModel.from_pretrained("trained"),
     ):
-        model.finish_task(model.start_task("mine", ["p", "q"]), num_train_images=8)
-        with pytest.raises(ConfigError, match=r"The router has learnt . of . tasks, not (task-000|mine)"):
-            model.save_pretrained(tmp_path / "mine")
-        assert not (tmp_path / "mine" / "config.json").exists()
-        query, first = torch.randn(8, model.query_size), len(model.config.classes) - 2
-        numbers = torch.arange(8) % 2 + first
-        model.router.add(query, *([numbers] if model.router.knows_classes else [2]))
+        query, numbers = torch.randn(8, model.method.query_size), torch.arange(8) % 2 + len(model.config.classes)
+        model.start_task("mine", ["p", "q"])
+        model.finish_task(lambda _, query=query, numbers=numbers: (query, numbers), num_train_images=8)
         model.save_pretrained(tmp_path / "mine")
         again = ContinualModel.from_pretrained(tmp_path / "mine")
         assert again.config.classes[-2:] == ["p", "q"] and again.router.num_owners == len(again.config.tasks)
         assert len(again.predict(pictures(stream))) == 2
         shutil.rmtree(tmp_path / "mine")
-    if method.experts == "per_task":  # and a trainer goes on from there
+    if again.method.independent:  # and a trainer goes on from there
         report = ContinualTrainer(again, trainer.args).learn(stream[1])
         assert report.tasks == ["task-000", "mine", "task-001"]
         assert ContinualModel.from_pretrained("trained").report.tasks == report.tasks
 
 
+@pytest.mark.parametrize("base, router", [(SLora, "prototypes"), (Method, "prototypes"), (Slda, "gaussian")])
+def test_a_method_that_forgets_to_teach_its_router_is_refused_before_saving(base, router, tmp_path, monkeypatch):
+    monkeypatch.setitem(METHODS, "forgetful", None)  # for a while
+
+    class Forgetful(base, name="forgetful"):
+        def __init__(self, backbone, config):
+            super().__init__(backbone, config)
+            self.router = self.router or ROUTERS[router](self.query_size)
+
+        def end(self, features_of):
+            if self.heads is not None:
+                self.bank.finish(self.task.name)
+                self.heads.write(self._head.weight, self._head.bias, self.numbers)
+
+    model = ContinualModel.from_backbone(BACKBONE, Forgetful.Config())
+    model.start_task("mine", ["p", "q"])
+    model.finish_task(lambda features: pytest.fail("asked for"), num_train_images=8)
+    with pytest.raises(ConfigError, match="has learnt 0 of 1 tasks, not mine. The method's `end` must call `self.rou"):
+        model.save_pretrained(tmp_path / "mine")
+    assert not (tmp_path / "mine" / "config.json").exists()
+
+
 def test_a_class_that_the_router_has_not_seen_is_named_before_saving(tmp_path):
     model = ContinualModel.from_backbone(BACKBONE, s_lora(router="gaussian"))
-    model.finish_task(model.start_task("mine", ["p", "q"]), num_train_images=8)
-    model.router.add(torch.randn(8, model.query_size), torch.zeros(8, dtype=torch.int64))
+    features = torch.randn(8, model.method.query_size), torch.zeros(8, dtype=torch.int64)
+    model.start_task("mine", ["p", "q"])
+    model.finish_task(lambda _: features, num_train_images=8)
     with pytest.raises(ConfigError, match=r"The router knows no image of 1 of the classes, \['q'\]"):
         model.save_pretrained(tmp_path)
 

@@ -1,9 +1,9 @@
 """Experts that do not depend on each other are trained by as many processes as there are."""
 
 import pytest
-from conftest import make_trainer, outcome, pattern_dataset
+from conftest import OnStep, make_trainer, outcome, pattern_dataset
 
-from hf_clpeft import ConfigError, TaskStream, l2l, s_lora, s_prompts
+from hf_clpeft import ConfigError, ContinualTrainingArguments, TaskStream, l2l, s_lora, s_prompts
 from hf_clpeft.training.parallel import ParallelExperts
 
 
@@ -35,13 +35,16 @@ def test_a_killed_run_trains_no_expert_twice(stream, tmp_path):
         if len(steps) == total + 2:  # inside the second task
             raise RuntimeError("killed")
 
-    trainer = make_trainer(s_prompts(prompt_length=2, k=2), tmp_path / "killed", **options)
-    trainer.on_step = die
+    trainer = make_trainer(s_prompts(prompt_length=2, k=2), tmp_path / "killed", **options, callbacks=[OnStep(die)])
     with pytest.raises(RuntimeError, match="killed"):
         trainer.learn_stream(stream)
     again, total = [], steps[0][1]
-    trainer = make_trainer(s_prompts(prompt_length=2, k=2), tmp_path / "killed", **options)
-    trainer.on_step = lambda done, total: again.append(done)
+    trainer = make_trainer(
+        s_prompts(prompt_length=2, k=2),
+        tmp_path / "killed",
+        **options,
+        callbacks=[OnStep(lambda done, total: again.append(done))],
+    )
     trainer.learn_stream(stream)
     assert len(again) == 2 * total
     assert outcome(tmp_path / "killed") == outcome(tmp_path / "whole")
@@ -49,7 +52,9 @@ def test_a_killed_run_trains_no_expert_twice(stream, tmp_path):
 
 def test_processes_share_tasks_out(stream, tmp_path):
     model = make_trainer(s_lora(), tmp_path).model
-    shares = [ParallelExperts(tmp_path, model, {}).todo(stream, rank, 2) for rank in range(2)]
+    shares = [
+        ParallelExperts(tmp_path, model, ContinualTrainingArguments(), {}).todo(stream, rank, 2) for rank in range(2)
+    ]
     assert [[(position, task.name) for position, task in share] for share in shares] == [
         [(0, "task-000"), (2, "task-002")],
         [(1, "task-001")],

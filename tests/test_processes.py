@@ -102,6 +102,8 @@ def test_two_processes_train_on_the_rows_of_one_and_give_its_matrix(num_images, 
 
     shares = [batches(together, rank) for rank in (0, 1)]
     assert [one + other for one, other in zip(*shares, strict=True)] == batches(alone, 0)
+    states = [Path(f"{together}-{rank}.txt").read_text() for rank in (0, 1)]
+    assert states[0] == states[1]  # what processes have computed on their own, too
     reports = [json.loads(Path(folder, "metrics.json").read_text()) for folder in (together, alone)]
     assert reports[0]["accuracy_matrix"] == reports[1]["accuracy_matrix"]
     models = [ContinualModel.from_pretrained(folder) for folder in (together, alone)]

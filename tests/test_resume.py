@@ -15,10 +15,10 @@ from hf_clpeft import (
     ContinualModel,
     ContinualTrainer,
     ContinualTrainingArguments,
-    MethodConfig,
     StreamError,
     TaskStream,
     s_lora,
+    s_x,
 )
 from hf_clpeft.training.options import BackboneArguments
 from hf_clpeft.training.recipe import learn
@@ -74,7 +74,7 @@ def test_another_machine_goes_on_from_the_hub(hub, stream):
     "backbone, method, message",
     [
         (BARE, s_lora(k=3), "out was made with k=2, not 3"),
-        (BARE, s_lora(k=2, r=2), "out was made with peft="),
+        (BARE, s_lora(k=2, r=2), "out was made with r=1, not 2"),
         (replace(BARE, image_size=48), METHOD, "out was made with image_size=32, not 48"),
     ],
 )
@@ -117,10 +117,10 @@ def test_a_run_whose_disk_was_full_says_how_to_go_on(stream, monkeypatch):
 
 
 def test_a_method_with_sets_and_tuples_is_the_same_method_when_it_comes_back(stream):
-    method = MethodConfig("s", {"peft_type": "LORA", "r": 1, "target_modules": {"v_proj", "q_proj"}}, k=1)
+    method = s_x(peft={"peft_type": "LORA", "r": 1, "target_modules": {"v_proj", "q_proj"}}, k=1)
     args = replace(ARGS, output_dir="out")
     learn(stream[:1], BARE, args, method)
-    other = MethodConfig("s", {"peft_type": "LORA", "r": 1, "target_modules": ("q_proj", "v_proj")}, k=1)
+    other = s_x(peft={"peft_type": "LORA", "r": 1, "target_modules": ("q_proj", "v_proj")}, k=1)
     assert learn(stream[:2], BARE, args, other).measured() == [0, 1]
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import make_trainer, pattern_dataset
+from conftest import OnStep, make_trainer, outcome, pattern_dataset
 from test_bank import TECHNIQUES, bank_of, images, random_experts, small_backbone
 from transformers import pipeline
 
@@ -67,7 +67,7 @@ def answers(predictions):
 @pytest.mark.parametrize("name", BUNDLED)
 def test_eight_threads_get_the_answers_of_one(name, pictures):
     model = ContinualModel.from_pretrained(f"hf-clpeft/{name}-digits")
-    forced = [None, *model.bank.names] if model.config.method.experts == "per_task" else [None]
+    forced = [None, *model.bank.names] if model.method.independent else [None]
     calls = [
         (pictures[i % 7 : i % 7 + 1 + i % 3], {"batch_size": 1 + i % 2, "expert": forced[i % len(forced)], "top_k": 3})
         for i in range(16)
@@ -142,7 +142,7 @@ def two_tasks():
 
 LEARNING = {
     "lora": s_lora(k=2),
-    "grouped": s_lora(k=2, use_dora=True),
+    "grouped": s_lora(k=2, lora={"use_dora": True}),
 }
 
 
@@ -185,17 +185,18 @@ def test_a_pool_in_training_is_refused_to_other_threads():
 
 
 def test_one_thread_learns_at_a_time_and_a_failed_one_leaves_room_for_the_next():
-    trainer, stream = make_trainer(s_lora(k=2)), two_tasks()
+    stream = two_tasks()
     other = make_trainer(s_lora(k=2), "other")
-    other.model = trainer.model
     reached, go_on = threading.Event(), threading.Event()
 
     def on_step(step, steps):
-        reached.set()
-        assert go_on.wait(60)
-        raise RuntimeError("as planned")
+        if not go_on.is_set():
+            reached.set()
+            assert go_on.wait(60)
+            raise RuntimeError("as planned")
 
-    trainer.on_step = on_step
+    trainer = make_trainer(s_lora(k=2), callbacks=[OnStep(on_step)])
+    other.model = trainer.model
     with ThreadPoolExecutor(1) as pool:
         learning = pool.submit(trainer.learn, stream[0])
         assert reached.wait(60)
@@ -206,9 +207,26 @@ def test_one_thread_learns_at_a_time_and_a_failed_one_leaves_room_for_the_next()
         go_on.set()
         with pytest.raises(RuntimeError, match="as planned"):
             learning.result()
-        trainer.on_step = None
         trainer.learn(stream[0])  # while the thread that failed lives on
     assert trainer.model.bank.slot is None and len(trainer.model.config.tasks) == 1
+
+
+def test_what_another_thread_asks_for_while_a_task_is_learnt_is_refused_and_changes_nothing():
+    stream, refused = two_tasks(), []
+    make_trainer(s_lora(k=2), "alone").learn_stream(stream)
+
+    def on_step(step, steps):
+        model = trainer.model
+        with ThreadPoolExecutor(1) as pool:
+            removals = [lambda name=task.name: model.remove(name) for task in model.config.tasks]
+            for job in [lambda: model.start_task("mine", ["cat"]), *removals]:
+                with pytest.raises(ExpertError, match="Another thread is training"):
+                    pool.submit(job).result()
+                refused.append(job)
+
+    trainer = make_trainer(s_lora(k=2), callbacks=[OnStep(on_step)])
+    trainer.learn_stream(stream)
+    assert len(refused) > 4 and outcome("out") == outcome("alone")
 
 
 def test_pipelines_and_exports_run_in_threads(pictures, tmp_path):

@@ -14,9 +14,9 @@ import torch
 from conftest import make_trainer, pattern_dataset
 
 from hf_clpeft import (
+    METHODS,
     ConfigError,
     ContinualModel,
-    MethodConfig,
     TaskStream,
     l2l,
     l2p,
@@ -25,6 +25,7 @@ from hf_clpeft import (
     s_lora_pp,
     s_prompts,
     s_prompts_pp,
+    s_x,
     sequential_lora,
 )
 from hf_clpeft.routing.prototypes import fit_prototypes
@@ -69,7 +70,7 @@ def test_costs_are_counted_from_what_was_trained(learnt):
 def test_the_backbone_comes_out_as_it_went_in(learnt, backbone):
     images = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        assert torch.equal(learnt.model.query_features(images), backbone(images))
+        assert torch.equal(learnt.model.method.query(images), backbone(images))
 
 
 def test_the_same_seed_gives_the_same_model(tmp_path):
@@ -163,7 +164,7 @@ def test_plus_plus_takes_all_query_features_with_the_first_expert(method, tmp_pa
             torch.stack([images[i]["pixels"] for i in range(len(images))])
         )
         with torch.no_grad():
-            query = model.query_features(pixel_values)
+            query = model.method.query(pixel_values)
             first = model.bank(pixel_values, torch.zeros(len(images), dtype=torch.int64))
         assert torch.equal(query, first) and not torch.allclose(query, model.bank.frozen(pixel_values), atol=1e-3)
         expected = fit_prototypes(query, k=2, seed=0)
@@ -206,7 +207,7 @@ def test_masked_rows_of_a_shared_head_stay_bit_identical_while_a_pool_learns_on(
 
 def test_routing_behind_a_layer_runs_only_the_layers_up_to_it(tmp_path):
     stream = TaskStream.class_incremental(pattern_dataset(), num_tasks=2)
-    trainer = make_trainer(s_lora(k=2, route_layer=2), tmp_path)
+    trainer = make_trainer(s_lora(k=2, query_layers=[2]), tmp_path)
     report = trainer.learn_stream(stream)
     layers_run = []
     for layer in trainer.model.backbone.model.layers:
@@ -214,12 +215,12 @@ def test_routing_behind_a_layer_runs_only_the_layers_up_to_it(tmp_path):
     trainer.model.predict([open_image(encoded) for encoded, _, _ in stream[0].test])
     assert len(layers_run) == 2 + 6
     assert report.test_forwards_per_image < 2 and report.summary()["routing_accuracy"] > 0.5
-    assert ContinualModel.from_pretrained(tmp_path).config.method.route_layer == 2
+    assert ContinualModel.from_pretrained(tmp_path).config.method.query_layers == [2]
 
 
 def test_a_layer_that_the_backbone_does_not_have_is_refused():
-    with pytest.raises(ConfigError, match="route_layer=7, but the backbone has 6 layers"):
-        make_trainer(s_lora(route_layer=7))
+    with pytest.raises(ConfigError, match=r"query_layers=\[7\], but the backbone has 6 layers"):
+        make_trainer(s_lora(query_layers=[7]))
 
 
 def test_auto_chooses_prototypes_for_each_task(tmp_path):
@@ -230,7 +231,7 @@ def test_auto_chooses_prototypes_for_each_task(tmp_path):
 
 
 def test_a_technique_without_a_fused_form_is_learnt_too(tmp_path):
-    method = MethodConfig("s_ia3", {"peft_type": "IA3", "feedforward_modules": []}, k=2)
+    method = s_x(peft={"peft_type": "IA3", "feedforward_modules": []}, k=2)
     trainer = make_trainer(method, tmp_path, learning_rate=1e-1)
     report = trainer.learn_stream(TaskStream.class_incremental(pattern_dataset(), num_tasks=2))
     loaded = ContinualModel.from_pretrained(tmp_path)
@@ -244,18 +245,15 @@ def test_a_technique_without_a_fused_form_is_learnt_too(tmp_path):
     "make, message",
     [
         (lambda: s_lora(k="many"), "k='many'"),
-        (lambda: s_lora(route_layer=0), "route_layer=0"),
+        (lambda: s_lora(query_layers=[0]), r"query_layers=\[0\]"),
         (lambda: l2l(pool_size=3, top_n=4), "top_n=4 must be between 1 and pool_size=3"),
         (lambda: l2l(pull=-1.0), "pull=-1.0"),
-        (lambda: MethodConfig("x", {"peft_type": "LORA", "r": object()}), "cannot be saved"),
-        (lambda: l2l(lora_dropout=0.1), "lora_dropout cannot be in one"),
-        (lambda: l2l(use_dora=True), "use_dora cannot be in one"),
-        (lambda: MethodConfig("l2x", {"peft_type": "IA3"}, experts="pool"), "IA3 cannot be in one"),
-        (lambda: MethodConfig("l2x", {"peft_type": "LORA"}, experts="pool", head="per_task"), "needs head='shared'"),
-        (lambda: MethodConfig("x", {"peft_type": "LORA"}, experts="pool", query_with_first_expert=True), "per_task"),
-        (lambda: MethodConfig("x", {"peft_type": "LORA"}, experts="pool", readout="prompts"), "a pool of prompts"),
-        (lambda: MethodConfig("x", {"peft_type": "PROMPT_TUNING"}, readout="prompts"), "a pool of prompts"),
-        (lambda: MethodConfig("x", {"peft_type": "LORA"}, experts="some"), "experts='some' is not one of"),
+        (lambda: s_x(peft={"peft_type": "LORA", "r": object()}), "cannot be saved"),
+        (lambda: l2l(lora={"lora_dropout": 0.1}), "lora_dropout cannot be in one"),
+        (lambda: l2l(lora={"use_dora": True}), "use_dora cannot be in one"),
+        (lambda: METHODS["l2x"].Config(peft={"peft_type": "IA3"}), "IA3 cannot be in one"),
+        (lambda: METHODS["l2x"].Config(peft={"peft_type": "LORA"}, readout="prompts"), "a pool of prompts"),
+        (lambda: s_x(peft={"peft_type": "LORA"}, head="some"), "head='some' must be one of"),
     ],
 )
 def test_methods_that_cannot_work_are_refused(make, message):

@@ -54,9 +54,6 @@ class ClosedForm(Method):
     def end(self, features_of: FeaturesOf) -> None:
         self.router.learn(*features_of(self.query), seed=self.seed)
 
-    def check(self) -> None:
-        self.router.check_knows([task.name for task in self.config.tasks], self.config.classes)
-
     def remove(self, position: int, number_of: dict[int, int]) -> None:
         raise ConfigError(
             f"The sums of the {self._which} router hold the images of all tasks; "

@@ -11,7 +11,7 @@ from ..config import ConfigError, ContinualConfig, MethodOptions, TaskConfig
 from ..experts import ExpertBank
 from ..routing import Router, router_title
 from .heads import Heads
-from .state import ELSEWHERE, load_state
+from .state import ELSEWHERE, Snapshot, load_state
 
 
 class Keeper(KeepsPrecision):
@@ -53,7 +53,7 @@ class Keeper(KeepsPrecision):
         self.query_layers = self._find_layers(getattr(self.options, "query_layers", None))
         self.task: TaskConfig | None = None
         self.seed = 0
-        self._before: dict[str, torch.Tensor] = {}  # the state when the task was begun
+        self.before: Snapshot | None = None
 
     @property
     def backbone(self) -> Backbone:
@@ -83,6 +83,8 @@ class Keeper(KeepsPrecision):
 
     def check(self) -> None:
         """Raises [`ConfigError`] unless all that the tasks need has been learnt, before it is saved."""
+        if self.router is not None:
+            self.router.check_knows([task.name for task in self.config.tasks], self.config.classes)
 
     def expert_of(self, position: int) -> int | None:
         """Position of the expert that a task has trained for itself; `None` where none belongs to a task."""

@@ -18,7 +18,7 @@ from .help import explain
 from .keeper import Keeper
 from .learning import Batch, FeaturesOf
 from .output import ContinualOutput
-from .state import fill
+from .state import Snapshot
 
 
 METHODS: dict[str, type["Method"]] = {}
@@ -58,6 +58,7 @@ class Method(Keeper):
         task ([`TaskConfig`], *optional*): The one that is being learnt.
         query_layers (`list[int]`): Layers behind which query features are taken, side by side; the last by default.
         seed (`int`): Of what [`~Method.end`] draws.
+        before ([`Snapshot`], *optional*): What method, options and configuration were when a task was begun last.
 
     Example:
 
@@ -210,9 +211,12 @@ class Method(Keeper):
             [`ConfigError`]: The method cannot learn it.
             [`ExpertError`]: Another thread is learning one.
         """
+        self.bank.claim(task.name)  # or refuses, before anything changes
         self.abandon()
+        self.before = None  # else each would keep the one before it
+        with self.bank.lock.writing():
+            self.before = Snapshot(self, self.options, self.config)
         self.bank.claim(task.name)
-        self._before = {name: tensor.detach().clone() for name, tensor in self.state().items()}
         self.task, self.seed = task, seed
         try:
             self.begin(task)
@@ -226,14 +230,19 @@ class Method(Keeper):
         self.end(features_of)
         self.to(self.backbone.device)
         self.bank.abandon()
-        self.task, self._before = None, {}
+        self.task = None
 
     def abandon(self) -> None:
         """Forgets the task that is being learnt, if there is one: everything is what it was before."""
         if self.task is not None:
+            self.undo()
+
+    def undo(self) -> None:
+        """Takes back the task that was begun last, finished or not, as long as nothing has been saved since."""
+        assert self.before is not None
+        with self.bank.lock.writing():
+            self.before.restore()
             self.bank.abandon()
-            fill(self, self._before)
-            self.task, self._before = None, {}
 
     @contextmanager
     def learning(self) -> Iterator[None]:
@@ -247,6 +256,7 @@ class Method(Keeper):
                 yield
             finally:
                 self.abandon()
+                self.before = None
 
     def begin(self, task: TaskConfig) -> None:
         """Makes what the task trains. `self.task` is that task, `self.numbers` are the numbers of its classes."""

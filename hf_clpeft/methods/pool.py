@@ -61,6 +61,11 @@ class Pool(Method, name="l2x"):
             default="cls", metadata={"help": "What the head classifies: [CLS], or the mean of the prompts' outputs."}
         )
 
+        def __post_init__(self) -> None:
+            super().__post_init__()
+            if self.readout == "prompts" and self.peft["peft_type"] != "PROMPT_TUNING":
+                raise ConfigError("readout='prompts' needs a pool of prompts, of peft_type PROMPT_TUNING.")
+
     def __init__(self, backbone: Backbone, config: ContinualConfig):
         super().__init__(backbone, config)
         self.router = KeyRouter(self.query_size, self.options.pool_size, self.options.top_n)

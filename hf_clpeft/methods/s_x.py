@@ -109,9 +109,6 @@ class PerTask(Method):
     def expert_names(self) -> list[str]:
         return [task.name for task in self.config.tasks]
 
-    def check(self) -> None:
-        self.router.check_knows([task.name for task in self.config.tasks], self.config.classes)
-
     def expert_of(self, position: int) -> int | None:
         return position
 

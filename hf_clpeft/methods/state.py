@@ -1,6 +1,10 @@
-"""What a module keeps, out of a file that somebody else may have written."""
+"""What a module keeps: out of a file that somebody else may have written, and as it was before a task that failed."""
+
+from collections.abc import Iterator
 
 import torch
+
+from ..experts.stage import Stage
 
 
 ELSEWHERE = ("_", "bank.", "router.", "heads.")  # what is not saved, or has a file of its own
@@ -71,6 +75,67 @@ def fill(module: torch.nn.Module, tensors: dict[str, torch.Tensor]) -> None:
         else:
             assert isinstance(part, torch.nn.ParameterList)
             part.append(torch.nn.Parameter(tensor.clone()))
+
+
+class Snapshot:
+    """What a module and other objects are, so that they can become that again.
+
+    Tensors are copied to the CPU, so that it takes no memory of the device. Lists and dictionaries that are attributes
+    get back what they held; everything else is kept by reference.
+
+    Args:
+        module (`torch.nn.Module`): With all of its parts, but for PEFT models on a twin of the backbone.
+        others (objects, *optional*): Whose attributes are kept, too.
+
+    Example:
+
+    ```py
+    >>> import torch
+    >>> from hf_clpeft.methods.state import Snapshot
+
+    >>> names, layer = torch.nn.ParameterList(), torch.nn.Linear(1, 1)
+    >>> before = Snapshot(torch.nn.ModuleList([names, layer]))
+    >>> names.append(layer.weight.data.zero_())
+    ParameterList(  (0): Parameter containing: [torch.float32 of size 1x1])
+    >>> before.restore()
+    >>> len(names), bool(layer.weight)
+    (0, True)
+
+    ```
+    """
+
+    def __init__(self, module: torch.nn.Module, *others: object):
+        parts = list(_parts(module))
+        attributes = [vars(thing) for thing in (*parts, *others)]
+        filled = [value for values in attributes for value in values.values() if type(value) in (dict, list)]
+        self._filled = [(value, value.copy()) for value in [*attributes, *filled]]
+        tensors = [tensor for part in parts for tensor in (*part._parameters.values(), *part._buffers.values())]
+        self._tensors = [
+            (tensor, tensor.detach().to("cpu", copy=True), tensor.requires_grad)
+            for tensor in tensors
+            if tensor is not None
+        ]
+
+    def restore(self) -> None:
+        """Makes everything what it was."""
+        for value, before in self._filled:
+            if isinstance(value, list):
+                value[:] = before
+                continue
+            value.update(before)  # first, so that no other thread misses an attribute
+            for name in value.keys() - before.keys():
+                del value[name]
+        for tensor, before, trained in self._tensors:
+            tensor.data = before.to(tensor.device)
+            tensor.grad = None
+            tensor.detach_().requires_grad_(trained)
+
+
+def _parts(module: torch.nn.Module) -> Iterator[torch.nn.Module]:
+    yield module
+    for child in module.children():
+        if not isinstance(child, Stage):
+            yield from _parts(child)
 
 
 def _lists(module: torch.nn.Module) -> list[str]:

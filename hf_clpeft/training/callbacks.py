@@ -10,8 +10,8 @@ from ..streams import Task
 class TrainerCallback:
     """Base of callbacks: every method does nothing, and a subclass overrides those that it needs.
 
-    An exception ends the training; what is saved is the model after the last task. Events happen on every process, but
-    for `on_save` and `on_push`, which happen on the main one.
+    An exception ends the training. Before `on_save`, it leaves model, report and folder as they were after the task
+    before. Events happen on every process, but for `on_save` and `on_push`, which happen on the main one.
 
     Example:
 

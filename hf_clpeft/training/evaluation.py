@@ -67,6 +67,21 @@ class Evaluator:
             for selection in self._selections(test, measured) if method.independent and method.reads else []:
                 test.recall(selection)
 
+    def forwards(self) -> dict[str, int]:
+        """How many images of each registered test split have passed an expert so far."""
+        return {name: test.forwards for name, test in self._tests.items()}
+
+    def forget(self, owner: int, forwards: dict[str, int]) -> None:
+        """Forgets all that a task has brought which is not learnt after all.
+
+        Args:
+            owner (`int`): Position that it had in the model.
+            forwards (`dict[str, int]`): What [`~Evaluator.forwards`] was before it.
+        """
+        self._tests = {name: test for name, test in self._tests.items() if name in forwards}
+        for name, test in self._tests.items():
+            test.forget(owner, forwards[name])
+
     def _queries(self, images: TaskImages, name: str) -> torch.Tensor:
         method = self.model.method
         if not method.query_layers:

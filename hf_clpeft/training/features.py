@@ -125,6 +125,11 @@ class TestFeatures:
         self._where[used] = torch.arange(len(self.features))
         self._used.zero_()
 
+    def forget(self, expert: int, forwards: int) -> None:
+        """Forgets features under the last expert, which is no more, and goes back to how many forwards there were."""
+        self.forwards = forwards
+        self._where, self._used = self._where[:, :expert], self._used[:, :expert]
+
     def under(self, selection: torch.Tensor, compute: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
         """Features of every image under its selected experts.
 

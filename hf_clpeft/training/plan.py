@@ -72,8 +72,9 @@ def make_plan(model: ContinualModel, stream: TaskStream, args: ContinualTraining
             steps = 0
         planned.append(PlannedTask(task, False, images, test_images, *model.method.costs(), steps))
         assert model.method.task is not None
-        model.config.classes, begun = model.method.classes, model.method.task
+        classes, begun = model.method.classes, model.method.task
         model.method.abandon()
+        model.config.classes = classes
         model.config.tasks.append(begun)
     return planned
 

@@ -6,6 +6,7 @@ import math
 import shlex
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
+from copy import deepcopy
 
 import numpy as np
 import torch
@@ -196,44 +197,61 @@ class ContinualTrainer:
     def _learn(self, task: Task) -> StreamReport:
         args, model, seconds = self.args, self.model, dict[str, float]()
         owner = len(model.config.tasks)
-        self.callbacks("on_task_begin", self.model, task)
-        with timed(seconds, "images"):
-            train = self._training_images(task.train)
-            test = None if task.test is None else self._images(task.test)
-        with timed(seconds, "forward_transfer"):
-            before = self._evaluate_before(task, test)
-        set_seed(args.seed + owner)
-        stored = model.method.num_bytes()
-        model.start_task(task.name, task.classes, task.domain, args.seed)
-        trained_on, trained = describe(task, owner, train), model.method.costs()
-        self._train(task, train, seconds, trained_on)
-        with model.bank.lock.writing():  # no other thread sees, or saves, a task that the report does not know
-            with timed(seconds, "router"), waiting(f"Finishing {task.name}", self._shows):
-                model.finish_task(self._features_of(task, train, f"Querying {task.name}"), len(train))
-                same_everywhere(model.method, self.accelerator)
-            self.report.catch_up(model.config.tasks[:-1])
-            self.report.add_task(
-                task.name,
-                model.config.tasks[-1].title,
-                expert_parameters=trained[0],
-                head_parameters=trained[1],
-                stored_bytes=model.method.num_bytes() - stored,
-                train_images_per_second=len(train) * args.num_train_epochs / (seconds.get("train") or math.nan),
-                untrained_accuracy=1 / len(task.classes),
-                seconds=seconds,
-            )
-        with timed(seconds, "evaluate"):
-            if test is not None:
-                self._tests[owner] = task
-                self.evaluator.add(task.name, test)
-            self._evaluate(before)
-        note_pictures(self.report.environment, task.name, trained_on, test)
-        if self._shows:
-            print_task(self.report)
-        self.callbacks("on_task_end", self.model, task)
+        with self._all_or_nothing():
+            self.callbacks("on_task_begin", self.model, task)
+            with timed(seconds, "images"):
+                train = self._training_images(task.train)
+                test = None if task.test is None else self._images(task.test)
+            with timed(seconds, "forward_transfer"):
+                before = self._evaluate_before(task, test)
+            set_seed(args.seed + owner)
+            stored = model.method.num_bytes()
+            model.start_task(task.name, task.classes, task.domain, args.seed)
+            trained_on, trained = describe(task, owner, train), model.method.costs()
+            self._train(task, train, seconds, trained_on)
+            with model.bank.lock.writing():  # no other thread sees, or saves, a task that the report does not know
+                with timed(seconds, "router"), waiting(f"Finishing {task.name}", self._shows):
+                    model.finish_task(self._features_of(task, train, f"Querying {task.name}"), len(train))
+                    same_everywhere(model.method, self.accelerator)
+                self.report.catch_up(model.config.tasks[:-1])
+                self.report.add_task(
+                    task.name,
+                    model.config.tasks[-1].title,
+                    expert_parameters=trained[0],
+                    head_parameters=trained[1],
+                    stored_bytes=model.method.num_bytes() - stored,
+                    train_images_per_second=len(train) * args.num_train_epochs / (seconds.get("train") or math.nan),
+                    untrained_accuracy=1 / len(task.classes),
+                    seconds=seconds,
+                )
+            with timed(seconds, "evaluate"):
+                if test is not None:
+                    self._tests[owner] = task
+                    self.evaluator.add(task.name, test)
+                self._evaluate(before)
+            note_pictures(self.report.environment, task.name, trained_on, test)
+            if self._shows:
+                print_task(self.report)
+            self.callbacks("on_task_end", self.model, task)
         self._save()
         self.accelerator.free_memory()
         return self.report
+
+    @contextmanager
+    def _all_or_nothing(self) -> Iterator[None]:
+        """What fails before a task can be saved leaves no trace of it, in the model and its report or here."""
+        known, report = len(self.model.config.tasks), deepcopy(vars(self.report))
+        forwards = self.evaluator.forwards()
+        try:
+            yield
+        except BaseException:
+            if len(self.model.config.tasks) > known:
+                with self.model.bank.lock.writing():
+                    self.model.method.undo()
+                    vars(self.report).update(report)
+            self._tests.pop(known, None)
+            self.evaluator.forget(known, forwards)
+            raise
 
     def _take_up(self, task: Task, position: int) -> None:
         """Makes a task that was learnt before part of the evaluations to come."""
