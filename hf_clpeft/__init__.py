@@ -88,6 +88,9 @@ if TYPE_CHECKING:  # what is imported below when it is first used; a test holds 
         TrainerCallback as TrainerCallback,
         TrainingError as TrainingError,
     )
+    from .training.recipe import (
+        run_recipe as run_recipe,
+    )
 
 
 __version__ = "0.1.0"
@@ -135,6 +138,7 @@ _MODULES = {
     "model": ["ContinualModel"],
     "combining": ["combine"],
     "training": ["ContinualTrainer", "ContinualTrainingArguments", "TrainerCallback", "TrainingError"],
+    "training.recipe": ["run_recipe"],
 }
 _MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}
 
