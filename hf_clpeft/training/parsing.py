@@ -152,7 +152,8 @@ class OptionParser(HfArgumentParser):
                 words.append(f"--{name}={json.dumps(value, default=str)}")
             elif value is None or isinstance(value, list | dict):
                 shown = "nothing" if value is None else str(value)[:60]
-                raise OptionError(f"{path}: {name} is {shown}; it takes {'values' if several else 'a single value'}.")
+                takes = "values" if several else "a mapping" if name in self._mappings else "a single value"
+                raise OptionError(f"{path}: {name} is {shown}; it takes {takes}.")
             else:
                 words += [f"--{name}", str(value)] if several else [f"--{name}={value}"]
         try:
