@@ -209,6 +209,7 @@ def test_of_several_methods_one_is_chosen_and_its_own_options_are_offered(capsys
     run_recipe(*controls, argv=[*argv, "--config", "ranpac.yaml", "--projection_size", "60"])
     wanted = [{"name": "slda"}, {"name": "sequential_lora", "r": 2}, {"projection_size": 50}, {"projection_size": 60}]
     assert all(values.items() <= method.to_dict().items() for method, values in zip(planned, wanted, strict=True))
+    capsys.readouterr()
     assert "--method: 'rampac' is not one of slda, ranpac" in refused(["--method", "rampac"], capsys, *controls)
     assert "There is no option --projection_size" in refused(["--projection_size", "5"], capsys, *controls)
     with pytest.raises(SystemExit) as end:
