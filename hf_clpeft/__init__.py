@@ -28,6 +28,7 @@ if TYPE_CHECKING:  # what is imported below when it is first used; a test holds 
         ExpertBank as ExpertBank,
         ExpertError as ExpertError,
         PromptTunedVisionModel as PromptTunedVisionModel,
+        make_peft_config as make_peft_config,
     )
     from .hub.errors import (
         HubError as HubError,
@@ -88,6 +89,9 @@ if TYPE_CHECKING:  # what is imported below when it is first used; a test holds 
         TrainerCallback as TrainerCallback,
         TrainingError as TrainingError,
     )
+    from .training.recipe import (
+        run_recipe as run_recipe,
+    )
 
 
 __version__ = "0.1.0"
@@ -96,7 +100,7 @@ _MODULES = {
     "config": ["ConfigError", "ContinualConfig", "HfClpeftError", "MethodOptions"],
     "streams": ["BENCHMARKS", "Benchmark", "StreamError", "Task", "TaskStream", "load_benchmark", "load_task"],
     "backbones": ["Backbone", "BackboneError", "load_backbone"],
-    "experts": ["Expert", "ExpertBank", "ExpertError", "PromptTunedVisionModel"],
+    "experts": ["Expert", "ExpertBank", "ExpertError", "PromptTunedVisionModel", "make_peft_config"],
     "routing": [
         "ClassMeanRouter",
         "ClassRouter",
@@ -135,6 +139,7 @@ _MODULES = {
     "model": ["ContinualModel"],
     "combining": ["combine"],
     "training": ["ContinualTrainer", "ContinualTrainingArguments", "TrainerCallback", "TrainingError"],
+    "training.recipe": ["run_recipe"],
 }
 _MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}
 

@@ -3,50 +3,43 @@
     python recipes/compare.py --config recipes/configs/digits.yaml                # minutes, on a CPU, offline
     python recipes/compare.py --config recipes/configs/main_cpu.yaml --data_root my/data --backbone my/vit
 
-The file names `seeds`, `benchmarks` and `methods`. An entry holds options of the recipes (see `s_lora.py --help`)
-and of the preset; options that hold for all runs stand under `options`, those of one method on one benchmark under
-`methods` of the benchmark. `experts_from` names a method whose experts are taken over, not trained again; `base`
-other files, on top of which this one stands. A seed decides the order of classes, the draw of weights and that of
-batches.
+The file names `seeds`, `benchmarks` and `methods`. An entry holds options of the recipes (see `s_lora.py --help`),
+those of the method among them; options that hold for all runs stand under `options`, those of one method on one
+benchmark under `methods` of the benchmark. `method` names the method where the entry has a name of its own,
+`experts_from` another entry whose experts are taken over, not trained again. `imports` lists Python files to run
+first, which define methods that are not in the package; `base` other files, on top of which this one stands. A seed
+decides the order of classes, the draw of weights and that of batches.
 
 Results go into the CSV run by run. What stands there already is not run again, and a run that was killed goes on after
 its last task, so the same command finishes the table.
 """
 
 import csv
-import inspect
 import json
 import multiprocessing
 import os
-import statistics
+import runpy
 from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields
+from functools import cache
 from pathlib import Path
+from typing import get_type_hints
 
-import numpy as np
 import torch
+from compare_tables import MEASURES, draw, make_table
 
-from hf_clpeft import METHODS, ConfigError, ContinualTrainingArguments, MethodConfig, StreamReport, TaskStream
-from hf_clpeft.config.checks import MOST, check_ranges, check_types
+from hf_clpeft import METHODS, ConfigError, ContinualTrainingArguments, MethodOptions, StreamReport, TaskStream
+from hf_clpeft.config.checks import MOST, check_ranges, check_types, fits
 from hf_clpeft.config.errors import OptionError, errors_in_one_line, refusing_options
-from hf_clpeft.reports.plots import plot_bars, plot_comparison, plot_series
 from hf_clpeft.streams import BENCHMARKS
-from hf_clpeft.training.options import BackboneArguments, StreamArguments
+from hf_clpeft.training.options import BackboneArguments, StreamArguments, options_of
 from hf_clpeft.training.parsing import OptionParser, nearest, read_yaml as read_file
 from hf_clpeft.training.recipe import command_line, learn
 
 
 GROUPS = (StreamArguments, BackboneArguments, ContinualTrainingArguments)
 COMMON = {f.name for group in GROUPS for f in fields(group)}
-MEASURES = {
-    "average_accuracy": "average",
-    "average_incremental_accuracy": "incremental",
-    "forgetting": "forgetting",
-    "routing_accuracy": "routing",
-    "oracle_accuracy": "oracle-routed",
-}
-PAIRS = (("l2l", "l2p"), ("s_lora", "s_prompts"), ("s_lora_pp", "s_prompts_pp"))  # LoRA, prompts
 
 
 @dataclass
@@ -81,9 +74,10 @@ class Run:
 
     Args:
         benchmark (`str`), method (`str`), seed (`int`): Where it stands in the table.
-        options (`dict`): Everything that was chosen for it, as options of the recipes and of the preset.
+        options (`dict`): Everything that was chosen for it, as options of the recipes.
         folder (`str`): Folder of the model.
         needs (`str`, *optional*): Method whose experts it takes over.
+        imports (`tuple[str, ...]`): Python files that define methods.
     """
 
     benchmark: str
@@ -92,6 +86,7 @@ class Run:
     options: dict
     folder: str
     needs: str | None
+    imports: tuple[str, ...] = ()
 
     @property
     def key(self) -> tuple[str, str, int]:
@@ -101,7 +96,7 @@ class Run:
 def read_config(path: str) -> dict:
     """The YAML file on top of its `base`, after checking that it has what a comparison needs."""
     config = read_yaml(Path(path))
-    check_keys(path, config, {"benchmarks", "methods"}, {"seeds", "options"})
+    check_keys(path, config, {"benchmarks", "methods"}, {"seeds", "options", "imports"})
     return config
 
 
@@ -128,10 +123,19 @@ def read_yaml(path: Path, above: tuple[Path, ...] = ()) -> dict:
     if path in above:
         raise OptionError(f"{above[0]}: its base leads back to {path}.")
     config = read_file(path)
-    bases, below = config.pop("base", []), {}
+    bases, below, imports = config.pop("base", []), {}, config.pop("imports", [])
     for base in [bases] if isinstance(bases, str) else bases:
         below = merge(below, read_yaml(path.parent / base, (*above, path)))
-    return merge(below, config)
+    found = [*below.get("imports", []), *(str(path.parent / each) for each in imports)]
+    return merge(below, {**config, "imports": found} if found else config)
+
+
+@cache
+def import_file(path: str) -> None:
+    """Runs a Python file, once, for the methods that it defines."""
+    if not Path(path).is_file():
+        raise OptionError(f"imports: there is no file {path}.")
+    runpy.run_path(path)
 
 
 def merge(below: dict, above: dict) -> dict:
@@ -151,7 +155,9 @@ def folder_of(args: CompareArguments) -> Path:
 
 def plan(args: CompareArguments, config: dict) -> list[Run]:
     """All runs of the table."""
-    folder, runs = folder_of(args), []
+    folder, runs, imports = folder_of(args), [], tuple(config.get("imports", ()))
+    for path in imports:
+        import_file(path)
     for kind in ("methods", "benchmarks"):
         for name in getattr(args, kind) or ():
             if name not in config[kind]:
@@ -167,14 +173,15 @@ def plan(args: CompareArguments, config: dict) -> list[Run]:
                 chosen = args.methods is None or method in args.methods
                 if not chosen or (args.benchmarks is not None and benchmark not in args.benchmarks):
                     continue
-                preset = (of_method or {}).get("method", method)
+                kind = (of_method or {}).get("method", method)
                 # What is meant for all methods is given to those that have it.
-                common = {**BENCHMARKS[benchmark].options_for(preset), **config.get("options", {}), **of_benchmark}
+                accepted = COMMON | {f.name for f in fields(options_of(kind))}
+                common = {**BENCHMARKS[benchmark].options_for(kind), **config.get("options", {}), **of_benchmark}
                 options = {
-                    **{name: value for name, value in common.items() if name in COMMON or name in accepted(preset)},
-                    "method": preset,
+                    **{name: value for name, value in common.items() if name in accepted},
+                    "method": kind,
                     **(of_method or {}),
-                    **of_both.get(method, of_both.get(preset, {})),
+                    **of_both.get(method, of_both.get(kind, {})),
                     "benchmark": benchmark,
                     "seed": seed,
                 }
@@ -188,7 +195,7 @@ def plan(args: CompareArguments, config: dict) -> list[Run]:
                 needs = options.pop("experts_from", None)
                 if needs is not None:
                     options["experts_from"] = str(place / slug(needs))
-                runs.append(Run(benchmark, method, seed, options, str(place / slug(method)), needs))
+                runs.append(Run(benchmark, method, seed, options, str(place / slug(method)), needs, imports))
     for run in runs:  # what cannot be meant is found before anything is learnt
         with refusing_options():
             make_method(run)
@@ -202,32 +209,22 @@ def slug(name: str) -> str:
 
 
 def split_options(run: Run) -> tuple[list[dict], dict]:
-    """Options of each group of the recipes, and what is left for the preset."""
+    """Options of each group of the recipes, and what is left for the method."""
     options = {name: value for name, value in run.options.items() if name != "method"}
     groups = [{f.name: options.pop(f.name) for f in fields(group) if f.name in options} for group in GROUPS]
     return groups, options
 
 
-def make_method(run: Run) -> MethodConfig:
-    preset = run.options["method"]
-    _, options = split_options(run)
-    # What a preset fixes may be changed here, for example its PEFT technique.
-    changed = {
-        f.name: options.pop(f.name) for f in fields(MethodConfig) if f.name in options.keys() - accepted(preset)
-    }
-    unknown = sorted(options.keys() - accepted(preset))
-    if unknown and "lora" not in accepted(preset):  # what PEFT's LoRA takes, PEFT checks
-        near = nearest(unknown[0], accepted(preset) | COMMON)
-        raise OptionError(f"{run.method} on {run.benchmark}: there is no option {unknown[0]!r}{near}")
-    return replace(METHODS[preset](**options), **changed)
-
-
-def accepted(preset: str) -> set[str]:
-    """Names of a preset's options."""
-    if preset not in METHODS:
-        near = nearest(str(preset), METHODS)
-        raise OptionError(f"There is no method {preset!r}{near} There are {', '.join(METHODS)}.")
-    return set(inspect.signature(METHODS[preset]).parameters)
+def make_method(run: Run) -> MethodOptions:
+    kind, (_, options) = options_of(run.options["method"]), split_options(run)
+    hints, known = get_type_hints(kind), {f.name for f in fields(kind)}
+    for name, value in options.items():
+        if name not in known:
+            near = nearest(name, known | COMMON)
+            raise OptionError(f"{run.method} on {run.benchmark}: there is no option {name!r}{near}")
+        if not fits(value, hints[name]) and fits([value], hints[name]):  # as on a command line
+            options[name] = [value]
+    return kind(**options)
 
 
 def run_chain(runs: list[Run]) -> list[dict]:
@@ -236,6 +233,8 @@ def run_chain(runs: list[Run]) -> list[dict]:
 
 
 def measure(run: Run) -> dict:
+    for path in run.imports:  # in a process of its own
+        import_file(path)
     (stream_options, backbone_options, training_options), _ = split_options(run)
     stream: TaskStream = StreamArguments(**stream_options).load()
     backbone = BackboneArguments(**backbone_options)
@@ -247,11 +246,12 @@ def measure(run: Run) -> dict:
 
 
 def row_of(run: Run, report: StreamReport, training: ContinualTrainingArguments, stream: TaskStream) -> dict:
-    method, environment, summary = make_method(run), report.environment, report.summary()
+    environment, summary = report.environment, report.summary()
+    if run.options.get("joined"):  # learnt once, it has no way to go
+        summary = {"average_accuracy": summary["average_accuracy"]}
     images = [len(task.train.dataset) for task in stream]
     stepped = [count for count, seconds in zip(images, report.seconds, strict=True) if "train" in seconds]
-    seen = training.num_train_epochs * sum(images if method.joint and stepped else stepped)
-    count = sum if method.experts == "per_task" else max
+    count = sum if METHODS[run.options["method"]].independent else max
     backbone = environment["backbone"]
     name = backbone["name_or_path"]
     shown = {name: value for name, value in run.options.items() if name not in ("dataset", "experts_from", "backbone")}
@@ -263,7 +263,7 @@ def row_of(run: Run, report: StreamReport, training: ContinualTrainingArguments,
         "trained_parameters": count(report.expert_parameters),
         "stored_bytes": sum(report.stored_bytes),
         "train_images": sum(images),
-        "images_seen": seen,
+        "images_seen": training.num_train_epochs * sum(stepped),
         "seconds": round(sum(sum(parts.values()) for parts in report.seconds), 1),
         "train_seconds": round(sum(parts.get("train", 0.0) for parts in report.seconds), 1),
         "test_forwards_per_image": round(report.test_forwards_per_image, 3),
@@ -366,120 +366,6 @@ def write_rows(rows: Iterable[dict], path: Path) -> None:
         writer.writeheader()
         writer.writerows(rows)
     part.replace(path)
-
-
-# What is made of the rows
-
-
-def values_of(rows: list[dict], measure: str) -> list[float]:
-    return [float(row[measure]) for row in rows if row[measure] != ""]
-
-
-def grouped(rows: list[dict]) -> dict[str, dict[str, list[dict]]]:
-    """Rows by benchmark and method, in their order."""
-    groups: dict[str, dict[str, list[dict]]] = {}
-    for row in rows:
-        groups.setdefault(row["benchmark"], {}).setdefault(row["method"], []).append(row)
-    return groups
-
-
-def spread(values: list[float], scale: float = 100) -> str:
-    """Mean ± standard deviation; the mean alone of a single value."""
-    if not values:
-        return "–"
-    mean = f"{scale * statistics.mean(values):.1f}"
-    return mean if len(values) == 1 else f"{mean} ± {scale * statistics.stdev(values):.1f}"
-
-
-def make_table(rows: list[dict]) -> str:
-    """Average accuracy of all methods on all benchmarks, what LoRA gains over prompts, and each benchmark in full."""
-    groups = grouped(rows)
-    methods = list(dict.fromkeys(row["method"] for row in rows))
-    lines = ["Average accuracy after the last task, in %, mean ± standard deviation over seeds.", ""]
-    lines += ["| method | " + " | ".join(groups) + " |", "|---|" + "---|" * len(groups)]
-    for method in methods:
-        cells = [spread(values_of(of.get(method, []), "average_accuracy")) for of in groups.values()]
-        lines.append(f"| {method} | " + " | ".join(cells) + " |")
-    lines += pair_lines(groups)
-    for benchmark, of in groups.items():
-        seeds = ", ".join(sorted({str(row["seed"]) for found in of.values() for row in found}))
-        first = next(iter(of.values()))[0]
-        lines += ["", f"## {benchmark}", ""]
-        lines.append(
-            f"{first['train_images']} training images in {len(json.loads(first['accuracy_matrix']))} tasks, "
-            f"{first['backbone']} (weights {first['weight_hash'][:12]}) at {first['image_size']} px, "
-            f"{first['device']}, seeds {seeds}."
-        )
-        names = (*MEASURES.values(), "trained parameters", "stored kB", "images seen", "seconds")
-        lines += ["", "| method | " + " | ".join(names) + " |", "|---|" + "---|" * len(names)]
-        for method, found in of.items():
-            cells = [spread(values_of(found, measure)) for measure in MEASURES]
-            cells += [f"{statistics.mean(values_of(found, 'trained_parameters')):,.0f}"]
-            cells += [f"{statistics.mean(values_of(found, 'stored_bytes')) / 1000:,.0f}"]
-            cells += [f"{statistics.mean(values_of(found, name)):,.0f}" for name in ("images_seen", "seconds")]
-            lines.append(f"| {method} | " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
-
-
-def pair_lines(groups: dict[str, dict[str, list[dict]]]) -> list[str]:
-    lines = []
-    for lora, prompts in PAIRS:
-        cells = []
-        for of in groups.values():
-            ours, theirs = (
-                {int(row["seed"]): float(row["average_accuracy"]) for row in of.get(name, [])}
-                for name in (lora, prompts)
-            )
-            cells.append(spread([ours[seed] - theirs[seed] for seed in ours if seed in theirs]))
-        if any(cell != "–" for cell in cells):
-            lines.append(f"| {lora} − {prompts} | " + " | ".join(cells) + " |")
-    if not lines:
-        return []
-    head = ["", "What LoRA gains over prompts, in points, seed by seed:", ""]
-    return [*head, "| difference | " + " | ".join(groups) + " |", "|---|" + "---|" * len(groups), *lines]
-
-
-def curve_of(row: dict) -> np.ndarray:
-    """Mean accuracy over the tasks seen so far, after each task; NaN where not measured."""
-    matrix = np.array(json.loads(row["accuracy_matrix"]), dtype=float)
-    return np.array([values[: i + 1].mean() for i, values in enumerate(matrix)])
-
-
-def draw(rows: list[dict], stem: Path) -> list[Path]:
-    """All plots of a table. Gives their paths."""
-    groups = grouped(rows)
-    curves, points, bars = {}, {}, {}
-    for benchmark, of in groups.items():
-        curves[benchmark], points[benchmark], bars[benchmark] = {}, {}, {}
-        for method, found in of.items():
-            values = np.array([curve_of(row) for row in found])
-            curves[benchmark][method] = (np.arange(1, values.shape[1] + 1), values)
-            accuracy = np.array(values_of(found, "average_accuracy"))[:, None]
-            parameters = statistics.mean(values_of(found, "trained_parameters"))
-            points[benchmark][method] = (np.array([parameters]), accuracy)
-            if routing := values_of(found, "routing_accuracy"):
-                bars[benchmark][method] = routing
-    paths = [stem.with_name(f"{stem.name}_{what}.png") for what in ("curves", "parameters", "routing")]
-    plot_series(curves, paths[0], "tasks learnt", "accuracy on the tasks so far")
-    plot_series(points, paths[1], "trained parameters, without the head", "average accuracy", log_x=True)
-    if any(bars.values()):
-        plot_bars(bars, paths[2], "routing accuracy")
-    for benchmark, of in groups.items():
-        paths.append(stem.with_name(f"{stem.name}_matrix_{benchmark}.png"))
-        # What trained on all tasks at once has one row, and no matrix to draw.
-        continual = [found[0] for found in of.values() if not np.isnan(curve_of(found[0])).any()]
-        plot_comparison([report_of(row) for row in continual], paths[-1])
-    return paths
-
-
-def report_of(row: dict) -> StreamReport:
-    """As much of a run's report as its accuracy matrix says."""
-    report = StreamReport(row["method"], row["benchmark"], {})
-    matrix = np.array(json.loads(row["accuracy_matrix"]), dtype=float)
-    for i in range(len(matrix)):
-        report.add_task(f"task-{i:03d}", f"task {i + 1}")
-    report.accuracy_matrix = matrix.tolist()
-    return report
 
 
 def main():

@@ -4,17 +4,8 @@ accelerate launch --quiet recipes/s_prompts.py                      # ViT-B/16, 
 accelerate launch --quiet recipes/s_prompts.py --benchmark digits   # offline, on what comes with the package
 """
 
-from dataclasses import dataclass, field
-
-from hf_clpeft import s_prompts
-from hf_clpeft.training.options import PrototypeArguments
-from hf_clpeft.training.recipe import run_recipe
-
-
-@dataclass
-class SPromptsArguments(PrototypeArguments):
-    prompt_length: int = field(default=10, metadata={"help": "Prompt tokens behind [CLS]."})
+from hf_clpeft import run_recipe
 
 
 if __name__ == "__main__":
-    run_recipe(SPromptsArguments, s_prompts)
+    run_recipe("s_prompts")

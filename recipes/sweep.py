@@ -13,7 +13,8 @@ All else is as in `recipes/compare.py`: parallel with `--num_workers`, and what 
 from pathlib import Path
 
 import numpy as np
-from compare import CompareArguments, check_keys, folder_of, make_table, plan, read_yaml, run_all, values_of
+from compare import CompareArguments, check_keys, folder_of, plan, read_yaml, run_all
+from compare_tables import make_table, values_of
 
 from hf_clpeft.config.errors import OptionError, errors_in_one_line
 from hf_clpeft.reports.plots import plot_series
@@ -24,11 +25,12 @@ from hf_clpeft.training.recipe import command_line
 def read_sweep(path: str) -> dict:
     """The YAML file as one for a comparison: every point of a series a method of its own."""
     config = read_yaml(Path(path))
-    check_keys(path, config, {"benchmarks", "series", "x"}, {"seeds", "methods", "options", "measures"})
+    check_keys(path, config, {"benchmarks", "series", "x"}, {"seeds", "methods", "options", "imports", "measures"})
     methods = {}
     for points in points_of(config).values():
         methods.update(points)
-    return {name: config[name] for name in ("seeds", "benchmarks", "options") if name in config} | {"methods": methods}
+    kept = {name: config[name] for name in ("seeds", "benchmarks", "options", "imports") if name in config}
+    return {**kept, "methods": methods}
 
 
 def points_of(config: dict) -> dict[str, dict[str, dict]]:

@@ -14,7 +14,7 @@ import csv
 import itertools
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -22,12 +22,12 @@ import torch
 from peft import PeftModel, set_peft_model_state_dict
 from transformers import ViTConfig, ViTImageProcessorPil, ViTModel
 
-from hf_clpeft import Backbone, Expert, ExpertBank, KeyRouter, load_backbone
-from hf_clpeft.config import BackboneConfig, TaskConfig
+from hf_clpeft import METHODS, Backbone, Batch, ContinualConfig, Expert, ExpertBank, load_backbone
+from hf_clpeft.config import BackboneConfig, MethodOptions, TaskConfig
 from hf_clpeft.config.checks import MOST, check_ranges, check_types
 from hf_clpeft.config.errors import ConfigError, errors_in_one_line
 from hf_clpeft.experts.expert import make_peft_config, make_peft_model
-from hf_clpeft.methods.learners import ExpertLearner, PoolLearner
+from hf_clpeft.methods import Method, make_method
 from hf_clpeft.reports.plots import plot_throughput
 from hf_clpeft.reports.versions import library_versions
 from hf_clpeft.training.parsing import OptionParser
@@ -186,47 +186,45 @@ def trainers(backbone: Backbone, setting: Setting, args: ThroughputArguments) ->
     images = torch.randn(batch, 3, size, size, device=device)
     labels = torch.randint(CLASSES, (batch,), device=device)
     query = torch.randn(batch, backbone.hidden_size, device=device)
-    task = TaskConfig("task", [str(i) for i in range(CLASSES)])
 
-    def step_of(module: torch.nn.Module, loss_of: Callable) -> Callable:
-        optimizer = torch.optim.AdamW([p for p in module.parameters() if p.requires_grad], lr=1e-3)
+    def step_of(parameters: Iterable[torch.nn.Parameter], loss_of: Callable) -> Callable:
+        optimizer = torch.optim.AdamW([p for p in parameters if p.requires_grad], lr=1e-3)
 
         def step():
             with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-                loss = loss_of(module)
+                loss = loss_of().mean()
             loss.backward()
             optimizer.step()
             optimizer.zero_grad()
 
         return step
 
-    def head() -> tuple:
-        linear = torch.nn.Linear(backbone.hidden_size, CLASSES, device=device)
-        return task, linear, list(range(CLASSES)), torch.arange(CLASSES, device=device)
-
-    def slot() -> PeftModel:
+    def begun(options: MethodOptions, form: str = "auto") -> Method:
+        """A method that has begun a task, on a backbone of its own."""
         own = copy.deepcopy(backbone)
-        return make_peft_model(own, make_peft_config(setting.peft, own)).to(device)
+        method = make_method(own, ContinualConfig(options, own.config))
+        method.bank = ExpertBank(own, form)
+        method.to(device).start(TaskConfig("task", [str(i) for i in range(CLASSES)]))
+        return method
 
-    bare = torch.nn.ModuleDict(
-        {"model": slot(), "head": torch.nn.Linear(backbone.hidden_size, CLASSES, device=device)}
-    )
+    own = copy.deepcopy(backbone)
+    peft_model = make_peft_model(own, make_peft_config(setting.peft, own)).to(device)
+    head = torch.nn.Linear(backbone.hidden_size, CLASSES, device=device)
 
-    def bare_loss(module):
-        features = module["model"](pixel_values=images).last_hidden_state[:, 0]
-        return torch.nn.functional.cross_entropy(module["head"](features.float()).float(), labels)
+    def bare_loss():
+        features = peft_model(pixel_values=images).last_hidden_state[:, 0]
+        return torch.nn.functional.cross_entropy(head(features.float()).float(), labels)
 
-    systems = {"PEFT, one adapter": step_of(bare, bare_loss)}
-    expert = ExpertLearner(slot(), backbone, *head()).to(device)
-    systems["S-X: one expert"] = step_of(expert, lambda module: module(images, labels)[0])
-    parts = [bare["model"], expert.peft_model]
+    systems = {"PEFT, one adapter": step_of([*peft_model.parameters(), *head.parameters()], bare_loss)}
+    expert = begun(METHODS["s_x"].Config(peft=setting.peft))
+    systems["S-X: one expert"] = step_of(expert.parameters(), lambda: expert.loss(Batch(images, labels)))
+    parts = [peft_model, expert.bank.slot]
+    size = {"pool_size": setting.num_experts, "top_n": min(TOP_N, setting.num_experts)}
     for form in ("stacked", "gathered") if setting.technique == "lora" else ("gathered",):
-        bank = ExpertBank(copy.deepcopy(backbone), form)
-        bank.extend(random_experts(backbone, setting, setting.num_experts))
-        router = KeyRouter(backbone.hidden_size, setting.num_experts, min(TOP_N, setting.num_experts)).to(device)
-        pool = PoolLearner(bank, router, "cls", 0.5, *head()).to(device)
-        systems[f"L2X: pool, {form}"] = step_of(pool, lambda module: module(images, labels, query)[0])
-        parts.append(bank)
+        pool = begun(METHODS["l2x"].Config(peft=setting.peft, **size), form)
+        loss_of = lambda pool=pool: pool.loss(Batch(images, labels, query))  # noqa: E731
+        systems[f"L2X: pool, {form}"] = step_of(pool.parameters(), loss_of)
+        parts.append(pool.bank)
     for part in parts if setting.compile == "on" else []:
         part.compile()
     return systems

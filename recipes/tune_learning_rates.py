@@ -8,24 +8,21 @@ and writes every trial to `tuning.csv` in the output folder.
 """
 
 import csv
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from itertools import product
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Literal
 
 from hf_clpeft import METHODS, ConfigError, ContinualTrainingArguments, Task, TaskStream
 from hf_clpeft.config.checks import MOST, check_ranges, check_types
 from hf_clpeft.config.errors import errors_in_one_line
-from hf_clpeft.training.options import BackboneArguments, StreamArguments, parse
+from hf_clpeft.training.options import BackboneArguments, StreamArguments, options_of, parse
 from hf_clpeft.training.recipe import learn
 
 
 @dataclass
 class TuningArguments:
-    method: Literal["s_lora", "s_prompts", "l2l", "l2p"] = field(
-        default="s_lora", metadata={"help": "Method to tune for."}
-    )
+    method: str = field(default="s_lora", metadata={"help": "Method to tune for, one that trains."})
     tuning_tasks: int = field(default=1, metadata={"help": "How many of the first tasks to look at."})
     learning_rates: list[float] = field(
         default_factory=lambda: [1e-3, 5e-3, 2e-2], metadata={"help": "Learning rates of the expert to try."}
@@ -37,6 +34,9 @@ class TuningArguments:
     def __post_init__(self):
         check_types(self)
         check_ranges(self, tuning_tasks=(1, MOST))
+        options_of(self.method)  # there is one of that name
+        if not METHODS[self.method].trains:
+            raise ConfigError(f"method={self.method!r} makes no optimizer steps: there is no learning rate to choose.")
         for rate in [*self.learning_rates, *self.head_learning_rates]:
             if not 0 <= rate <= MOST:
                 raise ConfigError(
@@ -56,7 +56,8 @@ def main():
     stream_args, backbone, training, tuning = parse(groups)
     tasks = [hold_out(task, training.seed) for task in stream_args.load()[: tuning.tuning_tasks]]
     stream = TaskStream(tasks, name=f"first {len(tasks)} tasks")
-    method = METHODS[tuning.method](**({"k": 1} if tuning.method.startswith("s_") else {}))
+    kind = options_of(tuning.method)
+    method = kind(**{f.name: 1 for f in fields(kind) if f.name == "k"})  # no route is judged: the least to compute
     trials = []
     for head_rate, rate in product(tuning.head_learning_rates, tuning.learning_rates):
         with TemporaryDirectory() as folder:  # nobody needs the models

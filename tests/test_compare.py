@@ -128,15 +128,15 @@ def test_every_file_of_the_repo_can_be_planned(path):
 
 SWEEP = """
 seeds: [0]
-x: route_layer
+x: query_layers
 measures: [average_accuracy, routing_accuracy]
 options: {num_train_epochs: 1}
 benchmarks:
   digits: {num_tasks: 2, max_train_samples_per_task: 32, max_test_samples_per_task: 12}
 series:
-  SLDA: {method: slda, vary: {route_layer: [3, 6]}}
-  S-LoRA: {method: s_lora, k: 2, experts_from: S-LoRA, vary: {route_layer: [3, 6]}}
-  Gaussian: {method: s_lora, router: gaussian, experts_from: S-LoRA, vary: {route_layer: [3, 6]}}
+  SLDA: {method: slda, vary: {query_layers: [3, 6]}}
+  S-LoRA: {method: s_lora, k: 2, experts_from: S-LoRA, vary: {query_layers: [3, 6]}}
+  Gaussian: {method: s_lora, router: gaussian, experts_from: S-LoRA, vary: {query_layers: [3, 6]}}
 """
 
 
@@ -144,19 +144,19 @@ def test_a_sweep_trains_its_experts_once_and_draws_a_line_for_each_series(tmp_pa
     (tmp_path / "layers.yaml").write_text(SWEEP)
     args = CompareArguments(str(tmp_path / "layers.yaml"))
     runs = plan(args, read_sweep(args.config))
-    assert [run.needs for run in runs] == [None, None, None, *["S-LoRA, route_layer 3"] * 3]
+    assert [run.needs for run in runs] == [None, None, None, *["S-LoRA, query_layers 3"] * 3]
     rows = run_all(runs, tmp_path / "results.csv", num_workers=1)
     config = read_yaml(tmp_path / "layers.yaml")
     series = points_of(config)
-    assert line_of(rows, series["SLDA"], "route_layer", "routing_accuracy") is None
-    places, values = line_of(rows, series["Gaussian"], "route_layer", "routing_accuracy")
+    assert line_of(rows, series["SLDA"], "query_layers", "routing_accuracy") is None
+    places, values = line_of(rows, series["Gaussian"], "query_layers", "routing_accuracy")
     assert places == [3, 6] and values.shape == (1, 2)
     assert [path.is_file() for path in draw(rows, config, tmp_path / "results")] == [True, True]
 
 
 @pytest.mark.parametrize("line", ["xs: k", "x:"])
 def test_a_sweep_that_cannot_work_is_refused(line, tmp_path):
-    (tmp_path / "wrong.yaml").write_text(SWEEP.replace("x: route_layer", line))
+    (tmp_path / "wrong.yaml").write_text(SWEEP.replace("x: query_layers", line))
     with pytest.raises(ConfigError, match="lacks"):
         read_sweep(str(tmp_path / "wrong.yaml"))
 

@@ -1,29 +1,63 @@
 """What a run says before it begins, after every task, and at the end."""
 
+from dataclasses import fields
+
 import pytest
 from conftest import make_trainer, pattern_dataset, pattern_rows
 from datasets import Dataset, DatasetDict, IterableDatasetDict
 
-from hf_clpeft import TaskStream, joint_lora, l2l, ncm, s_lora
+from hf_clpeft import (
+    METHODS,
+    TaskStream,
+    TrainerCallback,
+    l2l,
+    ncm,
+    ranpac_first,
+    run_recipe,
+    s_lora,
+    sequential_lora,
+)
 from hf_clpeft.reports.tables import print_table
 from hf_clpeft.training.plan import make_plan
-from hf_clpeft.training.recipe import resuming_command, run_recipe
+from hf_clpeft.training.recipe import resuming_command
 
 
 OPTIONS = {"num_train_epochs": 3, "train_batch_size": 5, "gradient_accumulation_steps": 2}
 
 
-@pytest.mark.parametrize("method", [s_lora(k=1), l2l(pool_size=3, top_n=2), ncm(), joint_lora()], ids=lambda m: m.name)
+class Steps(TrainerCallback):
+    def __init__(self):
+        self.seen = []
+
+    def on_step_end(self, trainer, step, num_steps):
+        self.seen.append(step)
+
+
+PLANNED = [s_lora(k=1), l2l(pool_size=3, top_n=2), ncm(), ranpac_first(projection_size=20), sequential_lora()]
+
+
+@pytest.mark.parametrize("method", PLANNED, ids=lambda method: method.name)
 def test_a_plan_is_what_comes(method):
     stream = TaskStream.class_incremental(pattern_dataset(), num_tasks=2)
+    stream = stream.joined() if method.name == "sequential_lora" else stream
     planned = make_plan(make_trainer(method).model, stream, make_trainer(method, **OPTIONS).args)
-    trainer, seen = make_trainer(method, **OPTIONS), []
-    trainer.on_step = lambda step, steps: seen.append(step)
+    trainer, steps = make_trainer(method, **OPTIONS), Steps()
+    trainer.callbacks.callbacks.append(steps)
     report = trainer.learn_stream(stream)
-    assert sum(task.steps for task in planned) == len(seen)
+    assert sum(task.steps for task in planned) == len(steps.seen)
     assert [task.train_images for task in planned] == [task.num_train_images for task in trainer.model.config.tasks]
     for task, expert, head in zip(planned, report.expert_parameters, report.head_parameters, strict=True):
         assert (task.expert_parameters, task.head_parameters) == (expert, head)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_has_a_plan(name):
+    stream = TaskStream.class_incremental(pattern_dataset(), num_tasks=2)
+    kind = METHODS[name].Config
+    needed = {"peft": {"peft_type": "LORA", "r": 1}} if "peft" in {field.name for field in fields(kind)} else {}
+    trainer = make_trainer(kind(**needed))
+    model, args = trainer.model, trainer.args
+    assert [task.task.name for task in make_plan(model, stream, args)] == ["task-000", "task-001"]
 
 
 def test_a_plan_knows_what_is_learnt_already_and_what_only_reading_would_tell():
@@ -38,9 +72,7 @@ def test_a_plan_knows_what_is_learnt_already_and_what_only_reading_would_tell():
 
 
 def recipe(*options):
-    from dataclasses import make_dataclass
-
-    return run_recipe(make_dataclass("Nothing", []), lambda: s_lora(k=1), ["--benchmark", "digits", *options])
+    return run_recipe("s_lora", argv=["--k", "1", "--benchmark", "digits", *options])
 
 
 def test_a_dry_run_prints_the_plan_and_the_command_and_leaves_nothing(capsys, monkeypatch, tmp_path):

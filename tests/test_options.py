@@ -2,24 +2,21 @@
 
 import runpy
 import sys
-from dataclasses import dataclass, field, fields
+from dataclasses import fields
 from pathlib import Path
 from typing import get_args, get_type_hints
 
 import pytest
 from compare import CompareArguments, plan, read_config
-from control import ControlArguments, control
 from pretrain_glyphs import GlyphArguments
-from s_lora import SLoraArguments
 from sweep import points_of
 from throughput import ThroughputArguments
 from tune_learning_rates import TuningArguments
 
-from hf_clpeft import ConfigError, ContinualTrainingArguments, cli, l2p, s_lora
+from hf_clpeft import METHODS, ConfigError, ContinualTrainingArguments, cli, run_recipe, s_lora
 from hf_clpeft.config.errors import OptionError, refusing_options
-from hf_clpeft.training.options import BackboneArguments, PoolArguments, RunArguments, StreamArguments, parse
+from hf_clpeft.training.options import BackboneArguments, RunArguments, StreamArguments, parse
 from hf_clpeft.training.parsing import OptionParser, read_yaml
-from hf_clpeft.training.recipe import run_recipe
 
 
 GROUPS = (StreamArguments, BackboneArguments, ContinualTrainingArguments, RunArguments)
@@ -27,14 +24,9 @@ PROGRAMS = (CompareArguments, GlyphArguments, ThroughputArguments, TuningArgumen
 REQUIRED = {CompareArguments: ["--config", "x.yaml"], GlyphArguments: ["--output_dir", "x"]}
 
 
-@dataclass
-class Prompts(PoolArguments):
-    prompt_length: int = field(default=5, metadata={"help": "Tokens."})
-
-
-def refused(argv, capsys, arguments=SLoraArguments, method=s_lora):
+def refused(argv, capsys, *methods):
     with pytest.raises(SystemExit) as end:
-        run_recipe(arguments, method, argv)
+        run_recipe(*(methods or ["s_lora"]), argv=argv)
     lines = capsys.readouterr().err.strip().splitlines()
     assert end.value.code == 2 and len(lines) == 1, (end.value, lines)
     return lines[0]
@@ -54,8 +46,11 @@ def refused(argv, capsys, arguments=SLoraArguments, method=s_lora):
         (["--r"], "--r: expected one argument"),
         (["--k", "none"], "k='none' must be a whole number of prototypes"),
         (["--k", "²"], "k='²' must be a whole number of prototypes"),
-        (["--route_layer", "2", "1"], "route_layer=[2, 1] must be layers"),
-        (["--head", "sharde"], "head='sharde' is not one of"),
+        (["--query_layers", "2", "1"], "query_layers=[2, 1] must be layers"),
+        (["--head", "sharde"], "--head: 'sharde' is not one of auto, shared, per_task; did you mean shared?"),
+        (["--lora", "dropout"], "--lora: 'dropout' is not a mapping in JSON, such as"),
+        (["--lora", "[1]"], "--lora: '[1]' is not a mapping in JSON"),
+        (["--lora", '{"lora_dropuot": 0.1}'], "lora_dropuot"),
         (["--optim", "adam"], "--optim: 'adam' is not one of adamw, sgd; did you mean adamw?"),
         (["--lr_scheduler_type", "cosin"], "did you mean cosine?"),
         (["--learning_rate", "nan"], "learning_rate=nan must be 0 or more"),
@@ -85,13 +80,13 @@ def test_methods_options_are_looked_at_before_anything_is_loaded(capsys, monkeyp
     pools = [("--top_n", "11"), ("--pool_size", "0"), ("--pull", "inf"), ("--pull", "nan"), ("--prompt_length", "0")]
     for option, value in pools:
         name = option[2:]
-        assert f"{name}=" in refused([option, value], capsys, Prompts, l2p)
+        assert f"{name}=" in refused([option, value], capsys, "l2p")
     argv = ["--method", "ranpac", "--projection_size", "0"]
-    assert "projection_size=0" in refused(argv, capsys, ControlArguments, control)
+    assert "projection_size=0" in refused(argv, capsys, "slda", "ranpac")
 
 
 def test_every_option_of_every_program_names_itself_when_its_value_is_of_another_type():
-    for group in (*GROUPS, *PROGRAMS, SLoraArguments, ControlArguments):
+    for group in (*GROUPS, *PROGRAMS, *(method.Config for method in METHODS.values())):
         parser = OptionParser((group,))
         for name, hint in get_type_hints(group).items():
             kinds = {hint, *get_args(hint), *(kind for each in get_args(hint) for kind in get_args(each))}
@@ -179,10 +174,74 @@ def test_values_of_a_file_are_read_as_those_of_a_command_line():
     stream, backbone, training, _ = parse(GROUPS, ["--config", "options.yaml", "--benchmark", "digits"])
     assert (training.learning_rate, stream.streaming, training.seed) == (0.001, True, 7)
     assert backbone.image_size is None and training.cache_query_features is False
-    Path("layers.yaml").write_text("route_layer: [-2, -1]\nk: 3")
-    parser = OptionParser((SLoraArguments,))
+    Path("layers.yaml").write_text("query_layers: [-2, -1]\nk: 3\nlora: {lora_dropout: 0.1}")
+    parser = OptionParser((s_lora,))
     (method,) = parser.read(parser.words_of("layers.yaml"))
-    assert (method.route_layer, method.k) == ([-2, -1], "3")
+    assert method == s_lora(query_layers=[-2, -1], k=3, lora={"lora_dropout": 0.1})
+    assert parser.read(["--k", "auto", "--lora", '{"lora_dropout": 0.1}']) == (s_lora(k="auto", lora=method.lora),)
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("lora: 5", "--lora: '5' is not a mapping in JSON"),
+        ("lora: [r, 2]", r"lora is \['r', 2\]; it takes a mapping"),
+        ("lora:", "lora is nothing; it takes a mapping"),
+        ("k: {a: 1}", "k is {'a': 1}; it takes a single value"),
+    ],
+)
+def test_a_mapping_in_a_file_is_a_mapping(text, message):
+    Path("options.yaml").write_text(text)
+    with pytest.raises(OptionError, match=message):
+        OptionParser((s_lora,)).words_of("options.yaml")
+
+
+def test_of_several_methods_one_is_chosen_and_its_own_options_are_offered(capsys, monkeypatch):
+    planned = []
+    monkeypatch.setattr(
+        "hf_clpeft.training.recipe.print_plan", lambda model, *rest: planned.append(model.config.method)
+    )
+    argv, controls = ["--benchmark", "digits", "--dry_run"], ("slda", "ranpac", "sequential_lora")
+    Path("ranpac.yaml").write_text("method: ranpac\nprojection_size: 50")
+    run_recipe(*controls, argv=argv)
+    run_recipe(*controls, argv=[*argv, "--method=sequential_lora", "--r", "2", "--joined"])
+    run_recipe(*controls, argv=[*argv, "--config", "ranpac.yaml"])
+    run_recipe(*controls, argv=[*argv, "--config", "ranpac.yaml", "--projection_size", "60"])
+    wanted = [{"name": "slda"}, {"name": "sequential_lora", "r": 2}, {"projection_size": 50}, {"projection_size": 60}]
+    assert all(values.items() <= method.to_dict().items() for method, values in zip(planned, wanted, strict=True))
+    capsys.readouterr()
+    assert "--method: 'rampac' is not one of slda, ranpac" in refused(["--method", "rampac"], capsys, *controls)
+    assert "There is no option --projection_size" in refused(["--projection_size", "5"], capsys, *controls)
+    with pytest.raises(SystemExit) as end:
+        run_recipe(*controls, argv=["--method", "ranpac", "--help"])
+    assert not end.value.code and "--projection_size" in capsys.readouterr().out
+    assert "There is no method 's_lorra'; did you mean s_lora" in refused([], capsys, "s_lorra")
+
+
+def test_two_options_of_one_name_are_refused():
+    with pytest.raises(ConfigError, match="SLora.Config and SX.Config both have an option 'k'|both have an option"):
+        OptionParser((s_lora, METHODS["s_x"].Config))
+
+
+@pytest.mark.parametrize(
+    "given, message", [({"k": 3}, "was made with k=2, not 3"), ({"head": "shared"}, "head='per_task', not 'shared'")]
+)
+def test_a_run_goes_on_with_the_options_that_it_began_with(given, message, tmp_path):
+    from conftest import make_trainer, pattern_dataset
+
+    from hf_clpeft import TaskStream
+    from hf_clpeft.training.recipe import open_model
+
+    stream = TaskStream.domain_incremental(pattern_dataset(domains=["plain", "negative"]))
+    trainer = make_trainer(s_lora(k=2), tmp_path, num_train_epochs=1)
+    trainer.learn(stream[0])
+    backbone = BackboneArguments(backbone="hf-clpeft/vit-tiny-glyphs")
+    trainer.args.resume_from_checkpoint = "auto"
+    assert open_model(backbone, trainer.args, s_lora(k=2)).config.method.head == "per_task"
+    with pytest.raises(ConfigError, match=message):
+        open_model(backbone, trainer.args, s_lora(**{"k": 2, **given}))
+    with pytest.raises(ConfigError, match="was made with name='s_lora', not 's_prompts'"):
+        open_model(backbone, trainer.args, METHODS["s_prompts"].Config(k=2))
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 from conftest import make_trainer, outcome, pattern_dataset
-from s_lora import SLoraArguments
 
 from hf_clpeft import ConfigError, ContinualModel, ContinualTrainer, TaskStream, l2l, ncm, s_lora, sequential_lora
 from hf_clpeft.training.options import StreamArguments
@@ -93,10 +92,10 @@ def test_a_recipe_refuses_before_anything_is_loaded_and_offers_commands_for_the_
     with monkeypatch.context() as patch:
         patch.setattr(StreamArguments, "load", lambda self: pytest.fail("loaded"))
         with pytest.raises(SystemExit, match="^error: my model holds another model"):
-            run_recipe(SLoraArguments, s_lora, argv)
-    run_recipe(SLoraArguments, s_lora, [*argv, "--dry_run"])
-    run_recipe(SLoraArguments, s_lora, [*argv, "--overwrite_output_dir"])
+            run_recipe("s_lora", argv=argv)
+    run_recipe("s_lora", argv=[*argv, "--dry_run"])
+    run_recipe("s_lora", argv=[*argv, "--overwrite_output_dir"])
     assert "hf-clpeft demo 'my model'    or    hf-clpeft push 'my model' ME/NAME" in capsys.readouterr().out
     with pytest.raises(SystemExit, match="^error: my model holds another model"):
-        run_recipe(SLoraArguments, s_lora, argv)
-    run_recipe(SLoraArguments, s_lora, [*argv, "--resume_from_checkpoint", "auto"])
+        run_recipe("s_lora", argv=argv)
+    run_recipe("s_lora", argv=[*argv, "--resume_from_checkpoint", "auto"])

@@ -4,10 +4,18 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import pattern_dataset, pattern_rows
-from datasets import ClassLabel, Dataset, DatasetDict, Image
+from conftest import make_trainer, pattern_dataset, pattern_rows
+from datasets import ClassLabel, Dataset, DatasetDict, Image, IterableDatasetDict
 
-from hf_clpeft import StreamError, TaskStream, load_benchmark, load_task
+from hf_clpeft import (
+    ContinualModel,
+    ContinualTrainer,
+    StreamError,
+    TaskStream,
+    linear_probe,
+    load_benchmark,
+    load_task,
+)
 from hf_clpeft.streams import BENCHMARKS
 
 
@@ -167,6 +175,50 @@ def test_tasks_of_one_name_are_refused(patterns):
     task = load_task(patterns, name="twin")
     with pytest.raises(StreamError, match="same name"):
         TaskStream([task, task])
+
+
+@pytest.mark.parametrize("scenario", ["class", "domain"])
+def test_joined_tasks_are_one_with_all_images_and_classes(scenario):
+    if scenario == "class":
+        stream = TaskStream.class_incremental(pattern_dataset(), num_tasks=2, seed=1993)
+    else:
+        stream = TaskStream.domain_incremental(pattern_dataset(domains=["plain", "negative"]))
+    (task,) = stream.joined()
+    assert task.classes == tuple(stream.classes) and task.domain is None
+    for side in ("train", "test"):
+        apart = [(row, each.classes[label]) for each in stream for _, label, row in getattr(each, side)]
+        assert [(row, task.classes[label]) for _, label, row in getattr(task, side)] == apart
+    again = stream.joined()[0]
+    assert again.train.dataset._fingerprint == task.train.dataset._fingerprint  # so that its pixels are cached once
+    assert stream.joined().name == f"{stream.name}, joined" and stream.joined().scenario == "class"
+
+
+def test_tasks_of_different_data_sets_are_joined_by_the_names_of_their_classes(patterns):
+    others = pattern_dataset().rename_columns({"image": "img"})
+    others = others.cast_column("label", ClassLabel(names=["class 3", "dog", "cat", "ox"]))
+    stream = TaskStream([load_task(patterns, name="first"), load_task(others, name="second", domain="paintings")])
+    (task,) = stream.joined()
+    assert task.classes == ("class 0", "class 1", "class 2", "class 3", "dog", "cat", "ox")
+    apart = [each.classes[label] for each in stream for _, label, _ in each.train]
+    assert [task.classes[label] for _, label, _ in task.train] == apart and len(apart) == 48
+    pictures = [image["bytes"] for each in stream for image, _, _ in each.train]
+    assert [image["bytes"] for image, _, _ in task.train] == pictures
+
+
+def test_what_is_not_there_is_not_joined(patterns):
+    untested = TaskStream.class_incremental(DatasetDict(train=patterns["train"]), num_tasks=2, test_size=0)
+    assert untested.joined()[0].test is None
+    streamed = IterableDatasetDict({side: rows.to_iterable_dataset() for side, rows in patterns.items()})
+    with pytest.raises(StreamError, match="split 'train' is streamed, and streams cannot be joined"):
+        TaskStream.class_incremental(streamed, num_tasks=2).joined()
+
+
+def test_a_joined_stream_is_learnt_goes_on_and_is_the_ceiling(patterns):
+    stream = TaskStream.class_incremental(patterns, num_tasks=2).joined()
+    report = make_trainer(linear_probe(), "out").learn_stream(stream)
+    assert report.summary()["average_accuracy"] == 1 and len(report.tasks) == 1
+    resumed = ContinualTrainer(ContinualModel.from_pretrained("out"), make_trainer(linear_probe(), "out").args)
+    assert resumed.learn_stream(stream).accuracy_matrix == report.accuracy_matrix
 
 
 def test_every_benchmark_says_where_its_protocol_comes_from():

@@ -12,6 +12,7 @@ from datasets import ClassLabel, Dataset, DatasetDict, Features, Image
 
 from ..config.text import get_logger
 from .drift import DriftDetector
+from .joining import join_splits
 from .locate import AnyDataset, LocatedDataset, locate_dataset
 from .source import ImageSource, StreamError
 from .task import Task, hold_out, split_of
@@ -79,6 +80,33 @@ class TaskStream(Sequence[Task]):
     def scenario(self) -> str:
         """`"class"` when tasks bring new classes, `"domain"` when they bring new domains."""
         return "domain" if self.tasks[0].domain is not None else "class"
+
+    def joined(self) -> "TaskStream":
+        """All tasks as one, with the images and the classes of all: joint training, the ceiling of continual learners.
+
+        Returns:
+            [`TaskStream`]: Of a single task, which is tested on the test images of all tasks.
+
+        Raises:
+            [`StreamError`]: Its images are streamed.
+
+        Example:
+
+        ```py
+        >>> from hf_clpeft import load_benchmark
+
+        >>> stream = load_benchmark("digits").joined()
+        >>> len(stream), len(stream.classes), len(stream[0].train.dataset)
+        (1, 10, 1437)
+
+        ```
+        """
+        classes, tested = self.classes, [task for task in self if task.test is not None]
+        train = join_splits([task.train for task in self], [task.classes for task in self], classes)
+        test = None
+        if tested:
+            test = join_splits([task.test for task in tested if task.test], [task.classes for task in tested], classes)
+        return TaskStream([Task("all-tasks", tuple(classes), train, test)], f"{self.name}, joined", self.dataset)
 
     @classmethod
     def class_incremental(

@@ -1,13 +1,16 @@
 """The options of a recipe's command line that are neither the method's nor the trainer's, and how they are read."""
 
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, make_dataclass
 from typing import Any, Literal
 
 from ..backbones.bundled import BUNDLED_BACKBONES
+from ..config import MethodOptions
 from ..config.checks import MOST, check_ranges, check_types
 from ..config.errors import ConfigError, OptionError
+from ..methods import METHODS
 from ..streams import BENCHMARKS, TaskStream, load_benchmark
+from .parsing import OptionParser, nearest, read_yaml
 
 
 @dataclass
@@ -39,6 +42,10 @@ class StreamArguments:
     domain_column: str | None = field(default=None, metadata={"help": "Column of domains (scenario domain only)."})
     max_train_samples_per_task: int | None = field(default=None, metadata={"help": "Maximum images per task."})
     max_test_samples_per_task: int | None = field(default=None, metadata={"help": "Maximum images per task."})
+    joined: bool = field(
+        default=False,
+        metadata={"help": "Learn all tasks as one: joint training, the upper bound of continual methods."},
+    )
 
     def __post_init__(self) -> None:
         check_types(self)
@@ -68,10 +75,12 @@ class StreamArguments:
             options[name] = getattr(self, name)
         options = {name: value for name, value in options.items() if value not in (None, False)}
         if self.benchmark is not None:
-            return load_benchmark(self.benchmark, dataset=self.dataset, **options)
-        if self.scenario == "class":
-            return TaskStream.class_incremental(self.dataset, **options)
-        return TaskStream.domain_incremental(self.dataset, **options)
+            stream = load_benchmark(self.benchmark, dataset=self.dataset, **options)
+        elif self.scenario == "class":
+            stream = TaskStream.class_incremental(self.dataset, **options)
+        else:
+            stream = TaskStream.domain_incremental(self.dataset, **options)
+        return stream.joined() if self.joined else stream
 
 
 @dataclass
@@ -111,36 +120,51 @@ class RunArguments:
     )
 
 
-@dataclass
-class PrototypeArguments:
-    """How S-X methods route and classify."""
+def options_of(method: str) -> type[MethodOptions]:
+    """The options of a method, the one place where they are declared: its `Config`.
 
-    k: str = field(default="5", metadata={"help": "Prototypes per task, or auto: chosen on held-out features."})
-    router: Literal["prototypes", "gaussian", "class_means", "ridge"] = field(
-        default="prototypes",
-        metadata={"help": "What chooses experts: prototypes, as in the paper, or the owner of the likeliest class."},
-    )
-    head: str = field(
-        default="auto",
-        metadata={"help": "shared, per_task, or auto: shared where tasks bring new classes and prototypes route."},
-    )
-    route_layer: list[int] | None = field(
-        default=None,
-        metadata={"help": "Take query features behind this layer, or these side by side; default: behind the last."},
-    )
+    Args:
+        method (`str`): Its name.
+
+    Raises:
+        [`OptionError`]: There is no such method, or the file that defines it has not been imported.
+
+    Example:
+
+    ```py
+    >>> from hf_clpeft.training.options import options_of
+
+    >>> options_of("s_lora")(r=4).r
+    4
+
+    ```
+    """
+    if method not in METHODS:
+        near = nearest(str(method), METHODS)
+        raise OptionError(f"There is no method {method!r}{near} There are {', '.join(METHODS)}.")
+    return METHODS[method].Config
 
 
-@dataclass
-class PoolArguments:
-    """How L2X methods route and train their pool."""
+def choice_of(methods: tuple[str, ...]) -> type:
+    """A dataclass whose one option, `--method`, is one of some methods. The first is the default."""
+    help_text = {"help": "Which method; the options that it has of its own stand below."}
+    choice = ("method", Literal[methods], field(default=methods[0], metadata=help_text))
+    return make_dataclass("MethodArguments", [choice])
 
-    pool_size: int = field(default=10, metadata={"help": "Experts in the pool."})
-    top_n: int = field(default=5, metadata={"help": "Experts that an image selects."})
-    pull: float = field(default=0.5, metadata={"help": "Weight of the loss that pulls selected keys towards queries."})
-    route_layer: list[int] | None = field(
-        default=None,
-        metadata={"help": "Take query features behind this layer, or these side by side; default: behind the last."},
-    )
+
+def read_method(methods: tuple[str, ...], argv: list[str]) -> str:
+    """Which of some methods a command line, or the YAML file that it names, asks for; the first if none.
+
+    It is read before all other options, which depend on it.
+    """
+    parser = OptionParser((choice_of(methods),), add_help=False)
+    parser.add_argument("--config")
+    parser.set_defaults(method=None)
+    given, _ = parser.parse_known_args(argv)
+    if given.method is None and given.config is not None:
+        said = read_yaml(given.config).get("method")
+        given = given if said is None else parser.parse_known_args([f"--method={said}"])[0]
+    return given.method or methods[0]
 
 
 def parse(
@@ -175,8 +199,6 @@ def parse(
 
     ```
     """
-    from .parsing import OptionParser, nearest
-
     argv = sys.argv[1:] if argv is None else argv
     parser = OptionParser(groups)
     parser.add_argument("--config", help="YAML file of options; the command line wins over it.")

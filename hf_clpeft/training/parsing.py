@@ -1,28 +1,57 @@
 """Parses command lines and YAML files into dataclasses; errors are one line that names the option."""
 
+import json
 import re
 import sys
+from collections import Counter
 from collections.abc import Hashable, Iterable
 from dataclasses import fields
 from difflib import get_close_matches
 from pathlib import Path
 from types import NoneType
-from typing import Any, NoReturn, get_args, get_type_hints
+from typing import Any, NoReturn, get_args, get_origin, get_type_hints
 
 import yaml
 from transformers import HfArgumentParser
 
-from ..config.errors import OptionError, refusing_options
+from ..config.errors import ConfigError, OptionError, refusing_options
 
 
-KINDS = {"int": "a whole number", "float": "a number", "string_to_bool": "true or false"}
+KINDS = {
+    "int": "a whole number",
+    "float": "a number",
+    "string_to_bool": "true or false",
+    "mapping": 'a mapping in JSON, such as {"lora_dropout": 0.1}',
+}
+
+
+def number_or_word(text: str) -> int | str:
+    """What an option of type `int | str` means, such as `5` or `auto`."""
+    return int(text) if re.fullmatch(r"-?[0-9]+", text) else text
+
+
+def mapping(text: str) -> dict:
+    """What an option of type `dict` means: JSON. Raises `ValueError` if it is none, or no mapping."""
+    try:
+        values = json.loads(text)
+    except RecursionError as error:
+        raise ValueError("nested too deeply") from error
+    if not isinstance(values, dict):
+        raise ValueError("no mapping")
+    return values
 
 
 class OptionParser(HfArgumentParser):
     """A parser with an option per field of some dataclasses; abbreviations are not accepted.
 
+    Fields of type `int | str` take a number or a word, those of type `dict` take JSON.
+
     Args:
         groups (tuple of dataclasses): The dataclasses; each field has a help text in its metadata.
+        options: Further arguments of `argparse.ArgumentParser`.
+
+    Raises:
+        [`ConfigError`]: Two of them have a field of one name.
 
     Example:
 
@@ -40,12 +69,22 @@ class OptionParser(HfArgumentParser):
     ```
     """
 
-    def __init__(self, groups: tuple[type, ...]):
-        super().__init__(groups, allow_abbrev=False)  # type: ignore[arg-type]  # a NewType that it does not export
-        self.names = [f.name for group in groups for f in fields(group)]
+    def __init__(self, groups: tuple[type, ...], **options: Any):
+        hints = [(f.name, get_type_hints(group)[f.name]) for group in groups for f in fields(group)]
+        self.names = [name for name, _ in hints]
+        twice = next((name for name, count in Counter(self.names).items() if count > 1), None)
+        if twice is not None:
+            titles = [group.__qualname__ for group in groups if twice in get_type_hints(group)]
+            raise ConfigError(f"{' and '.join(titles)} both have an option {twice!r}; give one of them another name.")
+        super().__init__(groups, allow_abbrev=False, **options)  # type: ignore[arg-type]  # a NewType of its own
         self.emptied: dict[str, None] = {}  # reset by a YAML file: no default of the benchmark
-        hints = [hint for group in groups for hint in get_type_hints(group).items()]
         self._may_be_none = {name for name, hint in hints if NoneType in get_args(hint)}
+        self._mappings = {name for name, hint in hints if (get_origin(hint) or hint) is dict}
+        for name, hint in hints:
+            if name in self._mappings:
+                self._option_string_actions[f"--{name}"].type = mapping
+            elif {int, str} <= set(get_args(hint)):
+                self._option_string_actions[f"--{name}"].type = number_or_word
 
     def error(self, message: str) -> NoReturn:
         """Raises [`OptionError`], where `argparse` prints its usage and exits."""
@@ -109,9 +148,12 @@ class OptionParser(HfArgumentParser):
                 self.emptied[name] = None
             elif isinstance(value, list) and several and value:
                 words += [f"--{name}", *map(str, value)]
+            elif isinstance(value, dict) and name in self._mappings:
+                words.append(f"--{name}={json.dumps(value, default=str)}")
             elif value is None or isinstance(value, list | dict):
                 shown = "nothing" if value is None else str(value)[:60]
-                raise OptionError(f"{path}: {name} is {shown}; it takes {'values' if several else 'a single value'}.")
+                takes = "values" if several else "a mapping" if name in self._mappings else "a single value"
+                raise OptionError(f"{path}: {name} is {shown}; it takes {takes}.")
             else:
                 words += [f"--{name}", str(value)] if several else [f"--{name}={value}"]
         try:

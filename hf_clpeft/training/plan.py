@@ -119,7 +119,7 @@ def print_plan(model: ContinualModel, stream: TaskStream, args: ContinualTrainin
     steps = [task.steps for task in planned if task.steps is not None]
     total = f"{sum(steps):,} steps" if len(steps) == len(planned) else "an unknown number of steps"
     print_table(
-        f"{method.name} on {stream.name}: {len(planned)} tasks",
+        f"{method.name} on {stream.name}: {len(planned)} task{'s' * (len(planned) > 1)}",
         ["task", "classes or domain", "train", "test", "expert", "head", "steps"],
         rows,
         f"{total} of {args.train_batch_size} images; parameters are those that are trained.\n"

@@ -6,14 +6,14 @@ import sys
 import urllib.error
 import urllib.request
 from collections.abc import Callable
-from dataclasses import asdict
 from pathlib import Path
 
 from accelerate import PartialState
 
 from ..backbones.bundled import BUNDLED_BACKBONES
-from ..config.errors import ConfigError, errors_in_one_line, refusing_options
-from ..config.model import CONFIG_NAME, MethodConfig
+from ..config import MethodOptions
+from ..config.errors import ConfigError, errors_in_one_line
+from ..config.model import CONFIG_NAME
 from ..hub.download import find_model
 from ..hub.outbox import Outbox
 from ..model import ContinualModel
@@ -22,7 +22,15 @@ from ..storage.files import as_saved
 from ..streams import BENCHMARKS, TaskStream
 from .arguments import ContinualTrainingArguments
 from .console import print_reports
-from .options import BackboneArguments, RunArguments, StreamArguments, parse
+from .options import (
+    BackboneArguments,
+    RunArguments,
+    StreamArguments,
+    choice_of,
+    options_of,
+    parse,
+    read_method,
+)
 from .output import check_output
 from .plan import print_plan
 from .processes import join_processes
@@ -35,28 +43,39 @@ OFFLINE_OPTION = "--benchmark digits"
 PROBE_SECONDS = 5
 
 
-def run_recipe(
-    method_arguments: type, make_method: Callable[..., MethodConfig], argv: list[str] | None = None
-) -> StreamReport | None:
+def run_recipe(*methods: str, argv: list[str] | None = None) -> StreamReport | None:
     """Reads the command line and learns a stream with one method. The body of every recipe.
 
-    Options come from, weakest first: the dataclasses, what suits the benchmark, the YAML file of `--config`, the
-    command line.
+    The command line offers the options of the stream, the backbone, the training and the method's own `Config`.
+    They come from, weakest first: the dataclasses, what suits the benchmark, the YAML file of `--config`, the command
+    line.
 
     Args:
-        method_arguments (dataclass): Options of the method, each with a help text.
-        make_method (callable): Takes them as keywords, gives a [`MethodConfig`].
+        methods (`str`): Name of the method. Of several, `--method` chooses; the first is the default.
         argv (`list[str]`, *optional*): Command line without the program's name; default `sys.argv[1:]`.
 
     Returns:
         [`StreamReport`]; `None` with `--dry_run`, which prints the plan and stops.
+
+    Example:
+
+    ```py
+    >>> from hf_clpeft import run_recipe
+
+    >>> run_recipe("ncm", argv=["--benchmark", "digits", "--dry_run"])
+    ncm on digits: 5 tasks
+    task      classes or domain  train  test  expert  head  steps
+    ...
+
+    ```
     """
-    groups = (StreamArguments, BackboneArguments, ContinualTrainingArguments, RunArguments, method_arguments)
+    groups: tuple[type, ...] = (StreamArguments, BackboneArguments, ContinualTrainingArguments, RunArguments)
+    argv = sys.argv[1:] if argv is None else argv
     with errors_in_one_line():
-        parsed = parse(groups, argv, method=make_method.__name__)
-        stream_args, backbone_args, training_args, run_args, method_args = parsed
-        with refusing_options():
-            method = make_method(**asdict(method_args))
+        name = read_method(methods, argv) if len(methods) > 1 else methods[0]
+        choice = (choice_of(methods),) if len(methods) > 1 else ()
+        parsed = parse((*groups, *choice, options_of(name)), argv, method=name)
+        stream_args, backbone_args, training_args, run_args, *_, method = parsed
         if training_args.resume_from_checkpoint is None and not run_args.dry_run:
             check_output(training_args)
         require_hub(stream_args, backbone_args)
@@ -103,7 +122,7 @@ def learn(
     stream: TaskStream,
     backbone_args: BackboneArguments,
     training_args: ContinualTrainingArguments,
-    method: MethodConfig,
+    method: MethodOptions,
 ) -> StreamReport:
     """Learns a stream, from nothing or where `resume_from_checkpoint` says.
 
@@ -111,7 +130,7 @@ def learn(
         stream ([`TaskStream`]): Which tasks.
         backbone_args ([`BackboneArguments`]): Which frozen model.
         training_args ([`ContinualTrainingArguments`]): How to train.
-        method ([`MethodConfig`]): With what.
+        method ([`MethodOptions`]): With what.
 
     Returns:
         [`StreamReport`]
@@ -126,14 +145,14 @@ def learn(
 
 
 def open_model(
-    backbone_args: BackboneArguments, training_args: ContinualTrainingArguments, method: MethodConfig
+    backbone_args: BackboneArguments, training_args: ContinualTrainingArguments, method: MethodOptions
 ) -> ContinualModel:
     """A new model, or the one to go on with.
 
     Args:
         backbone_args ([`BackboneArguments`]): Which frozen model.
         training_args ([`ContinualTrainingArguments`]): `resume_from_checkpoint` says what to go on with.
-        method ([`MethodConfig`]): With what.
+        method ([`MethodOptions`]): With what.
 
     Returns:
         [`ContinualModel`]
@@ -169,7 +188,7 @@ def _find_checkpoint(args: ContinualTrainingArguments) -> str | None:
     return None if args.push_repo is None else find_model(args.push_repo, args.hub_token)
 
 
-def _resume(source: str, backbone_args: BackboneArguments, method: MethodConfig, token: str | None) -> ContinualModel:
+def _resume(source: str, backbone_args: BackboneArguments, method: MethodOptions, token: str | None) -> ContinualModel:
     model = ContinualModel.from_pretrained(
         source,
         backbone=backbone_args.backbone,
@@ -177,8 +196,9 @@ def _resume(source: str, backbone_args: BackboneArguments, method: MethodConfig,
         attn_implementation=backbone_args.attn_implementation,
         token=token,
     )
-    for name, wanted in vars(method).items():
-        found = getattr(model.config.method, name)
+    saved = model.config.method.to_dict()
+    for name, wanted in method.to_dict().items():
+        found = saved.get(name)
         if found != wanted and (name, wanted) != ("head", "auto"):  # what auto means is known once there is a task
             raise ConfigError(
                 f"{source} was made with {name}={found!r}, not {wanted!r}. Go on with the same options, or begin anew "

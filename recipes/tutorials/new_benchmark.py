@@ -10,18 +10,14 @@ import sys
 
 from datasets import ClassLabel, DatasetDict, concatenate_datasets
 
-from hf_clpeft import BENCHMARKS, Benchmark, s_lora
-from hf_clpeft.streams.benchmarks import DIGITS_DEFAULTS
-from hf_clpeft.streams.digits import load_digits_dataset
-from hf_clpeft.training.options import PrototypeArguments
-from hf_clpeft.training.recipe import run_recipe
+from hf_clpeft import BENCHMARKS, Benchmark, run_recipe
 
 
 LIGHT = {"noon": 1.0, "evening": 0.5, "night": 0.2}
 
 
 def load_digits_at_dusk() -> DatasetDict:
-    digits, splits = load_digits_dataset(), {}
+    digits, splits = BENCHMARKS["digits"].dataset(), {}
     for split, rows in digits.items():
         parts = []
         for number, light in enumerate(LIGHT.values()):
@@ -37,8 +33,8 @@ BENCHMARKS["digits_at_dusk"] = Benchmark(
     dataset=load_digits_at_dusk,
     protocol="scikit-learn's 1,797 handwritten digits in 3 domains: bright, at half and at a fifth of the light.",
     stream={"domain_column": "domain"},
-    defaults=DIGITS_DEFAULTS,
+    defaults=BENCHMARKS["digits"].defaults,
 )
 
 if __name__ == "__main__":
-    run_recipe(PrototypeArguments, s_lora, ["--benchmark", "digits_at_dusk", *sys.argv[1:]])
+    run_recipe("s_lora", argv=["--benchmark", "digits_at_dusk", *sys.argv[1:]])

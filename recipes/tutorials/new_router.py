@@ -6,13 +6,11 @@ It keeps one number per feature where `gaussian` keeps a square matrix. The name
 the model puts the class into `ROUTERS` first.
 """
 
-from dataclasses import dataclass, field
+import sys
 
 import torch
 
-from hf_clpeft import ROUTERS, ClassRouter, MethodConfig, s_lora
-from hf_clpeft.routing.gaussian import log_sum_exp
-from hf_clpeft.training.recipe import run_recipe
+from hf_clpeft import ROUTERS, ClassRouter, run_recipe
 
 
 class VarianceRouter(ClassRouter):
@@ -30,7 +28,8 @@ class VarianceRouter(ClassRouter):
         return -((query[:, None] - self.prototypes).square() / variance).sum(dim=-1) / 2
 
     def class_scores(self, scores: torch.Tensor) -> torch.Tensor:
-        return log_sum_exp(scores, self.classes)
+        best = scores.new_full((len(scores), int(self.classes.max()) + 1), -torch.inf)
+        return best.scatter_reduce(1, self.classes.expand_as(scores), scores, "amax")  # a class may be of many tasks
 
     def to_distances(self, scores: torch.Tensor) -> torch.Tensor:
         return (-2 * scores).sqrt()
@@ -50,14 +49,5 @@ class VarianceRouter(ClassRouter):
 ROUTERS["variance"] = VarianceRouter
 
 
-@dataclass
-class VarianceArguments:
-    r: int = field(default=1, metadata={"help": "Rank of the LoRA adapters."})
-
-
-def s_lora_variance(r: int) -> MethodConfig:
-    return s_lora(r, router="variance")
-
-
 if __name__ == "__main__":
-    run_recipe(VarianceArguments, s_lora_variance)
+    run_recipe("s_lora", argv=["--router", "variance", *sys.argv[1:]])

@@ -2,24 +2,24 @@
 
 python recipes/tutorials/new_technique.py --benchmark digits
 
-Any technique in `hf_clpeft.config.adapters.TECHNIQUES` takes the same place.
+S-X takes any technique as it is: `s_x(peft={"peft_type": "HRA", "r": 4})`. This gives one a name and a default.
 """
 
 from dataclasses import dataclass, field
 
-from hf_clpeft import MethodConfig
-from hf_clpeft.training.options import PrototypeArguments
-from hf_clpeft.training.recipe import run_recipe
+from hf_clpeft import METHODS, run_recipe, s_x
 
 
-@dataclass
-class SHraArguments(PrototypeArguments):
-    r: int = field(default=4, metadata={"help": "Number of reflections."})
+class SHra(METHODS["s_x"], name="s_hra"):
+    title, paper = "S-HRA", "2405.17484"
 
-
-def s_hra(r: int, **options) -> MethodConfig:
-    return MethodConfig("s_hra", {"peft_type": "HRA", "r": r}, **options)
+    @dataclass
+    class Config(s_x):
+        peft: dict = field(
+            default_factory=lambda: {"peft_type": "HRA", "r": 4},
+            metadata={"help": "The technique and its arguments; r is the number of reflections."},
+        )
 
 
 if __name__ == "__main__":
-    run_recipe(SHraArguments, s_hra)
+    run_recipe("s_hra")
