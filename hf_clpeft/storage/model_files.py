@@ -127,6 +127,7 @@ def load_files(folder: str | Path, method: Method) -> tuple[StreamReport | None,
     experts = (Expert.load(name, folder / EXPERTS_FOLDER / name) for name in names)
     method.bank.extend(rename_old_keys(expert, method.backbone) for expert in experts)
     _read_parts(method, folder)
+    method.check()
     return _read_report(config, folder), {
         name: {path: config.files[path] for path in expert_files(name)} for name in names
     }
