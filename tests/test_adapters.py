@@ -10,12 +10,12 @@ from peft import PeftType
 from safetensors.torch import load_file, save_file
 from transformers import ResNetConfig, ResNetModel, ViTConfig, ViTModel
 
-from hf_clpeft import Backbone, ConfigError, Expert, ExpertBank, ExpertError, MethodConfig, s_lora
-from hf_clpeft.config import TaskConfig
+from hf_clpeft import Backbone, ConfigError, ContinualModel, Expert, ExpertBank, ExpertError, s_lora, s_x
+from hf_clpeft.config import ContinualConfig
 from hf_clpeft.config.adapters import TECHNIQUES, Rule, check_peft, ways_to_match
 from hf_clpeft.experts.expert import make_peft_config
 from hf_clpeft.experts.naming import migrate_adapter
-from hf_clpeft.methods.learners import ExpertLearner
+from hf_clpeft.methods.method import Batch
 
 
 IMAGES = torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(0))
@@ -97,7 +97,7 @@ def test_a_technique_changes_nothing_old_and_loads_to_the_bit_or_is_refused(tech
     arguments = {"peft_type": technique, **OPTIONS.get(technique, rank)}
     if technique not in TECHNIQUES:
         with pytest.raises(ConfigError, match=f"{technique} .*Choose"):
-            MethodConfig("x", arguments)
+            s_x(arguments)
         return
     weights = {key: tensor.clone() for key, tensor in small.model.state_dict().items()}
     bank = ExpertBank(small)
@@ -120,7 +120,7 @@ def test_a_technique_changes_nothing_old_and_loads_to_the_bit_or_is_refused(tech
 def test_what_rewrites_the_backbone_is_refused_in_methods_and_in_files(options, adapter, small, tmp_path):
     arguments = {"peft_type": "LORA", "r": 1, **options}
     with pytest.raises(ConfigError, match=f"{list(options)[-1]}=.* (backbone|words|outside of layers)"):
-        MethodConfig("x", arguments)
+        s_x(arguments)
     with pytest.raises(ExpertError, match=f"{list(options)[-1]}="):
         make_peft_config(arguments, small)
     if "modules_to_save" in options:
@@ -140,15 +140,15 @@ def test_a_backbone_that_changes_all_the_same_is_noticed_before_training(options
 
 def test_norms_and_dropout_of_the_backbone_stay_in_evaluation_mode_while_an_expert_trains(backbone):
     model = ResNetModel(ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1]))
-    convnet, task = Backbone(model, backbone.processor, backbone.config), TaskConfig("a", ["p", "q"])
-    bank = ExpertBank(convnet)
-    slot = bank.start("a", make_peft_config({"peft_type": "LORA", "r": 1, "lora_dropout": 0.5}, convnet))
-    learner = ExpertLearner(slot, convnet, task, torch.nn.Linear(16, 2), [0, 1], torch.tensor([0, 1])).train()
-    learner(IMAGES, torch.tensor([0, 1, 0]))
-    trained = {type(module).__name__ for module in learner.modules() if module.training}
+    convnet = Backbone(model, backbone.processor, backbone.config)
+    model = ContinualModel(convnet, ContinualConfig(s_lora(lora={"lora_dropout": 0.5}), convnet.config))
+    model.start_task("a", ["p", "q"])
+    slot, method = model.bank.slot, model.method.train()
+    method.loss(Batch(IMAGES, torch.tensor([0, 1, 0])))
+    trained = {type(module).__name__ for module in method.modules() if module.training}
     assert "Dropout" in trained and not trained & {"BatchNorm2d", "ResNetModel"}
-    bank.finish("a")  # would say that the statistics of the norms have changed
-    assert not any(module.training for module in learner.eval().modules())
+    model.bank.finish("a")  # would say that the statistics of the norms have changed
+    assert not any(module.training for module in slot.eval().modules())
 
 
 def test_a_backbone_that_training_changes_is_noticed_when_the_task_ends(small):
@@ -194,7 +194,7 @@ def test_a_backbone_that_training_changes_is_noticed_when_the_task_ends(small):
 def test_values_out_of_bounds_are_refused_in_methods_and_in_files(options, adapter):
     arguments = {"peft_type": "LORA", "r": 1, **options}
     with pytest.raises(ConfigError) as told:
-        MethodConfig("x", arguments)
+        s_x(arguments)
     assert len(str(told.value)) < 600 and "\n" not in str(told.value)
     with pytest.raises(ExpertError, match=r"adapter_config.json cannot be used"):
         Expert.load("x", adapter(**options))
@@ -224,7 +224,7 @@ def test_a_pattern_that_can_take_for_ever_is_refused_at_once(field, pattern, ada
     with pytest.raises(ExpertError, match="pattern"):
         Expert.load("x", adapter(**{field: {pattern: 4} if field == "rank_pattern" else pattern}))
     with pytest.raises(ConfigError, match="pattern"):
-        s_lora(**{field: {pattern: 4} if field == "rank_pattern" else pattern})
+        s_lora(lora={field: {pattern: 4} if field == "rank_pattern" else pattern})
     assert time.perf_counter() - began < 1
 
 
@@ -257,7 +257,7 @@ def test_a_pattern_of_a_user_is_kept_through_saving_and_loading(small, tmp_path)
         "target_modules": r"layers\.1\..*(q|v)_proj",
         "alpha_pattern": {"q_.*": 4},
     }
-    assert MethodConfig("x", arguments).peft == arguments
+    assert s_x(arguments).peft == arguments
     bank = ExpertBank(small)
     learn(bank, "a", arguments).save(tmp_path)
     loaded = Expert.load("a", tmp_path)
@@ -334,8 +334,8 @@ def test_what_says_nothing_is_left_out_whichever_peft_wrote_it(adapter):
 
 def test_a_misspelt_option_is_told_with_the_nearest(small):
     with pytest.raises(ConfigError, match="lora_alhpa=8 is no option of LORA .* Do you mean lora_alpha"):
-        s_lora(lora_alhpa=8)
+        s_lora(lora={"lora_alhpa": 8})
     with pytest.raises(ConfigError, match="Do you mean LOHA"):
-        MethodConfig("x", {"peft_type": "LOHAA", "r": 1})
+        s_x({"peft_type": "LOHAA", "r": 1})
     with pytest.raises(ConfigError, match="r=-3 must be a whole number from 1 to 4,096"):
         s_lora(r=-3)

@@ -20,6 +20,7 @@ from transformers import (
 from hf_clpeft import BackboneError, ConfigError, ContinualModel, ExpertBank, l2l, load_backbone, s_lora
 from hf_clpeft.backbones import hash_weights
 from hf_clpeft.experts.expert import make_peft_config, make_peft_model
+from hf_clpeft.methods.method import Batch
 
 
 @pytest.fixture
@@ -143,14 +144,16 @@ def test_a_convnet_gives_means_and_its_experts_those_of_peft(convnet):
 def test_training_leaves_the_statistics_of_a_convnet_as_they_are(convnet):
     model = ContinualModel.from_backbone(convnet, s_lora(r=2))
     before, pixel_values = hash_weights(model.backbone.model), torch.randn(4, 3, 32, 32)
-    learner = model.start_task("task-000", ["cat", "dog"]).train()
-    trained = learner.expert_parameters()
+    model.start_task("task-000", ["cat", "dog"])
+    model.train()
+    slot = model.bank.slot
+    trained = [parameter for parameter in slot.parameters() if parameter.requires_grad]
     for parameter in trained:
         parameter.data += 0.1 * torch.randn_like(parameter)
-    learner(pixel_values, torch.tensor([0, 1, 0, 1]))[0].backward()
-    features = learner.peft_model(pixel_values=pixel_values).last_hidden_state.mean(dim=(2, 3))
+    model.method.loss(Batch(pixel_values, torch.tensor([0, 1, 0, 1]))).mean().backward()
+    features = slot.peft_model(pixel_values=pixel_values).last_hidden_state.mean(dim=(2, 3))
     assert trained and hash_weights(model.backbone.model) == before
-    model.finish_task(learner, num_train_images=4)
+    model.finish_task(lambda query: (query(pixel_values), torch.tensor([0, 1, 0, 1])), num_train_images=4)
     torch.testing.assert_close(model.bank(pixel_values, torch.zeros(4, dtype=int)), features, atol=1e-5, rtol=1e-5)
 
 

@@ -29,7 +29,7 @@ def images(classes, count=30, seed=0):
 
 def learn(router, *tasks):
     for i, classes in enumerate(tasks):
-        router.add(*images(classes, seed=i + sum(classes)))
+        router.learn(*images(classes, seed=i + sum(classes)))
     return router
 
 
@@ -59,7 +59,7 @@ def test_the_order_of_tasks_does_not_matter(maker):
     query, _ = images([0, 1, 2, 3], seed=5)
     there, back = learn(maker(WIDTH), [0, 1], [2, 3]), maker(WIDTH)
     for classes in ([2, 3], [0, 1]):
-        back.add(*images(classes, seed=sum(classes) + (classes == [2, 3])))
+        back.learn(*images(classes, seed=sum(classes) + (classes == [2, 3])))
     torch.testing.assert_close(of_classes(there, query), of_classes(back, query), atol=1e-3, rtol=1e-4)
 
 
@@ -67,7 +67,7 @@ def test_a_merged_router_is_the_one_that_learnt_everything(make):
     query, _ = images([0, 1, 2, 3], seed=5)
     whole, half, other = learn(make(), [0, 1], [2, 3]), learn(make(), [0, 1]), make()
     features, labels = images([2, 3], seed=1 + 5)
-    other.add(features, labels - 2)  # over there it is another number
+    other.learn(features, labels - 2)  # over there it is another number
     half.merge(other, [2, 3])
     assert half(query).selection.tolist() == whole(query).selection.tolist()
     torch.testing.assert_close(of_classes(half, query), of_classes(whole, query), atol=1e-4, rtol=1e-4)
@@ -104,7 +104,7 @@ def test_a_class_of_two_tasks_is_one_class(make):
 
 def test_one_image_of_each_class_is_enough_to_begin_with(make):
     router = make()
-    router.add(*images([0, 1], count=1))
+    router.learn(*images([0, 1], count=1))
     assert router(images([0, 1], seed=3)[0]).scores.isfinite().all()
 
 
@@ -139,7 +139,7 @@ def test_rounding_of_the_gram_matrix_is_not_fitted(seed, monkeypatch):
     numbers = torch.arange(2).repeat(100)
     features = 10 * (centres[numbers] + 0.3 * torch.randn(200, 32, generator=generator))
     router = RidgeRouter(query_size=32, projection_size=1000)
-    router.add(features[:100], numbers[:100])
+    router.learn(features[:100], numbers[:100])
     assert (router.class_scores(router.scores(features[100:])).argmax(dim=1) == numbers[100:]).float().mean() > 0.95
 
 

@@ -26,7 +26,7 @@ def test_the_row_of_a_single_class_judges_only_who_went_there():
     heads, first, second = Heads(4, shared=True), layer(2, 1), layer(1, 2)
     heads.write(first.weight, first.bias, [0, 1])
     before = heads(FEATURES, torch.zeros(6, dtype=int))
-    heads.write(second.weight, second.bias, [1], alone=True)  # of a known class: its old row stays
+    heads.write(second.weight, second.bias, [1], single=True)  # of a known class: its old row stays
     logits = heads(FEATURES, torch.tensor([0, 1, 0, 1, 0, 1]))
     assert torch.equal(logits[::2], before[::2])
     torch.testing.assert_close(logits[1::2, 1:], second(FEATURES[1::2]))

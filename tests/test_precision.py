@@ -50,7 +50,7 @@ def pictures():
 
 def kept(model):
     """What must never be rounded."""
-    parts = [model.router, model.heads, *([] if model.bank.table is None else [model.bank.table])]
+    parts = [part for part in (model.router, model.heads, model.bank.table) if part is not None]
     return [tensor for part in parts for tensor in part.state_dict().values() if tensor.is_floating_point()]
 
 
@@ -78,7 +78,7 @@ def test_a_model_answers_alike_in_every_precision_and_saves_the_same_files(name,
 
 
 METHODS = {
-    "prototypes, grouped": (s_lora_pp(k="auto", use_dora=True), "default float64"),
+    "prototypes, grouped": (s_lora_pp(k="auto", lora={"use_dora": True}), "default float64"),
     "mix": (s_lora_mix(), "bfloat16"),
     "pool": (l2p(prompt_length=2, pool_size=4, top_n=2), "autocast to bfloat16"),
     "gaussian": (slda(), "half"),
@@ -135,5 +135,5 @@ def test_features_that_are_not_finite_name_the_learning_rate():
 def test_the_bundled_backbone_is_asked_in_its_own_precision():
     for dtype in ("bfloat16", "float16"):
         model = ContinualModel.from_backbone(BACKBONE, s_lora(), dtype=dtype)
-        assert model.query_features(torch.zeros(2, 3, 32, 32)).dtype == torch.float32
+        assert model.method.query(torch.zeros(2, 3, 32, 32)).dtype == torch.float32
         assert model.backbone(torch.zeros(2, 3, 32, 32)).dtype == getattr(torch, dtype)

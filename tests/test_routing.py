@@ -13,23 +13,28 @@ def clusters(*centres, count=20):
     return (torch.tensor(centres)[:, None] + noise).flatten(0, 1)
 
 
+def learn(router, k, features):
+    router.k = k
+    router.learn(features)
+
+
 def test_k_means_finds_the_clusters_of_normalised_features():
     router = PrototypeRouter(3)
-    router.add(clusters([5.0, 0, 0], [0, 9.0, 0]), k=2)
+    learn(router, 2, clusters([5.0, 0, 0], [0, 9.0, 0]))
     found = router.prototypes[router.prototypes[:, 0].argsort(descending=True)]
     torch.testing.assert_close(found, torch.eye(3)[:2], atol=0.02, rtol=0)
 
 
 def test_fewer_images_than_prototypes_give_fewer_prototypes():
     router = PrototypeRouter(3)
-    router.add(torch.eye(3)[:2], k=5)
+    learn(router, 5, torch.eye(3)[:2])
     assert len(router.prototypes) == 2
 
 
 def test_prototypes_belong_to_the_task_that_brought_them():
     router = PrototypeRouter(3)
-    router.add(clusters([1.0, 0, 0], [0, 1.0, 0]), k=2)
-    router.add(clusters([0, 0, 1.0]), k=1)
+    learn(router, 2, clusters([1.0, 0, 0], [0, 1.0, 0]))
+    learn(router, 1, clusters([0, 0, 1.0]))
     assert router.owners.tolist() == [0, 0, 1]
     assert router(torch.tensor([[0.1, 2.0, 0.0], [0.0, 0.1, 0.3]])).selection.tolist() == [0, 1]
 
@@ -49,7 +54,7 @@ def test_a_share_of_the_tasks_own_images_as_stated_lies_beyond_a_threshold():
         which = torch.randint(0, 5, (count,), generator=generator)
         return centres[which] + 0.3 * torch.randn(count, 16, generator=generator)
 
-    router.add(images(1000), k=5)
+    learn(router, 5, images(1000))
     typicality = router.typicality(router.distances(images(20_000)))[:, 0]
     for rate in (0.01, 0.05, 0.2, 0.5):
         assert (typicality < rate).float().mean().item() == pytest.approx(rate, abs=0.2 * rate + 0.005)
@@ -61,12 +66,12 @@ def test_few_images_still_tell_what_is_far():
     centre, rejected, trials = torch.randn(16, generator=generator), 0.0, 300
     for _ in range(trials):
         router = PrototypeRouter(16)
-        router.add(centre + 0.3 * torch.randn(5, 16, generator=generator), k=5)
+        learn(router, 5, centre + 0.3 * torch.randn(5, 16, generator=generator))
         more = centre + 0.3 * torch.randn(50, 16, generator=generator)
         rejected += (router.typicality(router.distances(more)) < 0.05).float().mean().item() / trials
         assert router.typicality(router.distances(-more)).max() < 0.05
     assert rejected < 0.08  # stated: 0.05, where distances are normally distributed
-    router.add(torch.ones(1, 16), k=1)  # one image says nothing
+    learn(router, 1, torch.ones(1, 16))  # one image says nothing
     assert router.calibrated() == [True, False]
 
 
@@ -74,7 +79,7 @@ def test_a_route_does_not_depend_on_the_rest_of_the_batch():
     router = PrototypeRouter(8)
     generator = torch.Generator().manual_seed(0)
     for _ in range(5):
-        router.add(torch.randn(40, 8, generator=generator), k=5)
+        learn(router, 5, torch.randn(40, 8, generator=generator))
     query = torch.randn(64, 8, generator=generator)
     together = router(query)
     alone = [router(row[None]) for row in query]

@@ -27,8 +27,8 @@ from hf_clpeft.storage.folder import atomic
 
 CLASSES = [["cat", "dog"], ["owl", "emu"], ["fox", "elk"]]
 EVERY = {
-    "s_lora": {},
-    "s_prompts_pp": {},
+    "s_lora": {"k": 2},
+    "s_prompts_pp": {"k": 2},
     "s_lora_mix": {"mix": 2},
     "l2l": {"pool_size": 3, "top_n": 2},
     "slda": {},
@@ -39,26 +39,22 @@ EVERY = {
 
 def teach(model, seed=0, tasks=range(2)):
     """Tasks that no image taught, but whose every number depends on the seed."""
-    generator, method = torch.Generator().manual_seed(seed), model.config.method
+    generator, method = torch.Generator().manual_seed(seed), model.method
     for i in tasks:
-        learner = model.start_task(f"task-{i:03d}", CLASSES[i])
-        for parameter in learner.parameters():
+        model.start_task(f"task-{i:03d}", CLASSES[i])
+        for parameter in method.parameters():
             if parameter.requires_grad:
                 parameter.data = 0.3 * torch.randn(parameter.shape, generator=generator)
-        model.finish_task(learner, num_train_images=8)
-        features = torch.randn(8, model.query_size, generator=generator)
-        if method.routed and model.router.knows_classes:
-            numbers = [model.config.classes.index(label) for label in CLASSES[i]]
-            model.router.add(features, torch.tensor(numbers * 4))
-        elif method.routed:
-            model.router.add(features, k=2)
+        features = torch.randn(8, method.query_size, generator=generator)
+        labels = torch.tensor(method.numbers * 4)
+        model.finish_task(lambda _: (features, labels), num_train_images=8)  # noqa: B023  # called at once
     return model
 
 
 @pytest.fixture
 def make(backbone):
     def make(method="s_lora", seed=0, tasks=range(2), **options):
-        config = ContinualConfig(METHODS[method](**(EVERY[method] | options)), backbone.config)
+        config = ContinualConfig(METHODS[method].Config(**(EVERY.get(method, {}) | options)), backbone.config)
         return teach(ContinualModel(copy.deepcopy(backbone), config), seed, tasks)
 
     return make
@@ -142,9 +138,9 @@ def test_what_is_no_model_of_ours_is_not_replaced(make):
 
 def test_the_same_is_true_of_the_trainer(tmp_path):
     stream = TaskStream.class_incremental(pattern_dataset(6), num_tasks=3)
-    trainer = make_trainer(METHODS["s_lora"](k=1), "out", num_train_epochs=1)
+    trainer = make_trainer(METHODS["s_lora"].Config(k=1), "out", num_train_epochs=1)
     trainer.learn(stream[0])
-    other = make_trainer(METHODS["s_lora"](k=1), "out", num_train_epochs=1, seed=7)
+    other = make_trainer(METHODS["s_lora"].Config(k=1), "out", num_train_epochs=1, seed=7)
     before = files_of("out")
     with pytest.raises(ConfigError, match="out holds another model"):
         other.learn(stream[0])
@@ -195,15 +191,21 @@ def test_combining_replaces_no_other_model(make):
     assert len(ContinualConfig.load("b").tasks) == 4
 
 
-def test_a_model_that_is_not_whole_is_not_saved(make):
+def finish_without_router(model, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(model.router, "learn", lambda *features, seed: None)
+        model.finish_task(lambda features: (), num_train_images=4)
+
+
+def test_a_model_that_is_not_whole_is_not_saved(make, monkeypatch):
     model = make("s_lora_mix")
     model.save_pretrained("out")
     before = files_of("out")
-    learner = model.start_task("task-002", CLASSES[2])
-    model.finish_task(learner, num_train_images=4)
-    with pytest.raises(ConfigError, match="The router has learnt 2 of 3 tasks, not task-002. Call"):
+    model.start_task("task-002", CLASSES[2])
+    finish_without_router(model, monkeypatch)
+    with pytest.raises(ConfigError, match="The router has learnt 2 of 3 tasks, not task-002. The method's .end. must"):
         model.save_pretrained("out")
-    model.router.add(torch.randn(4, model.query_size), torch.tensor([4, 4, 4, 4]))  # and no image of class 5
+    model.router.learn(torch.randn(4, model.method.query_size), torch.tensor([4, 4, 4, 4]))  # and no image of class 5
     with pytest.raises(ConfigError, match="The router knows no image of 1 of the classes"):
         model.save_pretrained("out")
     assert files_of("out") == before
@@ -257,17 +259,18 @@ def test_an_expert_that_was_harmed_on_disk_is_written_again(make, harm):
     assert path.read_bytes() == whole and len(ContinualModel.from_pretrained("out").config.tasks) == 3
 
 
-def test_what_was_learnt_by_hand_is_saved_with_its_report(backbone):
+def test_what_was_learnt_by_hand_is_saved_with_its_report(backbone, monkeypatch):
     model = ContinualModel.from_pretrained("hf-clpeft/s-lora-digits", backbone=backbone)
-    model.finish_task(model.start_task("by-hand", ["p", "q"]), num_train_images=5)
-    with pytest.raises(ConfigError, match="The router has learnt 5 of 6 tasks, not by-hand. Call"):
+    model.start_task("by-hand", ["p", "q"])
+    finish_without_router(model, monkeypatch)
+    with pytest.raises(ConfigError, match="The router has learnt 5 of 6 tasks, not by-hand. The method's .end. must"):
         model.save_pretrained("out")
-    model.router.add(torch.randn(9, model.query_size), k=3)
+    model.router.learn(torch.randn(9, model.method.query_size))
     model.save_pretrained("out")
     assert ContinualModel.from_pretrained("out").report.tasks[-1] == "by-hand"
 
 
 def test_integers_of_a_technique_are_no_expert(make):
     with pytest.raises((ConfigError, ExpertError)):
-        model = make(peft_type="SHIRA")
+        model = make(lora={"peft_type": "SHIRA"})
         model.save_pretrained("out")

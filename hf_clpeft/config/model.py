@@ -194,13 +194,14 @@ class ContinualConfig:
     @classmethod
     def from_dict(cls, values: dict) -> "ContinualConfig":
         """Inverse of [`~ContinualConfig.to_dict`]; raises [`ConfigError`] on anything it does not know."""
-        values = upgrade(values) if values.get("format_version") == 1 else dict(values)
-        if values.get("format_version") != FORMAT_VERSION:
+        version = values.get("format_version")
+        if version is True or version not in (1, FORMAT_VERSION):
             raise ConfigError(
-                f"format_version {values.get('format_version')!r} is not {FORMAT_VERSION}: this is no hf_clpeft "
+                f"format_version {version!r} is not {FORMAT_VERSION}: this is no hf_clpeft "
                 "model, or a newer one. Try `pip install --upgrade hf-clpeft`."
             )
         try:
+            values = upgrade(values) if version == 1 else dict(values)
             values["method"] = read_options(values["method"])
             values["backbone"] = BackboneConfig(**values["backbone"])
             values["tasks"] = [TaskConfig(**task) for task in values["tasks"]]

@@ -1,24 +1,55 @@
 """Reads what version 1 of the format said: one configuration for all methods, in which flags told them apart."""
 
-from typing import Any
+from dataclasses import dataclass, fields
+from typing import Any, Literal
+
+from .checks import check_types
+from .errors import ConfigError
 
 
-DEFAULTS: dict[str, Any] = {
-    "experts": "per_task",
-    "router": "prototypes",
-    "classifier": "head",
-    "mix": 1,
-    "joint": False,
-    "projection_size": 10_000,
-    "k": 5,
-    "head": "auto",
-    "query_with_first_expert": False,
-    "route_layer": None,
-    "pool_size": 10,
-    "top_n": 5,
-    "pull": 0.5,
-    "readout": "cls",
-    "mask_logits": True,
+@dataclass
+class MethodV1:
+    """The configuration of a method in version 1, with its defaults."""
+
+    name: str
+    peft: dict[str, Any]
+    experts: Literal["per_task", "pool", "single", "first", "none"] = "per_task"
+    router: str = "prototypes"
+    classifier: Literal["head", "router", "both"] = "head"
+    mix: int = 1
+    joint: bool = False
+    projection_size: int = 10_000
+    k: int | str = 5
+    head: Literal["auto", "shared", "per_task"] = "auto"
+    query_with_first_expert: bool = False
+    route_layer: int | list[int] | None = None
+    pool_size: int = 10
+    top_n: int = 5
+    pull: float = 0.5
+    readout: Literal["cls", "prompts"] = "cls"
+    mask_logits: bool = True
+
+    def __post_init__(self) -> None:
+        check_types(self)
+        kind = (self.experts, self.classifier, self.joint)
+        if kind not in KINDS or (self.experts == "none" and self.peft):
+            raise ConfigError(
+                f"experts={self.experts!r}, classifier={self.classifier!r}, joint={self.joint} and peft={self.peft} "
+                "do not go together."
+            )
+        if (self.classifier, self.head) == ("both", "shared"):
+            raise ConfigError("classifier='both' with head='shared' is not read any more.")
+
+
+KINDS = {  # experts, classifier, joint
+    ("per_task", "head", False),
+    ("per_task", "both", False),
+    ("pool", "head", False),
+    ("single", "head", False),
+    ("single", "head", True),
+    ("first", "router", False),
+    ("none", "router", False),
+    ("none", "head", True),
 }
 
 
@@ -32,7 +63,7 @@ def upgrade(values: dict) -> dict:
         `dict`
 
     Raises:
-        `KeyError`, `TypeError`, `AttributeError`: Something is missing, or of another type.
+        [`ConfigError`], `KeyError`, `TypeError`: Something is missing, unknown, or of another type.
 
     Example:
 
@@ -45,44 +76,45 @@ def upgrade(values: dict) -> dict:
 
     ```
     """
-    return {**values, "method": _method(dict(values["method"])), "format_version": 2}
-
-
-def _method(old: dict[str, Any]) -> dict[str, Any]:
-    """Name and options of the method: a named one where its options can say all that the flags said."""
-    unknown = old.keys() - DEFAULTS.keys() - {"name", "peft"}
+    method = values["method"]
+    if not isinstance(method, dict):
+        raise ConfigError("method is no mapping.")
+    unknown = method.keys() - {field.name for field in fields(MethodV1)}
     if unknown:
-        raise KeyError(f"method has no field {min(unknown)!r}")
-    old = {**DEFAULTS, **old}
-    name, experts, peft, first = old["name"], old["experts"], dict(old["peft"]), old["query_with_first_expert"]
-    layers = [old["route_layer"]] if isinstance(old["route_layer"], int) else old["route_layer"]
-    query = {"query_layers": layers}
-    projection = {**query, "projection_size": old["projection_size"]}
-    pool = {**query, **{option: old[option] for option in ("pool_size", "top_n", "pull")}}
-    if (experts, old["classifier"]) == ("per_task", "both"):
-        options = {**query, "mix": old["mix"], "router": old["router"]}
-        return _with_peft(name, peft, options, {"s_lora_mix": first}, "s_x_mix")
+        raise ConfigError(f"method has no field {min(unknown)!r}.")
+    return {**values, "method": _method(MethodV1(**method)), "format_version": 2}
+
+
+def _method(old: MethodV1) -> dict[str, Any]:
+    """Name and options of the method: a named one where its options can say all that the flags said."""
+    name, experts, peft, first = old.name, old.experts, old.peft, old.query_with_first_expert
+    query = {"query_layers": [old.route_layer] if isinstance(old.route_layer, int) else old.route_layer}
+    projection = {**query, "projection_size": old.projection_size}
+    if old.classifier == "both":
+        options = {"query_layers": query["query_layers"] or [-1], "mix": old.mix, "router": old.router}
+        mixed = _with_peft(name, peft, options, {"s_lora_mix": first}, "s_x_mix")
+        return mixed if first else {**mixed, "query_with_first": False}
     if experts == "per_task":
-        options = {**projection, **{option: old[option] for option in ("k", "router", "head")}}
+        options = {**projection, "k": old.k, "router": old.router, "head": old.head}
         names = {"s_lora": not first, "s_lora_pp": first, "s_prompts": not first, "s_prompts_pp": first}
         return _with_peft(name, peft, options, names, "s_x_pp" if first else "s_x")
     if experts == "pool":
-        cls = old["readout"] == "cls"
-        general = _with_peft(name, peft, pool, {"l2l": cls, "l2p": not cls}, "l2x")
-        return general if general["name"] != "l2x" else {**general, "readout": old["readout"]}
+        cls, pool = old.readout == "cls", {"pool_size": old.pool_size, "top_n": old.top_n, "pull": old.pull}
+        general = _with_peft(name, peft, query | pool, {"l2l": cls, "l2p": not cls}, "l2x")
+        return general if general["name"] != "l2x" else {**general, "readout": old.readout}
     if experts == "single":  # trained in turn, or jointly: what it is comes to the same
         name = "sequential_lora" if name == "joint_lora" else name
         return _with_peft(name, peft, {}, {"sequential_lora": True}, "single")
     if experts == "first":
-        named = _with_peft(name, peft, projection, {"ranpac_first": old["router"] == "ridge"}, "closed_form_first")
-        return named if named["name"] != "closed_form_first" else {**named, "router": old["router"]}
-    if old["joint"]:
+        named = _with_peft(name, peft, projection, {"ranpac_first": old.router == "ridge"}, "closed_form_first")
+        return named if named["name"] != "closed_form_first" else {**named, "router": old.router}
+    if old.joint:
         return {"name": "linear_probe"}
-    if name in ("ncm", "slda") and old["router"] == {"ncm": "class_means", "slda": "gaussian"}[name]:
+    if (name, old.router) in (("ncm", "class_means"), ("slda", "gaussian")):
         return {"name": name, **query}
-    if (name, old["router"]) == ("ranpac", "ridge"):
+    if (name, old.router) == ("ranpac", "ridge"):
         return {"name": name, **projection}
-    return {"name": "closed_form", "router": old["router"], **projection}
+    return {"name": "closed_form", "router": old.router, **projection}
 
 
 def _with_peft(name: str, peft: dict, options: dict, names: dict[str, bool], general: str) -> dict[str, Any]:

@@ -81,6 +81,7 @@ class ExpertBank(torch.nn.Module):
         self._trained: tuple[str, int] | None = None  # what is trained, and by which thread
         self._learner = 0  # thread that learns, whatever it is doing
         self._pool: list[tuple[torch.Tensor, torch.Tensor]] = []  # what of a pool is trained, and what it was
+        self._unreadable = ""  # why other threads may not read while this one trains
         self._seal: Seal | None = None
 
     @property
@@ -119,12 +120,21 @@ class ExpertBank(torch.nn.Module):
         """No other thread changes the bank inside this context.
 
         Raises:
-            [`ExpertError`]: Another thread is training the pool.
+            [`ExpertError`]: Another thread is training the pool, or what its method keeps besides.
         """
         with self.lock.reading():
-            if self.table is not None and self.table.rows.requires_grad and not torch.compiler.is_compiling():
-                self._refuse_strangers("a pool changes with every step")
+            if self._unreadable and not torch.compiler.is_compiling():
+                self._refuse_strangers(self._unreadable)
             yield
+
+    def refuse_readers(self, why: str) -> None:
+        """Lets no other thread read until this one finishes or abandons what it trains; those that do are awaited.
+
+        Args:
+            why (`str`): What the error says.
+        """
+        with self.lock.writing():
+            self._unreadable = why
 
     # Adding and training experts
 
@@ -264,6 +274,7 @@ class ExpertBank(torch.nn.Module):
         assert self.table is not None
         with self.lock.writing():
             self.claim("the pool")
+            self.refuse_readers("a pool changes with every step")
             self._pool = [(tensor, tensor.detach().clone()) for tensor in (self.table.rows, keys)]
             for tensor, _ in self._pool:
                 tensor.requires_grad_(True)
@@ -273,7 +284,7 @@ class ExpertBank(torch.nn.Module):
         for tensor, _ in self._pool:
             tensor.requires_grad_(False)
             tensor.grad = None
-        self._pool, self._trained = [], None
+        self._pool, self._trained, self._unreadable = [], None, ""
 
     def remove(self, name: str) -> None:
         """Takes an expert out, of the slot too; those behind it move up."""
@@ -345,7 +356,6 @@ class ExpertBank(torch.nn.Module):
             stage = self._stage
             if stage is None or stage.name != self.names[index]:
                 stage = self._put(self[index])
-                stage.requires_grad_(False)  # nobody trains here
             rows = (selection == index).nonzero()[:, 0]
             groups.append(stage(pixel_values[rows], layers).to(pixel_values.dtype))
             order.append(rows)
@@ -391,6 +401,7 @@ class ExpertBank(torch.nn.Module):
         if stage is None:
             stage = self._stage = self._make_stage(expert.config)
         stage.put(expert)
+        stage.requires_grad_(False)  # nobody trains here
         return stage
 
     def _try(self, expert: Expert) -> None:

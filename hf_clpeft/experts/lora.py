@@ -84,9 +84,9 @@ class LoraTable(ExpertTable):
         names = [name for name, module in peft_model.get_base_model().named_modules() if isinstance(module, LoraLayer)]
         layers = {f"base_model.model.{name}": backbone.model.get_submodule(name) for name in names}
         config = peft_model.peft_config[ADAPTER]
-        trained = sum(parameter.requires_grad for parameter in peft_model.parameters())
+        weights = sum(f".{ADAPTER}." in name for name, _ in peft_model.named_parameters())
         linear = {key: layer for key, layer in layers.items() if type(layer) is torch.nn.Linear}
-        if not (_is_plain(config) and len(linear) == len(layers) and trained == 2 * len(layers)):
+        if not (_is_plain(config) and len(linear) == len(layers) and weights == 2 * len(layers)):
             return None
         inputs = _shared_inputs(backbone, peft_model, names)
         return cls(backbone, linear, inputs) if inputs else None

@@ -1,7 +1,7 @@
 """What a method is: one module that owns all it learns, with verbs to predict by and verbs to learn by."""
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +18,7 @@ from .help import explain
 from .keeper import Keeper
 from .learning import Batch, FeaturesOf
 from .output import ContinualOutput
-from .state import Snapshot
+from .state import Snapshot, freeze
 
 
 METHODS: dict[str, type["Method"]] = {}
@@ -215,20 +215,25 @@ class Method(Keeper):
         self.abandon()
         self.before = None  # else each would keep the one before it
         with self.bank.lock.writing():
+            freeze(self.state())
             self.before = Snapshot(self, self.options, self.config)
         self.bank.claim(task.name)
         self.task, self.seed = task, seed
         try:
-            self.begin(task)
+            with nullcontext() if self.independent else self.bank.lock.writing():
+                self.begin(task)
+                self.to(self.backbone.device)
+                if any(tensor.requires_grad for tensor in self.state().values()):
+                    self.bank.refuse_readers(f"{self.name} changes what it predicts with at every step")
         except BaseException:
             self.abandon()
             raise
-        self.to(self.backbone.device)
 
     def finish(self, features_of: FeaturesOf) -> None:
         """Ends a task. It is known once the caller has added it to `config`."""
         self.end(features_of)
         self.to(self.backbone.device)
+        freeze(self.state())
         self.bank.abandon()
         self.task = None
 
@@ -259,7 +264,11 @@ class Method(Keeper):
                 self.before = None
 
     def begin(self, task: TaskConfig) -> None:
-        """Makes what the task trains. `self.task` is that task, `self.numbers` are the numbers of its classes."""
+        """Makes what the task trains. `self.task` is that task, `self.numbers` are the numbers of its classes.
+
+        What the method keeps is frozen between tasks. What of it is to be trained further gets `requires_grad_()`
+        here; then other threads cannot predict until the task ends.
+        """
 
     def parameter_groups(self, args: Any) -> list[dict[str, Any]]:
         """What the optimizer gets: by default all that requires a gradient.

@@ -41,10 +41,13 @@ class SXMix(PerTask, name="s_x_mix"):
 
     @dataclass
     class Config(MixOptions, PeftOptions):
-        pass
+        query_with_first: bool = field(
+            default=True, metadata={"help": "Take query features with the first task's expert."}
+        )
 
     def __init__(self, backbone: Backbone, config: ContinualConfig):
         super().__init__(backbone, config)
+        self.query_with_first = getattr(self.options, "query_with_first", True)
         if not self.router.gives_likelihoods:
             raise ConfigError(
                 f"{self.name} adds up log-likelihoods, and the scores of {self.options.router!r} are none: choose "

@@ -56,8 +56,23 @@ def load_state(module: torch.nn.Module, tensors: dict[str, torch.Tensor], own: d
     fill(module, tensors)
 
 
+def freeze(tensors: dict[str, torch.Tensor]) -> None:
+    """Ends training: nothing requires a gradient, whether it was trained here or read from a file."""
+    for tensor in tensors.values():
+        if tensor.is_leaf:
+            tensor.requires_grad_(False)
+        else:
+            tensor.detach_()
+        tensor.grad = None
+
+
 def fill(module: torch.nn.Module, tensors: dict[str, torch.Tensor]) -> None:
-    """Sets parameters and buffers, whatever their size was; a list of parameters gets as many as there are."""
+    """Sets parameters and buffers, whatever their size was; a list of parameters gets as many as there are.
+
+    Args:
+        module (`torch.nn.Module`): What to fill.
+        tensors (`dict[str, torch.Tensor]`): All that it keeps, by name.
+    """
     for name in _lists(module):
         parent, _, key = name.rpartition(".")
         items = [*module.get_submodule(name).parameters()][: sum(key.rpartition(".")[0] == name for key in tensors)]

@@ -99,7 +99,7 @@ def save_files(
         make_card(config, report).save(staging / CARD_NAME)
         _check_loads(method, staging, list(changed))
         gone = [f"{EXPERTS_FOLDER}/{name}" for name in set(there.expert_names if there else []) - set(names)]
-        gone += [] if METHOD_NAME in tensors else [METHOD_NAME]
+        gone += [METHOD_NAME] if METHOD_NAME not in tensors and (folder / METHOD_NAME).exists() else []
         remove_with(staging, gone + (list(REPORT_FILES) if report is None else []))
     model_config.tasks, model_config.files, model_config.versions = config.tasks, config.files, config.versions
     return {name: unchanged[name] for name in names}
@@ -127,6 +127,7 @@ def load_files(folder: str | Path, method: Method) -> tuple[StreamReport | None,
     experts = (Expert.load(name, folder / EXPERTS_FOLDER / name) for name in names)
     method.bank.extend(rename_old_keys(expert, method.backbone) for expert in experts)
     _read_parts(method, folder)
+    method.check()
     return _read_report(config, folder), {
         name: {path: config.files[path] for path in expert_files(name)} for name in names
     }

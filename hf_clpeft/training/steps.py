@@ -97,7 +97,7 @@ class StepLoop:
         assert method.task is not None
         self.accelerator, self.args, self.checkpoints = accelerator, args, checkpoints
         step = Step(method, args)
-        self._trained = [*step.trained]
+        self._trained, self._method = [*step.trained], method
         groups = step.groups
         optimizer: torch.optim.Optimizer
         if args.optim == "adamw":
@@ -252,7 +252,10 @@ class StepLoop:
         return _nothing, None
 
     def _weights(self) -> dict[str, torch.Tensor]:
-        return {str(number): parameter for number, parameter in enumerate(self._trained)}
+        """All that steps change: what is trained, and buffers of the method that its loss may write into."""
+        buffers = self._method.named_buffers()
+        kept = {name: buffer for name, buffer in buffers if not name.startswith(("bank.", "router.", "heads."))}
+        return kept | {str(number): parameter for number, parameter in enumerate(self._trained)}
 
 
 def _nothing() -> None:

@@ -19,10 +19,10 @@ from hf_clpeft import (
     ContinualTrainer,
     ContinualTrainingArguments,
     HubError,
-    MethodConfig,
     TaskStream,
     load_benchmark,
     load_task,
+    s_x,
 )
 from hf_clpeft.streams.images import open_image
 
@@ -248,7 +248,7 @@ def test_a_task_that_others_build_on_cannot_be_removed(saved):
 
 
 def test_a_task_whose_classes_were_trained_again_in_one_head_cannot_be_removed(tmp_path):
-    trainer = make_trainer(MethodConfig("s", {"peft_type": "LORA"}, k=1, head="shared"), num_train_epochs=1)
+    trainer = make_trainer(s_x({"peft_type": "LORA"}, k=1, head="shared"), num_train_epochs=1)
     for task in TaskStream.domain_incremental(pattern_dataset(2, domains=["plain", "negative"])):
         trainer.learn(task)
     with pytest.raises(ConfigError, match="Other tasks trained classes \\['class 0', 'class 1'\\] too"):
