@@ -31,9 +31,8 @@ def difference(config: ContinualConfig, there: ContinualConfig) -> str | None:
     ours, theirs = config.backbone, there.backbone
     if (ours.weight_hash, ours.image_size) != (theirs.weight_hash, theirs.image_size):
         return f"one on the backbone {theirs.name_or_path} ({theirs.weight_hash[:12]}…, {theirs.image_size} px)"
-    for option, value in there.method.to_dict().items():
-        if option != "head" and config.method.to_dict().get(option) != value:
-            return f"one of the method {there.method.name} with {option}={value!r}"
+    if config.method.name != there.method.name:
+        return f"one of the method {there.method.name}"
     known = {task.name: task for task in config.tasks}
     forgotten = [task.name for task in there.tasks if task.name not in [*known, *config.removed]]
     if forgotten:
@@ -50,4 +49,7 @@ def difference(config: ContinualConfig, there: ContinualConfig) -> str | None:
             )
         if own.state != task.state:
             return f"one that has learnt {task.name} in another run"
+    for option, value in there.method.to_dict().items():
+        if option != "head" and config.method.to_dict().get(option) != value:
+            return f"one of the method {there.method.name} with {option}={value!r}"
     return None
