@@ -23,15 +23,15 @@ if TYPE_CHECKING:  # what is imported below when it is first used; a test holds 
         HfClpeftError as HfClpeftError,
         MethodOptions as MethodOptions,
     )
+    from .config.hub_errors import (
+        HubError as HubError,
+    )
     from .experts import (
         Expert as Expert,
         ExpertBank as ExpertBank,
         ExpertError as ExpertError,
         PromptTunedVisionModel as PromptTunedVisionModel,
         make_peft_config as make_peft_config,
-    )
-    from .hub.errors import (
-        HubError as HubError,
     )
     from .methods import (
         METHODS as METHODS,
@@ -134,7 +134,7 @@ _MODULES = {
         "slda",
     ],
     "reports.report": ["StreamReport"],
-    "hub.errors": ["HubError"],
+    "config.hub_errors": ["HubError"],
     "prediction": ["Prediction"],
     "model": ["ContinualModel"],
     "combining": ["combine"],

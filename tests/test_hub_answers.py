@@ -8,15 +8,14 @@ import pytest
 from conftest import make_trainer, pattern_dataset
 from hub_server import Fault
 from huggingface_hub import constants
-from s_lora import SLoraArguments
 from typer.testing import CliRunner
 
 from hf_clpeft import ContinualModel, ContinualTrainer, HubError, TaskStream, cli, s_lora
 from hf_clpeft.backbones.bundled import bundled_folder
 from hf_clpeft.config import ContinualConfig
+from hf_clpeft.config.hub_errors import HTTPError, explained, transferring
 from hf_clpeft.hub import push
 from hf_clpeft.hub.download import find_model
-from hf_clpeft.hub.errors import HTTPError, explained, transferring
 from hf_clpeft.hub.outbox import Outbox
 from hf_clpeft.training.recipe import run_recipe
 
@@ -249,9 +248,9 @@ def test_a_push_that_waits_does_not_end_with_a_command_that_shows_the_repo(hub, 
     small = "--num_tasks 2 --max_train_samples_per_task 16 --max_test_samples_per_task 5 --num_train_epochs 1"
     options = [*small.split(), "--disable_tqdm", "--output_dir", "out", "--push_to_hub", "--hub_token", "hf_alice"]
     hub.faults.append(Fault("POST", "/commit/", status=503, times=10**6))
-    run_recipe(SLoraArguments, s_lora, ["--benchmark", "digits", *options])
+    run_recipe("s_lora", argv=["--benchmark", "digits", *options])
     said = capsys.readouterr().out
     assert "next: hf-clpeft push out" in said and "demo" not in said
     hub.faults.clear()
-    run_recipe(SLoraArguments, s_lora, ["--benchmark", "digits", *options, "--resume_from_checkpoint", "auto"])
+    run_recipe("s_lora", argv=["--benchmark", "digits", *options, "--resume_from_checkpoint", "auto"])
     assert "next: hf-clpeft demo alice/out" in capsys.readouterr().out

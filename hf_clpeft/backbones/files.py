@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 from ..config.checks import read_json
 from ..config.errors import ConfigError
+from ..config.hub_client import hub_client
+from ..config.hub_errors import HFValidationError, HubError, LocalEntryNotFoundError, explained, transferring
 from ..config.text import get_logger
-from ..hub.client import hub_client
-from ..hub.errors import HFValidationError, HubError, LocalEntryNotFoundError, explained, transferring
 from .bundled import bundled_folder
 from .errors import BackboneError, first_line
 

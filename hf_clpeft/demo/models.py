@@ -11,8 +11,8 @@ from tempfile import TemporaryDirectory
 
 from ..backbones.bundled import bundled_folder
 from ..config.errors import ConfigError
-from ..hub.client import hub_client
-from ..hub.errors import HubError, explained
+from ..config.hub_client import hub_client
+from ..config.hub_errors import HubError, explained
 from ..model import ContinualModel
 from ..prediction import best_device
 from .batching import Batcher

@@ -5,12 +5,12 @@ from typing import TYPE_CHECKING, Any
 
 from ..config.checks import LARGEST_JSON
 from ..config.errors import ConfigError
+from ..config.hub_client import hub_client
+from ..config.hub_errors import HfHubHTTPError, HubError, RevisionResolutionError, explained, transferring
 from ..config.model import CONFIG_NAME, ContinualConfig
 from ..config.text import get_logger
 from ..reports.report import METRICS_NAME
 from ..storage.files import check_names
-from .client import hub_client
-from .errors import HfHubHTTPError, HubError, RevisionResolutionError, explained, transferring
 
 
 if TYPE_CHECKING:

@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from ..config.checks import read_json
 from ..config.errors import ConfigError
+from ..config.hub_client import hub_client
+from ..config.hub_errors import HfHubHTTPError, HubError, explained, transferring
 from ..config.model import CONFIG_NAME, ContinualConfig
 from ..config.text import get_logger
 from ..reports.card import CARD_NAME, make_card
 from ..reports.report import METRICS_NAME, REPORT_FILES, StreamReport
 from ..storage.files import WEIGHTS, check_files
 from ..storage.lineage import difference
-from .client import hub_client
-from .errors import HfHubHTTPError, HubError, explained, transferring
 
 
 if TYPE_CHECKING:

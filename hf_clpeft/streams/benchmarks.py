@@ -4,8 +4,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+from ..config.hub_errors import RevisionNotFoundError
 from ..config.text import get_logger
-from ..hub.errors import RevisionNotFoundError
 from .digits import load_digits_dataset
 from .source import StreamError
 from .stream import TaskStream

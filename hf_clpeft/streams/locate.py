@@ -24,9 +24,9 @@ from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
 from datasets.packaged_modules.parquet.parquet import Parquet
 from huggingface_hub import hf_hub_download, snapshot_download
 
+from ..config.hub_client import hub_client
+from ..config.hub_errors import HfHubHTTPError, RepositoryNotFoundError, answer_in_words
 from ..config.text import get_logger
-from ..hub.client import hub_client
-from ..hub.errors import HfHubHTTPError, RepositoryNotFoundError, answer_in_words
 from .folders import SPLIT_WORDS, PictureFolder, find_metadata, find_pictures, holds_data, is_picture, list_files
 from .source import ImageSource, StreamError
 

@@ -15,8 +15,8 @@ from accelerate.utils import DataLoaderConfiguration, set_seed
 from tqdm.auto import tqdm
 
 from ..config import ConfigError
+from ..config.hub_errors import HubError
 from ..config.text import get_logger
-from ..hub.errors import HubError
 from ..hub.outbox import Outbox
 from ..hub.push import PushTarget
 from ..methods.learning import Features, FeaturesOf

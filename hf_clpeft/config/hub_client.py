@@ -16,7 +16,7 @@ def hub_client(token: str | bool | None = None) -> "HfApi":
     Example:
 
     ```py
-    >>> from hf_clpeft.hub.client import hub_client
+    >>> from hf_clpeft.config.hub_client import hub_client
 
     >>> hub_client().library_name
     'hf-clpeft'

@@ -18,7 +18,7 @@ from huggingface_hub.errors import (
     RevisionResolutionError,
 )
 
-from ..config.errors import HfClpeftError
+from .errors import HfClpeftError
 
 
 # The base error of httpx or httpx2, whichever the installed huggingface_hub is built on.
