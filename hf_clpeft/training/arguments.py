@@ -205,6 +205,10 @@ class ContinualTrainingArguments:
         """Repo to push to, if any."""
         return (self.hub_model_id or Path(self.output_dir).absolute().name) if self.push_to_hub else None
 
+    def num_steps(self, num_batches: int) -> int:
+        """Optimizer steps of a task whose images make so many batches in an epoch."""
+        return self.num_train_epochs * -(-num_batches // self.gradient_accumulation_steps)
+
     def decisive(self) -> dict:
         """The arguments that determine the result of training."""
         return {name: value for name, value in vars(self).items() if name not in MAY_CHANGE}

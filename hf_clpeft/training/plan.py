@@ -67,7 +67,7 @@ def make_plan(model: ContinualModel, stream: TaskStream, args: ContinualTraining
             planned.append(PlannedTask(task, True, images, test_images))
             continue
         model.start_task(task.name, task.classes, task.domain)
-        steps = None if images is None else args.num_train_epochs * steps_per_epoch(images, args)
+        steps = None if images is None else args.num_steps(-(-images // args.train_batch_size))
         if not model.method.trains or len(task.classes) == 1:
             steps = 0
         planned.append(PlannedTask(task, False, images, test_images, *model.method.costs(), steps))
@@ -82,12 +82,6 @@ def make_plan(model: ContinualModel, stream: TaskStream, args: ContinualTraining
 def count(split: Split | None) -> int | None:
     """Images of a split, where they are known without reading them all."""
     return len(split.dataset) if split is not None and isinstance(split.dataset, Dataset) else None
-
-
-def steps_per_epoch(images: int, args: ContinualTrainingArguments) -> int:
-    """Optimizer steps of one pass."""
-    batches = -(-images // args.train_batch_size)
-    return -(-batches // args.gradient_accumulation_steps)
 
 
 def print_plan(model: ContinualModel, stream: TaskStream, args: ContinualTrainingArguments, closing: str) -> None:

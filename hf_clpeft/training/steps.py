@@ -106,7 +106,7 @@ class StepLoop:
             optimizer = torch.optim.SGD(groups, momentum=0.9, weight_decay=args.weight_decay)
         self.batches = make_batches(images, args, accelerator)
         self.module, self.optimizer = accelerator.prepare(step, optimizer)
-        self.num_steps = args.num_train_epochs * -(-len(self.batches) // args.gradient_accumulation_steps)
+        self.num_steps = args.num_steps(len(self.batches))
         scheduler = get_scheduler(
             args.lr_scheduler_type, self.optimizer, round(args.warmup_ratio * self.num_steps), self.num_steps
         )

@@ -112,7 +112,7 @@ class ContinualTrainer:
         self._shows = self.accelerator.is_main_process and not args.disable_tqdm
         self._tests: dict[int, Task] = {}  # tasks that can be tested, by position in the model
         self._step = 0  # optimizer steps so far, as trackers count them
-        self._fresh = True  # nothing was learnt by this trainer yet
+        self._fresh = True  # no task was learnt by this trainer yet
         self.stop = Stop()  # set from outside to end training where it can go on
         self._checkpoints = Checkpoints(args.output_dir, args.save_total_limit, self.accelerator.process_index)
         self._parallel = ParallelExperts(args.output_dir, model, args, self._made_with())
@@ -144,14 +144,14 @@ class ContinualTrainer:
             )
         self.report.stream, self.report.dataset = stream.name, stream.dataset
         learnt = {known.name: position for position, known in enumerate(self.model.config.tasks)}
-        with self._alone(), stopping_on_signals(self.stop), explaining_lost_processes(self.accelerator):
+        with self._exclusively(), stopping_on_signals(self.stop), explaining_lost_processes(self.accelerator):
             if self.args.task_parallel and isinstance(stream, TaskStream):
                 self._train_in_parallel(stream)
             for task in stream:
                 if any_process_stops(self.stop, self.accelerator):
                     raise TrainingStopped(self.stop.signal)
                 if task.name in learnt:
-                    self._take_up(task, learnt[task.name])
+                    self._register(task, learnt[task.name])
                 elif task.name in self.model.config.removed:
                     logger.warning("%s was unlearnt and stays so; learn it under another name.", task.name)
                 else:
@@ -176,12 +176,12 @@ class ContinualTrainer:
             [`ExpertError`]: Another thread is teaching the model.
             [`TrainingError`]: The loss is not finite, or another process is gone; the model is as it was.
         """
-        with self._alone(), explaining_lost_processes(self.accelerator):
+        with self._exclusively(), explaining_lost_processes(self.accelerator):
             return self._learn(task)
 
     @contextmanager
-    def _alone(self) -> Iterator[None]:
-        """Keeps other runs out of the folder, and its checkpoints out of this run, if it is a new one."""
+    def _exclusively(self) -> Iterator[None]:
+        """Locks the output folder against other runs, and clears checkpoints that are not of this one."""
         main = self.accelerator.is_main_process
         with locked(self.args.output_dir) if main else nullcontext():
             if main:
@@ -239,7 +239,7 @@ class ContinualTrainer:
 
     @contextmanager
     def _all_or_nothing(self) -> Iterator[None]:
-        """What fails before a task can be saved leaves no trace of it, in the model and its report or here."""
+        """Rolls back the model, its report and the evaluator if a task fails before it can be saved."""
         known, report = len(self.model.config.tasks), deepcopy(vars(self.report))
         forwards = self.evaluator.forwards()
         try:
@@ -253,8 +253,8 @@ class ContinualTrainer:
             self.evaluator.forget(known, forwards)
             raise
 
-    def _take_up(self, task: Task, position: int) -> None:
-        """Makes a task that was learnt before part of the evaluations to come."""
+    def _register(self, task: Task, position: int) -> None:
+        """Registers the test images of a task that was learnt before for the evaluations to come."""
         known = self.model.config.tasks[position]
         if (list(task.classes), task.domain) != (known.classes, known.domain):
             raise ConfigError(
@@ -268,7 +268,7 @@ class ContinualTrainer:
             self.evaluator.add(task.name, test, position if same and position in self._measured else None)
 
     def _train_in_parallel(self, stream: TaskStream) -> None:
-        """Trains the experts of all tasks to come, every process its own ones; they are taken up in order later."""
+        """Trains the experts of all tasks to come, sharded over processes; the model takes them over in order later."""
         check_independent(self.model.method, stream, self.accelerator.mixed_precision)
         local, rank, args = LocalAccelerator(self.accelerator), self.accelerator.process_index, self.args
         checkpoints = Checkpoints(self._parallel.folder / f".rank-{rank}", args.save_total_limit)
