@@ -268,7 +268,7 @@ class ContinualTrainer:
             self.evaluator.add(task.name, test, position if same and position in self._measured else None)
 
     def _train_in_parallel(self, stream: TaskStream) -> None:
-        """Trains the experts of all tasks to come, sharded over processes; the model takes them over in order later."""
+        """Trains the experts of all tasks to come, sharded over processes, for the model to take over in order."""
         check_independent(self.model.method, stream, self.accelerator.mixed_precision)
         local, rank, args = LocalAccelerator(self.accelerator), self.accelerator.process_index, self.args
         checkpoints = Checkpoints(self._parallel.folder / f".rank-{rank}", args.save_total_limit)
