@@ -26,6 +26,7 @@ class ClosedForm(Method):
 
     trains = reads = False
     takes_one_class = True
+    experts = "no expert: the backbone stays as it was"
     which_head = "none: the router names the class"
     router: ClassRouter
 
@@ -159,6 +160,7 @@ class LinearProbe(Method, name="linear_probe"):
     """
 
     title, which_head = "Linear probe", "shared"
+    experts = "no expert: the backbone stays as it was"
     trains = reads = False
     heads: Heads
 

@@ -36,7 +36,7 @@ class Keeper(KeepsPrecision):
     fixed_query: ClassVar[bool] = True
     trains_by_query: ClassVar[bool] = False
     takes_one_class: ClassVar[bool] = False
-    experts: ClassVar[str] = "no expert: the backbone stays as it was"
+    experts: ClassVar[str] = ""
     which_router: ClassVar[str] = ""
     which_head: ClassVar[str] = "none"
 
@@ -173,6 +173,9 @@ class Keeper(KeepsPrecision):
     @classmethod
     def facts(cls, options: Any) -> dict[str, str]:
         """What the card tells of the method, in words: its experts, PEFT technique, router and head."""
+        if not cls.experts:  # of somebody who says no more
+            given = ", ".join(f"{name} = {value}" for name, value in vars(options).items())
+            return {"options": given} if given else {}
         peft, router = getattr(options, "peft", {}), getattr(options, "router", cls.which_router)
         return {
             "experts": cls.experts.format(**vars(options)),

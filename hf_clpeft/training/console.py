@@ -36,8 +36,10 @@ def print_task(report: StreamReport) -> None:
     if last in measured:
         own = [matrix[last, last], math.nan, math.nan]
         if report.oracle_accuracy:
+            own[2] = report.oracle_accuracy[last]
+        if report.oracle_accuracy and report.routing_confusion:
             sent = report.routing_confusion[last]
-            own[1:] = sent[last] / max(1, sum(sent)), report.oracle_accuracy[last]
+            own[1] = sent[last] / max(1, sum(sent))
         rows.append(["this task", *(percent(value, unit="") for value in own)])
     if len(measured) > 1:
         names = ("average_accuracy", "routing_accuracy", "oracle_accuracy")
