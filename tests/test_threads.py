@@ -303,7 +303,7 @@ def test_readers_share_and_writers_are_alone():
             inside.remove("writing")
 
     at_once([write if i % 4 == 0 else read for i in range(400)])
-    with lock.reading(), pytest.raises(RuntimeError, match="cannot change what it is reading"), lock.writing():
+    with lock.reading(), pytest.raises(RuntimeError, match="cannot acquire it for writing"), lock.writing():
         pass
     with lock.writing():  # copies are free
         both = [copy.deepcopy(lock), pickle.loads(pickle.dumps(lock))]
