@@ -150,31 +150,19 @@ def _read_parts(method: Method, folder: Path, check_only: bool = False) -> None:
     """Loads router, heads and further state; with `check_only`, a router only validates, to save time and memory."""
     router, heads = method.router, method.heads
     tasks, num_classes = method.config.tasks, len(method.config.classes)
-
-    def take_router(tensors: dict[str, torch.Tensor]) -> None:
-        if router is None:
-            _take_nothing(tensors)
-        else:
-            (router.check if check_only else router.load)(tensors, len(tasks), num_classes)
-
-    def take_heads(tensors: dict[str, torch.Tensor]) -> None:
-        if heads is None:
-            _take_nothing(tensors)
-        else:
-            heads.load(tensors, tasks, num_classes)
-
-    for name, take in {ROUTER_NAME: take_router, HEADS_NAME: take_heads, METHOD_NAME: method.load_state}.items():
+    for name in (ROUTER_NAME, HEADS_NAME, METHOD_NAME):
         tensors = _read(folder / name) if name != METHOD_NAME or (folder / name).is_file() else {}
         try:
-            take(tensors)
+            if name == METHOD_NAME:
+                method.load_state(tensors)
+            elif name == ROUTER_NAME and router is not None:
+                (router.check if check_only else router.load)(tensors, len(tasks), num_classes)
+            elif name == HEADS_NAME and heads is not None:
+                heads.load(tensors, tasks, num_classes)
+            elif any(tensor.numel() for tensor in tensors.values()):  # version 1 saved empty ones
+                raise ValueError(f"the method has no such part, and the file holds {sorted(tensors)[:3]}.")
         except ValueError as error:
             raise ConfigError(f"{name} does not fit the model: {error}") from error
-
-
-def _take_nothing(tensors: dict[str, torch.Tensor]) -> None:
-    """For a part that the method does not have: version 1 of the format saved it with empty tensors."""
-    if any(tensor.numel() for tensor in tensors.values()):
-        raise ValueError(f"the method has no such part, and the file holds {sorted(tensors)[:3]}.")
 
 
 def _has(folder: Path, files: dict[str, str]) -> bool:
