@@ -125,8 +125,8 @@ class ContinualTrainer:
         """Learns the tasks of a stream in order; evaluates, saves and pushes the model after each.
 
         Args:
-            stream ([`TaskStream`] or [`BorderlessStream`]): The tasks. Those that are learnt are only evaluated, removed
-                ones are skipped.
+            stream ([`TaskStream`] or [`BorderlessStream`]): The tasks. Learnt ones are only evaluated, removed
+                ones skipped.
 
         Returns:
             [`StreamReport`]: Metrics of all tasks of the model.
