@@ -165,7 +165,7 @@ class Keeper(KeepsPrecision):
 
     @classmethod
     def facts(cls, options: Any) -> dict[str, str]:
-        """Descriptions of experts, PEFT technique, router and head, for the card; the options if `experts` is empty."""
+        """Descriptions for the card: experts, PEFT technique, router, head; or the options, if `experts` is empty."""
         if not cls.experts:
             given = ", ".join(f"{name} = {value}" for name, value in vars(options).items())
             return {"options": given} if given else {}
