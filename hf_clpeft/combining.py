@@ -1,4 +1,4 @@
-"""Experts of several models in one model and one router."""
+"""Combines the experts of several models into one model."""
 
 import hashlib
 import re
@@ -20,22 +20,20 @@ from .model import ContinualModel
 def combine(
     sources: Iterable[str | Path | ContinualModel], backbone: str | None = None, **options: Any
 ) -> ContinualModel:
-    """Puts the experts of several models into one; every image finds its own among all of them.
+    """Combines the experts, routers and heads of several models into one model, without training.
 
-    Nothing is trained: experts, what routers know and head rows stay. Classes are merged by name. Where two
-    models with a shared head know the same class, the combined head judges every image by the rows of its own expert's
-    task alone; otherwise heads stay as they were. Task names stay where no two are the same; else they get the name of
-    their source in front, as much of it as tells sources apart: `a-out-task-000` and `b-out-task-000` of the folders
-    `a/out` and `b/out`.
+    Classes are merged by name. If two models with a shared head know the same class, the combined model has a head per
+    task; otherwise the kind of head is kept. If task names collide, they are prefixed with the shortest unique name of
+    their source: `a-out-task-000` and `b-out-task-000` for the folders `a/out` and `b/out`.
 
     Args:
         sources (iterable of `str`, `Path` or [`ContinualModel`]): Repo ids (`me/model@task-003` for a revision),
             folders or models; two or more, each with one expert per task.
-        backbone (`str`, *optional*): Where the backbone is now, when not where it was.
+        backbone (`str`, *optional*): Folder or repo id of the backbone, if it has moved.
         options: `dtype`, `token`, `cache_dir`, `local_files_only`; see [`ContinualModel.from_pretrained`].
 
     Returns:
-        [`ContinualModel`]: Its tasks say which model they came from.
+        [`ContinualModel`]: Each task has its source in its configuration.
 
     Raises:
         [`ConfigError`]: The models differ in backbone, image size or technique, or have no expert per task.
@@ -90,11 +88,12 @@ def _open(source: str | Path | ContinualModel, backbone: str | None, options: di
 
 
 def _origin(source: str | Path | ContinualModel) -> str:
-    """Where a source is, or was; a model that was never loaded is called by its method."""
+    """Folder or repo of a source; the name of its method if it was never saved."""
     return source.origin or source.config.method.name if isinstance(source, ContinualModel) else str(source)
 
 
 def _check_alike(one: ContinualModel, two: ContinualModel, name: str, other_name: str) -> None:
+    """Raises [`ConfigError`] unless two models have the same backbone, preprocessing and kind of expert."""
     first, other = _alike(one, name), _alike(two, other_name)
     if not two.config.tasks:
         raise ConfigError(f"{other_name} has learnt no task.")
@@ -113,7 +112,7 @@ def _check_alike(one: ContinualModel, two: ContinualModel, name: str, other_name
 
 
 def _alike(model: ContinualModel, name: str) -> dict[str, Any]:
-    """What must not differ between models that are combined, by what to call it."""
+    """Properties that must be equal in models to combine: values by name."""
     backbone = model.config.backbone
     try:
         own = model.method.alike()
@@ -123,7 +122,7 @@ def _alike(model: ContinualModel, name: str) -> dict[str, Any]:
 
 
 def _rename(groups: list[list[TaskConfig]], labels: list[str], prefixes: list[str]) -> list[list[TaskConfig]]:
-    names = [task.name.casefold() for group in groups for task in group]  # folders of some disks do not tell A from a
+    names = [task.name.casefold() for group in groups for task in group]  # some file systems are case-insensitive
     unique = len(set(names)) == len(names)
     return [
         [
@@ -131,15 +130,12 @@ def _rename(groups: list[list[TaskConfig]], labels: list[str], prefixes: list[st
                 task,
                 name=task.name if unique else join_name(prefix, task.name),
                 source=task.source or label,
-                state=None,  # of a model that this one is not
+                state=None,  # as it identifies a state of the source
             )
             for task in group
         ]
         for group, label, prefix in zip(groups, labels, prefixes, strict=True)
     ]
-
-
-# Names of tasks, which say what model they come from
 
 
 def label_sources(sources: Sequence[str]) -> tuple[list[str], list[str]]:

@@ -1,4 +1,4 @@
-"""Writes one expert for use without this library: as a PEFT adapter, or merged into a plain image classifier."""
+"""Exports one expert for use without this library: as a PEFT adapter, or merged into an image classifier."""
 
 import copy
 from collections.abc import Iterator
@@ -23,22 +23,22 @@ from .storage.folder import atomic, hash_file
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-TOLERANCE = 1e-4  # of the largest logit, or of 1
+TOLERANCE = 1e-4  # relative to the largest logit, or to 1
 
 
 def export_adapter(model: ContinualModel, task: str, folder: str | Path, overwrite: bool = False) -> None:
-    """Writes the expert of a task as a plain PEFT adapter, without its head.
+    """Exports the expert of a task as a plain PEFT adapter, without its head.
 
     Args:
         model ([`ContinualModel`]): A model that has learnt the task.
         task (`str`): Name of the task.
-        folder (`str` or `Path`): Made if needed.
-        overwrite (`bool`, *optional*, defaults to `False`): Replace another adapter or classifier that is there.
+        folder (`str` or `Path`): Created if missing.
+        overwrite (`bool`, *optional*, defaults to `False`): Replace another adapter or classifier in the folder.
 
     Raises:
         [`ConfigError`]: The model has learnt no such task, or the folder holds another model.
-        [`ExpertError`]: Experts of the model belong to no task.
-        `OSError`: It cannot be written; what was there is untouched.
+        [`ExpertError`]: Experts do not belong to tasks.
+        `OSError`: It cannot be written; the folder is unchanged.
 
     Example:
 
@@ -64,22 +64,22 @@ def export_adapter(model: ContinualModel, task: str, folder: str | Path, overwri
 
 
 def export_merged(model: ContinualModel, task: str, folder: str | Path, overwrite: bool = False) -> None:
-    """Writes the expert of a task, merged into the backbone, as a plain image classifier over that task's classes.
+    """Exports the expert of a task, merged into the backbone, as a `transformers` classifier of that task's classes.
 
-    `transformers` alone loads it: `pipeline("image-classification", folder)`. Logits are compared with the model's
-    before anything is written.
+    Load it with `pipeline("image-classification", folder)`. Before anything is written, its logits are compared with
+    those of the model.
 
     Args:
-        model ([`ContinualModel`]): A model in `float32` that has learnt the task; it is left as it is.
+        model ([`ContinualModel`]): A model in `float32` that has learnt the task; it is not modified.
         task (`str`): Name of the task.
-        folder (`str` or `Path`): Made if needed.
-        overwrite (`bool`, *optional*, defaults to `False`): Replace another adapter or classifier that is there.
+        folder (`str` or `Path`): Created if missing.
+        overwrite (`bool`, *optional*, defaults to `False`): Replace another adapter or classifier in the folder.
 
     Raises:
         [`ConfigError`]: The model has learnt no such task, or the folder holds another model.
-        `OSError`: It cannot be written; what was there is untouched.
-        [`ExpertError`]: Experts of the model belong to no task or are prompts, its method has no linear head, its
-            backbone is not in `float32`, or transformers' classifier for that backbone cannot give the same logits.
+        `OSError`: It cannot be written; the folder is unchanged.
+        [`ExpertError`]: Experts do not belong to tasks or are prompts, the method has no linear head, the backbone is
+            not in `float32`, or the classifier of `transformers` for this backbone has different logits.
 
     Example:
 
@@ -114,7 +114,7 @@ def export_merged(model: ContinualModel, task: str, folder: str | Path, overwrit
     if dtype != torch.float32:
         raise ExpertError(f"A merged model is written in float32, and this one is in {dtype}; load it in float32.")
     numbers = [model.config.classes.index(label) for label in model.config.tasks[number].classes]
-    with torch.random.fork_rng(devices=[]):  # what is drawn for weights that are then overwritten changes no training
+    with torch.random.fork_rng(devices=[]):  # random weights, overwritten below, must not advance the global generator
         classifier: Any = _make_classifier(model, model.config.tasks[number].classes)
         _merge(model, expert, classifier)
     _write_rows(classifier.classifier, *heads.rows_of(number, numbers))
@@ -126,7 +126,7 @@ def export_merged(model: ContinualModel, task: str, folder: str | Path, overwrit
 
 @contextmanager
 def _written(folder: str | Path, overwrite: bool) -> Iterator[Path]:
-    """Where to write what goes into a folder as a whole, if that folder holds no other model."""
+    """Yields a staging folder, which replaces the target atomically unless that holds another model."""
     with atomic(folder) as staging:
         yield staging
         files = [Path(folder, CONFIG_NAME), Path(folder, ADAPTER_CONFIG_NAME), *Path(folder).glob("*.safetensors")]
@@ -151,7 +151,7 @@ def _find_task(model: ContinualModel, task: str) -> int:
 
 
 def _find_expert(model: ContinualModel, number: int) -> int:
-    """Position of a task's expert in the bank."""
+    """Index of a task's expert in the bank."""
     position = model.method.expert_of(number)
     if position is None:
         raise ExpertError(f"{model.config.method.name} has no expert that belongs to a task.")
@@ -159,7 +159,7 @@ def _find_expert(model: ContinualModel, number: int) -> int:
 
 
 def _make_classifier(model: ContinualModel, classes: list[str]) -> "PreTrainedModel":
-    """A classifier around a copy of the frozen backbone, on the CPU; its rows are random."""
+    """A classifier with a copy of the frozen backbone, on the CPU; its head is random."""
     from transformers import AutoModelForImageClassification
 
     config = copy.deepcopy(model.backbone.model.config)
@@ -184,7 +184,7 @@ def _merge(model: ContinualModel, expert: Expert, classifier: "PreTrainedModel")
 
 @torch.no_grad()
 def _write_rows(layer: torch.nn.Linear, weight: torch.Tensor, bias: torch.Tensor) -> None:
-    """Copies rows of the head. What the layer reads behind [CLS], as DINOv2's does, gets zeros."""
+    """Copies head rows. Weights of inputs after [CLS], as in DINOv2's classifier, are zeroed."""
     layer.weight.zero_()
     layer.weight[:, : weight.shape[1]] = weight
     layer.bias.copy_(bias)

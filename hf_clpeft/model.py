@@ -1,4 +1,4 @@
-"""The continual model: what a user predicts with, teaches, saves, loads and pushes."""
+"""The continual model: prediction, learning, saving, loading and pushing."""
 
 from collections.abc import Sequence
 from copy import copy
@@ -28,17 +28,18 @@ from .storage.model_files import load_files, save_files
 
 
 class ContinualModel(torch.nn.Module):
-    """A frozen vision transformer that keeps learning, with a method of its user's choice.
+    """A frozen vision model that learns tasks one after another with a continual learning [`Method`].
 
     Args:
         backbone ([`Backbone`]): The frozen model.
         config ([`ContinualConfig`]): Method, backbone and learnt tasks.
 
     Attributes:
-        method ([`Method`]): What predicts and learns, and owns all that was learnt.
-        report ([`StreamReport`], *optional*): What was measured while it learnt; travels with the model.
+        method ([`Method`]): The method, which owns all learnt state.
+        report ([`StreamReport`], *optional*): Metrics of its training; saved with the model.
 
-    `transformers.pipeline("image-classification", model=model, image_processor=model.backbone.processor)` works too.
+    It also works in `transformers.pipeline("image-classification", model=model,
+    image_processor=model.backbone.processor)`.
 
     Example:
 
@@ -64,17 +65,17 @@ class ContinualModel(torch.nn.Module):
         super().__init__()
         self.config, self.backbone = config, backbone
         self.method, self._saves = make_method(backbone, config), ReadWriteLock()
-        self.origin: str | None = None  # where it was loaded from
+        self.origin: str | None = None  # folder or repo that it was loaded from
         self.report: StreamReport | None = None
-        self.unchanged_experts: dict[str, dict[str, str]] = {}  # their files since they were last saved or loaded
+        self.unchanged_experts: dict[str, dict[str, str]] = {}  # hashes of their files, as last saved or loaded
 
     @classmethod
     def from_backbone(cls, name_or_path: str, method: MethodOptions, **options: Any) -> "ContinualModel":
-        """A model that has learnt nothing yet.
+        """Creates a model without any tasks.
 
         Args:
             name_or_path (`str`): Repo id or folder of the backbone.
-            method ([`MethodOptions`]): Options of a method, such as `s_lora(r=4)`, or `Mine.Config()` of your own.
+            method ([`MethodOptions`]): Options of a method, for example `s_lora(r=4)` or `Mine.Config()`.
             options: `revision`, `image_size`, `dtype`, `attn_implementation`, `token`, `cache_dir`,
                 `local_files_only`; see [`load_backbone`].
 
@@ -86,38 +87,38 @@ class ContinualModel(torch.nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where the model is."""
+        """Device of the model."""
         return self.backbone.device
 
     @property
     def dtype(self) -> torch.dtype:
-        """Type of the pixel values that it takes; the backbone's weights may be of another."""
+        """Dtype of its input; the weights of the backbone may have another."""
         return torch.float32
 
     @property
     def bank(self) -> ExpertBank:
-        """The experts of the method."""
+        """The experts."""
         return self.method.bank
 
     @property
     def router(self) -> Router | None:
-        """The router of the method, if it has one."""
+        """The router, if the method has one."""
         return self.method.router
 
     @property
     def heads(self) -> Heads | None:
-        """The head of the method, if it has one."""
+        """The head, if the method has one."""
         return self.method.heads
 
-    # From pixels to a label
+    # Prediction
 
     @reading
     def forward(self, pixel_values: torch.Tensor, expert: int | None = None) -> ContinualOutput:
-        """Query, route, read, classify: see [`Method.forward`].
+        """Computes the logits; see [`Method.forward`].
 
         Args:
             pixel_values (`torch.Tensor` of shape `(batch, 3, height, width)`): Normalised images.
-            expert (`int`, *optional*): Position of the expert that all images go to, whatever their route.
+            expert (`int`, *optional*): Index of the expert to route all images to.
 
         Returns:
             [`ContinualOutput`]
@@ -134,34 +135,32 @@ class ContinualModel(torch.nn.Module):
         top_k: int = 1,
         show_progress_bar: bool = False,
     ) -> list[Prediction]:
-        """Classifies images, each by its own features: neither order nor batch size change an answer.
+        """Classifies images. Predictions do not depend on the order of images or on the batch size.
 
-        Many threads may call this at once, also while one of them learns a task, saves or pushes: they wait while a
-        trained expert moves in and the router is taught its task, and, with experts that run grouped, for each other.
-        While a pool is trained, other threads are refused.
+        It is thread-safe, also while another thread learns a task, saves or pushes. Calls wait while a task is
+        finished, and for each other if experts run grouped; see [`ExpertBank`]. While another thread trains a pool,
+        they raise an error.
 
-        With `reject_rate` an image that is far from all tasks gets no label. How far is judged for each task by its
-        own training images, held out of the clustering: of new images of any learnt task, a share of `reject_rate` at
-        most is rejected by mistake, as long as they are like the training images. Few training images promise less;
-        see [`fit_thresholds`].
+        With `reject_rate`, the label of out-of-distribution images is withheld. For new images of any learnt task that
+        are exchangeable with its training images, the label is withheld at most at this rate (conformal prediction).
+        The guarantee is weaker with few training images; see [`fit_thresholds`].
 
         Args:
-            images (one picture, or an iterable of them): `PIL.Image.Image`, path, `bytes`, binary file, array or
-                tensor, of any mode and size; [`open_image`] says how each is read. Of an iterable, `batch_size` are
-                taken at a time.
+            images (an image, or an iterable of images): `PIL.Image.Image`, path, `bytes`, binary file, array or
+                tensor of any mode and size; see [`open_image`]. An iterable is read batch by batch.
             batch_size (`int`, *optional*, defaults to 32): Images per forward pass; -1: all at once, as in `datasets`.
-            reject_rate (`float`, *optional*): In whole percent, 0.01 to 1. Default: nothing is rejected.
-            expert (`str`, *optional*): Name of the expert that judges all images, in place of the nearest.
-            top_k (`int`, *optional*, defaults to 1): How many of the likeliest classes and nearest experts to tell.
-            show_progress_bar (`bool`, *optional*, defaults to `False`): Show how far it is, in images.
+            reject_rate (`float`, *optional*): From 0.01 to 1, in steps of 0.01. Default: nothing is rejected.
+            expert (`str`, *optional*): Name of the expert to use for all images, instead of routing.
+            top_k (`int`, *optional*, defaults to 1): Number of classes and of experts in each [`Prediction`].
+            show_progress_bar (`bool`, *optional*, defaults to `False`): Show a progress bar of images.
 
         Returns:
             `list[Prediction]`: One per image.
 
         Raises:
-            [`PictureError`]: Something is no picture, or a damaged one; an `OSError`, too.
-            [`ConfigError`]: The model has learnt no task yet, there is no such expert, `reject_rate` is asked of a
-                model without prototypes, or an argument is of another type or out of range.
+            [`PictureError`]: An input is not an image, or is damaged. It is also an `OSError`.
+            [`ConfigError`]: The model has learnt no task, there is no such expert, the model does not support
+                `reject_rate`, or an argument has a wrong type or is out of range.
             [`ExpertError`]: Another thread is training the pool.
         """
         check_options(self.method, batch_size, reject_rate, expert, top_k)
@@ -172,24 +171,25 @@ class ContinualModel(torch.nn.Module):
 
     @property
     def can_reject(self) -> bool:
-        """Whether [`~ContinualModel.predict`] takes a `reject_rate`."""
+        """Whether [`~ContinualModel.predict`] supports `reject_rate`."""
         return self.method.why_no_reject() is None
 
     # Learning a task
 
     def start_task(self, name: str, classes: Sequence[str], domain: str | None = None, seed: int = 0) -> None:
-        """Prepares what is trained in a new task. The model knows it once [`~ContinualModel.finish_task`] is called.
+        """Starts a new task, to be trained and then completed by [`~ContinualModel.finish_task`].
 
-        In between, `model.method.parameter_groups(args)` is what to train, and `model.method.loss(batch)` the loss.
+        In between, `model.method.parameter_groups(args)` are the parameters to train, and `model.method.loss(batch)`
+        is the loss.
 
         Args:
             name (`str`): Name of the task.
             classes (sequence of `str`): Names of its classes.
             domain (`str`, *optional*): Its domain.
-            seed (`int`, *optional*, defaults to 0): Of what is drawn when the task is finished.
+            seed (`int`, *optional*, defaults to 0): Random seed, for example of k-means.
 
         Raises:
-            [`ConfigError`]: A task of that name has been learnt already, or the method cannot learn these classes.
+            [`ConfigError`]: A task of that name has already been learnt, or the method cannot learn these classes.
             [`ExpertError`]: Another thread is training the model.
         """
         if name in (task.name for task in self.config.tasks):
@@ -206,12 +206,12 @@ class ContinualModel(torch.nn.Module):
 
     @writing
     def finish_task(self, features_of: FeaturesOf, num_train_images: int) -> None:
-        """Ends a task, and adds it to what the model knows.
+        """Completes the current task: stores its expert and head rows, and fits the router.
 
         Args:
-            features_of (callable): Gives what a function gives for all training images, and their class numbers: see
+            features_of (callable): Extracts features of all training images; see
                 [`hf_clpeft.methods.learning.FeaturesOf`].
-            num_train_images (`int`): Images it was trained on.
+            num_train_images (`int`): Number of training images.
         """
         method, task = self.method, self.method.task
         assert task is not None, "start_task comes first"
@@ -222,18 +222,17 @@ class ContinualModel(torch.nn.Module):
         self.config.classes = list(dict.fromkeys([*self.config.classes, *task.classes]))
         self.config.tasks.append(task)
 
-    # Forgetting on purpose
+    # Unlearning
 
     @writing
     def remove(self, task: str) -> None:
-        """Unlearns a task exactly: its expert, prototypes and head rows go, and nothing else changes by a bit.
+        """Unlearns a task exactly: deletes its expert, prototypes and head rows; all others stay bit-identical.
 
         Args:
-            task (`str`): Its name.
+            task (`str`): Name of the task.
 
         Raises:
-            [`ConfigError`]: There is no such task, or others were learnt from what it left behind, so that taking it
-                away would not be exact.
+            [`ConfigError`]: There is no such task, or other tasks depend on it, so that it cannot be removed exactly.
             [`ExpertError`]: Another thread is training the model.
         """
         names = [known.name for known in self.config.tasks]
@@ -241,7 +240,7 @@ class ContinualModel(torch.nn.Module):
             raise ConfigError(
                 f"There is no task {task!r} to remove; the model has learnt {', '.join(names) or 'none'}."
             )
-        self.bank.claim(task)  # or refuses while another thread learns one
+        self.bank.claim(task)  # raises if another thread is training
         self.method.abandon()
         others = [known for known in self.config.tasks if known.name != task]
         classes = list(dict.fromkeys(label for known in others for label in known.classes))
@@ -256,20 +255,20 @@ class ContinualModel(torch.nn.Module):
         if self.report is not None:
             self.report.remove_task(task)
 
-    # The folder and the Hub
+    # Saving and the Hub
 
     @reading
     def save_pretrained(self, folder: str | Path, overwrite: bool = False) -> None:
-        """Writes the model, its card and its report, not the backbone, into a folder: as a whole or not at all.
+        """Saves the model, its card and its report to a folder atomically. The backbone is not saved.
 
         Other threads may predict meanwhile; those that save or finish a task wait.
 
         Args:
-            folder (`str` or `Path`): Made if needed.
-            overwrite (`bool`, *optional*, defaults to `False`): Replace another model that the folder holds.
+            folder (`str` or `Path`): Created if missing.
+            overwrite (`bool`, *optional*, defaults to `False`): Replace another model in the folder.
 
         Raises:
-            `OSError`, [`ConfigError`]: See [`hf_clpeft.storage.model_files.save_files`]; what was there is untouched.
+            `OSError`, [`ConfigError`]: See [`hf_clpeft.storage.model_files.save_files`]; the folder is unchanged.
         """
         with self._saves.writing():
             self.unchanged_experts = save_files(
@@ -277,20 +276,20 @@ class ContinualModel(torch.nn.Module):
             )
 
     def push_to_hub(self, repo_id: str, squash_history: bool = False, **options: Any) -> str:
-        """Puts the model on the Hub as one commit, tagged with its latest task's name; see [`push_folder`].
+        """Pushes the model to the Hub as one commit, tagged with the name of its latest task; see [`push_folder`].
 
         Args:
-            repo_id (`str`): Repo id; made if needed.
-            squash_history (`bool`, *optional*, defaults to `False`): Then make this the only commit of the branch and
-                delete the tags that still hold a removed task.
+            repo_id (`str`): Repo id; created if missing.
+            squash_history (`bool`, *optional*, defaults to `False`): Squash the branch into this commit, and delete
+                the tags that still contain a removed task.
             options: `token`, `private`, `revision` (a branch), `create_pr`, `commit_message`; see [`PushTarget`] and
                 [`push_folder`].
 
         Returns:
-            `str`: Address of the commit or pull request.
+            `str`: URL of the commit or pull request.
 
         Raises:
-            [`HubError`]: The Hub cannot be reached or refuses, or holds another model.
+            [`HubError`]: The Hub cannot be reached, denies the request, or holds another model.
         """
         from tempfile import TemporaryDirectory
 
@@ -309,27 +308,27 @@ class ContinualModel(torch.nn.Module):
         attn_implementation: str | None = None,
         **hub_options: Any,
     ) -> "ContinualModel":
-        """Loads a model from a folder or the Hub, whole or not at all. Only safetensors and JSON are read.
+        """Loads a model from a folder or the Hub. Only safetensors and JSON are read.
 
         Args:
-            name_or_path (`str` or `Path`): Folder, or repo id on the Hub; `"hf-clpeft/s-lora-digits"` comes with the
-                package.
-            backbone (`str` or [`Backbone`], *optional*): Where the backbone is now, when not where it was: folder or
-                repo id, perhaps with `@` and a revision; or the backbone itself, with the same image processor.
+            name_or_path (`str` or `Path`): Folder, or repo id on the Hub; `"hf-clpeft/s-lora-digits"` is bundled
+                with the package.
+            backbone (`str` or [`Backbone`], *optional*): Folder or repo id of the backbone, if it has moved, or
+                `repo@revision`; or a loaded backbone with the same image processor.
             revision (`str`, *optional*): Branch, tag or commit of the repo, for example `"task-003"`.
-            dtype (`str` or `torch.dtype`, *optional*, defaults to `"float32"`): Type of the backbone's weights.
-            attn_implementation (`str`, *optional*): What computes attention, as in `transformers`.
+            dtype (`str` or `torch.dtype`, *optional*, defaults to `"float32"`): Dtype of the backbone's weights.
+            attn_implementation (`str`, *optional*): Attention implementation, as in `transformers`.
             hub_options: `token`, `cache_dir`, `local_files_only`.
 
         Returns:
             [`ContinualModel`]
 
         Raises:
-            [`ConfigError`], [`ExpertError`]: A file is missing, damaged, unknown or does not fit.
-            [`BackboneError`]: The backbone's weights or pixels are not those that the model was trained on.
-            [`HubError`]: There is no such repo or revision, or no way to it.
+            [`ConfigError`], [`ExpertError`]: A file is missing, damaged, unexpected or does not match.
+            [`BackboneError`]: Weights or preprocessing of the backbone differ from those in training.
+            [`HubError`]: There is no such repo or revision, or it cannot be reached.
         """
-        bundled = bundled_folder(str(name_or_path)) if revision is None else None  # only the Hub has revisions
+        bundled = bundled_folder(str(name_or_path)) if revision is None else None  # bundled models have no revisions
         folder = bundled or Path(name_or_path)
         local = folder.is_dir()
         folder = as_saved(folder) if local else fetch_model(str(name_or_path), revision, **hub_options)
@@ -349,5 +348,5 @@ class ContinualModel(torch.nn.Module):
         return model
 
 
-# Else `transformers.pipeline` would say, wrongly, that it does not support this model.
+# Else `transformers.pipeline` warns that it does not support this model, although it does.
 MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES["hf_clpeft"] = ContinualModel.__name__

@@ -1,4 +1,4 @@
-"""From pictures to predictions: checks what is asked of a model, reads pictures, puts answers in words."""
+"""Prediction: validates options, decodes images in batches, and converts logits to predictions."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -16,24 +16,24 @@ from .config import ConfigError
 from .methods import ContinualOutput, Method
 
 
-ALL_AT_ONCE = -1  # as a batch size, as in `datasets`
+ALL_AT_ONCE = -1  # a batch size, as in `datasets`
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """What the model says about one image.
+    """The prediction for one image.
 
     Args:
-        label (`str`, *optional*): Name of the likeliest class; `None` if the image is rejected: of none of the tasks.
-        score (`float`): Softmax score of the likeliest class, in [0, 1]; 1 under a task with a single class.
-        expert (`str`, *optional*): Name of the expert that judged the image; the nearest, where several did; `None`
-            in methods that classify without.
-        distance (`float`): How far the image's query features are from it, or from the nearest task, in the measure
-            of the router: in [0, 2] with prototypes or keys.
-        typicality (`float`, *optional*): Which share of a task's own images lie as far from its prototypes as this
-            one, or farther: the largest over all tasks, in whole percent. `None` where that is not known.
-        classes (`dict[str, float]`): The likeliest classes with their scores, likeliest first.
-        experts (`dict[str, float]`): The nearest experts with their distances, nearest first.
+        label (`str`, *optional*): Name of the likeliest class; `None` if the image is rejected as out-of-distribution.
+        score (`float`): Softmax score of the likeliest class, in [0, 1]; 1 for a single-class task.
+        expert (`str`, *optional*): Name of the expert used, the nearest one if there are several; `None` if the method
+            has none.
+        distance (`float`): Distance of the query features to that expert, or to the nearest task, as the router
+            measures it: in [0, 2] for prototypes and keys.
+        typicality (`float`, *optional*): Conformal p-value: the fraction of a task's own images at least as far from
+            its prototypes, maximised over all tasks, in steps of 0.01. `None` if the model is not calibrated.
+        classes (`dict[str, float]`): Scores of the `top_k` likeliest classes, in descending order.
+        experts (`dict[str, float]`): Distances of the `top_k` nearest experts, in ascending order.
 
     Example:
 
@@ -63,26 +63,22 @@ def read_output(
     reject_rate: float,
     top_k: int,
 ) -> list[Prediction]:
-    """Puts a forward pass in words.
+    """Converts the output of a batch to one [`Prediction`] per image.
 
     Args:
-        output ([`ContinualOutput`]): Of a batch.
-        classes (sequence of `str`): Names of the classes, in the order of the logits.
-        experts (sequence of `str`): Names of the experts, in the order of the distances.
-        typicality (`torch.Tensor` of shape `(batch,)`, *optional*): The largest over all tasks, where they have
-            prototypes.
-        reject_rate (`float`): Images that are less typical get no label.
-        top_k (`int`): How many classes and experts to tell.
-
-    Returns:
-        `list[Prediction]`: One per image.
+        output ([`ContinualOutput`]): Output of the model.
+        classes (sequence of `str`): Class names, in the order of the logits.
+        experts (sequence of `str`): Expert names, in the order of the distances.
+        typicality (`torch.Tensor` of shape `(batch,)`, *optional*): Conformal p-values.
+        reject_rate (`float`): The label of images with a lower p-value is withheld.
+        top_k (`int`): Number of classes and of experts in each prediction.
     """
     assert output.logits is not None and output.selection is not None and output.distances is not None
     scores, likeliest = output.logits.softmax(dim=1).topk(min(top_k, len(classes)))
     nearest_distances, nearest = output.distances.topk(min(top_k, len(experts)), largest=False)
     chosen = output.selection.reshape(len(scores), -1)[:, 0]
     distance = output.distances.gather(1, chosen[:, None])[:, 0]
-    # Rounded, as 0.05 in float32 is not what Python calls 0.05.
+    # Rounded, as 0.05 in float32 differs from 0.05 in Python.
     typicalities: list[float | None] = [None] * len(scores)
     if typicality is not None:
         typicalities = [round(value, 2) for value in typicality.tolist()]
@@ -108,10 +104,10 @@ def read_output(
 def check_options(
     method: Method, batch_size: Any = 1, reject_rate: Any = None, expert: Any = None, top_k: Any = 1
 ) -> None:
-    """Checks what [`ContinualModel.predict`] is asked, of whatever type it is.
+    """Validates the options of [`ContinualModel.predict`].
 
     Raises:
-        [`ConfigError`]: The model cannot do that.
+        [`ConfigError`]: An option has a wrong type or value, or is not supported by the method.
 
     Example:
 
@@ -134,7 +130,12 @@ def check_options(
             or_all = f", or {ALL_AT_ONCE} for all images at once" if name == "batch_size" else ""
             raise ConfigError(f"{name}={_brief(value)} must be a whole number, 1 or more{or_all}.")
     if reject_rate is not None:
-        _check_reject_rate(method, reject_rate)
+        why_not = method.why_no_reject()
+        if why_not is not None:
+            raise ConfigError(why_not)
+        number = isinstance(reject_rate, Real) and not isinstance(reject_rate, bool)
+        if not number or not 0.01 <= reject_rate <= 1:
+            raise ConfigError(f"reject_rate={_brief(reject_rate)} must be a number between 0.01 and 1.")
     if expert is not None:
         method.choose(expert if isinstance(expert, str) else _brief(expert))
 
@@ -144,17 +145,8 @@ def _brief(value: Any) -> str:
     return text if len(text) <= 100 else f"{text[:100]}…"
 
 
-def _check_reject_rate(method: Method, reject_rate: Any) -> None:
-    why_not = method.why_no_reject()
-    if why_not is not None:
-        raise ConfigError(why_not)
-    number = isinstance(reject_rate, Real) and not isinstance(reject_rate, bool)
-    if not number or not 0.01 <= reject_rate <= 1:
-        raise ConfigError(f"reject_rate={_brief(reject_rate)} must be a number between 0.01 and 1.")
-
-
 def best_device() -> torch.device:
-    """The accelerator of this machine, such as `cuda` or `mps`, or the CPU where there is none.
+    """The accelerator of this machine, such as `cuda` or `mps`; the CPU if there is none.
 
     Example:
 
@@ -166,24 +158,19 @@ def best_device() -> torch.device:
 
     ```
     """
-    # Without the first, a torch that was built for GPUs names one on a machine that has none.
+    # `current_accelerator` alone returns `cuda` on any machine with a CUDA build of torch.
     accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     return accelerator or torch.device("cpu")
 
 
 def read_batches(images: Any, batch_size: int, show_progress_bar: bool = False) -> Iterator[Iterable[PIL.Image.Image]]:
-    """Pictures in batches, each read when it is asked for.
-
-    Args:
-        images (one picture, or an iterable of them): See [`open_image`].
-        batch_size (`int`): Pictures per batch; -1: all in one.
-        show_progress_bar (`bool`, *optional*, defaults to `False`): Show how far it is.
+    """Decodes images lazily in batches; arguments as for [`ContinualModel.predict`].
 
     Yields:
-        Iterable of RGB images: read it to its end before the next one.
+        Iterable of RGB images, to be exhausted before the next one.
 
     Raises:
-        [`PictureError`]: Something is no picture; the message says which.
+        [`PictureError`]: An input is not an image; the message says which.
     """
     if is_picture(images):
         yield [open_image(images)]
@@ -192,7 +179,7 @@ def read_batches(images: Any, batch_size: int, show_progress_bar: bool = False) 
         pictures = enumerate(images)
     except TypeError:
         pictures = None
-    if pictures is None or isinstance(images, set | frozenset):  # a set has no order in which to answer
+    if pictures is None or isinstance(images, set | frozenset):  # a set has no order
         raise PictureError(f"images is of type {type(images).__name__}; give {KINDS}, or several of them in a list.")
     count = len(images) if hasattr(images, "__len__") else None
     with tqdm(total=count, desc="Predicting", unit="image", disable=not show_progress_bar) as bar:
@@ -209,18 +196,15 @@ def classify(
     expert: str | None = None,
     top_k: int = 1,
 ) -> list[Prediction]:
-    """Classifies images that have been read and resized, in one forward pass. Options are checked already.
+    """Classifies decoded images in one forward pass; returns one [`Prediction`] per image.
 
     Args:
-        method ([`Method`]): Of a model that has learnt a task.
-        pixels (`uint8` array of shape `(batch, 3, height, width)`): What [`ImageTransform.resize`] gives.
+        method ([`Method`]): Method of a model that has learnt a task.
+        pixels (`uint8` array of shape `(batch, 3, height, width)`): From [`ImageTransform.resize`].
         reject_rate, expert, top_k: See [`ContinualModel.predict`].
-
-    Returns:
-        `list[Prediction]`: One per image.
     """
     values = method.backbone.transform.normalize(torch.from_numpy(pixels).to(method.backbone.device))
-    with method.bank.reading():  # a batch is answered from one state of the model, whatever other threads do
+    with method.bank.reading():  # no other thread changes the model within a batch
         check_options(method, reject_rate=reject_rate, expert=expert)
         output = method(values, expert=None if expert is None else method.choose(expert))
         typicality = method.typicality(output.distances) if method.why_no_reject() is None else None

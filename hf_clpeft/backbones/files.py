@@ -31,12 +31,7 @@ MAX_LIST_LENGTH = 1000
 
 
 def find_checkpoint(name_or_path: str, revision: str | None = None, **hub_options: Any) -> tuple[Path, str | None]:
-    """Locates or downloads the files of a backbone, all of one commit.
-
-    Args:
-        name_or_path (`str`): Repo id or folder; some are bundled with the package.
-        revision (`str`, *optional*): Branch, tag or commit of the repo.
-        hub_options: `token`, `cache_dir`, `local_files_only`.
+    """Locates or downloads the files of a backbone, all of one commit; arguments as for [`load_backbone`].
 
     Returns:
         `Path` and the commit, which is `None` for a local folder.
@@ -67,11 +62,7 @@ def find_checkpoint(name_or_path: str, revision: str | None = None, **hub_option
 
 
 def read_config(folder: Path, name: str) -> "PretrainedConfig":
-    """Reads and validates the configuration of a checkpoint's vision model.
-
-    Args:
-        folder (`Path`): Folder of the checkpoint.
-        name (`str`): Name for error messages.
+    """Reads and validates the configuration of a checkpoint's vision model; `name` is for error messages.
 
     Returns:
         `transformers.PretrainedConfig`: That of the vision tower, if the checkpoint has two towers.
@@ -109,9 +100,6 @@ def read_config(folder: Path, name: str) -> "PretrainedConfig":
 
 def count_parameters(folder: Path) -> int:
     """Number of parameters of a checkpoint, from the headers of its files.
-
-    Args:
-        folder (`Path`): Folder of the checkpoint.
 
     Raises:
         [`BackboneError`]: A file is damaged or missing.

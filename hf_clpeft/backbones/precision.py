@@ -40,10 +40,7 @@ class KeepsPrecision(torch.nn.Module):
 
 
 def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
-    """Context manager that disables autocast.
-
-    Args:
-        device (`torch.device`): Device whose autocast is disabled.
+    """Context manager that disables autocast on a device.
 
     Example:
 

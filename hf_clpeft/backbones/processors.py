@@ -78,12 +78,7 @@ def read_processor(folder: str | Path, name: str, model_type: str | None = None)
 
 
 def set_size(processor: Any, image_size: int) -> None:
-    """Makes a processor output square images of `image_size`, with the same crop ratio as before.
-
-    Args:
-        processor (`transformers.BaseImageProcessor`): Processor, changed in place.
-        image_size (`int`): Side in pixels.
-    """
+    """Makes a processor output square images of `image_size` px, with the same crop ratio as before. In place."""
     if getattr(processor, "do_center_crop", False) and not hasattr(processor, "crop_pct"):
         old = _side(processor.crop_size)
         grown = {
@@ -101,10 +96,6 @@ def set_size(processor: Any, image_size: int) -> None:
 
 def output_size(transform: ImageTransform, name: str) -> int:
     """Side of the square output of a transform in pixels, measured on a wide and a tall image.
-
-    Args:
-        transform ([`ImageTransform`]): Transform to measure.
-        name (`str`): Name of its owner for error messages.
 
     Raises:
         [`BackboneError`]: Outputs are not square or not all of one size, or it cannot resize or normalise.

@@ -1,4 +1,4 @@
-"""The backbone of a saved model: the same weights, and the same pixels to the bit."""
+"""Loads the backbone of a saved model, and checks that weights and preprocessing are bit-identical."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,24 +22,23 @@ def load_saved_backbone(
     name_or_path: str | Path,
     **options: Any,
 ) -> Backbone:
-    """The backbone that a model was trained on, with the image processor that it was trained with.
+    """Loads the backbone of a saved model, with the image processor of the model.
 
     Args:
-        saved ([`BackboneConfig`]): What the model says of it.
-        processor (`transformers.BaseImageProcessor`): What the model was saved with.
-        elsewhere (`str`, *optional*): Where the backbone is now, when not where it was; `@` and a revision may follow.
-        name_or_path (`str` or `Path`): The model, for the message.
+        saved ([`BackboneConfig`]): The backbone in the model's configuration.
+        processor (`transformers.BaseImageProcessor`): The image processor saved with the model.
+        elsewhere (`str`, *optional*): Folder, repo id or `repo@revision` of the backbone, if it has moved.
+        name_or_path (`str` or `Path`): The model, for error messages.
         options: As for [`load_backbone`].
-
-    Returns:
-        [`Backbone`]
 
     Raises:
         [`BackboneError`]: It cannot be loaded, or has other weights.
-        [`ConfigError`]: The model's own files disagree about the size of pictures.
+        [`ConfigError`]: The image sizes of the model's configuration and image processor differ.
     """
     name, revision = split_revision(elsewhere) if elsewhere else (saved.name_or_path, None)
-    if revision is None and name == saved.name_or_path:  # no other repo has that commit: there the weights vouch
+    if (
+        revision is None and name == saved.name_or_path
+    ):  # commits are specific to a repo; elsewhere, the weight hash is checked
         revision = saved.revision
     backbone = load_backbone(name, revision, processor=processor, **options)
     if backbone.config.image_size != saved.image_size:
@@ -54,14 +53,7 @@ def load_saved_backbone(
 def check_backbone(
     backbone: Backbone, saved: BackboneConfig, processor: "BaseImageProcessor", name_or_path: str | Path
 ) -> None:
-    """Raises [`BackboneError`] unless a backbone is the one that a model was trained on, pixel for pixel.
-
-    Args:
-        backbone ([`Backbone`]): The one at hand.
-        saved ([`BackboneConfig`]): What the model says of its own.
-        processor (`transformers.BaseImageProcessor`): What the model was saved with.
-        name_or_path (`str` or `Path`): The model, for the message.
-    """
+    """Raises [`BackboneError`] unless weights and preprocessing are those that a model was trained with."""
     if backbone.config.weight_hash != saved.weight_hash:
         raise BackboneError(
             f"The weights of backbone {backbone.config.name_or_path!r} hash to "

@@ -14,9 +14,6 @@ if TYPE_CHECKING:
 def native_size(config: "PretrainedConfig") -> int | None:
     """Side of the square input in a model's configuration, in pixels; `None` if it accepts any size.
 
-    Args:
-        config (`transformers.PretrainedConfig`): Configuration of the model.
-
     Raises:
         [`BackboneError`]: The input is not square.
     """
@@ -35,14 +32,10 @@ def patch_size_of(config: "PretrainedConfig") -> int:
 
 
 def interpolate_positions(model: "PreTrainedModel", image_size: int) -> None:
-    """Adapts a model to `image_size` by interpolating its position embeddings once, with its own method.
+    """Adapts a model in place to `image_size` px by interpolating its position embeddings, with its own method.
 
     Architectures whose position embeddings do not depend on the size, or are interpolated in every forward pass, are
     not changed.
-
-    Args:
-        model (`transformers.PreTrainedModel`): Model, changed in place, with its `config.image_size`.
-        image_size (`int`): Side in pixels.
 
     Raises:
         `ValueError`: Its position embeddings cannot be interpolated.

@@ -22,13 +22,7 @@ BackbonePath = Annotated[str | None, typer.Option("--backbone", help="Repo or fo
 
 
 def show(values: dict | list[dict], as_json: bool, title: str = "") -> None:
-    """Prints a mapping as lines, a list of mappings as a table, or either as JSON.
-
-    Args:
-        values (`dict` or `list[dict]`): What to print.
-        as_json (`bool`): Print JSON.
-        title (`str`, *optional*): Title of a table.
-    """
+    """Prints a mapping as lines, a list of mappings as a table, or either as JSON."""
     if as_json:
         print(printable_json(json.dumps(values, indent=2, ensure_ascii=False)))
     elif isinstance(values, dict):

@@ -15,9 +15,6 @@ UsageError: Any = typer.BadParameter.__base__  # of click, or of the copy vendor
 def run_app(app: typer.Typer) -> None:
     """Runs a command line; errors end it with one line and exit status 1, or 2 for wrong options.
 
-    Args:
-        app (`typer.Typer`): The commands.
-
     Raises:
         `SystemExit`: Always, with the exit status.
     """
@@ -32,11 +29,7 @@ def run_app(app: typer.Typer) -> None:
 
 
 def run_program(main: Callable) -> None:
-    """Runs a script that is a single function like [`run_app`].
-
-    Args:
-        main (callable): The function; its arguments become options, as with `typer.run`.
-    """
+    """Runs a script with a single function, whose arguments become options, like [`run_app`]."""
     app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
     app.command()(main)
     run_app(app)

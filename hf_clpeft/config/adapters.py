@@ -94,12 +94,6 @@ def ways_to_match(pattern: str) -> int:
     Patterns that could take exponential time are refused: groups may not repeat, and there are no backreferences. A
     plain name is a pattern, too.
 
-    Args:
-        pattern (`str`): For a module's name.
-
-    Returns:
-        `int`
-
     Raises:
         [`ConfigError`]: It is not a regular expression, or has more than names, character classes, `|`, and `*`, `+`,
             `?` or `{}` after a single character, or `?` after a group.

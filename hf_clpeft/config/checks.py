@@ -101,11 +101,7 @@ def check_types(config: object) -> None:
 
 
 def check_ranges(config: object, **ranges: tuple[float, float]) -> None:
-    """Raises [`ConfigError`] unless fields of a dataclass are within bounds. `None` is accepted, NaN is not.
-
-    Args:
-        config (dataclass): The instance to check.
-        ranges: Minimum and maximum by field name.
+    """Raises [`ConfigError`] unless fields of a dataclass are within (min, max). `None` is accepted, NaN is not.
 
     Example:
 

@@ -78,13 +78,7 @@ def transferring() -> Iterator[None]:
 
 @contextmanager
 def explained(doing: str, repo_id: str, revision: str | None = None) -> Iterator[None]:
-    """Turns the errors of `huggingface_hub` inside this context into [`HubError`].
-
-    Args:
-        doing (`str`): What is being done, for the message: `"push to"`, `"load"`.
-        repo_id (`str`): The repo.
-        revision (`str`, *optional*): Its revision.
-    """
+    """Context manager: turns errors of `huggingface_hub` into [`HubError`] with the message "Cannot `doing` REPO"."""
     try:
         yield
     except (*CLIENT_ERRORS, ConnectionError, TimeoutError, _TransferError) as error:
@@ -142,12 +136,7 @@ def _explain_answer(error: HfHubHTTPError, pushes: bool, repo_id: str, no_folder
 
 
 def answer_in_words(error: HfHubHTTPError, pushes: bool = False) -> str:
-    """An HTTP error of the Hub in words: status, message, and what to do.
-
-    Args:
-        error (`HfHubHTTPError`): The error.
-        pushes (`bool`, *optional*, defaults to `False`): Whether the request was to write.
-    """
+    """An HTTP error of the Hub, on a read or write request, in words: status, message, and what to do."""
     status = error.response.status_code
     said = f"the Hub answers {status} ({error.server_message or _first_line(error)})."
     if isinstance(error, DisabledRepoError):

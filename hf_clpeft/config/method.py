@@ -1,4 +1,4 @@
-"""The options of a method: what its author declares, `config.json` keeps and the command line offers."""
+"""The options of a method: fields of a dataclass, saved in `config.json` and offered on the command line."""
 
 import json
 from dataclasses import asdict, dataclass, fields
@@ -9,21 +9,21 @@ from .errors import ConfigError
 
 
 OPTIONS: dict[str, type["MethodOptions"]] = {}
-"""The options of every method by its name. Naming a subclass of [`hf_clpeft.Method`] fills it."""
+"""Options by name of the method; filled when a subclass of [`hf_clpeft.Method`] is defined."""
 
 
 @dataclass
 class MethodOptions:
     """Base of every [`hf_clpeft.Method`]'s `Config`: a dataclass whose fields are the method's own options.
 
-    Fields hold what JSON can hold, and have a help text in their metadata. `__post_init__` may check more than types;
-    it begins with `super().__post_init__()`.
+    Fields must be JSON-serialisable, and have a help text in their metadata. `__post_init__` may validate more than
+    types, after calling `super().__post_init__()`.
 
     Attributes:
-        name (`str`): Name of the method. It is no field: naming the method sets it.
+        name (`str`): Name of the method. Not a field: it is set when the method is defined.
 
     Raises:
-        [`ConfigError`]: A field holds another type than its annotation says.
+        [`ConfigError`]: A value does not match the type hint of its field.
 
     Example:
 
@@ -41,7 +41,7 @@ class MethodOptions:
 
     def __post_init__(self) -> None:
         check_types(self)
-        try:  # as they come back from JSON, so that saved options equal those that were given
+        try:  # round trip, so that saved options equal the given ones
             for field in fields(self):
                 value = getattr(self, field.name)
                 if isinstance(value, dict):
@@ -50,7 +50,7 @@ class MethodOptions:
             raise ConfigError(f"{field.name}={value} cannot be saved: {error}.") from error
 
     def to_dict(self) -> dict[str, Any]:
-        """The name and all options, ready for JSON."""
+        """The name and all options, JSON-serialisable."""
         return {"name": self.name, **asdict(self)}
 
 
@@ -62,34 +62,27 @@ def _as_list(value: Any) -> list:
 
 @dataclass
 class UnknownOptions(MethodOptions):
-    """Options of a method whose class has not been imported: enough to show and to push its model.
-
-    Args:
-        values (`dict`): What `config.json` says.
-    """
+    """Options of a method whose class has not been imported: enough to show and to push its model."""
 
     values: dict
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.name = self.values["name"]  # type: ignore[misc]  # of this one alone
+        self.name = self.values["name"]  # type: ignore[misc]  # on the instance
 
     def to_dict(self) -> dict[str, Any]:
-        """What `config.json` said."""
+        """The options as read from `config.json`."""
         return self.values
 
 
 def read_options(values: dict) -> MethodOptions:
     """Inverse of [`~MethodOptions.to_dict`].
 
-    Args:
-        values (`dict`): What `config.json` says of the method.
-
     Returns:
         [`MethodOptions`]: The method's `Config`; [`UnknownOptions`] if its class has not been imported.
 
     Raises:
-        [`ConfigError`]: There is no name, or an option is unknown or cannot have that value.
+        [`ConfigError`]: There is no name, an option is unknown, or its value is invalid.
 
     Example:
 

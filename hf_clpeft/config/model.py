@@ -1,7 +1,4 @@
-"""The configuration of a continual model: what it learns with, on which backbone, and what it has learnt so far.
-
-Everything here is plain data. It imports nothing heavy, so that a command line can show its help at once.
-"""
+"""The configuration of a continual model: method, backbone and learnt tasks. Imports nothing heavy."""
 
 import hashlib
 import json
@@ -18,23 +15,23 @@ from .version1 import upgrade
 CONFIG_NAME = "config.json"
 FORMAT_VERSION = 2
 LARGEST_IMAGE = 4096  # px of a side
-RESIZED_BY = "pil"  # what resizes pictures
+RESIZED_BY = "pil"  # library that resizes images
 
 
 @dataclass
 class BackboneConfig:
-    """Which frozen vision model the experts belong to. The backbone itself is never saved with them.
+    """The frozen vision model that experts belong to, which is not saved with them.
 
     Args:
         name_or_path (`str`): Repo id or folder.
         image_size (`int`): Side of the square input, in pixels.
         weight_hash (`str`): SHA-256 of the checkpoint's weights, see [`hf_clpeft.backbones.hash_weights`].
-        revision (`str`, *optional*): Commit of the repo; none where it is a folder or comes with the package.
-        resized_by (`str`, *optional*, defaults to `"pil"`): What resized the pictures: Pillow. torchvision's pixels
-            are others, by up to 2 of 255.
+        revision (`str`, *optional*): Commit of the repo; `None` for a folder or a bundled backbone.
+        resized_by (`str`, *optional*, defaults to `"pil"`): Library that resizes images: Pillow. Pixels of torchvision
+            differ by up to 2 of 255.
 
     Raises:
-        [`ConfigError`]: `resized_by` is none that this version has, or `image_size` is no size.
+        [`ConfigError`]: `resized_by` is not supported, or `image_size` is out of range.
 
     Example:
 
@@ -66,15 +63,15 @@ class BackboneConfig:
 
 @dataclass
 class TaskConfig:
-    """What a learnt task leaves behind besides tensors.
+    """Metadata of a learnt task.
 
     Args:
         name (`str`): Name of the task: folder of its expert and tag of its commit.
         classes (`list[str]`): Names of its classes.
         domain (`str`, *optional*): Its domain, if the stream is domain-incremental.
-        num_train_images (`int`, *optional*, defaults to 0): Images it was trained on.
-        source (`str`, *optional*): The model that it was taken from, if models were combined.
-        state (`str`, *optional*): SHA-256 over what the model's files were once it was learnt, which tells runs apart.
+        num_train_images (`int`, *optional*, defaults to 0): Number of training images.
+        source (`str`, *optional*): The model that it comes from, if models were combined.
+        state (`str`, *optional*): SHA-256 of the hashes of the model's files after the task, which identifies the run.
 
     Example:
 
@@ -104,7 +101,7 @@ class TaskConfig:
 
     @property
     def title(self) -> str:
-        """Short text for tables and plots, fit to be shown: the domain, or the first classes."""
+        """Short printable text for tables and plots: the domain, or the first classes."""
         if self.domain is not None:
             return printable(self.domain)
         return printable(", ".join(self.classes[:3])) + (", …" if len(self.classes) > 3 else "")
@@ -112,18 +109,18 @@ class TaskConfig:
 
 @dataclass
 class ContinualConfig:
-    """Everything in `config.json`: method, backbone, and the tasks learnt so far in order.
+    """The content of `config.json`: method, backbone, and learnt tasks in order.
 
     Args:
-        method ([`MethodOptions`]): How it learns: the method's own `Config`.
-        backbone ([`BackboneConfig`]): What it learns on.
-        tasks (`list[TaskConfig]`): What it has learnt.
-        classes (`list[str]`): All class names in the order in which they appeared. Logits follow this order.
-        removed (`list[str]`): Names of tasks that were unlearnt on purpose.
-        license (`str`): Licence of the experts, as the Hub spells it.
-        files (`dict[str, str]`): Every other file that the model is loaded from, with its SHA-256.
-        versions (`dict[str, str]`): Versions of the libraries that wrote the file.
-        format_version (`int`): Version of the layout on disk.
+        method ([`MethodOptions`]): The options of the method: its `Config`.
+        backbone ([`BackboneConfig`]): The frozen model.
+        tasks (`list[TaskConfig]`): The learnt tasks.
+        classes (`list[str]`): All class names in order of appearance, which is the order of the logits.
+        removed (`list[str]`): Names of unlearnt tasks.
+        license (`str`): License identifier of the Hub for the experts.
+        files (`dict[str, str]`): SHA-256 of all other files of the model, by path.
+        versions (`dict[str, str]`): Versions of the libraries that saved the model.
+        format_version (`int`): Version of the format on disk.
 
     Example:
 
@@ -161,39 +158,39 @@ class ContinualConfig:
             check_path(path)
 
     def seal(self) -> None:
-        """Notes at the latest task, once, what the model's files are."""
+        """Sets the `state` of the latest task, unless it has one already."""
         if self.tasks and self.files and self.tasks[-1].state is None:
             lines = "".join(f"{path} {digest}\n" for path, digest in sorted(self.files.items()))
             self.tasks[-1].state = hashlib.sha256(lines.encode()).hexdigest()
 
     @property
     def expert_names(self) -> list[str]:
-        """Names of the experts among its files, in their order."""
+        """Names of the experts in `files`, in order."""
         folders = [path.split("/") for path in self.files if path.startswith("experts/")]
         return list(dict.fromkeys(parts[1] for parts in folders if len(parts) == 3))
 
-    # What `transformers.pipeline` asks of a model's configuration
+    # Attributes that `transformers.pipeline` reads
 
     problem_type = "single_label_classification"
     _commit_hash = None
 
     @property
     def num_labels(self) -> int:
-        """How many classes the model knows."""
+        """Number of classes."""
         return len(self.classes)
 
     @property
     def id2label(self) -> dict[int, str]:
-        """Name of the class behind each logit."""
+        """Class names by index."""
         return dict(enumerate(self.classes))
 
     def to_dict(self) -> dict:
-        """Plain `dict`, ready for JSON."""
+        """Plain `dict`, JSON-serialisable."""
         return {**asdict(self), "method": self.method.to_dict()}
 
     @classmethod
     def from_dict(cls, values: dict) -> "ContinualConfig":
-        """Inverse of [`~ContinualConfig.to_dict`]; raises [`ConfigError`] on anything it does not know."""
+        """Inverse of [`~ContinualConfig.to_dict`]; raises [`ConfigError`] on unknown fields or values."""
         version = values.get("format_version")
         if version is True or version not in (1, FORMAT_VERSION):
             raise ConfigError(

@@ -27,10 +27,6 @@ def split_revision(name: str) -> tuple[str, str | None]:
 def check_repo_id(name: str, where: str | Path) -> None:
     """Checks that a downloaded model names its backbone by repo id: a path would lead to a folder of this machine.
 
-    Args:
-        name (`str`): The backbone's name in `config.json`.
-        where (`str` or `Path`): The model, for the error message.
-
     Raises:
         [`ConfigError`]: The name is not a repo id.
 

@@ -1,4 +1,4 @@
-"""Reads what version 1 of the format said: one configuration for all methods, in which flags told them apart."""
+"""Reads version 1 of the format, which had one configuration class with flags for all methods."""
 
 from dataclasses import dataclass, fields
 from typing import Any, Literal
@@ -54,13 +54,7 @@ KINDS = {  # experts, classifier, joint
 
 
 def upgrade(values: dict) -> dict:
-    """The same as version 2 says it. The files of both are the same; what a value may be is checked when it is read.
-
-    Args:
-        values (`dict`): Content of a `config.json`.
-
-    Returns:
-        `dict`
+    """Converts the content of a `config.json` from version 1 to version 2. Option values are validated later.
 
     Raises:
         [`ConfigError`], `KeyError`, `TypeError`: Something is missing, unknown, or of another type.
@@ -86,7 +80,7 @@ def upgrade(values: dict) -> dict:
 
 
 def _method(old: MethodV1) -> dict[str, Any]:
-    """Name and options of the method: a named one where its options can say all that the flags said."""
+    """Name and options of the method: a specific one if its options can express all flags, else a general one."""
     name, experts, peft, first = old.name, old.experts, old.peft, old.query_with_first_expert
     query = {"query_layers": [old.route_layer] if isinstance(old.route_layer, int) else old.route_layer}
     projection = {**query, "projection_size": old.projection_size}
@@ -102,7 +96,7 @@ def _method(old: MethodV1) -> dict[str, Any]:
         cls, pool = old.readout == "cls", {"pool_size": old.pool_size, "top_n": old.top_n, "pull": old.pull}
         general = _with_peft(name, peft, query | pool, {"l2l": cls, "l2p": not cls}, "l2x")
         return general if general["name"] != "l2x" else {**general, "readout": old.readout}
-    if experts == "single":  # trained in turn, or jointly: what it is comes to the same
+    if experts == "single":  # sequential and joint training produce the same kind of model
         name = "sequential_lora" if name == "joint_lora" else name
         return _with_peft(name, peft, {}, {"sequential_lora": True}, "single")
     if experts == "first":
@@ -118,13 +112,13 @@ def _method(old: MethodV1) -> dict[str, Any]:
 
 
 def _with_peft(name: str, peft: dict, options: dict, names: dict[str, bool], general: str) -> dict[str, Any]:
-    """Says `peft` as the options of a named method, if that is one of `names`; as it is for the general method."""
+    """Converts `peft` to options of the method `name`, if `names` allows it; keeps it for the `general` method."""
     if names.get(name) and peft.get("peft_type") == "LORA" and "prompts" not in name and name != "l2p":
         further = {option: value for option, value in peft.items() if option not in ("peft_type", "r")}
         if further.get("lora_alpha") == peft.get("r", 8):
             del further["lora_alpha"]
         else:
-            further.setdefault("lora_alpha", 8)  # as PEFT has it
+            further.setdefault("lora_alpha", 8)  # the default of PEFT
         return {"name": name, "r": peft.get("r", 8), "lora": further, **options}
     if names.get(name) and peft.keys() == {"peft_type", "num_virtual_tokens"}:
         return {"name": name, "prompt_length": peft["num_virtual_tokens"], **options}

@@ -1,4 +1,4 @@
-"""All experts of a model, and how a batch runs through them when every image has its own."""
+"""The bank of all experts of a model, which runs batches with different experts per image."""
 
 import threading
 from collections.abc import Iterable, Iterator, Sequence
@@ -21,25 +21,25 @@ FORMS = ("auto", "gathered", "stacked", "grouped")
 
 
 class ExpertBank(torch.nn.Module):
-    """All experts of a model on one backbone, run in one batch in which every image has its own selection.
+    """All experts of a model on one backbone, run in mixed batches in which every image has its own experts.
 
-    There are three exact ways, and the bank takes the one that suits:
+    There are three exact forms, of which the bank chooses one:
 
-    - *gathered*: every image's own LoRA modules or prompts, fetched from a table in one go. Costs what a plain forward
-      costs, however many experts there are.
-    - *stacked*: all LoRA modules at once, those that are not selected masked. For small pools; see [`LoraTable`].
-    - *grouped*: one PEFT forward per expert present in the batch. For every other PEFT technique.
+    - *gathered*: indexes every image's own LoRA modules or prompts from a table in one operation. Costs as much as a
+      plain forward pass, for any number of experts.
+    - *stacked*: multiplies by all LoRA modules and masks those not selected. For small pools; see [`LoraTable`].
+    - *grouped*: one PEFT forward pass per expert present in the batch. For all other PEFT techniques.
 
-    A new expert is trained in the *slot*, which is a plain PEFT model on a twin of the backbone, and then moves into
-    the bank. Experts of a pool are trained in the bank's table: the forward is differentiable in `table.rows`.
+    A new expert is trained in the *slot*, a plain PEFT model on a twin of the backbone, and then moved into the bank.
+    Experts of a pool are trained in the bank's table: the forward pass is differentiable in `table.rows`.
 
-    Threads may run the bank at once, also while one of them adds, trains or removes an expert: the selection travels
-    with the call. They wait for each other only while an expert moves in or out, and in the grouped form, where one
-    batch runs at a time. A pool in training is refused to other threads.
+    The bank is thread-safe, also while a thread adds, trains or removes an expert. Threads wait for each other only
+    while an expert is moved, and in the grouped form, which runs one batch at a time. While a pool is trained, other
+    threads get an error.
 
     Args:
         backbone ([`Backbone`]): The frozen model.
-        form (`str`, *optional*, defaults to `"auto"`): `"stacked"`, `"gathered"` or `"grouped"` to insist on one.
+        form (`str`, *optional*, defaults to `"auto"`): `"gathered"`, `"stacked"` or `"grouped"` to force one.
 
     Raises:
         [`ExpertError`]: There is no such form.
@@ -70,18 +70,18 @@ class ExpertBank(torch.nn.Module):
         self._backbone = (backbone,)  # not a submodule: it is never saved
         self.form = form
         self.names: list[str] = []
-        self.table: LoraTable | PromptTable | None = None  # where experts are, if they have a fused form
-        self.slot: Stage | None = None  # where an expert is trained
+        self.table: LoraTable | PromptTable | None = None  # the experts, if their technique has a fused form
+        self.slot: Stage | None = None  # the expert in training
         self.lock = ReadWriteLock()
         self._configs: list[PeftConfig] = []
-        self._sizes: list[int] = []  # numbers that each expert keeps
-        self._at_rest: list[Expert] = []  # where experts are, if not
-        self._stage: Stage | None = None  # where they run then, one after another
+        self._sizes: list[int] = []  # parameters of each expert
+        self._at_rest: list[Expert] = []  # the experts, if not
+        self._stage: Stage | None = None  # runs these, one after another
         self._stage_lock = ReadWriteLock()
-        self._trained: tuple[str, int] | None = None  # what is trained, and by which thread
-        self._learner = 0  # thread that learns, whatever it is doing
-        self._pool: list[tuple[torch.Tensor, torch.Tensor]] = []  # what of a pool is trained, and what it was
-        self._unreadable = ""  # why other threads may not read while this one trains
+        self._trained: tuple[str, int] | None = None  # name of what is trained, and thread id
+        self._learner = 0  # id of the thread that has reserved training
+        self._pool: list[tuple[torch.Tensor, torch.Tensor]] = []  # trained tensors of a pool, and their values before
+        self._unreadable = ""  # why other threads may not read during training; empty if they may
         self._seal: Seal | None = None
 
     @property
@@ -91,11 +91,11 @@ class ExpertBank(torch.nn.Module):
 
     @property
     def num_parameters(self) -> int:
-        """Numbers that all experts keep."""
+        """Number of parameters of all experts."""
         return sum(self._sizes)
 
     def train(self, mode: bool = True) -> "ExpertBank":
-        """Sets the mode of the expert in the slot; all others are only run."""
+        """Sets the mode of the expert in the slot; all others stay in evaluation mode."""
         super().train(False)
         if self.slot is not None:
             self.slot.train(mode)
@@ -117,10 +117,10 @@ class ExpertBank(torch.nn.Module):
 
     @contextmanager
     def reading(self) -> Iterator[None]:
-        """No other thread changes the bank inside this context.
+        """Context manager: no other thread modifies the bank until it exits.
 
         Raises:
-            [`ExpertError`]: Another thread is training the pool, or what its method keeps besides.
+            [`ExpertError`]: Another thread is training the pool, or other state of the method in place.
         """
         with self.lock.reading():
             if self._unreadable and not torch.compiler.is_compiling():
@@ -128,10 +128,10 @@ class ExpertBank(torch.nn.Module):
             yield
 
     def refuse_readers(self, why: str) -> None:
-        """Lets no other thread read until this one finishes or abandons what it trains; those that do are awaited.
+        """Waits for readers, then raises an error in other threads that read, until training is finished or abandoned.
 
         Args:
-            why (`str`): What the error says.
+            why (`str`): Reason, for the error message.
         """
         with self.lock.writing():
             self._unreadable = why
@@ -139,37 +139,39 @@ class ExpertBank(torch.nn.Module):
     # Adding and training experts
 
     def extend(self, experts: Iterable[Expert]) -> None:
-        """Adds trained experts, after trying that each fits the backbone.
+        """Adds trained experts, after checking that each fits the backbone.
 
         Raises:
-            [`ExpertError`]: One does not fit, or differs from the others in more than its rank or length.
+            [`ExpertError`]: One does not fit, or differs from the others in more than its rank or prompt length.
         """
         experts = list(experts)
         with self.lock.writing():
             for count, expert in enumerate(experts):
                 if self.table is None:
-                    self._try(expert)
+                    if self._stage is None or not self._stage.takes(expert.config):
+                        expert.check_fits(self.backbone)  # allocates no memory for one that does not
+                    self._put(expert)
                 self._keep(expert, self._stage)
                 if count == 0:
                     self.reserve(len(self) - 1 + len(experts))
             self._check_seal("An expert that was loaded")
             if self.table is not None:
-                self._stage = None  # was needed to try the first alone
+                self._stage = None  # only needed to check the first expert
 
     def reserve(self, num_experts: int) -> None:
-        """Makes room for so many experts of the size of the first, so that the table need not grow on the way."""
+        """Allocates the table for this many experts of the size of the first."""
         with self.lock.writing():
             if self.table is not None:
                 self.table.reserve(num_experts, num_experts * self.table.members.shape[1])
 
     def start(self, name: str, config: PeftConfig) -> PeftModel:
-        """Puts an expert into the slot for training: the one of that name if there is one, else a fresh one.
+        """Loads an expert into the slot for training: the one of that name if there is one, else a new one.
 
         Returns:
             `peft.PeftModel`: Its trainable parameters are the expert's.
 
         Raises:
-            [`ExpertError`]: Another thread is training one.
+            [`ExpertError`]: Another thread is training.
         """
         self.claim(name)
         try:
@@ -194,33 +196,33 @@ class ExpertBank(torch.nn.Module):
                 self._at_rest[self.names.index(name)] = expert
             else:
                 self.table.write(self.names.index(name), *self._pack(expert))
-            self._stage = None  # which may hold what it was
+            self._stage = None  # it may hold the previous state of this expert
             self.abandon()
         return expert
 
     def adopt(self, expert: Expert) -> None:
-        """Copies a trained expert into the slot, in place of training.
+        """Copies a trained expert into the slot, instead of training it.
 
         Raises:
-            [`ExpertError`]: It is not made as the one in the slot.
+            [`ExpertError`]: Its configuration does not match the slot's.
         """
         assert self.slot is not None
         expert.copy_to(self.slot.peft_model)
 
     def under_training(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """[CLS] features under the expert in the slot, of shape `(batch, hidden_size)`, with a gradient."""
+        """Differentiable [CLS] features with the expert in the slot, of shape `(batch, hidden_size)`."""
         assert self.slot is not None
         return self.slot(pixel_values)
 
     def abandon(self) -> None:
-        """Ends training and forgets it: what is in the slot goes, and a pool is what it was before."""
+        """Ends training and rolls back: empties the slot, and restores the pool."""
         self.slot = None
         for tensor, before in self._pool:
             tensor.detach().copy_(before)
         self.keep_pool()
 
     def claim(self, name: str) -> None:
-        """Notes that this thread trains something, until it finishes or abandons it.
+        """Marks an expert as trained by this thread, until it is finished or abandoned.
 
         Raises:
             [`ExpertError`]: Another thread is training.
@@ -231,7 +233,7 @@ class ExpertBank(torch.nn.Module):
 
     @contextmanager
     def learning(self) -> Iterator[None]:
-        """Refuses other threads that want to train, and abandons at its end what was not finished.
+        """Context manager: reserves training for this thread, and abandons an unfinished expert on exit.
 
         Raises:
             [`ExpertError`]: Another thread is training.
@@ -246,10 +248,10 @@ class ExpertBank(torch.nn.Module):
             self._learner = 0
 
     def make_pool(self, names: Sequence[str], config: PeftConfig) -> None:
-        """Fills an empty bank with fresh experts.
+        """Fills an empty bank with new experts.
 
         Raises:
-            [`ConfigError`]: They have no fused form, which a pool needs.
+            [`ConfigError`]: Their technique has no fused form, which a pool needs.
         """
         for name in names:
             self.start(name, config)
@@ -263,10 +265,10 @@ class ExpertBank(torch.nn.Module):
             self.reserve(len(names))
 
     def train_pool(self, keys: torch.Tensor) -> None:
-        """Lets this thread train all experts in the table, until [`~ExpertBank.keep_pool`] or [`~ExpertBank.abandon`].
+        """Makes the table trainable by this thread, until [`~ExpertBank.keep_pool`] or [`~ExpertBank.abandon`].
 
         Args:
-            keys (`torch.Tensor`): Those of a router, which are trained with them.
+            keys (`torch.Tensor`): Keys of the router, which are trained as well.
 
         Raises:
             [`ExpertError`]: Another thread is training.
@@ -280,14 +282,14 @@ class ExpertBank(torch.nn.Module):
                 tensor.requires_grad_(True)
 
     def keep_pool(self) -> None:
-        """Ends the training of a pool, which stays what it has become."""
+        """Ends the training of a pool and keeps the result."""
         for tensor, _ in self._pool:
             tensor.requires_grad_(False)
             tensor.grad = None
         self._pool, self._trained, self._unreadable = [], None, ""
 
     def remove(self, name: str) -> None:
-        """Takes an expert out, of the slot too; those behind it move up."""
+        """Removes an expert, also from the slot; the following ones move up."""
         with self.lock.writing():
             index = self.names.index(name)
             if self.table is None:
@@ -302,7 +304,7 @@ class ExpertBank(torch.nn.Module):
     # Forward passes
 
     def frozen(self, pixel_values: torch.Tensor, layers: int | Sequence[int] | None = None) -> torch.Tensor:
-        """[CLS] features of the backbone without any expert.
+        """[CLS] features of the backbone without an expert.
 
         Args:
             pixel_values (`torch.Tensor` of shape `(batch, 3, height, width)`): Normalised images.
@@ -321,15 +323,15 @@ class ExpertBank(torch.nn.Module):
         readout: str = "cls",
         layers: int | Sequence[int] | None = None,
     ) -> torch.Tensor:
-        """Features with every image under its own experts.
+        """Features with each image's own experts applied.
 
         Args:
             pixel_values (`torch.Tensor` of shape `(batch, 3, height, width)`): Normalised images.
-            selection (integer `torch.Tensor` of shape `(batch,)` or `(batch, N)`): Experts of each image. Several LoRA
-                experts are summed, several prompts stand one after another.
+            selection (integer `torch.Tensor` of shape `(batch,)` or `(batch, N)`): Experts of each image. LoRA updates
+                are summed, prompts are concatenated.
             readout (`str`, *optional*, defaults to `"cls"`): `"cls"`, or `"prompts"` for the mean of the prompt
                 tokens' outputs, as in L2P.
-            layers (`int` or sequence of `int`, *optional*): See [`Backbone.forward`]; of no use to `"prompts"`.
+            layers (`int` or sequence of `int`, *optional*): See [`Backbone.forward`]; ignored for `"prompts"`.
 
         Returns:
             `torch.Tensor` of shape `(batch, hidden_size)`.
@@ -365,15 +367,17 @@ class ExpertBank(torch.nn.Module):
         kind = self.backbone.device.type
         return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else self.backbone.model.dtype
 
-    # Where experts are kept
+    # Storage of experts
 
     def _keep(self, expert: Expert, stage: Stage | None) -> None:
-        """Takes an expert into the bank. The first one, which is on the stage, decides what the bank is made of."""
+        """Adds an expert to the bank. The first one, loaded on the stage, determines the kind of table."""
         if expert.name in self.names:
             raise ExpertError(f"The bank has an expert {expert.name!r} already; give this one another name.")
         if not self.names:
             assert stage is not None
-            self.table = self._make_table(stage.peft_model)
+            prompts = stage.peft_model.peft_config[ADAPTER].is_prompt_learning
+            backbone = self.backbone
+            self.table = PromptTable(backbone) if prompts else LoraTable.made_for(backbone, stage.peft_model)
         if self.table is None:
             self._at_rest.append(expert)
         else:
@@ -382,33 +386,22 @@ class ExpertBank(torch.nn.Module):
         self._configs.append(expert.config)
         self._sizes.append(expert.num_parameters)
 
-    def _make_table(self, peft_model: PeftModel) -> LoraTable | PromptTable | None:
-        if peft_model.peft_config[ADAPTER].is_prompt_learning:
-            return PromptTable(self.backbone)
-        return LoraTable.made_for(self.backbone, peft_model)
-
     def _pack(self, expert: Expert) -> tuple[torch.Tensor, float]:
         assert self.table is not None
-        config: Any = expert.config  # fields differ from class to class; the table knows those that it needs
+        config: Any = expert.config  # fields differ from class to class
         try:
             return self.table.pack(config, expert.tensors)
         except ValueError as error:
             raise ExpertError(f"Expert {expert.name!r} does not fit a bank with {self.names[:1]}: {error}") from error
 
     def _put(self, expert: Expert) -> Stage:
-        """Lets an expert run on the stage."""
+        """Loads an expert on the stage."""
         stage = self._stage
         if stage is None:
             stage = self._stage = self._make_stage(expert.config)
         stage.put(expert)
-        stage.requires_grad_(False)  # nobody trains here
+        stage.requires_grad_(False)  # only the slot trains
         return stage
-
-    def _try(self, expert: Expert) -> None:
-        """Lets an expert from elsewhere run on the stage, and takes no memory for one that does not fit."""
-        if self._stage is None or not self._stage.takes(expert.config):
-            expert.check_fits(self.backbone)
-        self._put(expert)
 
     def _make_stage(self, config: PeftConfig) -> Stage:
         if self._seal is None:
@@ -416,12 +409,12 @@ class ExpertBank(torch.nn.Module):
         return Stage(self.backbone, config)
 
     def _check_seal(self, who: str) -> None:
-        """Raises [`ExpertError`] if the backbone, whose weights a stage shares, is not what it was."""
+        """Raises [`ExpertError`] if the weights of the backbone, which stages share, have changed."""
         if self._seal is not None:
             self._seal.check(who)
 
     def _refuse_strangers(self, why: str) -> None:
-        """Raises [`ExpertError`] if another thread, which is alive, trains something here."""
+        """Raises [`ExpertError`] if another live thread is training."""
         what, thread = self._trained or ("a task", self._learner)
         if thread not in (0, threading.get_ident()) and thread in (other.ident for other in threading.enumerate()):
             raise ExpertError(

@@ -103,9 +103,6 @@ class Expert:
     def check_fits(self, backbone: Backbone) -> None:
         """Checks that the adapter fits, on a copy of the backbone on the meta device, before allocating memory.
 
-        Args:
-            backbone ([`Backbone`]): The frozen model, without an adapter on it.
-
         Raises:
             [`ExpertError`]: As for [`~Expert.copy_to`]; or PEFT cannot use the configuration on this backbone.
         """
@@ -333,11 +330,7 @@ class Seal:
         self._checksums = self._checksum()
 
     def check(self, who: str) -> None:
-        """Raises [`ExpertError`] if a weight has changed. Weights whose dtype has changed are not compared.
-
-        Args:
-            who (`str`): What may have changed it, for the error message.
-        """
+        """Raises [`ExpertError`] if a weight has changed. Weights whose dtype has changed are not compared."""
         for name, found in self._checksum().items():
             if found != self._checksums[name] and found[0] == self._checksums[name][0]:
                 raise ExpertError(_CHANGED_MESSAGE.format(who, name))

@@ -75,12 +75,7 @@ class LoraTable(ExpertTable):
 
     @classmethod
     def made_for(cls, backbone: Backbone, peft_model: PeftModel) -> "LoraTable | None":
-        """A table for experts like the one in a PEFT model; `None` unless it is plain LoRA on linear layers.
-
-        Args:
-            backbone ([`Backbone`]): The frozen model.
-            peft_model (`peft.PeftModel`): Adapter on a twin of the backbone; see [`twin_of`].
-        """
+        """A table for experts like that of a PEFT model on a twin; `None` unless it is plain LoRA on linear layers."""
         names = [name for name, module in peft_model.get_base_model().named_modules() if isinstance(module, LoraLayer)]
         layers = {f"base_model.model.{name}": backbone.model.get_submodule(name) for name in names}
         config = peft_model.peft_config[ADAPTER]

@@ -129,11 +129,7 @@ class PromptTable(ExpertTable):
         attach_hook(backbone.model.get_submodule(EMBEDDINGS), EMBEDDINGS)
 
     def pack(self, config: PromptTuningConfig, tensors: dict[str, torch.Tensor]) -> tuple[torch.Tensor, float]:
-        """Converts a prompt to tokens.
-
-        Args:
-            config (`peft.PromptTuningConfig`): PEFT's configuration.
-            tensors (`dict[str, torch.Tensor]`): State dict as PEFT saves it.
+        """Converts a prompt to tokens; arguments as for [`LoraTable.pack`].
 
         Returns:
             `torch.Tensor` of shape `(length, hidden_size)`, and the scale, which is always 1.

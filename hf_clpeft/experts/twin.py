@@ -13,9 +13,6 @@ def twin_of(backbone: Backbone) -> Backbone:
     PEFT modifies a model in place. On a twin this does not affect the original, so an expert can be trained while
     others predict, in this thread or another.
 
-    Args:
-        backbone ([`Backbone`]): The frozen model.
-
     Returns:
         [`Backbone`]: A copy with its own modules and buffers. Parameters are shared.
 

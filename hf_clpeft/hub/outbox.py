@@ -61,11 +61,6 @@ class Outbox:
     def open(cls, folder: str | Path, target: PushTarget, config: ContinualConfig) -> "Outbox":
         """Opens the outbox of a model, after checking that the Hub will take the model.
 
-        Args:
-            folder (`str` or `Path`): Where the model is saved.
-            target ([`PushTarget`]): Where to push.
-            config ([`ContinualConfig`]): The model, new or resumed.
-
         Raises:
             [`HubError`]: The Hub cannot be reached, denies the request, or holds another model.
             [`ConfigError`]: The queue holds entries of another model.
@@ -89,11 +84,7 @@ class Outbox:
         )
 
     def take_up(self, config: ContinualConfig, there: list[str]) -> None:
-        """Recovers a killed run: queues what it saved but neither queued nor pushed.
-
-        Args:
-            config ([`ContinualConfig`]): The model that is resumed.
-            there (`list[str]`): Names of the tasks that the repo has.
+        """Recovers a killed run: queues what it saved but neither queued nor pushed to `there`, the tasks on the Hub.
 
         Raises:
             [`ConfigError`]: The queue holds entries of another model.

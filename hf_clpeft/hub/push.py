@@ -59,9 +59,6 @@ class PushTarget:
     def prepare(self, config: ContinualConfig) -> tuple["PushTarget", list[str]]:
         """Creates the repo and the branch if missing, and checks that the model may be pushed there.
 
-        Args:
-            config ([`ContinualConfig`]): The model's configuration.
-
         Returns:
             [`PushTarget`]: With the full repo id; and the names of the tasks that the repo has.
 

@@ -1,4 +1,4 @@
-"""Ways to learn tasks one after another. A method is one file; `METHODS` has them all by name."""
+"""Continual learning methods, one file per family; `METHODS` registers them by name."""
 
 from .closed_form import AnyRouter, FirstExpert, LinearProbe, Ncm, RanPac, RanPacFirst, Slda
 from .heads import Heads
@@ -11,7 +11,7 @@ from .s_x import SX, SLora, SLoraPlusPlus, SPrompts, SPromptsPlusPlus, SXPlusPlu
 from .single import SequentialLora, Single
 
 
-# What `ContinualModel.from_backbone` takes: `s_lora(r=4)` are the options of S-LoRA.
+# Options for `ContinualModel.from_backbone`, for example `s_lora(r=4)`.
 s_x, s_x_pp = SX.Config, SXPlusPlus.Config
 s_lora, s_lora_pp = SLora.Config, SLoraPlusPlus.Config
 s_prompts, s_prompts_pp = SPrompts.Config, SPromptsPlusPlus.Config

@@ -1,4 +1,4 @@
-"""Controls without a trained classifier: what is learnt of a task follows from its features in one go."""
+"""Baselines whose classifier is fitted in closed form to the features of a task."""
 
 from dataclasses import dataclass, field
 
@@ -15,13 +15,13 @@ from .probe import fit_probe
 from .s_x import check_giver
 
 
-EXPERT = "all-tasks"  # name of the one that the first task trains
+EXPERT = "all-tasks"  # name of the expert trained on the first task
 
 
 class ClosedForm(Method):
-    """The base: a router that knows classes names the class of query features, and no head is needed.
+    """Base: a router that knows classes classifies query features, without a head.
 
-    **Trains** nothing. **Stores** what the router keeps. **Costs** one forward pass an image.
+    **Trains** nothing. **Stores** the router's statistics. **Costs** one forward pass per image.
     """
 
     trains = reads = False
@@ -70,7 +70,7 @@ class Ncm(ClosedForm, name="ncm"):
 
 
 class Slda(ClosedForm, name="slda"):
-    """Linear discriminant analysis of frozen features, task by task; arXiv 1909.01520."""
+    """Streaming linear discriminant analysis of the frozen features; arXiv 1909.01520."""
 
     title, paper, which_router = "SLDA", "1909.01520", "gaussian"
 
@@ -78,7 +78,7 @@ class Slda(ClosedForm, name="slda"):
 class RanPac(ClosedForm, name="ranpac"):
     """Ridge regression on random projections of the frozen features: RanPAC without PEFT, arXiv 2307.02251.
 
-    The Gram matrix of the random features is kept, `projection_size` squared numbers.
+    The router stores the Gram matrix of the random features, `projection_size` squared numbers.
     """
 
     title, paper, which_router = "RanPAC", "2307.02251", "ridge"
@@ -89,7 +89,7 @@ class RanPac(ClosedForm, name="ranpac"):
 
 
 class AnyRouter(ClosedForm, name="closed_form"):
-    """Any router that knows classes, as a classifier."""
+    """Any router that knows classes, used as a classifier."""
 
     title = "Closed form"
 
@@ -99,9 +99,9 @@ class AnyRouter(ClosedForm, name="closed_form"):
 
 
 class FirstExpert(ClosedForm, name="closed_form_first"):
-    """Any router that knows classes, on features with the first task's expert; later tasks train nothing.
+    """Any router that knows classes, on features with the first task's expert: first-session adaptation.
 
-    **Trains** an adapter, and a head that is then thrown away, on the first task. **Costs** one forward pass an image.
+    **Trains** an adapter on the first task, with a temporary head. **Costs** one forward pass per image.
     """
 
     experts = "one PEFT expert that the first of them trained"
@@ -144,7 +144,7 @@ class FirstExpert(ClosedForm, name="closed_form_first"):
 
 
 class RanPacFirst(FirstExpert, name="ranpac_first"):
-    """RanPAC on features with the first task's expert, as its authors have it; arXiv 2307.02251."""
+    """RanPAC on features with the first task's expert, as in the paper; arXiv 2307.02251."""
 
     title, paper, which_router = "RanPAC, first-session adaptation", "2307.02251", "ridge"
 
@@ -154,9 +154,9 @@ class RanPacFirst(FirstExpert, name="ranpac_first"):
 
 
 class LinearProbe(Method, name="linear_probe"):
-    """A linear classifier on frozen features, fitted in one go: to all images at once on `stream.joined()`.
+    """Logistic regression on frozen features. On `stream.joined()` it is fitted to all images.
 
-    Task by task it forgets: rows of the classes that a task has are fitted to the images of that task alone.
+    On a stream of several tasks it forgets, as each task is fitted without the images of the others.
     """
 
     title, which_head = "Linear probe", "shared"

@@ -1,4 +1,4 @@
-"""The linear classifier: shared by all tasks, or one per task."""
+"""The linear classifier: one head shared by all tasks, or one per task."""
 
 import torch
 
@@ -7,21 +7,20 @@ from ..config import TaskConfig
 
 
 class Heads(KeepsPrecision):
-    """Linear rows over features, kept by the tasks that trained them.
+    """Linear classifier whose rows belong to the tasks that trained them.
 
-    A *shared* head judges every image by all rows, one per class. A head *per task* judges an image by the rows of the
-    task whose expert it went to, so a class has a row in every task that has it. Rows are written once their task is
-    trained, and no later task changes them: old logits stay bit-identical. (Only if a later task trains a class of a
-    shared head again does the old row go.)
+    A *shared* head applies all rows to every image, one per class. A *per-task* head applies only the rows of the task
+    to whose expert an image is routed, so a class has one row per task. Rows are frozen when their task ends, so old
+    logits stay bit-identical; only if a later task trains a class of a shared head again is the old row dropped.
 
-    Rows stay in `float32`, and so do logits, whatever the backbone computes in.
+    The row of a single-class task was not trained against other classes. So it applies only to images that are routed
+    to its expert, in a shared head, too.
 
-    The row of a task with a single class was compared with no other in training. It judges only images that went to
-    its expert, in a shared head too: such a task is told from the others by its route.
+    Rows and logits are `float32`, whatever the dtype of the backbone.
 
     Args:
-        hidden_size (`int`): Width of a feature.
-        shared (`bool`): One head for all tasks.
+        hidden_size (`int`): Size of a feature vector.
+        shared (`bool`): Whether all tasks share one head.
 
     Example:
 
@@ -43,19 +42,19 @@ class Heads(KeepsPrecision):
         self.hidden_size, self.shared = hidden_size, shared
         self.weights = torch.nn.ParameterList()  # by task
         self.biases = torch.nn.ParameterList()
-        self.classes: list[list[int]] = []  # numbers of the classes of each task's rows
+        self.classes: list[list[int]] = []  # class indices of each task's rows
         self.single: list[bool] = []  # whether the task had a single class
 
     @property
     def num_classes(self) -> int:
-        """One more than the highest class number."""
+        """One more than the highest class index."""
         return 1 + max((number for classes in self.classes for number in classes), default=-1)
 
     def start(self, classes: list[int]) -> torch.nn.Linear:
-        """A layer for the next task to train: rows of a shared head go on where they were, all others start at zero.
+        """A layer for the next task to train. Existing rows of a shared head are copied, all others start at zero.
 
         Args:
-            classes (`list[int]`): Numbers of the classes to train; the outputs of the layer in this order.
+            classes (`list[int]`): Class indices, in the order of the layer's outputs.
 
         Returns:
             `torch.nn.Linear`
@@ -74,16 +73,16 @@ class Heads(KeepsPrecision):
         return layer
 
     def write(self, weight: torch.Tensor, bias: torch.Tensor, classes: list[int], single: bool = False) -> None:
-        """Keeps the trained rows of the next task.
+        """Appends the trained rows of the next task.
 
         Args:
-            weight (`torch.Tensor` of shape `(rows, hidden_size)`): Weight of the layer that [`~Heads.start`] gave.
+            weight (`torch.Tensor` of shape `(rows, hidden_size)`): Weight of the layer from [`~Heads.start`].
             bias (`torch.Tensor` of shape `(rows,)`): Its bias.
-            classes (`list[int]`): Number of the class of each row.
+            classes (`list[int]`): Class index of each row.
             single (`bool`, *optional*, defaults to `False`): Whether the task has a single class.
 
         Raises:
-            `ValueError`: Shapes do not fit.
+            `ValueError`: Shapes do not match.
         """
         if weight.shape != (len(classes), self.hidden_size) or bias.shape != (len(classes),):
             raise ValueError(
@@ -103,7 +102,7 @@ class Heads(KeepsPrecision):
         self.single.append(single)
 
     def to_tensors(self, tasks: list[TaskConfig]) -> dict[str, torch.Tensor]:
-        """What is saved: the rows of each task by its name, and the numbers of their classes."""
+        """State dict: weight, bias and class indices by task name."""
         tensors = {}
         for task, weight, bias, classes in zip(tasks, self.weights, self.biases, self.classes, strict=True):
             tensors[f"{task.name}.weight"], tensors[f"{task.name}.bias"] = weight, bias
@@ -111,15 +110,15 @@ class Heads(KeepsPrecision):
         return tensors
 
     def load(self, tensors: dict[str, torch.Tensor], tasks: list[TaskConfig], num_classes: int) -> None:
-        """Inverse of [`~Heads.to_tensors`], into a head that has no rows yet.
+        """Inverse of [`~Heads.to_tensors`], for a head without rows.
 
         Args:
-            tensors (`dict[str, torch.Tensor]`): Content of a file.
+            tensors (`dict[str, torch.Tensor]`): State dict, from a file.
             tasks (`list[TaskConfig]`): All tasks of the model.
-            num_classes (`int`): How many classes it has.
+            num_classes (`int`): Number of classes of the model.
 
         Raises:
-            `ValueError`: Something does not fit.
+            `ValueError`: A tensor is missing, unexpected, or does not match.
         """
         tensors, written = dict(tensors), set()
         for task in tasks:
@@ -141,35 +140,31 @@ class Heads(KeepsPrecision):
             )
 
     def rows_of(self, task: int, classes: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
-        """The rows that judge some classes of images which went to the expert of a task.
+        """The rows that are applied for given classes to images routed to the expert of a task.
 
         Args:
-            task (`int`): Its position.
-            classes (`list[int]`): Numbers of the classes.
+            task (`int`): Index of the task.
+            classes (`list[int]`): Class indices.
 
         Returns:
             Weight `(len(classes), hidden_size)` and bias `(len(classes),)`.
         """
-        # In a shared head a class may have been trained again, and its row gone to a later task.
+        # In a shared head, the row of a class may belong to a later task that has trained it again.
+        together = [number for number in range(len(self.classes)) if not self.single[number]]
         row_of = {
             number: (self.weights[owner][row], self.biases[owner][row])
-            for owner in ([task] if not self.shared or self.single[task] else self._judging)
+            for owner in ([task] if not self.shared or self.single[task] else together)
             for row, number in enumerate(self.classes[owner])
         }
         rows = [row_of[number] for number in classes]
         return torch.stack([weight for weight, _ in rows]), torch.stack([bias for _, bias in rows])
 
-    @property
-    def _judging(self) -> list[int]:
-        """Tasks whose rows of a shared head judge together."""
-        return [task for task in range(len(self.classes)) if not self.single[task]]
-
     def remove(self, task: int, number: dict[int, int]) -> None:
-        """Takes a task's rows away.
+        """Removes the rows of a task.
 
         Args:
-            task (`int`): Its position.
-            number (`dict[int, int]`): New number of each class that stays.
+            task (`int`): Index of the task.
+            number (`dict[int, int]`): Maps old to new indices of the remaining classes.
         """
         kept = [i for i in range(len(self.classes)) if i != task]
         self.weights = torch.nn.ParameterList([self.weights[i] for i in kept])
@@ -182,11 +177,11 @@ class Heads(KeepsPrecision):
         """Logits over all classes.
 
         Args:
-            features (`torch.Tensor` of shape `(batch, hidden_size)`): [CLS] features under the expert of each image.
-            owners (integer `torch.Tensor` of shape `(batch,)`): Task whose expert that is.
+            features (`torch.Tensor` of shape `(batch, hidden_size)`): Features with each image's expert applied.
+            owners (integer `torch.Tensor` of shape `(batch,)`): Task to whose expert each image is routed.
 
         Returns:
-            `torch.Tensor` of shape `(batch, num_classes)`, `float32`: −inf where a task has no such class.
+            `torch.Tensor` of shape `(batch, num_classes)`, `float32`: −inf for classes without an applicable row.
         """
         logits = features.new_full((len(features), self.num_classes), -torch.inf)
         every = torch.arange(len(features), device=features.device)

@@ -1,4 +1,4 @@
-"""The docstring of a method's `Config`: what the method is, and what each option does."""
+"""Generates the docstrings of the options of methods."""
 
 import inspect
 from dataclasses import MISSING, fields
@@ -18,13 +18,7 @@ EXAMPLE = """Example:
 
 
 def explain(method: Any) -> str:
-    """Puts the help texts of options into the docstring of their method.
-
-    Args:
-        method (subclass of [`Method`]): With a `Config`.
-
-    Returns:
-        `str`: For `help(Method.Config)`.
+    """Docstring of a method's `Config`: the docstring of the [`Method`] subclass, and the help text of each option.
 
     Example:
 

@@ -1,4 +1,4 @@
-"""What a method has learnt, and what can be done with it: show, save, combine, unlearn, reject."""
+"""The state of a method, and operations on it: save, combine, unlearn, reject."""
 
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -15,12 +15,7 @@ from .state import ELSEWHERE, Snapshot, load_state
 
 
 class Keeper(KeepsPrecision):
-    """What every [`Method`] keeps, and what it can do with that: the half of it that a new method seldom touches.
-
-    Args:
-        backbone ([`Backbone`]): The frozen model.
-        config ([`ContinualConfig`]): The options, and the tasks learnt so far.
-    """
+    """Base of [`Method`] with the state of a method and operations on it, which new methods rarely override."""
 
     @dataclass
     class Config(MethodOptions):
@@ -62,47 +57,44 @@ class Keeper(KeepsPrecision):
 
     @property
     def tasks(self) -> list[TaskConfig]:
-        """All tasks, the one that is being learnt included."""
+        """All tasks, including the one being learnt."""
         return [*self.config.tasks, *([self.task] if self.task else [])]
 
     @property
     def classes(self) -> list[str]:
-        """All classes by their number, those of the task that is being learnt included."""
+        """All class names by index, including those of the task being learnt."""
         return list(dict.fromkeys([*self.config.classes, *(self.task.classes if self.task else [])]))
 
     @property
     def numbers(self) -> list[int]:
-        """Numbers of the classes of the task that is being learnt."""
+        """Indices of the classes of the task being learnt."""
         assert self.task is not None
         number_of = {label: number for number, label in enumerate(self.classes)}
         return [number_of[label] for label in self.task.classes]
 
     def expert_names(self) -> list[str]:
-        """Names of the experts of a model that has learnt the tasks of `config`, in the order of the bank."""
+        """Names of the experts after the tasks in `config`, in the order of the bank."""
         return self.config.expert_names
 
     def check(self) -> None:
-        """Raises [`ConfigError`] unless all that the tasks need has been learnt, before it is saved."""
+        """Raises [`ConfigError`] if the state of a task is incomplete; called before saving and after loading."""
         if self.router is not None:
             self.router.check_knows([task.name for task in self.config.tasks], self.config.classes)
 
     def expert_of(self, position: int) -> int | None:
-        """Position of the expert that a task has trained for itself; `None` where none belongs to a task."""
+        """Index of the expert of a task; `None` if experts do not belong to tasks."""
         return None
 
     @property
     def num_selected(self) -> int:
-        """How many experts an image selects."""
+        """Number of experts selected per image."""
         return 1
 
     def choose(self, expert: str) -> int:
-        """Position of an expert that all images are to go to.
-
-        Args:
-            expert (`str`): Its name.
+        """Index of an expert that the user has chosen by name, in place of routing.
 
         Raises:
-            [`ConfigError`]: There is no such expert, or none can be chosen.
+            [`ConfigError`]: There is no such expert, or the method does not support a choice.
         """
         if not self.reads or not len(self.bank):
             raise ConfigError(f"expert={expert!r}: no expert judges images in {self.name}.")
@@ -111,69 +103,70 @@ class Keeper(KeepsPrecision):
         return self.bank.names.index(expert)
 
     def why_no_reject(self) -> str | None:
-        """Why out-of-distribution images cannot be told; `None` if [`~Method.typicality`] tells them."""
+        """Why out-of-distribution images cannot be rejected; `None` if they can."""
         return (
             f"reject_rate needs prototypes, and {self.name} has none: choose an S-X method with router='prototypes'."
         )
 
     def typicality(self, distances: torch.Tensor) -> torch.Tensor:
-        """Conformal p-values: the share of a task's own images that are as far off as these, or farther.
+        """Conformal p-values: the fraction of a task's own images that are at least as far from its prototypes.
 
         Args:
-            distances (`torch.Tensor` of shape `(batch, experts)`): Of [`Routing`].
+            distances (`torch.Tensor` of shape `(batch, experts)`): From [`Routing`].
 
         Returns:
-            `torch.Tensor` of shape `(batch,)`, the largest over all tasks, in [0, 1].
+            `torch.Tensor` of shape `(batch,)`: The maximum over all tasks, in [0, 1].
         """
         raise NotImplementedError(self.why_no_reject())
 
     def remove(self, position: int, number_of: dict[int, int]) -> None:
-        """Unlearns a task exactly: nothing else changes by a bit.
+        """Unlearns a task exactly: everything else stays bit-identical.
 
         Args:
-            position (`int`): Of the task.
-            number_of (`dict[int, int]`): New number of each class that stays.
+            position (`int`): Index of the task.
+            number_of (`dict[int, int]`): Maps old to new indices of the remaining classes.
 
         Raises:
-            [`ConfigError`]: It cannot.
+            [`ConfigError`]: The task cannot be removed exactly.
         """
         raise ConfigError(f"All tasks trained the same parameters in {self.name}; none can be removed exactly.")
 
     def alike(self) -> dict[str, Any]:
-        """What must agree in models that are combined, by what to call it.
+        """Properties that must be equal in models to combine: values by name.
 
         Raises:
-            [`ConfigError`]: Its tasks cannot be combined with those of others. The message goes on after its name.
+            [`ConfigError`]: The method cannot be combined. The message continues a sentence that starts with the
+                model's name.
         """
         raise ConfigError(f"is of the method {self.name}, whose experts belong to no task")
 
     def merged_options(self, others: "list[Keeper]") -> MethodOptions:
-        """Options of a model with the tasks of this method and of others that are alike."""
+        """Options of the combination with other methods whose [`~Method.alike`] is equal."""
         return self.options
 
     def merge(self, other: "Keeper", number_of: list[int], names: list[str]) -> None:
-        """Adds all tasks of another model's method, as if they had been learnt here.
+        """Appends all tasks of another model's method.
 
         Args:
-            other ([`Method`]): What to add.
-            number_of (`list[int]`): Number that each of its classes has here.
-            names (`list[str]`): Names that its tasks have here.
+            other ([`Method`]): Method to merge.
+            number_of (`list[int]`): Maps its class indices to those of this model.
+            names (`list[str]`): New names of its tasks.
         """
         raise NotImplementedError
 
     def state(self) -> dict[str, torch.Tensor]:
-        """What is kept besides experts, router and head, by name."""
+        """State dict without experts, router and head: the content of `method.safetensors`."""
         kept = self.state_dict(keep_vars=True).items()
         return {name: tensor for name, tensor in kept if not name.startswith(ELSEWHERE)}
 
     def load_state(self, tensors: dict[str, torch.Tensor]) -> None:
-        """Inverse of [`~Method.state`]; raises `ValueError` if something does not fit."""
+        """Inverse of [`~Method.state`]; raises `ValueError` on missing or unexpected tensors."""
         load_state(self, tensors, self.state())
 
     @classmethod
     def facts(cls, options: Any) -> dict[str, str]:
-        """What the card tells of the method, in words: its experts, PEFT technique, router and head."""
-        if not cls.experts:  # of somebody who says no more
+        """Descriptions for the card: experts, PEFT technique, router, head; or the options, if `experts` is empty."""
+        if not cls.experts:
             given = ", ".join(f"{name} = {value}" for name, value in vars(options).items())
             return {"options": given} if given else {}
         peft, router = getattr(options, "peft", {}), getattr(options, "router", cls.which_router)
@@ -186,15 +179,15 @@ class Keeper(KeepsPrecision):
 
     @classmethod
     def rejects(cls, options: Any) -> bool:
-        """Whether models with these options can tell out-of-distribution images."""
+        """Whether models with these options support `reject_rate`."""
         return False
 
     def fingerprint(self) -> dict[str, Any]:
-        """What must not differ between a run and the one that goes on with it: the options, as they were given."""
+        """Options that must be equal when a run is resumed."""
         return {option: value for option, value in self.options.to_dict().items() if option != "head"}
 
     def num_bytes(self) -> int:
-        """Bytes of all that the tasks have left; none before the first."""
+        """Size of the learnt state in bytes; 0 before the first task."""
         if not self.config.tasks:
             return 0
         kept = [*self.state().values()]
@@ -203,7 +196,7 @@ class Keeper(KeepsPrecision):
         return 4 * self.bank.num_parameters + sum(tensor.nbytes for tensor in kept)
 
     def _find_layers(self, wanted: list[int] | None) -> list[int]:
-        """Query layers as an option has them, where -1 is the last, counted from 1."""
+        """Resolves the option `query_layers`, in which -1 is the last layer, to indices from 1."""
         count = self.backbone.num_layers
         layers = [number + count + 1 if number < 0 else number for number in wanted or [count]]
         if layers != sorted(set(layers)) or not 1 <= layers[0] <= layers[-1] <= count:

@@ -1,4 +1,4 @@
-"""What a method learns from: batches of images, and features of all images of a task."""
+"""The training data that a method sees: batches of images, and features of all images of a task."""
 
 from collections.abc import Callable
 from typing import NamedTuple, Protocol
@@ -10,27 +10,27 @@ Features = Callable[[torch.Tensor], torch.Tensor]
 
 
 class FeaturesOf(Protocol):
-    """What [`~Method.end`] gets: features of all training images, over all processes, each computed once."""
+    """Argument of [`~Method.end`]: extracts features of all training images, sharded over the processes."""
 
     def __call__(self, features: Features, /) -> tuple[torch.Tensor, torch.Tensor]:
         """Applies a function to all training images of the task.
 
         Args:
-            features (callable): Takes normalised images `(batch, 3, height, width)`, gives `(batch, width)`.
+            features (callable): Maps normalised images `(batch, 3, height, width)` to `(batch, width)`.
 
         Returns:
-            Features `(images, width)` in `float32` and class numbers `(images,)`, on the CPU.
+            Features `(images, width)` in `float32` and class indices `(images,)`, on the CPU.
         """
 
 
 class Batch(NamedTuple):
-    """Training images.
+    """A batch of training images.
 
     Args:
         pixels (`torch.Tensor` of shape `(batch, 3, height, width)`): Augmented and normalised.
-        labels (integer `torch.Tensor` of shape `(batch,)`): Numbers of their classes in the model.
-        query (`torch.Tensor` of shape `(batch, query_size)`, *optional*): Query features, where the method says
-            `trains_by_query`.
+        labels (integer `torch.Tensor` of shape `(batch,)`): Class indices of the model.
+        query (`torch.Tensor` of shape `(batch, query_size)`, *optional*): Query features, if the method has
+            `trains_by_query = True`.
 
     Example:
 

@@ -1,4 +1,4 @@
-"""What a method is: one module that owns all it learns, with verbs to predict by and verbs to learn by."""
+"""The base class of methods, and their registry."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -26,39 +26,39 @@ METHODS: dict[str, type["Method"]] = {}
 
 
 class Method(Keeper):
-    """A way to learn tasks one after another on one frozen backbone. A subclass with a name is a method of its own.
+    """A continual learning method on a frozen backbone. Subclasses with a name are registered in [`METHODS`].
 
-    **Predicting**: [`~Method.query`] → [`~Method.route`] → [`~Method.read`] → [`~Method.classify`], which
-    [`~Method.forward`] strings together.
+    **Predicting**: [`~Method.query`] → [`~Method.route`] → [`~Method.read`] → [`~Method.classify`]; called in this
+    order by [`~Method.forward`].
 
-    **Learning**: [`~Method.begin`] makes what a task trains, [`~Method.loss`] judges a batch, [`~Method.end`] learns
-    from the features of all training images and fixes everything.
+    **Learning**: [`~Method.begin`] creates the trainable parameters of a task, [`~Method.loss`] computes the loss of a
+    batch, [`~Method.end`] freezes the result and fits closed-form parts to the features of all training images.
 
-    **Keeping**: `bank`, `router` and `heads` have files of their own; every other parameter and buffer goes into
-    `method.safetensors`, unless its name begins with an underscore.
+    **Saving**: `bank`, `router` and `heads` have their own files. All other parameters and buffers are saved in
+    `method.safetensors`, except those whose name starts with an underscore.
 
     Args:
         backbone ([`Backbone`]): The frozen model.
         config ([`ContinualConfig`]): The options, and the tasks learnt so far.
 
     Attributes:
-        Config (`type`): Dataclass of the method's own options.
-        name (`str`): Its name in `config.json` and on the command line.
-        title (`str`): Its name for people, in cards.
+        Config (`type`): Dataclass of the method's options.
+        name (`str`): Name in `config.json` and on the command line.
+        title (`str`): Display name, for cards.
         paper (`str`, *optional*): arXiv number of its paper, for cards.
-        trains (`bool`): Whether optimizer steps are made; otherwise `begin` and `end` are all there is.
-        independent (`bool`): Whether a task trains an expert of its own, and changes nothing that other tasks use.
-        routes (`bool`): Whether images choose among experts, so that it is worth telling which.
-        reads (`bool`): Whether an image passes the backbone again once it is routed.
-        fixed_query (`bool`): Whether query features stay what they are once the first task is learnt.
+        trains (`bool`): Whether tasks are trained with an optimizer, rather than by `begin` and `end` alone.
+        independent (`bool`): Whether each task trains its own expert, without changing what other tasks use.
+        routes (`bool`): Whether images are routed among several experts.
+        reads (`bool`): Whether a routed image needs a second forward pass.
+        fixed_query (`bool`): Whether query features no longer change after the first task.
         trains_by_query (`bool`): Whether [`~Method.loss`] needs `batch.query`.
-        takes_one_class (`bool`): Whether a task of a single class can be told from the others.
-        experts (`str`): What its experts are, for cards; options in braces are filled in.
-        which_router, which_head (`str`): Which it has, where the options do not say.
-        task ([`TaskConfig`], *optional*): The one that is being learnt.
-        query_layers (`list[int]`): Layers behind which query features are taken, side by side; the last by default.
-        seed (`int`): Of what [`~Method.end`] draws.
-        before ([`Snapshot`], *optional*): What method, options and configuration were when a task was begun last.
+        takes_one_class (`bool`): Whether a task may have a single class.
+        experts (`str`): Description of the experts, for cards; a format string of the options.
+        which_router, which_head (`str`): Router and head, if no option selects them.
+        task ([`TaskConfig`], *optional*): The task that is being learnt.
+        query_layers (`list[int]`): Layers whose features are concatenated as query features. Default: the last.
+        seed (`int`): Seed for [`~Method.end`].
+        before ([`Snapshot`], *optional*): State of method, options and configuration before the current task.
 
     Example:
 
@@ -95,7 +95,7 @@ class Method(Keeper):
         super().__init_subclass__(**kwargs)
         if name is None:
             return
-        if "Config" not in vars(cls):  # options are those of the class that it is made from, under another name
+        if "Config" not in vars(cls):  # inherits the options of its base class, under its own name
             place = {
                 "__module__": cls.__module__,
                 "__qualname__": f"{cls.__qualname__}.Config",
@@ -115,7 +115,7 @@ class Method(Keeper):
         return self.backbone.hidden_size * len(self.query_layers)
 
     def query(self, pixels: torch.Tensor) -> torch.Tensor:
-        """Query features: by default [CLS] of the frozen backbone.
+        """Query features. Default: the [CLS] features of the frozen backbone.
 
         Args:
             pixels (`torch.Tensor` of shape `(batch, 3, height, width)`): Normalised images.
@@ -128,27 +128,27 @@ class Method(Keeper):
         return self.bank.frozen(pixels, self._cut).float()
 
     def route(self, query: torch.Tensor) -> Routing:
-        """Experts of each image, from its own query features alone: by default there is just one.
+        """Selects the experts of each image from its query features. Default: expert 0 for all images.
 
         Args:
             query (`torch.Tensor` of shape `(batch, query_size)`): Query features.
 
         Returns:
-            [`Routing`]: `selection` of shape `(batch,)`, or `(batch, N)` where several experts are selected.
+            [`Routing`]: `selection` of shape `(batch,)`, or `(batch, N)` for N experts per image.
         """
         nowhere = torch.zeros(len(query), dtype=torch.int64, device=query.device)
         return Routing(nowhere, query.new_zeros(len(query)), query.new_zeros(len(query), 1))
 
     def read(self, pixels: torch.Tensor, selection: torch.Tensor) -> torch.Tensor:
-        """Features under the selected experts: by default of the bank, or of the frozen backbone while it is empty.
+        """Features with the selected experts applied; of the frozen backbone while the bank is empty.
 
         Args:
             pixels (`torch.Tensor` of shape `(batch, 3, height, width)`): Normalised images.
-            selection (integer `torch.Tensor` of shape `(batch,)` or `(batch, N)`): Of [`~Method.route`].
+            selection (integer `torch.Tensor` of shape `(batch,)` or `(batch, N)`): From [`~Method.route`].
 
         Returns:
-            `torch.Tensor` of shape `(batch, hidden_size)`; of an independent method with N experts for an image,
-            `(batch, N, hidden_size)`: what each of them alone would give.
+            `torch.Tensor` of shape `(batch, hidden_size)`; for an independent method with N experts per image,
+            `(batch, N, hidden_size)`, one feature vector per expert.
         """
         if not len(self.bank):
             return self.bank.frozen(pixels)
@@ -159,16 +159,16 @@ class Method(Keeper):
         return features.unflatten(0, (-1, count))
 
     def classify(self, features: torch.Tensor, routing: Routing) -> torch.Tensor:
-        """Logits.
+        """Computes the logits.
 
         Args:
-            features (`torch.Tensor`): Of [`~Method.read`]; query features where the method does not read.
-            routing ([`Routing`]): Of the same images.
+            features (`torch.Tensor`): From [`~Method.read`]; query features if `reads` is `False`.
+            routing ([`Routing`]): From [`~Method.route`], for the same images.
 
         Returns:
-            `torch.Tensor` of shape `(batch, classes)`: −inf where no expert knows a class.
+            `torch.Tensor` of shape `(batch, classes)`: −inf for classes unknown to the selected experts.
         """
-        raise NotImplementedError(f"{type(self).__name__} must say how it classifies.")
+        raise NotImplementedError(f"{type(self).__name__} must implement `classify`.")
 
     def forward(
         self,
@@ -177,13 +177,13 @@ class Method(Keeper):
         read: Callable[[Any, torch.Tensor], torch.Tensor] | None = None,
         expert: int | None = None,
     ) -> ContinualOutput:
-        """Query, route, read, classify.
+        """Runs `query`, `route`, `read` and `classify`.
 
         Args:
             pixels (`torch.Tensor` of shape `(batch, 3, height, width)`): Normalised images.
-            query (`torch.Tensor`, *optional*): Query features, where they are known already.
-            read (callable, *optional*): In place of [`~Method.read`]: for who remembers features.
-            expert (`int`, *optional*): Position of the expert that all images go to, whatever their route.
+            query (`torch.Tensor`, *optional*): Precomputed query features.
+            read (callable, *optional*): Replaces [`~Method.read`], for example by a feature cache.
+            expert (`int`, *optional*): Index of the expert to route all images to.
 
         Returns:
             [`ContinualOutput`]
@@ -201,19 +201,19 @@ class Method(Keeper):
     # Learning
 
     def start(self, task: TaskConfig, seed: int = 0) -> None:
-        """Begins a task, so that it can be abandoned.
+        """Takes a snapshot for roll back, then calls [`~Method.begin`].
 
         Args:
-            task ([`TaskConfig`]): The next one.
-            seed (`int`, *optional*, defaults to 0): Of what [`~Method.end`] draws.
+            task ([`TaskConfig`]): The next task.
+            seed (`int`, *optional*, defaults to 0): Seed for [`~Method.end`].
 
         Raises:
-            [`ConfigError`]: The method cannot learn it.
-            [`ExpertError`]: Another thread is learning one.
+            [`ConfigError`]: The method cannot learn the task.
+            [`ExpertError`]: Another thread is training.
         """
-        self.bank.claim(task.name)  # or refuses, before anything changes
+        self.bank.claim(task.name)  # raises before anything changes
         self.abandon()
-        self.before = None  # else each would keep the one before it
+        self.before = None  # else snapshots would form a chain
         with self.bank.lock.writing():
             freeze(self.state())
             self.before = Snapshot(self, self.options, self.config)
@@ -230,7 +230,7 @@ class Method(Keeper):
             raise
 
     def finish(self, features_of: FeaturesOf) -> None:
-        """Ends a task. It is known once the caller has added it to `config`."""
+        """Calls [`~Method.end`] and freezes all state. The caller then adds the task to `config`."""
         self.end(features_of)
         self.to(self.backbone.device)
         freeze(self.state())
@@ -238,12 +238,12 @@ class Method(Keeper):
         self.task = None
 
     def abandon(self) -> None:
-        """Forgets the task that is being learnt, if there is one: everything is what it was before."""
+        """Rolls back the unfinished task, if there is one."""
         if self.task is not None:
             self.undo()
 
     def undo(self) -> None:
-        """Takes back the task that was begun last, finished or not, as long as nothing has been saved since."""
+        """Rolls back the latest task, finished or not. The model must not have been saved in between."""
         assert self.before is not None
         with self.bank.lock.writing():
             self.before.restore()
@@ -251,7 +251,7 @@ class Method(Keeper):
 
     @contextmanager
     def learning(self) -> Iterator[None]:
-        """Refuses other threads that want to train, and abandons at its end what was not finished.
+        """Context manager: reserves training for this thread, and rolls back an unfinished task on exit.
 
         Raises:
             [`ExpertError`]: Another thread is training.
@@ -264,17 +264,18 @@ class Method(Keeper):
                 self.before = None
 
     def begin(self, task: TaskConfig) -> None:
-        """Makes what the task trains. `self.task` is that task, `self.numbers` are the numbers of its classes.
+        """Creates the trainable parameters of `self.task`; `self.numbers` are its class indices.
 
-        What the method keeps is frozen between tasks. What of it is to be trained further gets `requires_grad_()`
-        here; then other threads cannot predict until the task ends.
+        Saved tensors are frozen between tasks. To train them further, call `requires_grad_()` on them here; other
+        threads then cannot predict until the task ends.
         """
 
     def parameter_groups(self, args: Any) -> list[dict[str, Any]]:
-        """What the optimizer gets: by default all that requires a gradient.
+        """Parameter groups for the optimizer. Default: all parameters that require a gradient.
 
         Args:
-            args ([`ContinualTrainingArguments`]): `learning_rate`, and `head_learning_rate` for what is named `head`.
+            args ([`ContinualTrainingArguments`]): `head_learning_rate` applies to parameters whose name starts with
+                `head` or `_head`, `learning_rate` to all others.
 
         Returns:
             `list[dict]`: Parameter groups of `torch.optim`.
@@ -287,91 +288,84 @@ class Method(Keeper):
         return [{"params": params, "lr": rates[head]} for head, params in groups.items()]
 
     def loss(self, batch: Batch) -> torch.Tensor:
-        """What training brings down.
+        """Computes the training loss of a batch.
 
         Args:
             batch ([`Batch`]): Training images of the task.
 
         Returns:
-            `torch.Tensor` of shape `(batch,)`, a loss for each image; or `()`, their mean.
+            `torch.Tensor` of shape `(batch,)`, one loss per image; or of shape `()`, their mean.
         """
-        raise NotImplementedError(f"{type(self).__name__} must say what its loss is.")
+        raise NotImplementedError(f"{type(self).__name__} must implement `loss`.")
 
     def end(self, features_of: FeaturesOf) -> None:
-        """Fixes what the task has trained, and learns what needs no training.
+        """Stores what the task has trained, and fits what needs no gradient, such as the router.
 
         Args:
-            features_of (callable): See [`FeaturesOf`]; to be called on every process alike.
+            features_of (callable): See [`FeaturesOf`]. It is a collective operation: call it on every process.
         """
 
     def train_expert(self, name: str, head: torch.nn.Linear) -> None:
-        """For [`~Method.begin`]: trains an expert, fresh or the one of that name, and a head.
+        """For use in [`~Method.begin`]: makes an expert and a head trainable.
 
         Args:
-            name (`str`): Of the expert.
-            head (`torch.nn.Linear`): Such as [`Heads.start`] gives.
+            name (`str`): Name of the expert; an existing one is trained further.
+            head (`torch.nn.Linear`): For example from [`Heads.start`].
         """
         self._head = head.to(self.backbone.device)
         self.bank.start(name, make_peft_config(self.options.peft, self.backbone))
 
     def expert_loss(self, pixels: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        """For [`~Method.loss`]: cross entropy of the head under the expert that is trained, image by image."""
+        """For use in [`~Method.loss`]: cross entropy per image, with the expert and the head being trained."""
         logits = self._head(self.bank.under_training(pixels).to(self._head.weight.dtype))
         return cross_entropy(logits.float(), targets, reduction="none")
 
     def rows(self, labels: torch.Tensor) -> torch.Tensor:
-        """Positions of class numbers among the classes of the task that is being learnt."""
+        """Maps class indices of the model to class indices of the current task."""
         row_of = torch.full((len(self.classes),), -1)
         row_of[self.numbers] = torch.arange(len(self.numbers))
         return row_of.to(labels.device)[labels]
 
     def costs(self) -> tuple[int, int]:
-        """Parameters that the task trains, between `begin` and `end`: those of its experts, and those of its head."""
+        """Numbers of trainable parameters of the current task: those of its experts, and those of its head."""
         groups: dict[bool, int] = {False: 0, True: 0}
         for name, parameter in self.named_parameters():
             groups[name.lstrip("_").startswith("head")] += parameter.numel() * parameter.requires_grad
         return groups[False], groups[True]
 
     def accept(self, giver: "Method") -> None:
-        """Raises [`ConfigError`] unless the method can take over what another model's has trained.
+        """Raises [`ConfigError`] unless experts of another model can be copied, for `experts_from`.
 
         Args:
-            giver ([`Method`]): Of the model that `experts_from` names.
+            giver ([`Method`]): Method of the other model.
         """
         raise ConfigError(f"{self.name} cannot take experts of {giver.name}.")
 
     def take(self, giver: "Method", position: int) -> None:
-        """Takes over what another model's method has trained in the task, in place of training, after `begin`.
+        """Copies the trained parameters of a task from another model, after `begin` and instead of training.
 
         Args:
-            giver ([`Method`]): One that was accepted, and has learnt the task.
-            position (`int`): Place of the task in the giver.
+            giver ([`Method`]): A method that passed [`~Method.accept`] and has learnt the task.
+            position (`int`): Index of the task in the other model.
 
         Raises:
-            [`ConfigError`]: Other tasks of the giver had a part in it.
+            [`ConfigError`]: Other tasks of that model have trained these parameters, too.
         """
 
     @property
     def _cut(self) -> int | list[int] | None:
-        """Query layers as [`Backbone.forward`] takes them."""
+        """Query layers as the `layers` argument of [`Backbone.forward`]."""
         layers = self.query_layers
         return None if layers == [self.backbone.num_layers] else layers[0] if len(layers) == 1 else layers
 
 
 def make_method(backbone: Backbone, config: ContinualConfig) -> Method:
-    """The method of a model.
-
-    Args:
-        backbone ([`Backbone`]): The frozen model.
-        config ([`ContinualConfig`]): Says which method, with which options.
-
-    Returns:
-        [`Method`]
+    """Creates the method that a configuration names.
 
     Raises:
-        [`ConfigError`]: There is no such method, or it does not fit the backbone.
+        [`ConfigError`]: There is no such method, or it does not support the backbone.
     """
-    if isinstance(config.method, UnknownOptions):  # unless its class has been imported since
+    if isinstance(config.method, UnknownOptions):  # its class may have been imported since
         config.method = read_options(config.method.values)
     if config.method.name not in METHODS:
         raise ConfigError(

@@ -1,32 +1,32 @@
-"""Two opinions about an image in one: what the router says about its class, and what experts say."""
+"""Combines the class scores of a router with the log-probabilities of several experts."""
 
 import torch
 
 from ..routing.gaussian import log_sum_exp
 
 
-# The covariance is estimated from the images whose classes it separates, so that the router is too sure of itself.
-# Chosen on held-out training images of PACS, Caltech-101 and CIFAR-10, where 1/4 is at most a point worse.
+# Below 1, as the router is overconfident: its covariance is estimated from the images whose classes it separates.
+# Chosen on held-out training images of PACS, Caltech-101 and CIFAR-10, where 1/4 is at most one point worse.
 ROUTER_WEIGHT = 0.125
 
 
 def mix(
     logits: torch.Tensor, selection: torch.Tensor, scores: torch.Tensor, owners: torch.Tensor, classes: torch.Tensor
 ) -> torch.Tensor:
-    """Logits of every class: an eighth of the router's log-likelihood plus the expert's log-probability.
+    """Logits: an eighth of the router's log-likelihood plus the experts' log-probability.
 
-    It is a product of two classifiers. The router compares the classes of all tasks; an expert knows those of its own
-    better, and compares nothing else: its probabilities are those among its own classes, since logits of experts that
-    never met say nothing about each other. A class that several of the selected experts know gets the sum of what they
-    say, as probabilities add up; classes that none of them knows are left out.
+    This is a product of two classifiers. The router compares the classes of all tasks; an expert is more accurate, but
+    only among the classes of its own task, so its softmax is taken over these: logits of experts that were trained
+    apart are not comparable. The probabilities of a class are summed over the selected experts that know it. A class
+    that none of them knows gets −inf.
 
     Args:
-        logits (`torch.Tensor` of shape `(batch, N, classes)`): Of the N experts that judge an image; −inf where an
-            expert does not know a class.
-        selection (integer `torch.Tensor` of shape `(batch, N)`): Which experts these are.
-        scores (`torch.Tensor` of shape `(batch, entries)`): Of the router, for every class of every task.
+        logits (`torch.Tensor` of shape `(batch, N, classes)`): Logits of the N selected experts; −inf for classes that
+            an expert does not know.
+        selection (integer `torch.Tensor` of shape `(batch, N)`): Indices of these experts.
+        scores (`torch.Tensor` of shape `(batch, entries)`): The router's score of every class of every task.
         owners (integer `torch.Tensor` of shape `(entries,)`): Task of each entry.
-        classes (integer `torch.Tensor` of shape `(entries,)`): Number of the class of each entry.
+        classes (integer `torch.Tensor` of shape `(entries,)`): Class index of each entry.
 
     Returns:
         `torch.Tensor` of shape `(batch, classes)`.
@@ -44,7 +44,6 @@ def mix(
 
     ```
     """
-    # What each judge says about each entry: nothing about those of other tasks.
-    of_judge = selection[:, :, None] == owners
-    said = logits[:, :, classes].masked_fill(~of_judge, -torch.inf).log_softmax(dim=-1)
-    return log_sum_exp(said.logsumexp(dim=1) + ROUTER_WEIGHT * scores, classes)
+    own = selection[:, :, None] == owners  # entries of each expert's task
+    log_probabilities = logits[:, :, classes].masked_fill(~own, -torch.inf).log_softmax(dim=-1)
+    return log_sum_exp(log_probabilities.logsumexp(dim=1) + ROUTER_WEIGHT * scores, classes)

@@ -1,4 +1,4 @@
-"""Options that several methods share."""
+"""Options shared by several methods."""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -7,7 +7,7 @@ from ..config import ConfigError, MethodOptions
 from ..config.adapters import LARGEST_RANK, check_peft
 
 
-LARGEST_PROJECTION = 100_000  # random features, of which a router keeps a square matrix
+LARGEST_PROJECTION = 100_000  # random features; the router stores a square matrix of this size
 
 
 @dataclass
@@ -15,7 +15,7 @@ class PeftOptions(MethodOptions):
     """Experts of any PEFT technique."""
 
     peft: dict[str, Any] = field(
-        default_factory=dict, metadata={"help": 'PEFT technique and its arguments, as in {"peft_type": "IA3"}.'}
+        default_factory=dict, metadata={"help": 'PEFT technique and its arguments, for example {"peft_type": "IA3"}.'}
     )
 
     def __post_init__(self) -> None:
@@ -25,11 +25,12 @@ class PeftOptions(MethodOptions):
 
 @dataclass
 class LoraOptions(MethodOptions):
-    """LoRA experts. `lora_alpha` is `r` unless given, so that updates are not scaled."""
+    """LoRA experts. `lora_alpha` defaults to `r`, so that updates are not scaled."""
 
     r: int = field(default=1, metadata={"help": "Rank of the LoRA adapters."})
     lora: dict[str, Any] = field(
-        default_factory=dict, metadata={"help": 'Further arguments of peft.LoraConfig, as in {"lora_dropout": 0.1}.'}
+        default_factory=dict,
+        metadata={"help": 'Further arguments of peft.LoraConfig, for example {"lora_dropout": 0.1}.'},
     )
 
     def __post_init__(self) -> None:
@@ -47,7 +48,7 @@ class LoraOptions(MethodOptions):
 class PromptOptions(MethodOptions):
     """Prompts as experts."""
 
-    prompt_length: int = field(default=10, metadata={"help": "Tokens of each prompt, behind [CLS]."})
+    prompt_length: int = field(default=10, metadata={"help": "Tokens per prompt, inserted after [CLS]."})
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -61,11 +62,11 @@ class PromptOptions(MethodOptions):
 
 @dataclass
 class QueryOptions(MethodOptions):
-    """Where query features are taken."""
+    """Layers of the query features."""
 
     query_layers: list[int] | None = field(
         default=None,
-        metadata={"help": "Layers behind which query features are taken, side by side; default: the last, -1."},
+        metadata={"help": "Layers whose [CLS] features are concatenated as query features; default: the last, -1."},
     )
 
     def __post_init__(self) -> None:
@@ -77,7 +78,7 @@ class QueryOptions(MethodOptions):
 
 @dataclass
 class ProjectionOptions(MethodOptions):
-    """What RanPAC projects to."""
+    """Random projection of RanPAC."""
 
     projection_size: int = field(default=10_000, metadata={"help": "Random features of the ridge router."})
 

@@ -1,4 +1,4 @@
-"""What a forward pass gives."""
+"""Output of a forward pass."""
 
 from dataclasses import dataclass
 
@@ -8,13 +8,12 @@ from transformers.utils import ModelOutput
 
 @dataclass
 class ContinualOutput(ModelOutput):
-    """What a forward pass gives, in the form that `transformers.pipeline` reads.
+    """Output of a forward pass, as `transformers.pipeline` expects it.
 
     Args:
-        logits (`torch.Tensor` of shape `(batch, classes)`): −inf where an expert knows no such class.
+        logits (`torch.Tensor` of shape `(batch, classes)`): −inf for classes unknown to the selected experts.
         selection (integer `torch.Tensor` of shape `(batch,)` or `(batch, N)`): Experts of each image, nearest first.
-        distances (`torch.Tensor` of shape `(batch, experts)`): How far every expert is from the image's query
-            features.
+        distances (`torch.Tensor` of shape `(batch, experts)`): Distance of the query features to every expert.
     """
 
     logits: torch.Tensor | None = None

@@ -1,4 +1,4 @@
-"""L2P and L2L: a pool of experts that all tasks train; every image selects those with the nearest keys."""
+"""L2P and L2L: a pool of experts trained by all tasks; every image selects those with the nearest keys."""
 
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -23,10 +23,10 @@ NOT_FUSED = ("lora_dropout", "use_dora", "rank_pattern", "alpha_pattern", "lora_
 
 @dataclass
 class PoolOptions(QueryOptions):
-    """How a pool is selected from and trained."""
+    """Size and selection of the pool."""
 
     pool_size: int = field(default=10, metadata={"help": "Experts in the pool."})
-    top_n: int = field(default=5, metadata={"help": "Experts that an image selects."})
+    top_n: int = field(default=5, metadata={"help": "Experts selected per image."})
     pull: float = field(default=0.5, metadata={"help": "Weight of the loss that pulls selected keys towards queries."})
 
     def __post_init__(self) -> None:
@@ -34,7 +34,7 @@ class PoolOptions(QueryOptions):
         check_ranges(self, pool_size=(1, LARGEST_POOL), pull=(0, MOST))
         if not 1 <= self.top_n <= self.pool_size:
             raise ConfigError(f"top_n={self.top_n} must be between 1 and pool_size={self.pool_size}.")
-        peft: dict[str, Any] = getattr(self, "peft")  # noqa: B009  # of the other class that `Config` is made from
+        peft: dict[str, Any] = getattr(self, "peft")  # noqa: B009  # from the other base class of `Config`
         beyond = [name for name in NOT_FUSED if peft.get(name)]
         if peft["peft_type"] not in ("LORA", "PROMPT_TUNING") or beyond:
             what = ", ".join(beyond) or peft["peft_type"]
@@ -45,7 +45,7 @@ class Pool(Method, name="l2x"):
     """A pool of LoRA modules or prompts; arXiv 2112.08654, and section 3 of arXiv 2406.03216.
 
     **Trains** the pool, its keys and the head on every task. **Stores** them once, however many tasks there are.
-    **Costs** two forward passes an image.
+    **Costs** two forward passes per image.
     """
 
     title, paper = "L2X", "2406.03216"
@@ -137,5 +137,5 @@ class L2p(Pool, name="l2p"):
 
     @dataclass
     class Config(PoolOptions, PromptOptions):
-        prompt_length: int = field(default=5, metadata={"help": "Tokens of each prompt, behind [CLS]."})
+        prompt_length: int = field(default=5, metadata={"help": "Tokens per prompt, inserted after [CLS]."})
         readout = "prompts"

@@ -1,20 +1,20 @@
-"""A linear classifier on fixed features, fitted at once: the linear probe."""
+"""The linear probe: logistic regression on frozen features."""
 
 import torch
 
 
-STRENGTHS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)  # of the fit, relative to the penalty on weights
+STRENGTHS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)  # inverse regularisation strengths, C of scikit-learn
 
 
 def fit_probe(head: torch.nn.Linear, features: torch.Tensor, rows: torch.Tensor, seed: int = 0) -> None:
-    """Fits a linear layer by penalised logistic regression on standardised features.
+    """Fits a linear layer by L2-regularised logistic regression on standardised features.
 
-    How strong the penalty is, is chosen on a fifth of the images, held out; all are then fitted again.
+    The regularisation strength is chosen on a held-out fifth of the images; then all images are fitted.
 
     Args:
-        head (`torch.nn.Linear`): The layer to fill.
-        features (`torch.Tensor` of shape `(images, in_features)`): Of all training images.
-        rows (integer `torch.Tensor` of shape `(images,)`): Output that each image should have the highest.
+        head (`torch.nn.Linear`): The layer to fit.
+        features (`torch.Tensor` of shape `(images, in_features)`): Features of all training images.
+        rows (integer `torch.Tensor` of shape `(images,)`): Target output of each image.
         seed (`int`, *optional*, defaults to 0): Seed of the split.
 
     Example:
@@ -34,7 +34,7 @@ def fit_probe(head: torch.nn.Linear, features: torch.Tensor, rows: torch.Tensor,
 
     present, labels = rows.unique(return_inverse=True)
     if len(present) < 2:
-        return  # nothing to be told from
+        return  # a single class
     mean, spread = features.mean(dim=0), features.std(dim=0).clamp(min=1e-6)
     inputs, labels = ((features - mean) / spread).numpy(), labels.numpy()
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed)).numpy()
@@ -49,7 +49,7 @@ def fit_probe(head: torch.nn.Linear, features: torch.Tensor, rows: torch.Tensor,
     best = max(STRENGTHS, key=score) if len(set(labels[fitted])) > 1 and len(held_out) else 1.0
     found = classifier(best).fit(inputs, labels)
     weight, bias = torch.from_numpy(found.coef_).float(), torch.from_numpy(found.intercept_).float()
-    if len(weight) == 1:  # of two classes, only the difference is told
+    if len(weight) == 1:  # scikit-learn fits one output for two classes
         weight, bias = torch.cat([-weight, weight]) / 2, torch.cat([-bias, bias]) / 2
     weight = weight / spread
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""S-LoRA-Mix: a Gaussian router on two depths; the experts of the likeliest tasks judge together with it."""
+"""S-LoRA-Mix: a Gaussian router on features of two layers, combined with the experts of the likeliest tasks."""
 
 from dataclasses import dataclass, field
 
@@ -14,9 +14,9 @@ from .s_x import PerTask
 
 @dataclass
 class MixOptions(QueryOptions):
-    """How many experts judge, and what weighs them."""
+    """Number of experts per image, and the router."""
 
-    mix: int = field(default=3, metadata={"help": "Experts that judge an image, in one pass through the bank."})
+    mix: int = field(default=3, metadata={"help": "Experts per image, evaluated in one batch."})
     router: str = field(default="gaussian", metadata={"help": "A router whose scores are log-likelihoods."})
 
     def __post_init__(self) -> None:
@@ -31,7 +31,7 @@ class SXMix(PerTask, name="s_x_mix"):
     """S-LoRA-Mix with any PEFT technique.
 
     **Trains** what S-X trains. **Stores** an adapter and head rows per task, a mean per class, one covariance.
-    **Costs** 1 + `mix` forward passes an image. Query features are taken with the first task's expert.
+    **Costs** 1 + `mix` forward passes per image. Query features are taken with the first task's expert.
     """
 
     title = "S-X-Mix"
@@ -64,18 +64,18 @@ class SXMix(PerTask, name="s_x_mix"):
         return routing._replace(selection=nearest)
 
     def classify(self, features: torch.Tensor, routing: Routing) -> torch.Tensor:
-        judges = [self.heads(features[:, n], routing.selection[:, n]) for n in range(features.shape[1])]
+        logits = [self.heads(features[:, n], routing.selection[:, n]) for n in range(features.shape[1])]
         router = self.router
         assert routing.scores is not None
-        return mix(torch.stack(judges, dim=1), routing.selection, routing.scores, router.owners, router.classes)
+        return mix(torch.stack(logits, dim=1), routing.selection, routing.scores, router.owners, router.classes)
 
 
 class SLoraMix(SXMix, name="s_lora_mix"):
-    """S-LoRA-Mix: a Gaussian router, on query features of two depths, and several experts judge every image.
+    """S-LoRA-Mix: combines a Gaussian router, on features of two layers, with several experts per image.
 
-    Query features are taken with the first task's expert, behind the last two layers by default.
-    [`GaussianRouter`] finds the likeliest tasks; the experts of the first `mix` judge the image in one pass through
-    the bank, and their log-probabilities are added to the router's class scores: see [`hf_clpeft.methods.mixing`].
+    Query features are taken with the first task's expert, after the last two layers by default.
+    [`GaussianRouter`] finds the `mix` likeliest tasks; their experts run in one batch, and their log-probabilities are
+    added to the router's class scores: see [`hf_clpeft.methods.mixing`].
     """
 
     title = "S-LoRA-Mix"

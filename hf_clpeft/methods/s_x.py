@@ -1,4 +1,4 @@
-"""S-X: a task trains an expert and head rows of its own; an image goes to the expert of the nearest task."""
+"""S-X: every task trains its own expert and head rows; an image is routed to the expert of the nearest task."""
 
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
@@ -22,36 +22,36 @@ logger = get_logger(__name__)
 
 @dataclass
 class RouteOptions(QueryOptions, ProjectionOptions):
-    """How S-X methods route and classify."""
+    """Router and head of S-X methods."""
 
-    k: int | str = field(default=5, metadata={"help": "Prototypes per task, or auto: chosen on held-out features."})
+    k: int | str = field(default=5, metadata={"help": "Prototypes per task; auto chooses on held-out features."})
     router: str = field(
         default="prototypes",
         metadata={
-            "help": "What chooses experts: prototypes, as in the paper, or the owner of the likeliest class: "
+            "help": "Router: prototypes, as in the paper, or one that picks the task of the likeliest class: "
             "gaussian, class_means, ridge."
         },
     )
     head: Literal["auto", "shared", "per_task"] = field(
         default="auto",
-        metadata={"help": "auto: shared where tasks bring new classes and prototypes route, else per_task."},
+        metadata={"help": "auto: shared if tasks bring new classes and the router is prototypes, else per_task."},
     )
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if isinstance(self.k, str) and self.k.isdecimal():  # as it comes from a command line
+        if isinstance(self.k, str) and self.k.isdecimal():  # from a command line
             self.k = int(self.k)
         if self.k != "auto" and (isinstance(self.k, str) or self.k < 1):
             raise ConfigError(f"k={self.k!r} must be a whole number of prototypes per task, 1 or more, or 'auto'.")
 
 
 class PerTask(Method):
-    """The base of methods with a PEFT adapter per task and a router that finds it."""
+    """Base of methods with one PEFT adapter per task and a router that selects it."""
 
     independent = routes = takes_one_class = True
     experts = "one PEFT expert per task, of which every image chooses its own"
     which_head = "per task"
-    query_with_first = False  # the "++" variants: query features under the first task's expert, once there is one
+    query_with_first = False  # "++" variants: whether query features are taken with the first task's expert
     router: Router
     heads: Heads
 
@@ -76,12 +76,12 @@ class PerTask(Method):
         self.train_expert(task.name, self.heads.start(self.numbers))
 
     def loss(self, batch: Batch) -> torch.Tensor:
-        # Over the rows of this task alone, which masks the classes of all others.
+        # The softmax is over the classes of this task only; all others are masked.
         return self.expert_loss(batch.pixels, self.rows(batch.labels))
 
     def end(self, features_of: FeaturesOf) -> None:
         assert self.task is not None
-        # Before anything changes, in case that it fails; unless the expert that takes query features is this one.
+        # Extracted first, so that a failure changes nothing, unless query features need the expert of this task.
         first = self.query_with_first and not len(self.bank)
         learnt = None if first else features_of(self.query)
         self.bank.finish(self.task.name)
@@ -168,7 +168,7 @@ class PerTask(Method):
 
 
 def check_giver(method: Method, giver: Method) -> None:
-    """Raises [`ConfigError`] unless a method has one expert per task, made as another method makes its own."""
+    """Raises [`ConfigError`] unless `giver` has one expert per task with the same PEFT options as `method`."""
     if not isinstance(giver, PerTask):
         raise ConfigError(f"{method.name} cannot take experts of {giver.name}.")
     if giver.options.peft != method.options.peft:
@@ -179,7 +179,7 @@ class SX(PerTask, name="s_x"):
     """S-X with any PEFT technique: arXiv 2207.12819; section 3 of arXiv 2406.03216.
 
     **Trains** an adapter per task and the head rows of its classes. **Stores** both, and k prototypes per task.
-    **Costs** two forward passes an image: one for the query features, one under the nearest task's expert.
+    **Costs** two forward passes per image: one for the query features, one with the nearest task's expert.
     """
 
     title, paper = "S-X", "2406.03216"
@@ -190,7 +190,7 @@ class SX(PerTask, name="s_x"):
 
     def begin(self, task: TaskConfig) -> None:
         if self.options.head == "auto":
-            # Where the router has compared the classes of all tasks already, rows of other tasks can only mislead.
+            # A router that knows classes has already compared those of all tasks.
             self.heads.shared = task.domain is None and not self.router.knows_classes
         super().begin(task)
 
@@ -199,7 +199,7 @@ class SX(PerTask, name="s_x"):
         super().end(features_of)
 
     def merged_options(self, others: list[Keeper]) -> MethodOptions:
-        # Rows of a shared head are compared with each other, so there must be one per class.
+        # A shared head needs exactly one row per class.
         every = [self, *others]
         classes = [label for method in every for label in method.classes]
         shared = all(method.heads is not None and method.heads.shared for method in every) and len(

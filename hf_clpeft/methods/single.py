@@ -1,4 +1,4 @@
-"""One expert for all tasks: the forgetting floor task by task, the ceiling on the images of all tasks at once."""
+"""One expert for all tasks: the lower bound when trained in sequence, the upper bound on `stream.joined()`."""
 
 from dataclasses import dataclass
 
@@ -13,13 +13,13 @@ from .method import Method
 from .options import LoraOptions, PeftOptions
 
 
-EXPERT = "all-tasks"  # its name
+EXPERT = "all-tasks"
 
 
 class Single(Method, name="single"):
-    """One adapter of any PEFT technique and one head, fine-tuned on every task in turn, nothing masked.
+    """One adapter of any PEFT technique and one head, fine-tuned on every task in sequence, without masking.
 
-    **Trains** all of it on every task. **Stores** it once. **Costs** one forward pass an image.
+    **Trains** both on every task. **Stores** them once. **Costs** one forward pass per image.
     """
 
     title = "Sequential fine-tuning"
@@ -33,7 +33,7 @@ class Single(Method, name="single"):
     def __init__(self, backbone: Backbone, config: ContinualConfig):
         super().__init__(backbone, config)
         self.heads = Heads(backbone.hidden_size, shared=True)
-        self.query_layers = []  # there is nothing to choose from
+        self.query_layers = []  # a single expert needs no query features
 
     def classify(self, features: torch.Tensor, routing: Routing) -> torch.Tensor:
         return self.heads(features, routing.selection)
@@ -57,7 +57,7 @@ class Single(Method, name="single"):
 
 
 class SequentialLora(Single, name="sequential_lora"):
-    """One LoRA adapter and one head, fine-tuned on every task in turn; on `stream.joined()`, the joint ceiling."""
+    """One LoRA adapter and one head, fine-tuned on every task in sequence; on `stream.joined()`, joint training."""
 
     title = "Sequential LoRA"
 

@@ -1,4 +1,4 @@
-"""What a module keeps: out of a file that somebody else may have written, and as it was before a task that failed."""
+"""State of a module: loaded from untrusted tensors, and snapshots to roll back to."""
 
 from collections.abc import Iterator
 
@@ -7,22 +7,22 @@ import torch
 from ..experts.stage import Stage
 
 
-ELSEWHERE = ("_", "bank.", "router.", "heads.")  # what is not saved, or has a file of its own
+ELSEWHERE = ("_", "bank.", "router.", "heads.")  # prefixes of state that is not saved, or saved in another file
 
 
 def load_state(module: torch.nn.Module, tensors: dict[str, torch.Tensor], own: dict[str, torch.Tensor]) -> None:
-    """Fills a module with tensors that may have grown since it was made.
+    """Validates a state dict and loads it into a module that has not grown yet.
 
-    A tensor has the type and the number of dimensions of the module's own. A dimension that is zero in the module may
-    have any size in the file; all others must agree. Lists of parameters may be longer.
+    Dtype and number of dimensions must match. A dimension of size 0 in the module may have any size in the state dict;
+    all others must match. `ParameterList`s may be longer.
 
     Args:
-        module (`torch.nn.Module`): What to fill.
-        tensors (`dict[str, torch.Tensor]`): Content of a file.
-        own (`dict[str, torch.Tensor]`): What the module keeps, by the same names.
+        module (`torch.nn.Module`): Module to load into.
+        tensors (`dict[str, torch.Tensor]`): State dict, from a file.
+        own (`dict[str, torch.Tensor]`): State dict of the module.
 
     Raises:
-        `ValueError`: A tensor is missing, has no place, or does not fit.
+        `ValueError`: A tensor is missing, unexpected, or does not match.
 
     Example:
 
@@ -57,7 +57,7 @@ def load_state(module: torch.nn.Module, tensors: dict[str, torch.Tensor], own: d
 
 
 def freeze(tensors: dict[str, torch.Tensor]) -> None:
-    """Ends training: nothing requires a gradient, whether it was trained here or read from a file."""
+    """Detaches tensors and drops their gradients."""
     for tensor in tensors.values():
         if tensor.is_leaf:
             tensor.requires_grad_(False)
@@ -67,12 +67,7 @@ def freeze(tensors: dict[str, torch.Tensor]) -> None:
 
 
 def fill(module: torch.nn.Module, tensors: dict[str, torch.Tensor]) -> None:
-    """Sets parameters and buffers, whatever their size was; a list of parameters gets as many as there are.
-
-    Args:
-        module (`torch.nn.Module`): What to fill.
-        tensors (`dict[str, torch.Tensor]`): All that it keeps, by name.
-    """
+    """Sets parameters and buffers of any size from a complete state dict; a `ParameterList` is resized."""
     for name in _lists(module):
         parent, _, key = name.rpartition(".")
         items = [*module.get_submodule(name).parameters()][: sum(key.rpartition(".")[0] == name for key in tensors)]
@@ -93,14 +88,14 @@ def fill(module: torch.nn.Module, tensors: dict[str, torch.Tensor]) -> None:
 
 
 class Snapshot:
-    """What a module and other objects are, so that they can become that again.
+    """A snapshot of a module and of the attributes of other objects, to roll back to.
 
     Tensors are copied to the CPU, so that it takes no memory of the device. Lists and dictionaries that are attributes
-    get back what they held; everything else is kept by reference.
+    are copied one level deep; everything else is kept by reference.
 
     Args:
-        module (`torch.nn.Module`): With all of its parts, but for PEFT models on a twin of the backbone.
-        others (objects, *optional*): Whose attributes are kept, too.
+        module (`torch.nn.Module`): The module, with all submodules except [`Stage`]s.
+        others (objects, *optional*): Other objects.
 
     Example:
 
@@ -132,12 +127,12 @@ class Snapshot:
         ]
 
     def restore(self) -> None:
-        """Makes everything what it was."""
+        """Rolls back to the snapshot."""
         for value, before in self._filled:
             if isinstance(value, list):
                 value[:] = before
                 continue
-            value.update(before)  # first, so that no other thread misses an attribute
+            value.update(before)  # first, so that no attribute is missing for another thread
             for name in value.keys() - before.keys():
                 del value[name]
         for tensor, before, trained in self._tensors:

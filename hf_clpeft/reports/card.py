@@ -1,4 +1,4 @@
-"""The model card: what a stranger reads first, filled from what the model knows about itself."""
+"""The model card, filled from the configuration and the report of a model."""
 
 import re
 from importlib.resources import files
@@ -20,15 +20,12 @@ REPO_ID = re.compile(r"[\w.-]+/[\w.-]+")
 def make_card(
     config: ContinualConfig, report: StreamReport | None = None, repo_id: str = "path/to/this/folder"
 ) -> ModelCard:
-    """The card of a model, from the template in `model_cards/`.
+    """Renders the model card from the template in `model_cards/`.
 
     Args:
-        config ([`ContinualConfig`]): What it learnt, with what and on what.
-        report ([`StreamReport`], *optional*): What was measured.
-        repo_id (`str`, *optional*): Where it is to be loaded from.
-
-    Returns:
-        `huggingface_hub.ModelCard`
+        config ([`ContinualConfig`]): Configuration of the model.
+        report ([`StreamReport`], *optional*): Its metrics.
+        repo_id (`str`, *optional*): Repo id or folder, for the usage example.
 
     Example:
 
@@ -45,11 +42,11 @@ def make_card(
     ```
     """
     options, summary = config.method, report.summary() if report is not None else {}
-    method = METHODS.get(options.name, Method)  # whoever pushes a model need not have its method at hand
+    method = METHODS.get(options.name, Method)  # a model can be pushed without importing its method
     facts = describe(options)
     stream = printable(report.stream) if report is not None else "unknown"
     technique = getattr(options, "peft", {}).get("peft_type")
-    # A folder on somebody's disk is nothing that a reader could follow.
+    # A local path is useless to readers.
     backbone_id = config.backbone.name_or_path if REPO_ID.fullmatch(config.backbone.name_or_path) else None
     on_the_hub = REPO_ID.fullmatch(repo_id) is not None
     name = repo_id.split("/")[-1] if on_the_hub else printable(f"{options.name} on {stream}")
@@ -99,13 +96,9 @@ def make_card(
 
 
 def describe(options: MethodOptions) -> dict[str, str]:
-    """What a model's method is in words; little where its class has not been imported.
+    """Descriptions of a model's experts, PEFT technique, router and head, from [`Method.facts`].
 
-    Args:
-        options ([`MethodOptions`]): Of the model.
-
-    Returns:
-        `dict[str, str]`: `experts`, which goes on after "tasks learnt with", and what else the method tells.
+    If the method has not been imported, there is only a generic description of `experts`.
 
     Example:
 
@@ -140,7 +133,7 @@ def _eval_results(report: StreamReport | None, summary: dict[str, float]) -> lis
 
 
 def _table(config: ContinualConfig, report: StreamReport | None) -> tuple[list[str], list[dict]]:
-    """One row per task: how well it went when it was learnt, and how well it goes now."""
+    """One row per task, with its accuracy when it was learnt and now."""
     columns = ["accuracy when learnt", "accuracy now"] if report is not None else []
     rows = []
     for i, task in enumerate(config.tasks):
@@ -164,6 +157,6 @@ def _scenario(config: ContinualConfig) -> str:
 
 
 def _plain(text: str) -> str:
-    """Text of strangers (class names, domains) that can neither break a table nor become HTML or a link."""
+    """Untrusted text (class names, domains) escaped for a Markdown table: no HTML and no links."""
     text = text.replace("<", "&lt;").replace("`", "'").replace("\n", " ")
     return re.sub(r"([|\[\]])", r"\\\1", printable(text))

@@ -1,4 +1,4 @@
-"""What a task costs in time."""
+"""Wall-clock time of the parts of a task."""
 
 import time
 from collections.abc import Iterator
@@ -7,12 +7,7 @@ from contextlib import contextmanager
 
 @contextmanager
 def timed(seconds: dict[str, float], part: str) -> Iterator[None]:
-    """Notes how long something takes.
-
-    Args:
-        seconds (`dict[str, float]`): Where to note it.
-        part (`str`): Under which name.
-    """
+    """Context manager: stores its duration in `seconds[part]`."""
     start = time.perf_counter()
     yield
     seconds[part] = round(time.perf_counter() - start, 3)

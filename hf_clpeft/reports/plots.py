@@ -236,16 +236,7 @@ def plot_throughput(rows: Sequence[dict], path: str | Path) -> None:
 def draw_matrix(
     axis: "Axes", values: np.ndarray, rows: Sequence[str], columns: Sequence[str], title: str, cmap: str
 ) -> None:
-    """Draws a labelled heat map of values in [0, 1].
-
-    Args:
-        axis (`matplotlib.axes.Axes`): The axes to draw on.
-        values (array of shape `(rows, columns)`): NaN leaves a cell empty.
-        rows (sequence of `str`): Labels of the rows.
-        columns (sequence of `str`): Labels of the columns.
-        title (`str`): Title of the axes.
-        cmap (`str`): Name of a colour map.
-    """
+    """Draws a labelled heat map of values in [0, 1], of shape `(rows, columns)`; NaN leaves a cell empty."""
     axis.imshow(values, cmap=cmap, vmin=0, vmax=1)
     axis.set_xticks(range(len(columns)), [_label(text) for text in columns], rotation=45, ha="right")
     axis.set_yticks(range(len(rows)), [_label(text) for text in rows])

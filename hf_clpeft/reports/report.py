@@ -1,4 +1,4 @@
-"""What a run has measured so far, and the files that say so."""
+"""The metrics of a run, and their files."""
 
 import csv
 import json
@@ -22,7 +22,7 @@ PLOT_NAME = "accuracy_and_routing.png"
 REPORT_FILES = (METRICS_NAME, MATRIX_NAME, PLOT_NAME)
 
 
-# Lists that grow with every task by what it cost.
+# Fields of StreamReport with one value per task.
 COSTS = (
     "expert_parameters",
     "head_parameters",
@@ -35,31 +35,31 @@ COSTS = (
 
 @dataclass
 class StreamReport:
-    """Everything measured while a model learnt its tasks; grows by one row with every task.
+    """Metrics and costs of a model's training; grows by one row with every task.
 
-    A model that goes on learning, perhaps elsewhere and without the data of before, goes on with its report: what
-    cannot be measured any more is NaN.
+    It is saved with the model and continued when the model learns further tasks. Accuracy on tasks whose data is no
+    longer available is NaN.
 
     Args:
         method (`str`): Name of the method.
         stream (`str`): Name of the stream.
-        environment (`dict`): Backbone, seed, versions and device: what it takes to repeat the numbers.
+        environment (`dict`): Backbone, seed, versions and device, to reproduce the numbers.
         dataset (`str`, *optional*): The stream's data set on the Hub.
         tasks (`list[str]`): Names of the tasks learnt.
-        titles (`list[str]`): Their domains or classes, for people.
+        titles (`list[str]`): Their domains or classes, for display.
         accuracy_matrix (`list[list[float]]`): `A[i][j]`: accuracy on task j after task i; NaN where not measured.
-        oracle_accuracy (`list[float]`): Accuracy on each task if every image went to its own expert, after the last;
-            empty where tasks have no experts of their own.
-        experts (`list[str]`): Titles of the tasks, or the experts of the pool.
-        routing_confusion (`list[list[int]]`): Images of task j (row) sent to each of `experts`, after the last task.
-            From a pool every image selects several: the selection histogram of each task. Zeros where not measured.
+        oracle_accuracy (`list[float]`): Accuracy on each task with oracle routing, after the last task; empty if tasks
+            do not have their own experts.
+        experts (`list[str]`): Titles of the tasks, or names of the experts of a pool.
+        routing_confusion (`list[list[int]]`): Number of images of task j (row) routed to each of `experts` (column),
+            after the last task; for a pool, the selection histogram of each task. Zeros where not measured.
         expert_parameters (`list[float]`): Trained parameters of each task's expert.
         head_parameters (`list[float]`): Trained parameters of each task's head rows.
-        stored_bytes (`list[float]`): Bytes that each task added to the model: expert, head rows, prototypes.
+        stored_bytes (`list[float]`): Bytes added by each task: expert, head rows, prototypes.
         train_images_per_second (`list[float]`): Training throughput of each task.
         seconds (`list[dict[str, float]]`): Wall-clock time of each task by part.
-        untrained_accuracy (`list[float]`): Expected accuracy of an untrained classifier on each task, 1 / classes.
-        test_forwards_per_image (`float`): Forward passes per test image so far, for all evaluations together.
+        untrained_accuracy (`list[float]`): Chance level of each task, 1 / classes.
+        test_forwards_per_image (`float`): Forward passes per test image, summed over all evaluations.
 
     Example:
 
@@ -95,12 +95,12 @@ class StreamReport:
     test_forwards_per_image: float = 0.0
 
     def add_task(self, name: str, title: str, **costs: Any) -> None:
-        """Opens a row and a column of the accuracy matrix. Of routing, nothing is known until it is measured again.
+        """Adds a row and a column to the accuracy matrix, and resets the routing metrics.
 
         Args:
             name (`str`): Name of the task.
             title (`str`): Its domain or classes.
-            costs: One value for each of the lists that grow with every task; NaN if left out.
+            costs: Values of the fields in `COSTS`; default: NaN.
         """
         self.tasks.append(name)
         self.titles.append(title)
@@ -112,19 +112,15 @@ class StreamReport:
         self.experts, self.routing_confusion, self.oracle_accuracy = [], [], []
 
     def catch_up(self, tasks: list[TaskConfig]) -> None:
-        """Opens rows for tasks that were learnt without a trainer, about which nothing was measured.
-
-        Args:
-            tasks (`list[TaskConfig]`): All tasks of the model.
-        """
+        """Adds rows of NaN for those of a model's tasks that were learnt without a trainer."""
         unknown = [task for task in tasks if task.name not in self.tasks]
         for task in unknown:
             self.add_task(task.name, task.title)
-        if unknown:  # what was measured of the model as it was before
+        if unknown:  # the routing metrics are outdated
             self.experts, self.routing_confusion, self.oracle_accuracy = list(self.titles), [], []
 
     def remove_task(self, name: str) -> None:
-        """Takes a task's row and column away, and what was measured of the model as it was with that task."""
+        """Removes a task's row and column, and resets the metrics of the model with that task."""
         j = self.tasks.index(name)
         for values in (self.tasks, self.titles, *(getattr(self, cost) for cost in COSTS), self.accuracy_matrix):
             del values[j]
@@ -134,11 +130,11 @@ class StreamReport:
         self.experts, self.routing_confusion, self.oracle_accuracy = list(self.titles), [], []
 
     def measured(self) -> list[int]:
-        """Positions of the tasks that were tested after the last one was learnt; all, if their data were at hand."""
+        """Indices of the tasks that were evaluated after the last one was learnt."""
         return [] if not self.tasks else np.flatnonzero(~np.isnan(self.accuracy_matrix[-1])).tolist()
 
     def summary(self) -> dict[str, float]:
-        """The formulas of [`hf_clpeft.metrics`] over the measured tasks, with routing and oracle-routed accuracy."""
+        """Metrics of [`hf_clpeft.metrics`] over the measured tasks, with routing and oracle-routed accuracy."""
         measured = self.measured()
         if not measured:
             return {}
@@ -164,10 +160,10 @@ class StreamReport:
 
         Args:
             values (`dict`): Content of a `metrics.json`.
-            tasks (`list[TaskConfig]`): The tasks of the model that it should be about.
+            tasks (`list[TaskConfig]`): The tasks of the model.
 
         Raises:
-            [`ConfigError`]: It is about other tasks, or has fields that are unknown or of another length.
+            [`ConfigError`]: It has other tasks, unknown fields, or lists of a wrong length.
         """
         try:
             values = {name: _with_nan(value) for name, value in values.items() if name != "summary"}
@@ -200,7 +196,7 @@ class StreamReport:
 
 
 def _with_nan(value: Any) -> Any:
-    """`None` as it stands in JSON back to NaN."""
+    """Replaces `None`, as read from JSON, by NaN in nested lists."""
     if isinstance(value, list):
         return [math.nan if item is None else _with_nan(item) for item in value]
     return value

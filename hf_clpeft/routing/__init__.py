@@ -1,4 +1,4 @@
-"""Which expert an image goes to."""
+"""Routers: they select the experts of each image by its query features."""
 
 from .classes import ClassMeanRouter, ClassRouter
 from .gaussian import GaussianRouter

@@ -1,4 +1,4 @@
-"""Routers that know every class. What they keep are sums over query features, so that tasks add up in any order."""
+"""Routers that know every class, from sums over query features that do not depend on the order of tasks."""
 
 from abc import ABC, abstractmethod
 from typing import Self
@@ -10,18 +10,18 @@ from ..config import ConfigError
 from .routing import Router, Routing
 
 
-MOST_IMAGES = 2**40  # of one class
+MOST_IMAGES = 2**40  # per class
 
 
 class ClassRouter(Router, ABC):
-    """Sends an image to the owner of its likeliest class. With no experts at all it is a classifier.
+    """Routes an image to the task of its likeliest class; without experts, it is a classifier.
 
-    It keeps one *entry* per class and task: the mean of the entry's L2-normalised query features and their number, and
-    whatever sums a subclass needs besides. No image is kept, and the order in which tasks arrive does not matter.
+    It stores one *entry* per class and task: mean and number of the L2-normalised query features, and further sums
+    that a subclass needs. No images are stored, and the result does not depend on the order of tasks.
 
-    A subclass says how well an entry fits (`scores`), what that means for classes (`class_scores`) and as a distance
-    (`to_distances`); `recipes/tutorials/new_router.py` is one. If its scores are log-likelihoods, it says so
-    (`gives_likelihoods = True`), and can be mixed with experts.
+    A subclass implements the scores of entries (`scores`), of classes (`class_scores`), and distances
+    (`to_distances`); `recipes/tutorials/new_router.py` is an example. If scores are log-likelihoods, it sets
+    `gives_likelihoods = True` and can be mixed with experts.
 
     Args:
         query_size (`int`): Width of query features.
@@ -110,14 +110,7 @@ class ClassRouter(Router, ABC):
             raise ValueError(f"its sums are those of no images: {broken[0]} is not finite.")
 
     def forward(self, query: torch.Tensor) -> Routing:
-        """Routes a batch.
-
-        Args:
-            query (`torch.Tensor` of shape `(batch, query_size)`): Query features.
-
-        Returns:
-            [`Routing`]: `selection` of shape `(batch,)`.
-        """
+        """Routes a batch of query features of shape `(batch, query_size)`; `selection` has shape `(batch,)`."""
         scores = self.scores(query)
         best = scores.new_full((len(scores), self.num_owners), -torch.inf)
         best = best.scatter_reduce(1, self.owners.expand_as(scores), scores, reduce="amax")
@@ -127,10 +120,10 @@ class ClassRouter(Router, ABC):
 
     @abstractmethod
     def class_scores(self, scores: torch.Tensor) -> torch.Tensor:
-        """Scores of classes, which may be known from several tasks.
+        """Scores of classes, each of which may have entries from several tasks.
 
         Args:
-            scores (`torch.Tensor` of shape `(batch, entries)`): Of [`~ClassRouter.scores`].
+            scores (`torch.Tensor` of shape `(batch, entries)`): From [`~ClassRouter.scores`].
 
         Returns:
             `torch.Tensor` of shape `(batch, classes)`.
@@ -138,44 +131,44 @@ class ClassRouter(Router, ABC):
 
     @abstractmethod
     def scores(self, query: torch.Tensor) -> torch.Tensor:
-        """How well each entry fits: of shape `(batch, entries)`, higher is better."""
+        """Scores of all entries, of shape `(batch, entries)`; higher is better."""
 
     @abstractmethod
     def to_distances(self, scores: torch.Tensor) -> torch.Tensor:
-        """The same as distances, 0 or more."""
+        """Converts scores to distances, 0 or more."""
 
     def _append(self, columns: dict[str, torch.Tensor]) -> None:
         for name, values in columns.items():
             own = getattr(self, name)
             setattr(self, name, torch.cat([own, values.to(own)]))
 
-    # What a subclass keeps besides
+    # Further state of a subclass
 
     def add_sums(self, features: torch.Tensor, residuals: torch.Tensor, entries: torch.Tensor) -> None:
-        """Adds the images of a task to what is kept besides.
+        """Adds the images of a task to further sums.
 
         Args:
             features (`torch.Tensor` of shape `(images, query_size)`, `float64`): Query features.
-            residuals (`torch.Tensor` of shape `(images, query_size)`, `float64`): The same, L2-normalised, less the
-                mean of their entry.
-            entries (integer `torch.Tensor` of shape `(images,)`): Entry of each, counted from the task's first.
+            residuals (`torch.Tensor` of shape `(images, query_size)`, `float64`): L2-normalised query features minus
+                the mean of their entry.
+            entries (integer `torch.Tensor` of shape `(images,)`): Entry of each image; 0 is the task's first.
         """
         self.derive()
 
     def merge_sums(self, other: Self) -> None:
-        """Adds what another router of the same kind keeps besides."""
+        """Adds the further sums of another router of the same class."""
         self.derive()
 
     def shapes(self, entries: int) -> dict[str, tuple[int, ...]]:
-        """Shapes of the buffers that are kept besides, where there are so many entries."""
+        """Shapes of the further buffers, given the number of entries."""
         return {}
 
     def derive(self) -> None:
-        """Brings what follows from the sums up to date."""
+        """Updates buffers that are computed from the sums."""
 
 
 class ClassMeanRouter(ClassRouter):
-    """Nearest class mean by cosine: NCM, in continual learning also SimpleCIL.
+    """Nearest class mean by cosine similarity (NCM), also known as SimpleCIL.
 
     Args:
         query_size (`int`): Width of query features.
@@ -204,7 +197,7 @@ class ClassMeanRouter(ClassRouter):
         return query @ torch.nn.functional.normalize(self.prototypes, dim=-1).T
 
     def class_scores(self, scores: torch.Tensor) -> torch.Tensor:
-        # The mean of a class is that of its entries, weighted by their images.
+        # The mean of a class is the mean of its entries, weighted by their image counts.
         sums = self.prototypes * self.counts[:, None]
         shape = (len(scores), int(self.classes.max()) + 1)
         weighted = scores * sums.norm(dim=-1)

@@ -1,4 +1,4 @@
-"""The likeliest class under Gaussians with one covariance: linear discriminant analysis, learnt task by task."""
+"""Streaming linear discriminant analysis: Gaussian classes with one shared covariance."""
 
 from typing import Self
 
@@ -8,11 +8,11 @@ from .classes import ClassRouter
 
 
 class GaussianRouter(ClassRouter):
-    """Sends an image to the owner of its likeliest class; every class is a Gaussian, and all have one covariance.
+    """Routes an image to the task of its likeliest class; classes are Gaussians with one shared covariance.
 
-    The covariance is the one within classes. Its sum over images is all that is kept, so that tasks add up exactly. It
-    is shrunk towards a multiple of the identity as far as oracle approximating shrinkage says, which follows from the
-    sum itself: nothing is to be tuned.
+    The router stores the scatter matrix within classes, a sum over images, so that tasks add up exactly. The
+    covariance is shrunk towards a multiple of the identity by oracle approximating shrinkage, which has no
+    hyperparameter.
 
     Args:
         query_size (`int`): Width of query features.
@@ -52,7 +52,7 @@ class GaussianRouter(ClassRouter):
 
     def scores(self, query: torch.Tensor) -> torch.Tensor:
         query = torch.nn.functional.normalize(query.to(self._whitening), dim=-1) @ self._whitening
-        # Without the matrix-product shortcut, which loses digits where distances are large.
+        # Without the matrix-product shortcut, which loses precision for large distances.
         distances = torch.cdist(query, self._centres, compute_mode="donot_use_mm_for_euclid_dist")
         return -(distances**2) / 2
 
@@ -85,8 +85,8 @@ def shrink(covariance: torch.Tensor, freedom: int) -> torch.Tensor:
     """Oracle approximating shrinkage of a covariance towards a multiple of the identity.
 
     Args:
-        covariance (`torch.Tensor` of shape `(width, width)`, `float64`): Of a sample.
-        freedom (`int`): How many independent residuals it is the mean of.
+        covariance (`torch.Tensor` of shape `(width, width)`, `float64`): Sample covariance.
+        freedom (`int`): Its degrees of freedom.
 
     Returns:
         `torch.Tensor` of shape `(width, width)`: Invertible.
@@ -110,17 +110,17 @@ def shrink(covariance: torch.Tensor, freedom: int) -> torch.Tensor:
     squares = (covariance**2).mean()
     spread = (freedom + 1) * (squares - scale**2 / width)
     weight = 1.0 if spread <= 0 else min(1.0, float((squares + scale**2) / spread))
-    # A task of one image per class has no residuals at all: any scale will do.
+    # With one image per class all residuals are zero, and the scale is arbitrary.
     scale = scale if scale > 0 else torch.ones_like(scale)
     return (1 - weight) * covariance + max(weight, 1e-6) * scale * torch.eye(width, dtype=covariance.dtype)
 
 
 def log_sum_exp(scores: torch.Tensor, groups: torch.Tensor) -> torch.Tensor:
-    """Logarithm of the sum of exponentials of each group of columns.
+    """Log-sum-exp over groups of columns.
 
     Args:
         scores (`torch.Tensor` of shape `(batch, columns)`): May hold −inf.
-        groups (integer `torch.Tensor` of shape `(columns,)`): Group of each column, every group from 0 on used.
+        groups (integer `torch.Tensor` of shape `(columns,)`): Group of each column; every group from 0 on has one.
 
     Returns:
         `torch.Tensor` of shape `(batch, groups)`.

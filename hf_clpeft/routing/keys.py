@@ -1,4 +1,4 @@
-"""The nearest keys by cosine: the router of L2P and L2L."""
+"""Nearest keys by cosine similarity: the router of L2P and L2L."""
 
 import torch
 
@@ -6,12 +6,12 @@ from .routing import Router, Routing
 
 
 class KeyRouter(Router):
-    """Sends an image to the experts of a pool whose keys are nearest to its query features.
+    """Routes an image to the experts of a pool whose keys are nearest to its query features.
 
     Args:
         query_size (`int`): Width of query features.
         pool_size (`int`): Experts in the pool, each with a key.
-        top_n (`int`): How many experts an image selects.
+        top_n (`int`): Experts selected per image.
 
     Source: L2P, arXiv 2112.08654; keys start uniform in (-1, 1), as in awslabs/Renate.
 
@@ -40,7 +40,7 @@ class KeyRouter(Router):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draws the keys anew."""
+        """Initialises the keys at random."""
         torch.nn.init.uniform_(self.keys, -1, 1)
 
     def points(self) -> tuple[torch.Tensor, torch.Tensor]:
@@ -61,11 +61,11 @@ class KeyRouter(Router):
 
         Returns:
             [`Routing`]: `selection` of shape `(batch, top_n)`, nearest first; `distance` is the mean of 1 − cosine
-            over the selected keys, in [0, 2], and differentiable: training pulls it down.
+            over the selected keys, in [0, 2]. It is differentiable and part of the training loss.
         """
         query = torch.nn.functional.normalize(query.to(self.keys), dim=-1)
         keys = torch.nn.functional.normalize(self.keys, dim=-1)
-        # A sum per image rather than one matrix product, whose rounding would depend on the rest of the batch.
+        # Not a matrix product, whose rounding would depend on the rest of the batch.
         cosines = (query[:, None] * keys).sum(dim=-1)
         nearest, selection = cosines.topk(self.top_n, dim=-1)
         return Routing(selection, (1 - nearest).mean(dim=-1), 1 - cosines)

@@ -16,24 +16,24 @@ if TYPE_CHECKING:
 logger = get_logger(__name__)
 
 CANDIDATES = (1, 2, 5, 10, 20, 50, 100, 200)
-PERCENT = 100  # thresholds per task: for reject rates of 1 %, 2 %, ... 100 %
+PERCENT = 100  # thresholds per task, for reject rates of 1 %, 2 %, ... 100 %
 FOLDS = 5
-FARTHEST = 2.0  # between two points of the unit sphere
+FARTHEST = 2.0  # maximum distance on the unit sphere
 
 
 class PrototypeRouter(Router):
-    """Sends an image to the owner of the nearest prototype.
+    """Routes an image to the task of the nearest prototype.
 
-    Prototypes are k-means centres of a task's L2-normalised query features; distances are Euclidean. Routing is per
-    image, always: nothing but its own features decides where an image goes.
+    Prototypes are k-means centres of a task's L2-normalised query features; distances are Euclidean. Every image is
+    routed independently of the batch.
 
-    Beside its prototypes the router keeps how far from them a task's own images lie, measured on images held out of
-    the clustering: 100 thresholds, of which the i-th is exceeded by i % of the task's images. They tell an image that
-    belongs to no task (a conformal test, per task: Vovk et al., "Algorithmic Learning in a Random World", 2005).
+    For each task, the router also stores 100 quantiles of the distances of the task's own images, cross-fitted on
+    images held out of the clustering: the i-th threshold is exceeded by i % of them. They give conformal p-values, by
+    which out-of-distribution images are rejected (Vovk et al., "Algorithmic Learning in a Random World", 2005).
 
     Args:
         query_size (`int`): Width of query features.
-        k (`int` or `"auto"`, *optional*, defaults to 5): Prototypes of each task; see [`choose_k`].
+        k (`int` or `"auto"`, *optional*, defaults to 5): Prototypes per task; see [`choose_k`].
 
     Source: section 3 of arXiv 2406.03216; S-Prompts, arXiv 2207.12819.
 
@@ -73,11 +73,11 @@ class PrototypeRouter(Router):
         self.add_prototypes(prototypes, fit_thresholds(features, len(prototypes), seed))
 
     def add_prototypes(self, prototypes: torch.Tensor, thresholds: torch.Tensor) -> None:
-        """Adds prototypes as they are, owned by the next task.
+        """Appends the prototypes of the next task.
 
         Args:
             prototypes (`torch.Tensor` of shape `(k, query_size)`): Centres of L2-normalised features.
-            thresholds (`torch.Tensor` of shape `(100,)`): Of [`fit_thresholds`].
+            thresholds (`torch.Tensor` of shape `(100,)`): From [`fit_thresholds`].
         """
         prototypes = prototypes.to(self.prototypes)
         owners = torch.full((len(prototypes),), self.num_owners, device=self.owners.device)
@@ -86,11 +86,6 @@ class PrototypeRouter(Router):
         self.thresholds = torch.cat([self.thresholds, thresholds.to(self.thresholds)[None]])
 
     def remove(self, owner: int) -> None:
-        """Takes the prototypes of a task away; the tasks behind it move up.
-
-        Args:
-            owner (`int`): Position of the task.
-        """
         kept = self.owners != owner
         self.prototypes, owners = self.prototypes[kept], self.owners[kept]
         self.owners = owners - (owners > owner).to(owners.dtype)
@@ -113,7 +108,7 @@ class PrototypeRouter(Router):
             )
         own = self.state_dict()
         for key in tensors.keys() - {"prototypes", "owners", "thresholds"}:
-            # What a subclass keeps besides has one shape for all, or the subclass checks it itself.
+            # Further buffers of a subclass have a fixed shape, unless the subclass checks them itself.
             if tensors[key].shape != own[key].shape:
                 raise ValueError(f"{key} has shape {tuple(tensors[key].shape)}, not {tuple(own[key].shape)}.")
 
@@ -139,10 +134,7 @@ class PrototypeRouter(Router):
         return nearest.scatter_reduce(1, self.owners.expand(len(query), -1), distances, reduce="amin")
 
     def forward(self, query: torch.Tensor) -> Routing:
-        """Routes a batch.
-
-        Args:
-            query (`torch.Tensor` of shape `(batch, query_size)`): Query features, normalised here.
+        """Routes a batch of query features of shape `(batch, query_size)`.
 
         Returns:
             [`Routing`]: `selection` of shape `(batch,)`; `distance` is Euclidean, to the nearest prototype, in [0, 2].
@@ -158,13 +150,13 @@ class PrototypeRouter(Router):
         return (self.thresholds < FARTHEST).any(dim=1).tolist()
 
     def typicality(self, distances: torch.Tensor) -> torch.Tensor:
-        """How many of a task's own images lie as far from its prototypes as these, or farther; in whole percent.
+        """Conformal p-values: the fraction of a task's images at least as far from its prototypes, in steps of 1 %.
 
-        An image of a task has less than r % with a probability of about r %, or less. Images of no task have little
-        for all tasks.
+        The p-value of an image of the task is below r with a probability of at most about r. Out-of-distribution
+        images have low p-values for all tasks.
 
         Args:
-            distances (`torch.Tensor` of shape `(batch, tasks)`): Of [`~PrototypeRouter.distances`].
+            distances (`torch.Tensor` of shape `(batch, tasks)`): From [`~PrototypeRouter.distances`].
 
         Returns:
             `torch.Tensor` of shape `(batch, tasks)`, in [0, 1].
@@ -177,7 +169,7 @@ def fit_prototypes(features: torch.Tensor, k: int | str, seed: int = 0) -> torch
 
     Args:
         features (`torch.Tensor` of shape `(images, query_size)`): Query features of a task.
-        k (`int` or `"auto"`): How many centres; fewer when there are fewer images. `"auto"`: see [`choose_k`].
+        k (`int` or `"auto"`): Number of centres, at most one per image. `"auto"`: see [`choose_k`].
         seed (`int`, *optional*, defaults to 0): Seed of k-means.
 
     Returns:
@@ -200,20 +192,20 @@ def fit_prototypes(features: torch.Tensor, k: int | str, seed: int = 0) -> torch
 
 
 def fit_thresholds(features: torch.Tensor, k: int, seed: int = 0) -> torch.Tensor:
-    """How far a task's own images lie from its prototypes, measured on images that took no part in the clustering.
+    """Quantiles of the distances of a task's images to its prototypes, by 5-fold cross-fitting.
 
-    Each fifth of the images is held out of the clustering once. The i-th threshold is exceeded by a new image of the
-    task with a probability of i % at most, as long as it is like the training images (split conformal prediction).
-    Fewer than 99 images cannot show how far one in a hundred lies: where they end, Student's prediction bound goes on,
-    which takes distances for normally distributed. One image says nothing, and all thresholds are as far as can be.
+    The distance of a new image of the task exceeds the i-th threshold with a probability of at most i %, if it is
+    exchangeable with the training images (split conformal prediction). Quantiles beyond the largest distance, which
+    occur with fewer than 99 images, are extrapolated by Student's prediction bound for normally distributed distances.
+    For a single image all thresholds are the maximum distance, so nothing is rejected.
 
     Args:
         features (`torch.Tensor` of shape `(images, query_size)`): Query features of a task.
-        k (`int`): Number of its prototypes.
+        k (`int`): Number of prototypes of the task.
         seed (`int`, *optional*, defaults to 0): Seed of the folds and of k-means.
 
     Returns:
-        `torch.Tensor` of shape `(100,)`, `float32`, on the CPU, falling.
+        `torch.Tensor` of shape `(100,)`, `float32`, on the CPU, decreasing.
 
     Example:
 
@@ -252,10 +244,10 @@ def fit_thresholds(features: torch.Tensor, k: int, seed: int = 0) -> torch.Tenso
 
 
 def choose_k(features: torch.Tensor, seed: int = 0) -> int:
-    """How many centres a task needs, judged by a fifth of its features, held out.
+    """Chooses the number of k-means centres on a held-out fifth of a task's features.
 
-    The distance of a held-out image to the nearest centre of its own task is what routing will compare with other
-    tasks'. More centres bring it down until they follow single images; this takes the fewest within 1 % of the best.
+    It returns the smallest k whose mean distance of held-out features to the nearest centre is within 1 % of the
+    minimum.
 
     Args:
         features (`torch.Tensor` of shape `(images, query_size)`): Query features of a task.

@@ -1,4 +1,4 @@
-"""Routers by the names that methods call them by."""
+"""Registry of routers."""
 
 from ..config.errors import ConfigError
 from .classes import ClassMeanRouter, ClassRouter
@@ -14,20 +14,14 @@ ROUTERS: dict[str, type[PrototypeRouter | ClassRouter]] = {
     "class_means": ClassMeanRouter,
     "ridge": RidgeRouter,
 }
-"""A router of your own is a subclass of [`ClassRouter`] or [`PrototypeRouter`], or of one here, and one more entry."""
+"""Routers by name. Add a subclass of [`ClassRouter`] or [`PrototypeRouter`] to register it."""
 
 
 def find_router(name: str) -> type[PrototypeRouter | ClassRouter]:
-    """The class of a router.
-
-    Args:
-        name (`str`): As methods call it.
-
-    Returns:
-        subclass of [`Router`]
+    """Class of the router with a given name.
 
     Raises:
-        [`ConfigError`]: There is no router of that name, or it is none that learns task by task.
+        [`ConfigError`]: There is no router of that name, or its class is not a [`ClassRouter`] or [`PrototypeRouter`].
 
     Example:
 
@@ -51,10 +45,10 @@ def find_router(name: str) -> type[PrototypeRouter | ClassRouter]:
 
 
 def router_name(router: Router) -> str:
-    """What methods call a router; the name of its class where it is not in [`ROUTERS`]."""
+    """Name of a router in [`ROUTERS`]; the name of its class if it is not registered."""
     return next((name for name, kind in ROUTERS.items() if kind is type(router)), type(router).__name__)
 
 
 def router_title(name: str) -> str:
-    """How a router works, in a few words; the name itself where there is no such class."""
+    """Short description of a router by its name; the name itself if it is not registered."""
     return ROUTERS[name].title if name in ROUTERS else name

@@ -1,4 +1,4 @@
-"""Ridge regression on random features: RanPAC's classifier, learnt task by task."""
+"""Ridge regression on random features: the classifier of RanPAC."""
 
 from typing import Self
 
@@ -11,11 +11,11 @@ RIDGES = [10.0**power for power in range(-8, 9)]
 
 
 class RidgeRouter(ClassRouter):
-    """Sends an image to the owner of the class with the highest output of a ridge regression on random features.
+    """Routes an image to the task of the class with the highest output of a ridge regression on random features.
 
-    Query features, not normalised, pass a fixed random projection and a ReLU; a linear map to one output per entry is
-    fitted in closed form. The Gram matrix of the random features is kept, `projection_size` squared numbers, so that
-    tasks add up exactly. Each task chooses the penalty anew, on a fifth of its own images, held out.
+    Unnormalised query features pass a fixed random projection and a ReLU; a linear map to one output per entry is
+    fitted in closed form. The router stores the Gram matrix of the random features, `projection_size` squared numbers,
+    so that tasks add up exactly. The penalty is chosen anew with each task, on a held-out fifth of its images.
 
     Args:
         query_size (`int`): Width of query features.
@@ -49,10 +49,10 @@ class RidgeRouter(ClassRouter):
     def __init__(self, query_size: int, projection_size: int = 10_000):
         super().__init__(query_size)
         self.projection_size = projection_size
-        # Nothing is as large as it will be before there is a task, or a file that is.
+        # Allocated with the first task.
         self.register_buffer("projection", torch.zeros(query_size, 0, dtype=torch.float32))
         self.register_buffer("gram", torch.zeros(0, 0, dtype=torch.float32))
-        self.register_buffer("moments", self.gram.clone())  # sum of the random features of each entry
+        self.register_buffer("moments", self.gram.clone())  # sum of random features by entry
         self.register_buffer("penalty", torch.tensor(1.0, dtype=torch.float32))
         self.register_buffer("_weights", self.gram.clone(), persistent=False)
 
@@ -60,7 +60,7 @@ class RidgeRouter(ClassRouter):
         return self._random_features(query) @ self._weights.T
 
     def class_scores(self, scores: torch.Tensor) -> torch.Tensor:
-        # Targets of a class are the sum of those of its entries, and the regression is linear in them.
+        # The regression is linear in its targets, and those of a class are the sum over its entries.
         return scores.new_zeros(len(scores), int(self.classes.max()) + 1).index_add(1, self.classes, scores)
 
     def to_distances(self, scores: torch.Tensor) -> torch.Tensor:
@@ -69,17 +69,16 @@ class RidgeRouter(ClassRouter):
     def _random_features(self, features: torch.Tensor) -> torch.Tensor:
         return torch.relu(features.to(self.projection) @ self.projection)
 
-    def _unfold(self) -> None:
-        """Makes room for the sums."""
+    def _allocate(self) -> None:
         if not self.projection.shape[1]:
-            # The same for everybody, so that models of different origin can be merged.
+            # With a fixed seed, so that independently trained models can be merged.
             shape, generator = (self.query_size, self.projection_size), torch.Generator().manual_seed(0)
             self.projection = torch.randn(shape, generator=generator, dtype=torch.float32).to(self.projection)
             self.gram = self.gram.new_zeros(self.projection_size, self.projection_size)
             self.moments = self.moments.new_zeros(0, self.projection_size)
 
     def add_sums(self, features: torch.Tensor, residuals: torch.Tensor, entries: torch.Tensor) -> None:
-        self._unfold()
+        self._allocate()
         hidden = self._random_features(features)
         targets = torch.nn.functional.one_hot(entries).to(hidden)
         self._append({"moments": targets.T @ hidden})
@@ -88,7 +87,7 @@ class RidgeRouter(ClassRouter):
         self.derive()
 
     def merge_sums(self, other: Self) -> None:
-        self._unfold()
+        self._allocate()
         self._append({"moments": other.moments})
         self.gram = self.gram + other.gram.to(self.gram)
         self.penalty = other.penalty.to(self.penalty)
@@ -107,18 +106,18 @@ class RidgeRouter(ClassRouter):
         if not len(self.moments):
             return
         gram = self.gram.cpu().double()
-        # Of fewer images than random features the Gram matrix is singular but for rounding, which must not be fitted.
+        # With fewer images than random features, the Gram matrix is singular up to rounding, which must not be fitted.
         rounding = torch.finfo(self.gram.dtype).eps * gram.trace().item()
         gram.diagonal().add_(max(self.penalty.item(), rounding))
         self._weights = torch.linalg.solve(gram, self.moments.cpu().double().T).T.to(self.gram)
 
 
 def choose_penalty(features: torch.Tensor, targets: torch.Tensor) -> float:
-    """The penalty of a ridge regression with the least squared error on a fifth of the images, held out.
+    """Chooses the penalty of a ridge regression by the squared error on a held-out fifth of the images.
 
     Args:
         features (`torch.Tensor` of shape `(images, width)`, `float64`): Random features of a task.
-        targets (`torch.Tensor` of shape `(images, outputs)`, `float64`): What to predict.
+        targets (`torch.Tensor` of shape `(images, outputs)`, `float64`): Regression targets.
 
     Returns:
         `float`: One of `RIDGES`; 1 if there are fewer than five images.
@@ -140,7 +139,7 @@ def choose_penalty(features: torch.Tensor, targets: torch.Tensor) -> float:
         return 1.0
     order = torch.randperm(count, generator=torch.Generator().manual_seed(0))
     held_out, fitted = order[: count // 5], order[count // 5 :][: features.shape[1]]
-    # In the dual, one eigendecomposition serves all penalties.
+    # In the dual, all penalties share one eigendecomposition.
     values, vectors = torch.linalg.eigh(features[fitted] @ features[fitted].T)
     rotated = vectors.T @ targets[fitted]
     to_held_out = features[held_out] @ features[fitted].T @ vectors

@@ -1,4 +1,4 @@
-"""What every router is, and what it says about a batch."""
+"""Base class of routers, and the result of routing a batch."""
 
 from typing import ClassVar, NamedTuple, Self
 
@@ -9,15 +9,15 @@ from ..config import ConfigError
 
 
 class Routing(NamedTuple):
-    """Where images go.
+    """The result of routing a batch.
 
     Args:
-        selection (integer `torch.Tensor` of shape `(batch,)` or `(batch, N)`): Positions of the chosen experts,
+        selection (integer `torch.Tensor` of shape `(batch,)` or `(batch, N)`): Indices of the selected experts,
             nearest first.
-        distance (`torch.Tensor` of shape `(batch,)`): How far they are from the image's query features.
-        distances (`torch.Tensor` of shape `(batch, experts)`): How far every expert is.
-        scores (`torch.Tensor` of shape `(batch, entries)`, *optional*): Of every class of every task, where the router
-            knows them; see [`ClassRouter`].
+        distance (`torch.Tensor` of shape `(batch,)`): Distance of the query features to the selected experts.
+        distances (`torch.Tensor` of shape `(batch, experts)`): Distances to all experts.
+        scores (`torch.Tensor` of shape `(batch, entries)`, *optional*): Scores of every class of every task, if the
+            router knows classes; see [`ClassRouter`].
 
     Example:
 
@@ -38,22 +38,22 @@ class Routing(NamedTuple):
     scores: torch.Tensor | None = None
 
     def sent_to(self, expert: int) -> "Routing":
-        """The same with all images at one expert, and no other."""
+        """A copy with all images routed to one expert."""
         one = self.selection if self.selection.dim() == 1 else self.selection[:, :1]
         return self._replace(selection=torch.full_like(one, expert))
 
 
 class Router(KeepsPrecision):
-    """Finds the experts of images by their query features, image by image. What it keeps stays in `float32`.
+    """Selects the experts of each image by its query features. Its state is always `float32`.
 
     Attributes:
-        title (`str`): How it does so, in a few words for model cards.
-        knows_classes (`bool`): Whether it keeps every class, not just prototypes of a task or keys of a pool, and so
-            can name one itself.
-        gives_likelihoods (`bool`): Whether its scores are log-likelihoods, which add up with an expert's
+        title (`str`): Short description, for model cards.
+        knows_classes (`bool`): Whether it stores every class, rather than prototypes of tasks or keys of a pool, and
+            can be used as a classifier.
+        gives_likelihoods (`bool`): Whether its scores are log-likelihoods, which can be added to an expert's
             log-probabilities: see [`hf_clpeft.methods.mixing`].
-        landmark (`str`): What distances are measured to.
-        options (`tuple[str, ...]`): Attributes that a method's options of the same name set.
+        landmark (`str`): What distances are measured to: `"prototype"`, `"class"` or `"key"`.
+        options (`tuple[str, ...]`): Attributes that are set by the method's options of the same name.
 
     Example:
 
@@ -75,11 +75,11 @@ class Router(KeepsPrecision):
 
     @property
     def num_owners(self) -> int:
-        """How many tasks the router knows."""
+        """Number of tasks learnt."""
         return int(self.owners.max()) + 1 if len(self.owners) else 0
 
     def configure(self, options: object) -> Self:
-        """Takes over what it has among a method's options: the attributes that the class names in `options`."""
+        """Sets the attributes named in `options` from a method's options; returns the router."""
         for name in self.options:
             setattr(self, name, getattr(options, name, getattr(self, name)))
         return self
@@ -89,47 +89,42 @@ class Router(KeepsPrecision):
 
         Args:
             features (`torch.Tensor` of shape `(images, query_size)`): Query features of its training images.
-            classes (integer `torch.Tensor` of shape `(images,)`): Number of the class of each.
-            seed (`int`, *optional*, defaults to 0): Of what is drawn, such as the first centres of k-means.
+            classes (integer `torch.Tensor` of shape `(images,)`): Class index of each image.
+            seed (`int`, *optional*, defaults to 0): Random seed, for example of k-means.
         """
         raise NotImplementedError(f"A {type(self).__name__} learns with the model.")
 
     def merge(self, other: Self, numbers: list[int]) -> None:
-        """Adds all tasks of another router of the same kind, as if they had been learnt here.
+        """Appends all tasks of another router of the same class.
 
         Args:
-            other ([`Router`]): What to add.
-            numbers (`list[int]`): Number that each of its classes has here.
+            other ([`Router`]): Router to merge.
+            numbers (`list[int]`): Maps its class indices to those of this model.
         """
         raise NotImplementedError(f"{type(self).__name__}s cannot be merged.")
 
     def remove(self, owner: int) -> None:
-        """Takes a task away, exactly; those behind it move up."""
+        """Removes a task exactly; the following ones move up."""
         raise NotImplementedError(f"A {type(self).__name__} cannot forget.")
 
     def typicality(self, distances: torch.Tensor) -> torch.Tensor:
-        """Conformal p-values of distances, of the same shape: see [`PrototypeRouter`]."""
+        """Conformal p-values of distances, of the same shape; see [`PrototypeRouter`]."""
         raise NotImplementedError(f"A {type(self).__name__} is not calibrated.")
 
     def points(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """What distances are measured to, for a map of the model: vectors among query features.
+        """The points that distances are measured to, for plots: prototypes, class means or keys.
 
         Returns:
-            Vectors `(points, query_size)`, none by default; and `(points,)`, the position of each one's expert.
+            Vectors `(points, query_size)`, none by default; and `(points,)`, the index of each one's expert.
         """
         return torch.zeros(0, 0), torch.zeros(0, dtype=torch.int64)
 
     def calibrated(self) -> list[bool] | None:
-        """Whether it is known of each task how far its own images lie; `None` where no router of this kind knows."""
+        """Whether each task has calibrated thresholds; `None` if routers of this class have none."""
         return None
 
     def check_knows(self, tasks: list[str], classes: list[str]) -> None:
-        """Raises [`ConfigError`] unless it has learnt all tasks and classes of a model. Keys belong to no task.
-
-        Args:
-            tasks (`list[str]`): Their names.
-            classes (`list[str]`): Theirs.
-        """
+        """Raises [`ConfigError`] unless it has learnt all tasks and classes of a model, given by name."""
         if "owners" in self._buffers and self.num_owners != len(tasks):
             missing = tasks[self.num_owners :][:3]
             raise ConfigError(
@@ -139,32 +134,23 @@ class Router(KeepsPrecision):
             )
 
     def check(self, tensors: dict[str, torch.Tensor], num_tasks: int, num_classes: int) -> None:
-        """Raises `ValueError` unless [`~Router.load`] can take these tensors over. A subclass checks more than names.
+        """Raises `ValueError` unless a state dict can be loaded. Subclasses also check shapes.
 
         Args:
-            tensors (`dict[str, torch.Tensor]`): Content of a file: `float32`, or `int64` where something is counted.
-            num_tasks (`int`): How many tasks it should know.
-            num_classes (`int`): How many classes there are.
+            tensors (`dict[str, torch.Tensor]`): State dict, from a file: `float32`, or `int64` for counts and indices.
+            num_tasks (`int`): Number of tasks of the model.
+            num_classes (`int`): Number of classes of the model.
         """
         own = self.state_dict()
         if tensors.keys() != own.keys():
             raise ValueError(f"it holds {sorted(tensors)}, but the model needs {sorted(own)}.")
         for key, tensor in tensors.items():
             wanted = torch.float32 if own[key].is_floating_point() else torch.int64
-            if tensor.dtype != wanted:  # whatever the precision that the model computes in
+            if tensor.dtype != wanted:  # independent of the dtype of the model
                 raise ValueError(f"{key} is of {tensor.dtype}, and is stored as {wanted}.")
 
     def load(self, tensors: dict[str, torch.Tensor], num_tasks: int, num_classes: int) -> None:
-        """Takes over what `state_dict` gave, once [`~Router.check`] has found nothing.
-
-        Args:
-            tensors (`dict[str, torch.Tensor]`): Content of a file.
-            num_tasks (`int`): How many tasks it should know.
-            num_classes (`int`): How many classes there are.
-
-        Raises:
-            `ValueError`: Something does not fit.
-        """
+        """Checks and loads a state dict; arguments and errors as for [`~Router.check`]."""
         self.check(tensors, num_tasks, num_classes)
         for key, own in self.state_dict(keep_vars=True).items():
             own.data = tensors[key].to(own)

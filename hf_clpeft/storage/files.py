@@ -1,4 +1,4 @@
-"""Which files a model's folder has, and what is checked before one of them is read."""
+"""The files in a model's folder, and checks before they are read."""
 
 import atexit
 import shutil
@@ -15,7 +15,7 @@ from .lineage import difference
 
 ROUTER_NAME = "router.safetensors"
 HEADS_NAME = "heads.safetensors"
-METHOD_NAME = "method.safetensors"  # what a method keeps besides, if anything
+METHOD_NAME = "method.safetensors"  # further state of a method, if any
 PROCESSOR_NAME = "preprocessor_config.json"
 EXPERTS_FOLDER = "experts"
 SAVE_ELSEWHERE = "Save this one into another folder, or pass overwrite=True."
@@ -26,20 +26,19 @@ WEIGHTS = {".safetensors", *PICKLES}
 def check_same_model(
     folder: str | Path, config: ContinualConfig | None, ways_out: str = SAVE_ELSEWHERE, overwrite: bool = False
 ) -> ContinualConfig | None:
-    """Looks whether a model may be saved into a folder: it is empty, or holds an earlier state of that model.
+    """Checks that a folder is empty or holds an earlier state of a model, so that it may be saved there.
 
     Args:
-        folder (`str` or `Path`): Only looked at.
-        config ([`ContinualConfig`], *optional*): The model's; as it is before, if it is to learn yet. `None` for one
-            that has yet to be made.
-        ways_out (`str`, *optional*): What the error advises.
-        overwrite (`bool`, *optional*, defaults to `False`): Let another model be there.
+        folder (`str` or `Path`): Only read.
+        config ([`ContinualConfig`], *optional*): Configuration of the model; `None` for a new one.
+        ways_out (`str`, *optional*): Advice at the end of the error message.
+        overwrite (`bool`, *optional*, defaults to `False`): Accept another model in the folder.
 
     Returns:
-        [`ContinualConfig`], *optional*: The model that is there.
+        [`ContinualConfig`], *optional*: Configuration of the model in the folder.
 
     Raises:
-        [`ConfigError`]: Another model would be lost, or what else lies there could not be loaded with this one.
+        [`ConfigError`]: Another model would be lost, or the folder has unknown weights, with which it would not load.
     """
     saved, there, what = as_saved(folder), None, None
     try:
@@ -61,17 +60,12 @@ def check_same_model(
 
 
 def as_saved(folder: str | Path) -> Path:
-    """Where to read the model of a folder: there, or, if a process was killed when it had begun to change the folder,
-    in a copy in which that change is complete. The folder stays as it is.
+    """The folder to read a model from: the given one, or a copy with a committed change that was not finished.
 
-    Args:
-        folder (`str` or `Path`): A model's folder.
-
-    Returns:
-        `Path`: The folder, or the copy, which this process deletes when it ends.
+    The given folder is not modified. The copy is deleted when this process ends.
 
     Raises:
-        [`ConfigError`]: The change is none of ours: it would reach out of the folder.
+        [`ConfigError`]: The change is invalid or leads outside of the folder.
 
     Example:
 
@@ -86,7 +80,7 @@ def as_saved(folder: str | Path) -> Path:
     folder = Path(folder)
     try:
         change = unfinished_change(folder)
-    except FileNotFoundError:  # another process has ended it just now
+    except FileNotFoundError:  # another process has just finished it
         return folder
     if change is None:
         return folder
@@ -108,12 +102,7 @@ def expert_files(name: str) -> list[str]:
 
 
 def check_files(folder: Path, config: ContinualConfig) -> None:
-    """Raises [`ConfigError`] unless the folder holds the files that its configuration vouches for, and no strangers.
-
-    Args:
-        folder (`Path`): A model's folder.
-        config ([`ContinualConfig`]): Its configuration.
-    """
+    """Raises [`ConfigError`] unless a folder has all files of its configuration with their hashes, and no others."""
     experts = {path for name in config.expert_names for path in expert_files(name)}
     expected = {ROUTER_NAME, HEADS_NAME, PROCESSOR_NAME, *experts}
     unnamed, unknown = expected - config.files.keys(), config.files.keys() - expected - {METHOD_NAME}
@@ -133,12 +122,12 @@ def check_files(folder: Path, config: ContinualConfig) -> None:
 
 
 def check_names(names: list[str], config: ContinualConfig, where: str | Path) -> None:
-    """Raises [`ConfigError`] if there are pickles, or weights that the configuration does not vouch for.
+    """Raises [`ConfigError`] on pickles, and on weights that are not listed in the configuration.
 
     Args:
         names (`list[str]`): Paths in a model's folder or repo.
         config ([`ContinualConfig`]): Its configuration.
-        where (`str` or `Path`): The folder or repo, for the message.
+        where (`str` or `Path`): The folder or repo, for error messages.
     """
     for name in sorted(names):
         if Path(name).suffix.lower() in PICKLES:
@@ -151,7 +140,7 @@ def check_names(names: list[str], config: ContinualConfig, where: str | Path) ->
 
 
 def _names_in(folder: Path) -> list[str]:
-    """What may belong to a model in a folder: its files, and all that is beside and in its experts."""
+    """Paths that may belong to a model: files at the top level, and everything in its experts folder."""
     paths = [path for path in folder.glob("*") if path.is_file()]
     for path in folder.glob(f"{EXPERTS_FOLDER}/*"):
         paths += path.iterdir() if path.is_dir() else [path]

@@ -65,9 +65,7 @@ def atomic(folder: str | Path, num_bytes: int = 0) -> Iterator[Path]:
         recover(folder)
         staging = folder / STAGING
         _delete(staging)  # left by a killed process
-        free = shutil.disk_usage(folder).free
-        if free < num_bytes:
-            raise OSError(errno.ENOSPC, f"{os.strerror(errno.ENOSPC)}: {num_bytes:,} bytes needed, {free:,} free")
+        check_free_space(folder, num_bytes)
         staging.mkdir()
         yield staging
         _read_change(folder, staging)
@@ -86,10 +84,7 @@ def atomic(folder: str | Path, num_bytes: int = 0) -> Iterator[Path]:
 
 @contextmanager
 def locked(folder: str | Path) -> Iterator[None]:
-    """Holds the lock file of a folder inside this context; if the process dies, the lock is released.
-
-    Args:
-        folder (`str` or `Path`): Created if missing.
+    """Context manager: holds the lock file of a folder, which is created if missing, until exit or process death.
 
     Raises:
         [`ConfigError`]: Another process holds the lock, or the lock file is a symlink.
@@ -125,14 +120,7 @@ def locked(folder: str | Path) -> Iterator[None]:
 
 
 def safe_path(folder: str | Path, name: str) -> Path:
-    """Joins a folder and a path in it that is to be written or deleted; refuses symlinks, which may lead elsewhere.
-
-    Args:
-        folder (`str` or `Path`): May itself be a symlink, as the user chose it.
-        name (`str`): Path in it.
-
-    Returns:
-        `Path`
+    """Joins a folder and a path in it that is to be written or deleted. Only the folder itself may be a symlink.
 
     Raises:
         [`ConfigError`]: A part of the path is a symlink.
@@ -165,9 +153,6 @@ def remove_with(staging: Path, paths: Iterable[str]) -> None:
 
 def unfinished_change(folder: str | Path) -> tuple[list[str], list[str]] | None:
     """The rest of a committed change whose process was killed; `None` if there is none.
-
-    Args:
-        folder (`str` or `Path`): Read only.
 
     Returns:
         Paths in `folder` to delete, and paths of the files to move into it.
@@ -216,6 +201,13 @@ def recover(folder: str | Path) -> None:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         os.replace(ready / name, folder / name)
     shutil.rmtree(ready)
+
+
+def check_free_space(folder: Path, num_bytes: int) -> None:
+    """Raises `OSError` as on a full disk if there is not enough free space."""
+    free = shutil.disk_usage(folder).free
+    if free < num_bytes:
+        raise OSError(errno.ENOSPC, f"{os.strerror(errno.ENOSPC)}: {num_bytes:,} bytes needed, {free:,} free")
 
 
 def hash_file(path: str | Path) -> str:

@@ -1,18 +1,18 @@
-"""Whether a model is a later state of another one: what was learnt is never overwritten by what does not hold it."""
+"""Lineage of models: only a later state of the same model may overwrite a saved one."""
 
 from ..config import ContinualConfig
 from ..methods import METHODS
 
 
 def difference(config: ContinualConfig, there: ContinualConfig) -> str | None:
-    """What makes the model that is there another one, and not an earlier state of this one.
+    """Describes why a saved model is not an earlier state of another one.
 
     Args:
-        config ([`ContinualConfig`]): The model that is to take the place.
-        there ([`ContinualConfig`]): The one that is there.
+        config ([`ContinualConfig`]): The model to save.
+        there ([`ContinualConfig`]): The model that it would overwrite.
 
     Returns:
-        `str`, *optional*: How to call the model that is there; `None` if this one has come from it.
+        `str`, *optional*: Description of the saved model; `None` if it is an earlier state.
 
     Example:
 

@@ -1,4 +1,4 @@
-"""A model's files: written as a whole, and believed only once they have been checked."""
+"""Saves models atomically, and loads them with validation."""
 
 from copy import copy
 from dataclasses import replace
@@ -32,8 +32,8 @@ from .folder import atomic, hash_file, recover, remove_with, safe_path
 if TYPE_CHECKING:
     from transformers.image_processing_utils import BaseImageProcessor
 
-STORED = (torch.float32, torch.int64)  # features, and numbers of classes and tasks
-Hashes = dict[str, dict[str, str]]  # of an expert's files, by its name
+STORED = (torch.float32, torch.int64)  # features; indices and counts
+Hashes = dict[str, dict[str, str]]  # expert name to SHA-256 by path
 
 
 def save_files(
@@ -44,25 +44,25 @@ def save_files(
     unchanged: Hashes,
     overwrite: bool = False,
 ) -> Hashes:
-    """Writes a model into a folder, as a whole or not at all. Experts that the folder has already stay as they are.
+    """Saves a model to a folder atomically. Unchanged experts are not written again.
 
-    What was written is read again, as loading does, before anything takes the place of what was there.
+    The new files are loaded from the staging folder as a check before the change is committed.
 
     Args:
-        folder (`str` or `Path`): Made if needed.
-        method ([`Method`]): What the model has learnt.
-        processor (`transformers.BaseImageProcessor`): Of its backbone.
-        report ([`StreamReport`], *optional*): What was measured.
-        unchanged (`dict`): SHA-256 of the files of each expert that is as it was when it was last saved or loaded.
-        overwrite (`bool`, *optional*, defaults to `False`): Replace another model that the folder holds.
+        folder (`str` or `Path`): Created if missing.
+        method ([`Method`]): The model's method, with its state.
+        processor (`transformers.BaseImageProcessor`): Image processor of the backbone.
+        report ([`StreamReport`], *optional*): Metrics.
+        unchanged (`dict`): SHA-256 of the files of each expert that has not changed since it was saved or loaded.
+        overwrite (`bool`, *optional*, defaults to `False`): Replace another model in the folder.
 
     Returns:
         `dict`: SHA-256 of the files of every expert.
 
     Raises:
-        `OSError`: It cannot be written; what was there before is untouched.
-        [`ConfigError`]: The folder holds another model, or this one is not whole and would not load; what was there
-            before is untouched.
+        `OSError`: It cannot be written; the folder is unchanged.
+        [`ConfigError`]: The folder holds another model, or this one is incomplete and would not load; the folder is
+            unchanged.
     """
     folder, model_config = Path(folder), method.config
     method.check()
@@ -88,7 +88,10 @@ def save_files(
         files |= {name: hash_file(staging / name) for name in (*tensors, PROCESSOR_NAME)}
         config = replace(
             model_config,
-            tasks=[*model_config.tasks[:-1], *map(copy, model_config.tasks[-1:])],  # of which the last is sealed
+            tasks=[
+                *model_config.tasks[:-1],
+                *map(copy, model_config.tasks[-1:]),
+            ],  # a copy of the last, which seal() changes
             files=files,
             versions=library_versions(),
         )
@@ -106,17 +109,17 @@ def save_files(
 
 
 def load_files(folder: str | Path, method: Method) -> tuple[StreamReport | None, Hashes]:
-    """Fills a method with the experts, router, head and state of a folder whose files have been checked.
+    """Loads experts, router, heads and further state from a folder that [`check_files`] has accepted.
 
     Args:
-        folder (`str` or `Path`): What [`save_files`] wrote.
-        method ([`Method`]): Made from the configuration in that folder.
+        folder (`str` or `Path`): Written by [`save_files`].
+        method ([`Method`]): Created from the configuration in that folder; loaded into.
 
     Returns:
-        What was measured, and SHA-256 of the files of every expert.
+        The report, if any, and SHA-256 of the files of every expert.
 
     Raises:
-        [`ConfigError`], [`ExpertError`]: A file is missing, damaged, unknown or does not fit; the message says which.
+        [`ConfigError`], [`ExpertError`]: A file is damaged or does not match; the message says which.
     """
     folder, config, names = Path(folder), method.config, method.expert_names()
     if config.expert_names != names:
@@ -134,7 +137,7 @@ def load_files(folder: str | Path, method: Method) -> tuple[StreamReport | None,
 
 
 def _tensors(method: Method) -> dict[str, dict[str, torch.Tensor]]:
-    """What goes into each file."""
+    """State dicts by file name."""
     tensors = {
         ROUTER_NAME: {} if method.router is None else method.router.state_dict(),
         HEADS_NAME: {} if method.heads is None else method.heads.to_tensors(method.config.tasks),
@@ -144,44 +147,32 @@ def _tensors(method: Method) -> dict[str, dict[str, torch.Tensor]]:
 
 
 def _read_parts(method: Method, folder: Path, check_only: bool = False) -> None:
-    """Fills router, heads and state from their files; or, but for what is derived of a router, tries to."""
+    """Loads router, heads and further state; with `check_only`, a router only validates, to save time and memory."""
     router, heads = method.router, method.heads
     tasks, num_classes = method.config.tasks, len(method.config.classes)
-
-    def take_router(tensors: dict[str, torch.Tensor]) -> None:
-        if router is None:
-            _take_nothing(tensors)
-        else:
-            (router.check if check_only else router.load)(tensors, len(tasks), num_classes)
-
-    def take_heads(tensors: dict[str, torch.Tensor]) -> None:
-        if heads is None:
-            _take_nothing(tensors)
-        else:
-            heads.load(tensors, tasks, num_classes)
-
-    for name, take in {ROUTER_NAME: take_router, HEADS_NAME: take_heads, METHOD_NAME: method.load_state}.items():
+    for name in (ROUTER_NAME, HEADS_NAME, METHOD_NAME):
         tensors = _read(folder / name) if name != METHOD_NAME or (folder / name).is_file() else {}
         try:
-            take(tensors)
+            if name == METHOD_NAME:
+                method.load_state(tensors)
+            elif name == ROUTER_NAME and router is not None:
+                (router.check if check_only else router.load)(tensors, len(tasks), num_classes)
+            elif name == HEADS_NAME and heads is not None:
+                heads.load(tensors, tasks, num_classes)
+            elif any(tensor.numel() for tensor in tensors.values()):  # version 1 saved empty ones
+                raise ValueError(f"the method has no such part, and the file holds {sorted(tensors)[:3]}.")
         except ValueError as error:
             raise ConfigError(f"{name} does not fit the model: {error}") from error
 
 
-def _take_nothing(tensors: dict[str, torch.Tensor]) -> None:
-    """For a part that the method does not have: version 1 wrote it, empty."""
-    if any(tensor.numel() for tensor in tensors.values()):
-        raise ValueError(f"the method has no such part, and the file holds {sorted(tensors)[:3]}.")
-
-
 def _has(folder: Path, files: dict[str, str]) -> bool:
-    """Whether a folder has the files of an expert, and has them as they were."""
+    """Whether a folder has the files of an expert with these hashes."""
     paths = {folder / path: digest for path, digest in files.items()}
     return bool(paths) and all(path.is_file() and _known_hash(path) == digest for path, digest in paths.items())
 
 
 def _known_hash(path: Path) -> str:
-    """SHA-256 of a file that is read once, as long as nobody writes into it: a save does not read all saves before."""
+    """SHA-256 of a file, cached until the file changes, so that a save does not read all earlier experts again."""
     status = path.stat()
     version = (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
     if version not in _hashes:
@@ -193,13 +184,13 @@ _hashes: dict[tuple[int, int, int, int], str] = {}
 
 
 def _write(path: Path, tensors: dict[str, torch.Tensor]) -> None:
-    # Written by Python, whose errors say that a disk is full.
+    # Written by Python, which raises `OSError` on a full disk, unlike safetensors.
     stored = {key: tensor.to(_stored_dtype(tensor)).contiguous() for key, tensor in tensors.items()}
     path.write_bytes(save(stored))
 
 
 def _stored_dtype(tensor: torch.Tensor) -> torch.dtype:
-    """The same whatever the precision that the model computes in."""
+    """Independent of the dtype of the model."""
     return torch.float32 if tensor.is_floating_point() else torch.int64
 
 
@@ -222,7 +213,7 @@ def _read_report(config: ContinualConfig, folder: Path) -> StreamReport | None:
 
 
 def _check_loads(method: Method, staging: Path, changed: list[str]) -> None:
-    """Reads what was written as [`load_files`] would, but for the backbone, on which experts have run already."""
+    """Loads a staging folder like [`load_files`], except that experts are not tried on the backbone again."""
     try:
         config = ContinualConfig.load(staging)
         for name in changed:

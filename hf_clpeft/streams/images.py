@@ -90,12 +90,7 @@ class TaskImages(torch.utils.data.Dataset):
 
     @classmethod
     def joined(cls, parts: Sequence["TaskImages"], numbers: Sequence[np.ndarray]) -> "TaskImages":
-        """Concatenates the images of several splits.
-
-        Args:
-            parts (sequence of [`TaskImages`]): Parts with images of equal shape.
-            numbers (sequence of integer arrays): For each part, array that maps old labels to new ones.
-        """
+        """Concatenates the images of several splits; `numbers` maps the old to the new labels of each."""
         images = cls(concatenate_datasets([part.dataset for part in parts]), parts[0].shape)
         images.labels = np.concatenate([new[part.labels] for part, new in zip(parts, numbers, strict=True)])
         return images
@@ -117,11 +112,10 @@ class TaskImages(torch.utils.data.Dataset):
             "index": torch.from_numpy(index),
         }
 
-    def loader(self, num_workers: int = 0, **batches: Any) -> torch.utils.data.DataLoader:
-        """A `DataLoader` with `batch_size` and, optionally, a subset of `rows`, or with a `batch_sampler`."""
-        rows = batches.pop("rows", None)
-        images = self if rows is None else torch.utils.data.Subset(self, rows)
-        return torch.utils.data.DataLoader(images, num_workers=num_workers, collate_fn=_identity, **batches)
+    def loader(self, batch_sampler: Iterable[list[int]], num_workers: int = 0) -> torch.utils.data.DataLoader:
+        """A `DataLoader` of the batches whose indices `batch_sampler` yields."""
+        options: Any = {"batch_sampler": batch_sampler, "num_workers": num_workers}
+        return torch.utils.data.DataLoader(self, collate_fn=_identity, **options)
 
 
 def _identity(batch: Any) -> Any:

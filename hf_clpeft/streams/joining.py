@@ -1,4 +1,4 @@
-"""The images of several splits in one, without copying them where they come from one data set."""
+"""Concatenates splits, without copying images of the same data set."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -10,20 +10,20 @@ from .source import ROW, StreamError
 from .task import Split
 
 
-IMAGE, LABEL = "image", "label"  # columns where those of the splits differ
-NAMED = 3  # titles that an error lists
+IMAGE, LABEL = "image", "label"  # column names if those of the splits differ
+NAMED = 3  # titles listed in an error message
 
 
 def join_splits(splits: Sequence[Split], classes: Sequence[Sequence[str]], every: Sequence[str]) -> Split:
-    """One split with the images of several, one after the other.
+    """Concatenates splits of several tasks, of one or several data sets.
 
     Args:
-        splits (sequence of [`Split`]): Of tasks that bring new classes or new domains, or of different data sets.
+        splits (sequence of [`Split`]): The splits.
         classes (sequence of sequences of `str`): Classes of the task of each split.
         every (sequence of `str`): All classes, in the order of the new task.
 
     Raises:
-        [`StreamError`]: One of them is streamed, and cannot be read at any place.
+        [`StreamError`]: A split is streamed, without random access.
 
     Example:
 
@@ -54,7 +54,7 @@ def join_splits(splits: Sequence[Split], classes: Sequence[Sequence[str]], every
         one = {value: min(numbers) for value, numbers in labels.items()}
         rows = concatenate_datasets([split.dataset for split in splits])
         return Split(rows, first.image_column, first.label_column, one, title)
-    # A label means one class here and another one there, so all get new ones: this copies the encoded images.
+    # Labels or columns are inconsistent, so rows are relabelled, which copies the encoded images.
     parts = [
         _relabel(split, [number_of[name] for name in names]) for split, names in zip(splits, classes, strict=True)
     ]
@@ -62,7 +62,7 @@ def join_splits(splits: Sequence[Split], classes: Sequence[Sequence[str]], every
 
 
 def _relabel(split: Split, numbers: list[int]) -> Dataset:
-    """The rows of a split with the new numbers of their classes as labels."""
+    """The rows of a split with new class indices as labels."""
     values = split.dataset[split.label_column][:]
     rows = split.dataset.select_columns([split.image_column, ROW])
     if split.image_column != IMAGE:

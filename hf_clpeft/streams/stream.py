@@ -82,13 +82,13 @@ class TaskStream(Sequence[Task]):
         return "domain" if self.tasks[0].domain is not None else "class"
 
     def joined(self) -> "TaskStream":
-        """All tasks as one, with the images and the classes of all: joint training, the ceiling of continual learners.
+        """Joins all tasks into one, for joint training: the upper bound of continual learning.
 
         Returns:
-            [`TaskStream`]: Of a single task, which is tested on the test images of all tasks.
+            [`TaskStream`]: A stream of a single task, with all classes, training images and test images.
 
         Raises:
-            [`StreamError`]: Its images are streamed.
+            [`StreamError`]: The images are streamed.
 
         Example:
 

@@ -95,18 +95,12 @@ class EpochBatches(torch.utils.data.Sampler[list[int]]):
 
 
 class CachedBatches:
-    """Batches of images that are cached on disk.
-
-    Args:
-        images ([`TaskImages`]): The training images.
-        args ([`ContinualTrainingArguments`]): Batch size, seed and workers.
-        accelerator (`accelerate.Accelerator`): Rank and number of processes.
-    """
+    """Batches of images that are cached on disk."""
 
     def __init__(self, images: TaskImages, args: ContinualTrainingArguments, accelerator: Accelerator):
         place = (accelerator.process_index, accelerator.num_processes)
         self._order = EpochBatches(len(images), args.train_batch_size, args.seed, *place)
-        loader = images.loader(batch_sampler=self._order, num_workers=args.dataloader_num_workers)
+        loader = images.loader(self._order, args.dataloader_num_workers)
         self._loader = on_device(loader, accelerator)
 
     def __len__(self) -> int:
@@ -123,13 +117,7 @@ class CachedBatches:
 
 
 class StreamedBatches:
-    """Batches of images that are decoded anew in every epoch; each process decodes its own shard.
-
-    Args:
-        images ([`StreamedImages`]): The training images.
-        args ([`ContinualTrainingArguments`]): Batch size and seed.
-        accelerator (`accelerate.Accelerator`): Rank and number of processes.
-    """
+    """Batches of images that are decoded anew in every epoch; each process decodes its own shard."""
 
     def __init__(self, images: StreamedImages, args: ContinualTrainingArguments, accelerator: Accelerator):
         self._images, self._accelerator, self._seed = images, accelerator, args.seed

@@ -1,4 +1,4 @@
-"""What a user may hook into the training of a stream."""
+"""Callbacks of the trainer."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -8,10 +8,10 @@ from ..streams import Task
 
 
 class TrainerCallback:
-    """Base of callbacks: every method does nothing, and a subclass overrides those that it needs.
+    """Base class of callbacks; subclasses override the events that they need.
 
-    An exception ends the training. Before `on_save`, it leaves model, report and folder as they were after the task
-    before. Events happen on every process, but for `on_save` and `on_push`, which happen on the main one.
+    An exception ends the training. Before `on_save`, model, report and folder are rolled back to the previous task.
+    Events are called on every process, except `on_save` and `on_push`, which are called on the main process.
 
     Example:
 
@@ -33,48 +33,41 @@ class TrainerCallback:
     """
 
     def on_task_begin(self, model: ContinualModel, task: Task) -> None:
-        """A task is about to be learnt; nothing of the model has changed yet."""
+        """Called before a task is learnt, while the model is unchanged."""
 
     def on_step_end(self, model: ContinualModel, step: int, num_steps: int) -> None:
-        """An optimizer step was made.
+        """Called after an optimizer step.
 
         Args:
             model ([`ContinualModel`]): `model.method.task` is the task.
-            step (`int`): How many steps of this task were made, those before a resume included.
-            num_steps (`int`): How many there will be.
+            step (`int`): Steps of this task done, including those before a resume.
+            num_steps (`int`): Total number of steps of this task.
         """
 
     def on_log(self, model: ContinualModel, values: dict[str, float], step: int) -> None:
-        """Something was measured that goes to trackers.
+        """Called when values are logged to trackers.
 
         Args:
             model ([`ContinualModel`]): The model.
-            values (`dict[str, float]`): By name, such as `train/loss` or `eval/average_accuracy`.
+            values (`dict[str, float]`): Values by name, such as `train/loss` or `eval/average_accuracy`.
             step (`int`): Optimizer steps of all tasks so far.
         """
 
     def on_evaluate(self, model: ContinualModel) -> None:
-        """The model was evaluated on all tasks at hand; the last row of `model.report` is new."""
+        """Called after an evaluation; the last row of `model.report.accuracy_matrix` is new."""
 
     def on_task_end(self, model: ContinualModel, task: Task) -> None:
-        """A task was learnt and evaluated, and is about to be saved."""
+        """Called after a task was learnt and evaluated, before it is saved."""
 
     def on_save(self, model: ContinualModel, folder: str) -> None:
-        """The model was saved into a folder."""
+        """Called after the model was saved to a folder."""
 
     def on_push(self, model: ContinualModel, repo_id: str, pending: int) -> None:
-        """Tasks were pushed to a repo on the Hub, which may have left some pending for the next push."""
+        """Called after a push to the Hub; `pending` tasks could not be pushed and stay queued."""
 
 
 class CallbackList:
-    """Callbacks, called in their order.
-
-    Args:
-        callbacks (iterable of [`TrainerCallback`]): Objects, not classes.
-
-    Raises:
-        `TypeError`: One of them is none.
-    """
+    """Calls several callbacks in order. Raises `TypeError` unless all are [`TrainerCallback`] objects."""
 
     def __init__(self, callbacks: Iterable[TrainerCallback]):
         self.callbacks = list(callbacks)
@@ -83,6 +76,6 @@ class CallbackList:
                 raise TypeError(f"callbacks has {callback!r}; give objects of subclasses of TrainerCallback.")
 
     def __call__(self, event: str, *args: Any) -> None:
-        """Calls the method of that name."""
+        """Calls an event of all callbacks."""
         for callback in self.callbacks:
             getattr(callback, event)(*args)

@@ -1,12 +1,11 @@
 """Checkpoints inside a task, from which a killed run resumes."""
 
-import errno
 import json
-import os
 import random
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ import torch
 from safetensors.torch import load_file, save
 
 from ..config.text import get_logger
-from ..storage.folder import atomic, hash_file, safe_path
+from ..storage.folder import atomic, check_free_space, hash_file, safe_path
 
 
 logger = get_logger(__name__)
@@ -24,7 +23,7 @@ logger = get_logger(__name__)
 FOLDER = "checkpoints"
 STATE_NAME = "state.json"
 TENSORS_NAME = "state.safetensors"
-OVERHEAD = 2**17  # upper bound of a checkpoint's bytes rankss tensors
+OVERHEAD = 2**17  # upper bound of a checkpoint's bytes besides tensors
 DESCRIPTIONS = {
     "data": "other training images",
     "classes": "other classes",
@@ -88,7 +87,7 @@ class Checkpoints:
         Args:
             progress ([`Progress`]): Progress of the task.
             tensors (`dict[str, torch.Tensor]`): Weights and optimizer state.
-            values (`dict`): JSON-serialisable state rankss tensors.
+            values (`dict`): JSON-serialisable state besides tensors.
             position (`dict`, *optional*): JSON-serialisable position of this process in the data.
             wait (callable): A barrier over all processes.
 
@@ -96,9 +95,38 @@ class Checkpoints:
             `OSError`: Writing failed, for example because the disk is full; earlier checkpoints are intact.
         """
         path = self.folder / f"{progress.task}-{progress.step:08d}"
-        ranks = self.folder / ".ranks"  # files of each process, until all are written
+        with self._collecting(path) as ranks:
+            num_bytes = sum(tensor.nbytes for tensor in tensors.values()) + OVERHEAD
+            if self.rank == 0:
+                check_free_space(ranks, num_bytes)
+            wait()
+            random_tensors, random_values = random_state()
+            write_tensors(ranks / f"rank-{self.rank}.safetensors", random_tensors)
+            text = json.dumps({"random": random_values, "position": position})
+            (ranks / f"rank-{self.rank}.json").write_text(text, encoding="utf-8")
+            wait()
+            if self.rank == 0:
+                with atomic(path, num_bytes) as staging:
+                    for file in ranks.iterdir():
+                        shutil.move(file, staging)
+                    write_tensors(staging / TENSORS_NAME, tensors)
+                    files = {file.name: hash_file(file) for file in sorted(staging.iterdir())}
+                    content = {"progress": asdict(progress), "values": values, "files": files}
+                    text = json.dumps(content, allow_nan=False)
+                    (staging / STATE_NAME).write_text(text, encoding="utf-8")
+                for old in self._newest()[self.keep :]:
+                    shutil.rmtree(old)
+            wait()
+
+    @contextmanager
+    def _collecting(self, path: Path) -> Iterator[Path]:
+        """Yields a folder for the files of each process, and explains a failure to write."""
+        ranks = self.folder / ".ranks"
         try:
-            self._write(path, ranks, progress, tensors, values, position, wait)
+            if self.rank == 0:
+                shutil.rmtree(ranks, ignore_errors=True)
+                ranks.mkdir(parents=True)
+            yield ranks
         except OSError as error:
             raise OSError(
                 error.errno,
@@ -108,42 +136,6 @@ class Checkpoints:
         finally:
             if self.rank == 0:
                 shutil.rmtree(ranks, ignore_errors=True)
-
-    def _write(
-        self,
-        path: Path,
-        ranks: Path,
-        progress: Progress,
-        tensors: dict[str, torch.Tensor],
-        values: dict,
-        position: dict | None,
-        wait: Callable[[], None],
-    ) -> None:
-        num_bytes = sum(tensor.nbytes for tensor in tensors.values()) + OVERHEAD
-        if self.rank == 0:
-            shutil.rmtree(ranks, ignore_errors=True)
-            ranks.mkdir(parents=True)
-            free = shutil.disk_usage(ranks).free
-            if free < num_bytes:
-                raise OSError(errno.ENOSPC, f"{os.strerror(errno.ENOSPC)}: {num_bytes:,} bytes needed, {free:,} free")
-        wait()
-        random_tensors, random_values = random_state()
-        write_tensors(ranks / f"rank-{self.rank}.safetensors", random_tensors)
-        text = json.dumps({"random": random_values, "position": position})
-        (ranks / f"rank-{self.rank}.json").write_text(text, encoding="utf-8")
-        wait()
-        if self.rank == 0:
-            with atomic(path, num_bytes) as staging:
-                for file in ranks.iterdir():
-                    shutil.move(file, staging)
-                write_tensors(staging / TENSORS_NAME, tensors)
-                files = {file.name: hash_file(file) for file in sorted(staging.iterdir())}
-                content = {"progress": asdict(progress), "values": values, "files": files}
-                text = json.dumps(content, allow_nan=False)
-                (staging / STATE_NAME).write_text(text, encoding="utf-8")
-            for old in self._newest()[self.keep :]:
-                shutil.rmtree(old)
-        wait()
 
     def latest(self, wanted: Progress) -> tuple[Progress, dict[str, torch.Tensor], dict, dict | None, tuple] | None:
         """The newest intact checkpoint of a task. Damaged ones are skipped with a warning.

@@ -14,22 +14,13 @@ from ..reports.tables import print_table
 
 @contextmanager
 def waiting(text: str, shows: bool) -> Iterator[None]:
-    """Shows a status line during a step without measurable progress.
-
-    Args:
-        text (`str`): Description of the step.
-        shows (`bool`): Whether to show it.
-    """
+    """Shows a status line during a step without measurable progress."""
     with tqdm(desc=text, bar_format="{desc} ...", leave=False, disable=not shows):
         yield
 
 
 def print_task(report: StreamReport) -> None:
-    """Prints accuracy and costs of the last task, and the averages over all tasks.
-
-    Args:
-        report ([`StreamReport`]): The model's report.
-    """
+    """Prints accuracy and costs of the last task, and the averages over all tasks."""
     last, measured, summary = len(report.tasks) - 1, report.measured(), report.summary()
     matrix, seconds = np.array(report.accuracy_matrix), report.seconds[-1]
     rows = []
@@ -55,12 +46,7 @@ def print_task(report: StreamReport) -> None:
 
 
 def print_reports(reports: list[StreamReport], *closing: str) -> None:
-    """Prints one row per report, on the main process.
-
-    Args:
-        reports (`list[StreamReport]`): Runs to compare.
-        closing (`str`): Lines to print below the table.
-    """
+    """Prints a table with one row per report, and closing lines, on the main process."""
     from accelerate import PartialState
 
     if not PartialState().is_main_process:

@@ -1,4 +1,4 @@
-"""What it takes to repeat the numbers of a run."""
+"""Describes the environment of a run, to reproduce its numbers."""
 
 import torch
 from accelerate import Accelerator
@@ -15,13 +15,10 @@ logger = get_logger(__name__)
 def describe_environment(
     model: ContinualModel, accelerator: Accelerator, args: ContinualTrainingArguments, before: dict
 ) -> dict:
-    """Backbone, arguments, seed, versions and device of a run, ready for JSON.
+    """Backbone, arguments, seed, versions and device of a run, JSON-serialisable.
 
-    Args:
-        model ([`ContinualModel`]): What learns.
-        accelerator (`accelerate.Accelerator`): On what.
-        args ([`ContinualTrainingArguments`]): How. Where a run is resumed with others than before, that is told.
-        before (`dict`): The same of the run before, if there was one; what tasks were trained on is kept.
+    From the environment of a resumed run (`before`), it keeps the fingerprints of images, and warns about changed
+    arguments.
     """
     device, arguments = accelerator.device, args.decisive()
     former, pictures = before.get("arguments"), before.get("pictures")

@@ -1,4 +1,4 @@
-"""Evaluation after every task: routed and oracle-routed accuracy, and where images went."""
+"""Evaluation after every task: accuracy with routing and with oracle routing, and routing counts."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -17,13 +17,13 @@ from .features import TestFeatures, extract, extract_all
 
 
 class TaskEvaluation(NamedTuple):
-    """How the model does on one task's test split.
+    """Results on one task's test split.
 
     Args:
-        accuracy (`float`): Share of images with the right class, every image routed by its own features.
-        oracle_accuracy (`float`): The same if every image went to its own task's expert; NaN if it has none.
-        routed (integer array): How many images went to each expert, up to the last that got one; in a pool, each
-            went to several.
+        accuracy (`float`): Accuracy, with every image routed by its own features.
+        oracle_accuracy (`float`): Accuracy with oracle routing, to the task's own expert; NaN if it has none.
+        routed (integer array): Number of images routed to each expert, without trailing zeros; in a pool, each image
+            counts for several.
     """
 
     accuracy: float
@@ -32,15 +32,15 @@ class TaskEvaluation(NamedTuple):
 
 
 class Evaluator:
-    """Evaluates a model on test splits again and again, each image passing the backbone as rarely as possible.
+    """Evaluates a model repeatedly on test splits, with cached features to save forward passes.
 
     Args:
         model ([`ContinualModel`]): The model.
-        accelerator (`accelerate.Accelerator`): Shares out the images.
+        accelerator (`accelerate.Accelerator`): Shards the images.
         args ([`ContinualTrainingArguments`]): Batch size and progress bars.
 
     Attributes:
-        before (`float`): What [`~Evaluator.forwards_per_image`] was when the model was saved last.
+        before (`float`): [`~Evaluator.forwards_per_image`] when the model was last saved.
     """
 
     def __init__(self, model: ContinualModel, accelerator: Accelerator, args: ContinualTrainingArguments):
@@ -55,8 +55,8 @@ class Evaluator:
         Args:
             name (`str`): Name of the task.
             images ([`TaskImages`]): Its test images.
-            measured (`int`, *optional*): Position of the task, if an earlier process has tested this model on it: what
-                that took is part of `before`.
+            measured (`int`, *optional*): Index of the task, if an earlier run has evaluated this model on it, so that
+                its forward passes are counted in `before`.
         """
         if name in self._tests:
             return
@@ -68,15 +68,15 @@ class Evaluator:
                 test.recall(selection)
 
     def forwards(self) -> dict[str, int]:
-        """How many images of each registered test split have passed an expert so far."""
+        """Number of expert forward passes so far, by test split."""
         return {name: test.forwards for name, test in self._tests.items()}
 
     def forget(self, owner: int, forwards: dict[str, int]) -> None:
-        """Forgets all that a task has brought which is not learnt after all.
+        """Rolls back after a failed task.
 
         Args:
-            owner (`int`): Position that it had in the model.
-            forwards (`dict[str, int]`): What [`~Evaluator.forwards`] was before it.
+            owner (`int`): Index of the task in the model.
+            forwards (`dict[str, int]`): [`~Evaluator.forwards`] before the task.
         """
         self._tests = {name: test for name, test in self._tests.items() if name in forwards}
         for name, test in self._tests.items():
@@ -89,15 +89,15 @@ class Evaluator:
         return extract_all(images, method.query, self.model, self.accelerator, self.args, desc=f"Querying {name}")
 
     def _selections(self, test: TestFeatures, owner: int) -> Iterator[torch.Tensor]:
-        """Experts of each image, one of each at a time: those that it is routed to, and its own."""
+        """Yields one expert per image at a time: those that it is routed to, and the one of its own task."""
         routing = self.model.method.route(test.query.to(self.model.device))
         for each in (routing, routing.sent_to(owner)):
             yield from each.selection.cpu().reshape(len(test.query), -1).T
 
     def forwards_per_image(self) -> float:
-        """Forward passes so far per registered test image, query included; the same after a run that was killed."""
+        """Forward passes so far per test image, including query features; unaffected by an interruption."""
         depth, of_query = self.model.backbone.num_layers, max(self.model.method.query_layers, default=0)
-        layers, images, recalled = 0, 0, 0  # whole numbers, so that nothing is lost in adding up
+        layers, images, recalled = 0, 0, 0  # integers, so that sums are exact
         for name, test in self._tests.items():
             layers += depth * test.forwards + (0 if name in self._recalled else of_query * len(test.images))
             images += len(test.images)
@@ -110,11 +110,8 @@ class Evaluator:
 
         Args:
             name (`str`): Name of the task.
-            classes (sequence of `str`): Its classes; labels are positions in it.
-            owner (`int`, *optional*): Position of the task in the model, for oracle routing; `None` before that.
-
-        Returns:
-            [`TaskEvaluation`]
+            classes (sequence of `str`): Its classes, which labels index.
+            owner (`int`, *optional*): Index of the task in the model, for oracle routing; `None` if not yet learnt.
         """
         test, method = self._tests[name], self.model.method
         column = {label: number for number, label in enumerate(self.model.config.classes)}
@@ -136,14 +133,14 @@ class Evaluator:
         assert output.selection is not None
         chosen = output.selection.cpu()
         if method.independent:
-            chosen = chosen.reshape(len(chosen), -1)[:, 0]  # where several judge, the first is the likeliest
+            chosen = chosen.reshape(len(chosen), -1)[:, 0]  # the nearest of several
         counts = np.bincount(chosen.flatten().numpy())
         result = TaskEvaluation(accuracy(output), oracle_accuracy, counts)
         test.drop_unused()
         return result
 
     def _read(self, test: TestFeatures, selection: torch.Tensor, name: str) -> torch.Tensor:
-        """Features under the selected experts. Those of experts that never change are computed once."""
+        """Features with the selected experts applied; cached if experts are independent and thus never change."""
         method = self.model.method
 
         def compute(rows: torch.Tensor, experts: torch.Tensor) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""Experts of a model that has learnt the same tasks, taken over in place of training the same ones again."""
+"""Copies the experts of a model that has learnt the same tasks, instead of training them again."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -8,16 +8,16 @@ from ..model import ContinualModel
 
 
 class Donor:
-    """A model with one expert per task that gives its experts and head rows to another.
+    """A model with one expert per task whose experts and head rows are copied to another model.
 
-    They do not depend on the router, so that one training serves all routers and all ways to classify.
+    Experts do not depend on the router, so that one training serves all routers and classifiers.
 
     Args:
-        source (`str`): Folder or repo of the model that gives.
-        model ([`ContinualModel`]): The model that takes.
+        source (`str`): Folder or repo of the donor.
+        model ([`ContinualModel`]): The model to copy to.
 
     Raises:
-        [`ConfigError`]: Their experts are not made alike.
+        [`ConfigError`]: The experts of the models have different PEFT options.
     """
 
     def __init__(self, source: str, model: ContinualModel):
@@ -27,16 +27,16 @@ class Donor:
             model.method.accept(self.donor.method)
 
     def give(self, seconds: dict[str, float]) -> bool:
-        """Fills what the task that the model has begun would train.
+        """Copies the trained parameters of the current task.
 
         Args:
-            seconds (`dict[str, float]`): Gets the time that training took the giver.
+            seconds (`dict[str, float]`): Set to the donor's training time.
 
         Returns:
-            `bool`: Whether there was something to give; otherwise it must be trained.
+            `bool`: `False` if the donor has not learnt the task, so that it must be trained.
 
         Raises:
-            [`ConfigError`]: The giver has learnt a task of this name with other classes, or its head differs.
+            [`ConfigError`]: The donor has learnt a task of this name with other classes, or its head differs.
         """
         tasks, task = self.donor.config.tasks, self.model.method.task
         names = [known.name for known in tasks]
@@ -57,7 +57,7 @@ class Donor:
 
     @contextmanager
     def _named(self) -> Iterator[None]:
-        """Says in errors what it is that cannot give."""
+        """Prefixes error messages with the donor."""
         try:
             yield
         except ConfigError as error:

@@ -1,4 +1,4 @@
-"""Features of many images over all processes, and those of test images, each computed at most once."""
+"""Feature extraction sharded over processes, and a cache of test features."""
 
 from collections.abc import Callable
 
@@ -14,7 +14,7 @@ from .batches import on_device
 from .processes import TrainingError
 
 
-ABSENT, COUNTED = -1, -2  # places of features that are not there; the latter were, in a process before
+ABSENT, COUNTED = -1, -2  # features that are not cached; the latter were counted by an earlier process
 
 
 @torch.no_grad()
@@ -27,17 +27,17 @@ def extract(
     args: ContinualTrainingArguments,
     desc: str,
 ) -> torch.Tensor:
-    """Features of some images, every process doing its share.
+    """Extracts features of images, sharded over the processes and gathered.
 
     Args:
         images ([`TaskImages`]): Resized images.
-        rows (integer `torch.Tensor` of shape `(count,)`): Which of them, each at most once, in this order; not none.
-        features_of (callable): Takes normalised images `(batch, 3, height, width)` and their rows `(batch,)`, gives
-            features `(batch, width)`, or `(batch, N, width)`.
-        model ([`ContinualModel`]): Gives the image transform.
-        accelerator (`accelerate.Accelerator`): Shares out the images.
+        rows (integer `torch.Tensor` of shape `(count,)`): Indices of one or more distinct images.
+        features_of (callable): Maps normalised images `(batch, 3, height, width)` and their indices `(batch,)` to
+            features `(batch, width)` or `(batch, N, width)`.
+        model ([`ContinualModel`]): Provides the image transform.
+        accelerator (`accelerate.Accelerator`): Shards the images.
         args ([`ContinualTrainingArguments`]): Batch size and progress bars.
-        desc (`str`): Text of the progress bar.
+        desc (`str`): Label of the progress bar.
 
     Returns:
         `torch.Tensor` of shape `(count, hidden_size)`, `float32`, on the CPU; the same on every process.
@@ -49,14 +49,14 @@ def extract(
     shares = []
     for batch in (order[start : start + size] for start in range(0, len(order), size)):
         own, most = (share_of(batch, rank, accelerator.num_processes) for rank in (accelerator.process_index, 0))
-        shares.append(own + batch[:1] * (len(most) - len(own)))  # all must have as many to give
-    loader = on_device(images.loader(args.dataloader_num_workers, batch_sampler=shares), accelerator)
+        shares.append(own + batch[:1] * (len(most) - len(own)))  # padded, as gather needs equal lengths
+    loader = on_device(images.loader(shares, args.dataloader_num_workers), accelerator)
     silent = args.disable_tqdm or not accelerator.is_main_process
     for batch in tqdm(loader, desc=desc, disable=silent, leave=False):
         pixel_values = model.backbone.transform.normalize(batch["pixels"])
         with accelerator.autocast():
             found = features_of(pixel_values, batch["index"].cpu())
-        # The first image of a batch may come again, to even out the last one; writing by position keeps it once.
+        # Padding repeats the first image of a batch; writing by position keeps one copy.
         found, index = accelerator.gather((found.float(), batch["index"]))
         if features is None:
             features = torch.full((len(rows), *found.shape[1:]), torch.nan, dtype=torch.float32)
@@ -78,47 +78,43 @@ def extract_all(
     args: ContinualTrainingArguments,
     desc: str,
 ) -> torch.Tensor:
-    """Features of all images: [`extract`] of every row.
-
-    Returns:
-        `torch.Tensor` of shape `(len(images), width)`, `float32`, on the CPU; the same on every process.
-    """
+    """Features of all images; see [`extract`]."""
     rows = torch.arange(len(images))
     return extract(images, rows, lambda pixels, _: features_of(pixels), model, accelerator, args, desc)
 
 
 class TestFeatures:
-    """Features of one task's test images: frozen backbone and frozen experts never change, so little is redone.
+    """Cache of features of one task's test images, as frozen backbone and experts never change.
 
-    What an evaluation has used is kept for the next one. What it has used follows from the model alone, so that a run
-    that was killed knows what it need not count again.
+    Features used by one evaluation are kept for the next. Which ones these are follows from the model alone, so that a
+    resumed run counts forward passes as an uninterrupted one would.
 
     Args:
         images ([`TaskImages`]): The task's test images.
         query (`torch.Tensor` of shape `(images, query_size)`): Their query features.
 
     Attributes:
-        forwards (`int`): Images of this split that have passed an expert so far.
+        forwards (`int`): Number of expert forward passes of images so far.
     """
 
-    __test__ = False  # not a test case, whatever pytest makes of the name
+    __test__ = False  # not a test case for pytest
 
     def __init__(self, images: TaskImages, query: torch.Tensor):
         self.images, self.query = images, query
         self.labels = torch.from_numpy(images.labels)
         self.forwards = 0
         self.features = query.new_empty(0)
-        # Row and expert to position in features, or a number below: not there, or only counted.
+        # Maps row and expert to a position in features, or to ABSENT or COUNTED.
         self._where = torch.full((len(images), 0), ABSENT)
         self._used = torch.zeros_like(self._where, dtype=torch.bool)
 
     def recall(self, selection: torch.Tensor) -> None:
-        """Counts features as known that an earlier process has used: in its last evaluation, by the same model."""
+        """Marks features as counted that an earlier process used in its last evaluation of the same model."""
         every = self._make_room(selection)
         self._where[every, selection] = COUNTED
 
     def drop_unused(self) -> None:
-        """Forgets what was not used since this was called last."""
+        """Evicts features that were not used since the last call."""
         used = self._used & (self._where >= 0)
         self.features = self.features[self._where[used]]
         self._where = torch.where(self._used & (self._where == COUNTED), COUNTED, ABSENT)
@@ -126,16 +122,16 @@ class TestFeatures:
         self._used.zero_()
 
     def forget(self, expert: int, forwards: int) -> None:
-        """Forgets features under the last expert, which is no more, and goes back to how many forwards there were."""
+        """Evicts the features of a removed last expert, and resets the count of forward passes."""
         self.forwards = forwards
         self._where, self._used = self._where[:, :expert], self._used[:, :expert]
 
     def under(self, selection: torch.Tensor, compute: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
-        """Features of every image under its selected experts.
+        """Features of every image with its selected expert applied.
 
         Args:
             selection (integer `torch.Tensor` of shape `(images,)`): Expert of each image.
-            compute (callable): Takes the rows that are missing, sorted by expert, and gives their features.
+            compute (callable): Computes the features of missing rows, which are sorted by expert.
 
         Returns:
             `torch.Tensor` of shape `(images, hidden_size)`.

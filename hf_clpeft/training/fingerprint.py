@@ -1,4 +1,4 @@
-"""What a task is trained on, in a few characters: so that nothing is gone on with on other pictures."""
+"""Fingerprints of training and test data, so that a run is not resumed on other images."""
 
 import xxhash
 
@@ -10,17 +10,17 @@ logger = get_logger(__name__)
 
 
 def fingerprint(images: TaskImages | StreamedImages) -> str:
-    """Hash of the images of a split as a backbone sees them, of their labels, and of their order.
+    """Hash of the resized images of a split, their labels and their order.
 
-    It is of the resized pixels, all of them: `datasets` gives data in memory a new fingerprint in every process, and
-    says nothing of files that were edited underneath. xxHash is as fast as the memory, where SHA-256 would cost some
-    percent of an epoch; it finds what has changed, and is no protection against somebody who wants to fool it.
+    All pixels are hashed, as the fingerprints of `datasets` differ between processes for data in memory, and do not
+    notice edited files. xxHash runs at memory speed, while SHA-256 would cost some percent of an epoch; it is not
+    cryptographic, and detects accidental changes only.
 
-    Of images that are streamed, which no disk holds, it is the number and the sample that teaches the router, up to
-    20,000 of them: another data set is found, a few edited pictures may not be.
+    For streamed images, only their number and the cached sample of at most 20,000 images are hashed, so that a few
+    edited images may not be noticed.
 
     Args:
-        images ([`TaskImages`] or [`StreamedImages`]): What a task is trained or tested on.
+        images ([`TaskImages`] or [`StreamedImages`]): Training or test images of a task.
 
     Returns:
         `str`: 32 hexadecimal digits, the same in every process.
@@ -49,24 +49,21 @@ def fingerprint(images: TaskImages | StreamedImages) -> str:
 
 
 def describe(task: Task, position: int, images: TaskImages | StreamedImages) -> dict:
-    """What the training of a task depends on besides the arguments and the model, ready for JSON.
+    """What the training of a task depends on besides arguments and model, JSON-serialisable.
 
-    Args:
-        task ([`Task`]): The task.
-        position (`int`): Its place in the model; seeds follow from it.
-        images ([`TaskImages`] or [`StreamedImages`]): What it is trained on.
+    The task's index in the model is included, as it determines random seeds.
     """
     return {"classes": [list(task.classes), task.domain], "position": position, "data": fingerprint(images)}
 
 
 def note_pictures(environment: dict, task: str, trained_on: dict, test: TaskImages | None) -> None:
-    """Writes into a report's `environment` what a task was trained and tested on."""
+    """Adds the fingerprints of a task's training and test images to a report's `environment`."""
     tested_on = None if test is None else fingerprint(test)
     environment["pictures"][task] = {"train": trained_on["data"], "test": tested_on}
 
 
 def same_pictures(environment: dict, task: str, test: TaskImages) -> bool:
-    """Whether a task is tested again on the images that a report's `environment` says; notes those that it is."""
+    """Whether a task's test images have the fingerprint in a report's `environment`, which is then updated."""
     noted = environment["pictures"].get(task)
     if not isinstance(noted, dict):
         return True

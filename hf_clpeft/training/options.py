@@ -1,4 +1,4 @@
-"""The options of a recipe's command line that are neither the method's nor the trainer's, and how they are read."""
+"""Command-line options of recipes for stream, backbone and run, and their parsing."""
 
 import sys
 from dataclasses import dataclass, field, make_dataclass
@@ -63,17 +63,12 @@ class StreamArguments:
 
     def load(self) -> TaskStream:
         """Loads the stream."""
+        names = {"dataset_name": "name", "dataset_revision": "revision", "class_order_seed": "seed"}
         options: dict[str, Any] = {
-            "name": self.dataset_name,
-            "revision": self.dataset_revision,
-            "num_tasks": self.num_tasks,
-            "seed": self.class_order_seed,
+            names.get(name, name): value
+            for name, value in vars(self).items()
+            if name not in ("benchmark", "dataset", "scenario", "joined") and value not in (None, False)
         }
-        for name in ("train_split", "test_split", "image_column", "label_column", "domain_column", "streaming"):
-            options[name] = getattr(self, name)
-        for name in ("max_train_samples_per_task", "max_test_samples_per_task"):
-            options[name] = getattr(self, name)
-        options = {name: value for name, value in options.items() if value not in (None, False)}
         if self.benchmark is not None:
             stream = load_benchmark(self.benchmark, dataset=self.dataset, **options)
         elif self.scenario == "class":
@@ -121,10 +116,7 @@ class RunArguments:
 
 
 def options_of(method: str) -> type[MethodOptions]:
-    """The options of a method, the one place where they are declared: its `Config`.
-
-    Args:
-        method (`str`): Its name.
+    """The options dataclass of a method: its `Config`.
 
     Raises:
         [`OptionError`]: There is no such method, or the file that defines it has not been imported.
@@ -146,16 +138,16 @@ def options_of(method: str) -> type[MethodOptions]:
 
 
 def choice_of(methods: tuple[str, ...]) -> type:
-    """A dataclass whose one option, `--method`, is one of some methods. The first is the default."""
-    help_text = {"help": "Which method; the options that it has of its own stand below."}
+    """A dataclass with the option `--method`, whose default is the first of `methods`."""
+    help_text = {"help": "The method; its own options are listed below."}
     choice = ("method", Literal[methods], field(default=methods[0], metadata=help_text))
     return make_dataclass("MethodArguments", [choice])
 
 
 def read_method(methods: tuple[str, ...], argv: list[str]) -> str:
-    """Which of some methods a command line, or the YAML file that it names, asks for; the first if none.
+    """The method given on the command line or in its YAML file; default: the first of `methods`.
 
-    It is read before all other options, which depend on it.
+    It is parsed before all other options, which depend on it.
     """
     parser = OptionParser((choice_of(methods),), add_help=False)
     parser.add_argument("--config")
@@ -176,17 +168,17 @@ def parse(
     """Parses a command line into dataclasses.
 
     Args:
-        groups (tuple of dataclasses): Every field an option; [`StreamArguments`] among them.
-        argv (`list[str]`, *optional*): Default `sys.argv[1:]`.
-        default_benchmark (`str`, *optional*): The stream where neither `--benchmark` nor `--dataset` is given.
-        method (`str`, *optional*): Name of the method, for what suits it on the benchmark.
+        groups (tuple of dataclasses): Dataclasses whose fields are options, including [`StreamArguments`].
+        argv (`list[str]`, *optional*): Command line; default: `sys.argv[1:]`.
+        default_benchmark (`str`, *optional*): The benchmark if neither `--benchmark` nor `--dataset` is given.
+        method (`str`, *optional*): Name of the method, for the benchmark's tuned defaults.
 
     Returns:
         One instance of each dataclass.
 
     Raises:
-        [`OptionError`]: An option or the benchmark does not exist, a value is none of the option's, or the YAML file
-            cannot be read.
+        [`OptionError`]: An option or the benchmark does not exist, a value is not allowed, or the YAML file cannot be
+            read.
 
     Example:
 

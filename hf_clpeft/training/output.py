@@ -36,11 +36,7 @@ def check_output(
 
 
 def check_free(folder: str | Path, config: ContinualConfig | None = None) -> None:
-    """Raises [`ConfigError`] if saving a model would overwrite anything but an earlier state of it.
-
-    Args:
-        folder (`str` or `Path`): The folder to save into.
-        config ([`ContinualConfig`], *optional*): Configuration of the model; `None` for a new model.
+    """Raises [`ConfigError`] if saving a model (`None`: a new one) would overwrite anything but an earlier state.
 
     Example:
 
@@ -85,11 +81,7 @@ def check_free(folder: str | Path, config: ContinualConfig | None = None) -> Non
 
 
 def check_no_state(folder: str | Path) -> None:
-    """Raises [`ConfigError`] if a folder holds checkpoints of an interrupted run, which a new run would delete.
-
-    Args:
-        folder (`str` or `Path`): Output folder of the new run.
-    """
+    """Raises [`ConfigError`] if a folder holds checkpoints of an interrupted run, which a new run would delete."""
     for name in (CHECKPOINTS, PARALLEL):
         states = sorted(path.name for path in Path(folder, name).glob("[!.]*"))
         if states:

@@ -1,4 +1,4 @@
-"""Training of experts that do not depend on each other, every process its own tasks."""
+"""Task-parallel training: every process trains the independent experts of its own tasks."""
 
 import json
 import shutil
@@ -26,13 +26,13 @@ TRAINED_NAME, RUN_NAME = "trained.safetensors", "run.json"
 
 
 class ParallelExperts:
-    """Where processes leave the experts that they have trained, until the model takes them up in order.
+    """Store on disk for experts trained by several processes, from which the model copies them in order.
 
     Args:
         output_dir (`str` or `Path`): Folder of the run.
-        model ([`ContinualModel`]): The model that takes them up.
-        args ([`ContinualTrainingArguments`]): How they are trained.
-        made_with (`dict`): What else must not differ between the run that trained them and the one that takes them up.
+        model ([`ContinualModel`]): The model to train.
+        args ([`ContinualTrainingArguments`]): Training arguments.
+        made_with (`dict`): What must be equal to use stored experts, besides the arguments.
     """
 
     def __init__(
@@ -42,18 +42,18 @@ class ParallelExperts:
         self.made_with = json.loads(json.dumps({**args.decisive(), **made_with}))
 
     def todo(self, stream: TaskStream, rank: int, num_processes: int) -> list[tuple[int, Task]]:
-        """Positions and tasks that a process has to train: every so many of those that the model has not learnt."""
+        """The shard of a process: indices and tasks that the model has not learnt, every `num_processes`-th."""
         learnt = {task.name for task in self.model.config.tasks}
         tasks = [task for task in stream if task.name not in learnt and task.name not in self.model.config.removed]
         return list(enumerate(tasks, start=len(learnt)))[rank::num_processes]
 
     def has(self, task: str, trained_on: dict) -> bool:
-        """Whether a task's expert is there, trained alike on the same."""
+        """Whether a task's expert is stored, with equal arguments and training data."""
         path = self.folder / task / RUN_NAME
         return path.is_file() and read_json(path)["made_with"] == {**self.made_with, **trained_on}
 
     def put(self, seconds: float, trained_on: dict) -> None:
-        """Keeps what a task has trained, as a whole or not at all."""
+        """Stores the trained parameters of the current task atomically."""
         name, tensors = self._trained()
         with atomic(self.folder / name, sum(tensor.nbytes for tensor in tensors.values())) as staging:
             write_tensors(staging / TRAINED_NAME, tensors)
@@ -61,7 +61,7 @@ class ParallelExperts:
             (staging / RUN_NAME).write_text(text, encoding="utf-8")
 
     def give(self, seconds: dict[str, float], trained_on: dict) -> bool:
-        """Fills what a task would train; as [`Donor.give`]."""
+        """Loads the stored parameters of the current task, like [`Donor.give`]."""
         name, tensors = self._trained()
         if not self.has(name, trained_on):
             return False
@@ -73,19 +73,19 @@ class ParallelExperts:
         return True
 
     def _trained(self) -> tuple[str, dict[str, torch.Tensor]]:
-        """Name of the task that the model has begun, and what it trains."""
+        """Name and trainable parameters of the current task."""
         method = self.model.method
         assert method.task is not None
         parameters = [parameter for group in method.parameter_groups(self.args) for parameter in group["params"]]
         return method.task.name, {str(number): parameter.detach() for number, parameter in enumerate(parameters)}
 
     def clear(self) -> None:
-        """Removes all; the model has them."""
+        """Deletes all stored experts."""
         shutil.rmtree(self.folder, ignore_errors=True)
 
 
 def check_independent(method: Method, stream: TaskStream, mixed_precision: str) -> None:
-    """Raises [`ConfigError`] unless every expert of a stream can be trained without those before it."""
+    """Raises [`ConfigError`] unless the experts of a stream can be trained independently."""
     if not method.independent:
         raise ConfigError(f"task_parallel needs an expert per task and masked logits; {method.name} has not.")
     names = [label for task in stream for label in task.classes]
@@ -96,10 +96,10 @@ def check_independent(method: Method, stream: TaskStream, mixed_precision: str) 
 
 
 class LocalAccelerator:
-    """As much of `accelerate.Accelerator` as [`StepLoop`] needs, for one process among others that trains alone.
+    """The interface of `accelerate.Accelerator` that [`StepLoop`] needs, without communication between processes.
 
     Args:
-        accelerator (`accelerate.Accelerator`): Of all processes: gives the device and the precision.
+        accelerator (`accelerate.Accelerator`): Provides the device and the precision.
     """
 
     num_processes, process_index, scaler = 1, 0, None
@@ -111,7 +111,7 @@ class LocalAccelerator:
         self._batches = 0
 
     def prepare(self, *things: Any) -> Any:
-        """Puts loaders on the device; everything else is used as it is."""
+        """Wraps loaders to move batches to the device; returns everything else unchanged."""
         prepared = [
             _OnDevice(thing, self) if isinstance(thing, torch.utils.data.DataLoader) else thing for thing in things
         ]
@@ -119,7 +119,7 @@ class LocalAccelerator:
 
     @contextmanager
     def accumulate(self, module: torch.nn.Module) -> Iterator[None]:
-        """Counts batches until an optimizer step is due."""
+        """Sets `sync_gradients` if an optimizer step is due after this batch."""
         self._batches += 1
         self.sync_gradients = self._batches % self.gradient_accumulation_steps == 0 or self.last_batch
         if self.sync_gradients:
@@ -127,7 +127,7 @@ class LocalAccelerator:
         yield
 
     def backward(self, loss: torch.Tensor) -> None:
-        """Adds a batch's share to the gradients."""
+        """Accumulates gradients."""
         (loss / self.gradient_accumulation_steps).backward()
 
     def clip_grad_norm_(self, parameters: Iterable[torch.Tensor], norm: float) -> None:
@@ -135,11 +135,11 @@ class LocalAccelerator:
         torch.nn.utils.clip_grad_norm_(parameters, norm)
 
     def wait_for_everyone(self) -> None:
-        """There is nobody to wait for."""
+        """Does nothing."""
 
 
 class _OnDevice:
-    """A loader whose batches come on the device, and which knows its last one."""
+    """A loader that moves batches to the device, and marks the last one."""
 
     def __init__(self, loader: torch.utils.data.DataLoader, accelerator: LocalAccelerator):
         self.loader, self.accelerator = loader, accelerator

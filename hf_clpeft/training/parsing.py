@@ -185,9 +185,6 @@ def nearest(name: str, known: Iterable[object]) -> str:
 def read_yaml(path: str | Path) -> dict:
     """Reads a YAML file that is a mapping, by the safe loader; duplicate keys are errors.
 
-    Args:
-        path (`str` or `Path`): The file.
-
     Raises:
         [`OptionError`]: The file does not exist, cannot be read, or is not a mapping.
 

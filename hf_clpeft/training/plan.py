@@ -1,4 +1,4 @@
-"""What learning a stream will take, before any of it is done."""
+"""The plan of a run for `--dry_run`: images, trained parameters and steps of each task."""
 
 from dataclasses import dataclass
 
@@ -14,16 +14,16 @@ from .arguments import ContinualTrainingArguments
 
 @dataclass(frozen=True)
 class PlannedTask:
-    """What one task will take.
+    """Costs of one task.
 
     Args:
         task ([`Task`]): The task.
-        learnt (`bool`): Whether the model knows it already.
-        train_images (`int`, *optional*): How many; `None` where only reading all of a streamed data set would tell.
-        test_images (`int`, *optional*): The same.
-        expert_parameters (`int`): What is trained of experts and keys.
-        head_parameters (`int`): What is trained of the head.
-        steps (`int`, *optional*): Optimizer steps; `None` where `train_images` is.
+        learnt (`bool`): Whether the model has already learnt it.
+        train_images (`int`, *optional*): Number of training images; `None` for a stream of unknown length.
+        test_images (`int`, *optional*): Number of test images, likewise.
+        expert_parameters (`int`): Trained parameters of experts and keys.
+        head_parameters (`int`): Trained parameters of the head.
+        steps (`int`, *optional*): Optimizer steps; `None` if `train_images` is.
     """
 
     task: Task
@@ -36,15 +36,7 @@ class PlannedTask:
 
 
 def make_plan(model: ContinualModel, stream: TaskStream, args: ContinualTrainingArguments) -> list[PlannedTask]:
-    """Plans what [`~ContinualTrainer.learn_stream`] would do. The model is of no use afterwards.
-
-    Args:
-        model ([`ContinualModel`]): New, or loaded with what it has learnt so far.
-        stream ([`TaskStream`]): The tasks.
-        args ([`ContinualTrainingArguments`]): How to train.
-
-    Returns:
-        `list[PlannedTask]`
+    """Plans [`~ContinualTrainer.learn_stream`]. The model must not be used afterwards.
 
     Example:
 
@@ -80,18 +72,12 @@ def make_plan(model: ContinualModel, stream: TaskStream, args: ContinualTraining
 
 
 def count(split: Split | None) -> int | None:
-    """Images of a split, where they are known without reading them all."""
+    """Number of images of a split; `None` for a stream of unknown length."""
     return len(split.dataset) if split is not None and isinstance(split.dataset, Dataset) else None
 
 
 def print_plan(model: ContinualModel, stream: TaskStream, args: ContinualTrainingArguments, closing: str) -> None:
-    """Prints the plan of a run, on the main process.
-
-    Args:
-        model ([`ContinualModel`]), stream ([`TaskStream`]), args ([`ContinualTrainingArguments`]): As for
-            [`make_plan`].
-        closing (`str`): Last line.
-    """
+    """Prints the result of [`make_plan`] and a closing line, on the main process."""
     if not PartialState().is_main_process:
         return
     method, backbone = model.config.method, model.config.backbone
@@ -124,5 +110,5 @@ def print_plan(model: ContinualModel, stream: TaskStream, args: ContinualTrainin
 
 
 def number(value: int | None) -> str:
-    """With thousands apart; a question mark if it is not known."""
+    """A number with thousands separators; a question mark for `None`."""
     return "?" if value is None else f"{value:,}"

@@ -43,14 +43,7 @@ def cpu_only() -> bool:
 
 
 def join_processes(ddp_timeout: int) -> PartialState:
-    """Joins the process group of `accelerate launch`, if there is one.
-
-    Args:
-        ddp_timeout (`int`): Timeout of collective operations, in seconds.
-
-    Returns:
-        `accelerate.PartialState`
-    """
+    """Joins the process group of `accelerate launch`, if any, with a timeout of collectives in seconds."""
     for name in ("FSDP", "DEEPSPEED"):
         if os.environ.get(f"ACCELERATE_USE_{name}", "false").lower() in ("true", "1"):
             # An expert has a few thousand parameters; sharded, it could not be saved as a whole.
@@ -96,12 +89,7 @@ def explaining_lost_processes(accelerator: Accelerator) -> Iterator[None]:
 
 
 def same_everywhere(module: torch.nn.Module, accelerator: Accelerator) -> None:
-    """Gives every process the tensors of the main one: what each has computed may differ in the last digits.
-
-    Args:
-        module (`torch.nn.Module`): Its parameters and buffers, which have the same shapes everywhere.
-        accelerator (`accelerate.Accelerator`): Of these processes.
-    """
+    """Broadcasts parameters and buffers of the main process, as computed values may differ by rounding."""
     if accelerator.num_processes == 1:
         return
     tensors = [*module.parameters(), *module.buffers()]

@@ -1,4 +1,4 @@
-"""What every recipe shares: from its command line to stream, model and trainer, and what it says at the end."""
+"""The program of every recipe: parses the command line, loads stream and model, trains, and prints the results."""
 
 import os
 import shlex
@@ -44,15 +44,15 @@ PROBE_SECONDS = 5
 
 
 def run_recipe(*methods: str, argv: list[str] | None = None) -> StreamReport | None:
-    """Reads the command line and learns a stream with one method. The body of every recipe.
+    """Parses the command line and learns a stream with one method: the body of every recipe.
 
-    The command line offers the options of the stream, the backbone, the training and the method's own `Config`.
-    They come from, weakest first: the dataclasses, what suits the benchmark, the YAML file of `--config`, the command
-    line.
+    The command line has the options of the stream, the backbone, the training and the method's `Config`. Later sources
+    override earlier ones: defaults of the dataclasses, tuned defaults of the benchmark, the YAML file of `--config`,
+    the command line.
 
     Args:
-        methods (`str`): Name of the method. Of several, `--method` chooses; the first is the default.
-        argv (`list[str]`, *optional*): Command line without the program's name; default `sys.argv[1:]`.
+        methods (`str`): Name of the method. If there are several, `--method` selects one; default: the first.
+        argv (`list[str]`, *optional*): Command line without the program's name; default: `sys.argv[1:]`.
 
     Returns:
         [`StreamReport`]; `None` with `--dry_run`, which prints the plan and stops.
@@ -101,19 +101,15 @@ def run_recipe(*methods: str, argv: list[str] | None = None) -> StreamReport | N
 
 
 def command_line(without: str | None = None) -> str:
-    """The command line of this program, to type again.
-
-    Args:
-        without (`str`, *optional*): Option, with no value, to leave out.
-    """
+    """The command line of this program, except for a flag to leave out."""
     launched = {"ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID"} & os.environ.keys()
-    # Unless it is quiet, the launcher prints a traceback of its own below the line that says what is wrong.
+    # Without --quiet, the launcher prints its own traceback after an error message.
     program = ["accelerate", "launch", "--quiet"] if launched else [Path(sys.executable).name]
     return shlex.join([*program, *(word for word in sys.argv if word != without)])
 
 
 def resuming_command() -> str:
-    """The command line of this program with what makes it go on."""
+    """The command line of this program that resumes the run."""
     resumes = any(word.replace("-", "_").startswith("__resume_from_checkpoint") for word in sys.argv)
     return command_line(without="--overwrite_output_dir") + ("" if resumes else " --resume_from_checkpoint auto")
 
@@ -124,19 +120,10 @@ def learn(
     training_args: ContinualTrainingArguments,
     method: MethodOptions,
 ) -> StreamReport:
-    """Learns a stream, from nothing or where `resume_from_checkpoint` says.
-
-    Args:
-        stream ([`TaskStream`]): Which tasks.
-        backbone_args ([`BackboneArguments`]): Which frozen model.
-        training_args ([`ContinualTrainingArguments`]): How to train.
-        method ([`MethodOptions`]): With what.
-
-    Returns:
-        [`StreamReport`]
+    """Learns a stream with a new model, or with the one of `resume_from_checkpoint`.
 
     Raises:
-        [`ConfigError`]: The model to go on with was made with other options, or `output_dir` holds another one.
+        [`ConfigError`]: The model to resume was made with other options, or `output_dir` holds another one.
     """
     if training_args.resume_from_checkpoint is None:
         check_output(training_args)
@@ -147,18 +134,10 @@ def learn(
 def open_model(
     backbone_args: BackboneArguments, training_args: ContinualTrainingArguments, method: MethodOptions
 ) -> ContinualModel:
-    """A new model, or the one to go on with.
-
-    Args:
-        backbone_args ([`BackboneArguments`]): Which frozen model.
-        training_args ([`ContinualTrainingArguments`]): `resume_from_checkpoint` says what to go on with.
-        method ([`MethodOptions`]): With what.
-
-    Returns:
-        [`ContinualModel`]
+    """A new model, or the one of `resume_from_checkpoint`.
 
     Raises:
-        [`ConfigError`]: The model to go on with was made with other options.
+        [`ConfigError`]: The model to resume was made with other options.
     """
     state = join_processes(training_args.ddp_timeout)
     if training_args.disable_tqdm or not state.is_main_process:
@@ -180,7 +159,7 @@ def open_model(
 
 
 def _find_checkpoint(args: ContinualTrainingArguments) -> str | None:
-    """Folder or repo of the model to go on with."""
+    """Folder or repo of the model to resume, if any."""
     if args.resume_from_checkpoint != "auto":
         return args.resume_from_checkpoint
     if (as_saved(args.output_dir) / CONFIG_NAME).is_file():
@@ -199,7 +178,7 @@ def _resume(source: str, backbone_args: BackboneArguments, method: MethodOptions
     saved = model.config.method.to_dict()
     for name, wanted in method.to_dict().items():
         found = saved.get(name)
-        if found != wanted and (name, wanted) != ("head", "auto"):  # what auto means is known once there is a task
+        if found != wanted and (name, wanted) != ("head", "auto"):  # auto is resolved with the first task
             raise ConfigError(
                 f"{source} was made with {name}={found!r}, not {wanted!r}. Go on with the same options, or begin anew "
                 "without --resume_from_checkpoint."
@@ -211,16 +190,12 @@ def _resume(source: str, backbone_args: BackboneArguments, method: MethodOptions
 
 
 def require_hub(stream_args: StreamArguments, backbone_args: BackboneArguments) -> None:
-    """Ends the program in one line, at once, if something must come from the Hub and the Hub cannot be reached.
+    """Fails early if data set or backbone must be downloaded and the Hub cannot be reached.
 
-    With `HF_HUB_OFFLINE=1` nothing is asked and the libraries use what is in their cache.
-
-    Args:
-        stream_args ([`StreamArguments`]): May name a data set on the Hub.
-        backbone_args ([`BackboneArguments`]): May name a model on the Hub.
+    With `HF_HUB_OFFLINE=1` no request is made, and the libraries use their cache.
 
     Raises:
-        `SystemExit`: With the command that works offline.
+        `SystemExit`: With a command that works offline.
     """
     from huggingface_hub import constants
 

@@ -1,4 +1,4 @@
-"""The optimizer steps of one task, which go on where a checkpoint left them."""
+"""The training loop of one task, resumable from checkpoints."""
 
 import signal
 import threading
@@ -22,14 +22,14 @@ from .processes import Stop, TrainingError, any_process_stops
 
 logger = get_logger(__name__)
 
-STOP_STEPS = 10  # how often several processes agree on whether one of them was asked to stop
+STOP_STEPS = 10  # interval at which several processes synchronise whether to stop
 
 
 class TrainingStopped(KeyboardInterrupt):
-    """Training was asked to stop, and did so where it can go on.
+    """Training was stopped by a signal, after saving a checkpoint.
 
     Args:
-        signal (`int`, *optional*, defaults to SIGINT): What asked for it.
+        signal (`int`, *optional*, defaults to SIGINT): The signal.
     """
 
     def __init__(self, signal: int = signal.SIGINT):
@@ -38,48 +38,43 @@ class TrainingStopped(KeyboardInterrupt):
 
 
 class Step(torch.nn.Module):
-    """A method's loss as a forward pass, which is all that DDP wraps; and nothing but what the task trains.
+    """Wraps [`Method.loss`] as a forward pass for DDP, with the trainable parameters only.
 
     Args:
-        method ([`Method`]): Has begun a task.
-        args ([`ContinualTrainingArguments`]): For its parameter groups.
+        method ([`Method`]): The method, after [`~Method.begin`].
+        args ([`ContinualTrainingArguments`]): For [`~Method.parameter_groups`].
     """
 
     def __init__(self, method: Method, args: ContinualTrainingArguments):
         super().__init__()
-        self._method = (method,)  # not a submodule: DDP would broadcast all that it keeps
+        self._method = (method,)  # not a submodule: DDP would broadcast all of its state
         self.groups = method.parameter_groups(args)
         self.trained = torch.nn.ParameterList([parameter for group in self.groups for parameter in group["params"]])
 
     def forward(
         self, pixels: torch.Tensor, labels: torch.Tensor, query: torch.Tensor | None, weight: torch.Tensor
     ) -> torch.Tensor:
-        """Loss of a batch.
-
-        Args:
-            pixels, labels, query: See [`Batch`].
-            weight (`torch.Tensor` of shape `(batch,)`): What each image counts for.
-        """
+        """Weighted sum of the losses of a [`Batch`]; `weight` has shape `(batch,)`."""
         losses = self._method[0].loss(Batch(pixels, labels, query))
         return losses @ weight if losses.dim() else losses * weight.sum()
 
     def train(self, mode: bool = True) -> "Step":
-        """Sets the mode of the method, too."""
+        """Sets the mode of the method as well."""
         self._method[0].train(mode)
         return super().train(mode)
 
 
 class StepLoop:
-    """Trains what a task of a method trains.
+    """The training loop of one task.
 
     Args:
-        method ([`Method`]): Has begun the task.
-        images ([`TaskImages`] or [`StreamedImages`]): What to train on.
-        accelerator (`accelerate.Accelerator`): Shares out the images.
-        args ([`ContinualTrainingArguments`]): How to train.
-        checkpoints ([`Checkpoints`]): Where to save the state, and to find it.
-        made_with (`dict`): What a checkpoint depends on besides the arguments.
-        logged (`int`, *optional*, defaults to 0): Optimizer steps of the tasks before.
+        method ([`Method`]): The method, after [`~Method.begin`].
+        images ([`TaskImages`] or [`StreamedImages`]): Training images.
+        accelerator (`accelerate.Accelerator`): Shards the batches.
+        args ([`ContinualTrainingArguments`]): Training arguments.
+        checkpoints ([`Checkpoints`]): Where to save checkpoints and to resume from.
+        made_with (`dict`): What must be equal to resume from a checkpoint, besides the arguments.
+        logged (`int`, *optional*, defaults to 0): Optimizer steps of earlier tasks.
     """
 
     def __init__(
@@ -111,7 +106,7 @@ class StepLoop:
             args.lr_scheduler_type, self.optimizer, round(args.warmup_ratio * self.num_steps), self.num_steps
         )
         self.scheduler = accelerator.prepare(scheduler)
-        self._num_parts = 1  # in which a batch passes the device
+        self._num_parts = 1  # micro-batches per batch
         self._unusable = torch.zeros((), dtype=torch.bool, device=accelerator.device)
         sizes = {"images": len(images), "num_processes": accelerator.num_processes}
         self.progress = Progress(method.task.name, {**args.decisive(), **sizes, **made_with}, logged=logged)
@@ -122,16 +117,15 @@ class StepLoop:
         after_step: Callable[[Progress, torch.Tensor], None],
         stop: Stop,
     ) -> None:
-        """Makes all steps that are left.
+        """Runs all remaining steps.
 
         Args:
-            loss_of (callable): Takes the prepared learner and a batch, gives the sum of its images' losses, each times
-                its `weight`.
-            after_step (callable): Told after each optimizer step how far it is, and the loss.
-            stop ([`Stop`]): Set from outside to stop after the step that is being made.
+            loss_of (callable): Computes the weighted sum of losses, given the prepared [`Step`] and a batch.
+            after_step (callable): Called after each optimizer step with the progress and the loss.
+            stop ([`Stop`]): Stops after the current step when set.
 
         Raises:
-            [`TrainingStopped`]: It was set.
+            [`TrainingStopped`]: `stop` was set.
             [`TrainingError`]: The loss is not finite, or a batch does not fit into memory.
         """
         restore_random, position = self._restore()
@@ -139,7 +133,7 @@ class StepLoop:
         self.module.train()
         while progress.epoch < args.num_train_epochs:
             for batch, share in self.batches.read(progress.epoch, progress.batch, position):
-                restore_random()  # once there is a batch: making a loader draws from the generators
+                restore_random()  # after the loader was created, which advances the generators
                 restore_random = _nothing
                 self._complete(batch, share)
                 with accelerator.accumulate(self.module):
@@ -160,7 +154,7 @@ class StepLoop:
         self.module.eval()
 
     def _complete(self, batch: dict[str, torch.Tensor], share: Share) -> None:
-        """Adds what each image counts for, and how it is looked at."""
+        """Adds the weights and the augmentations of a batch."""
         length, device = len(batch["label"]), self.accelerator.device
         batch["weight"] = share.weights(length, self.accelerator.num_processes).to(device)
         views = draw_views(share.total, self.args.augmentation, device)
@@ -168,7 +162,7 @@ class StepLoop:
             batch["view"] = share.own(views, length)
 
     def _backward(self, loss_of: Callable, batch: dict) -> torch.Tensor:
-        """Adds the gradients of a batch, in as many parts as the memory of the device needs. Gives the loss."""
+        """Accumulates the gradients of a batch in micro-batches that fit into memory; returns the loss."""
         before = [None if parameter.grad is None else parameter.grad.clone() for parameter in self._trained]
         while True:
             try:
@@ -196,7 +190,7 @@ class StepLoop:
         progress, every = self.progress, self.args.save_steps
         last = progress.step == self.num_steps
         due = last or (every and progress.step % every == 0)
-        if due or progress.step % self.args.logging_steps == 0:  # looking at it waits for the device
+        if due or progress.step % self.args.logging_steps == 0:  # synchronises with the device
             self._check_finite()
         if last:
             return
@@ -229,10 +223,10 @@ class StepLoop:
         self.checkpoints.save(self.progress, weights | tensors, values, position, self.accelerator.wait_for_everyone)
 
     def _restore(self) -> tuple[Callable[[], None], dict | None]:
-        """Goes back to the newest checkpoint of the task, if any.
+        """Restores the newest checkpoint of the task, if any.
 
         Returns:
-            What sets the random generators to it, and where in the images it was.
+            Function that restores the random state, and position in the images.
         """
         found = self.checkpoints.latest(self.progress)
         if found is None:
@@ -248,11 +242,11 @@ class StepLoop:
         if self.progress.batch < len(self.batches):
             return lambda: set_random_state(*random_state), position
         self.progress.epoch, self.progress.batch = self.progress.epoch + 1, 0
-        set_random_state(*random_state)  # the epoch to come makes its loader as it would have
+        set_random_state(*random_state)  # before the loader of the next epoch is created
         return _nothing, None
 
     def _weights(self) -> dict[str, torch.Tensor]:
-        """All that steps change: what is trained, and buffers of the method that its loss may write into."""
+        """State that optimizer steps change: trainable parameters, and buffers that the loss may update."""
         buffers = self._method.named_buffers()
         kept = {name: buffer for name, buffer in buffers if not name.startswith(("bank.", "router.", "heads."))}
         return kept | {str(number): parameter for number, parameter in enumerate(self._trained)}
@@ -269,9 +263,9 @@ def _cut(batch: dict[str, torch.Tensor], size: int) -> Iterator[dict[str, torch.
 
 @contextmanager
 def stopping_on_signals(stop: Stop) -> Iterator[None]:
-    """Lets SIGTERM and SIGINT set an event inside this context; a second one ends the process as usual.
+    """Context manager: SIGTERM and SIGINT set `stop`; a second signal ends the process as usual.
 
-    Signals can be caught in the main thread only; in others nothing changes.
+    Signals can be handled only in the main thread; in other threads this does nothing.
     """
     before: dict[int, Any] = {}
 

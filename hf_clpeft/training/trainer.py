@@ -1,4 +1,4 @@
-"""The loop over tasks: cache images, train the expert, teach the router, evaluate, save, push."""
+"""The loop over tasks: cache images, train, fit the router, evaluate, save, push."""
 
 import hashlib
 import json
@@ -47,16 +47,16 @@ logger = get_logger(__name__)
 
 
 class ContinualTrainer:
-    """Teaches a [`ContinualModel`] tasks one after another through Accelerate, on one process or many.
+    """Trains a [`ContinualModel`] on tasks one after another with Accelerate, on one or several processes.
 
     Args:
-        model ([`ContinualModel`]): New, or loaded with what it has learnt so far. Its report goes on, too.
-        args ([`ContinualTrainingArguments`], *optional*): How to train.
-        callbacks (iterable of [`TrainerCallback`], *optional*): Called when something happens; see there.
+        model ([`ContinualModel`]): New, or loaded with the tasks learnt so far. Its report is continued.
+        args ([`ContinualTrainingArguments`], *optional*): Training arguments.
+        callbacks (iterable of [`TrainerCallback`], *optional*): Callbacks, called in this order.
 
     Raises:
-        [`ConfigError`]: The model cannot take the experts of `experts_from`.
-        [`HubError`]: The model is to be pushed, and the Hub cannot be reached, refuses, or holds another model.
+        [`ConfigError`]: The experts of `experts_from` do not fit the model.
+        [`HubError`]: With `push_to_hub`: the Hub cannot be reached, denies the request, or holds another model.
 
     Example:
 
@@ -91,7 +91,7 @@ class ContinualTrainer:
             gradient_accumulation_steps=args.gradient_accumulation_steps,
             log_with=None if args.report_to == "none" else args.report_to,
             project_dir=args.output_dir,
-            # A batch is a total that processes share: results do not depend on how many there are.
+            # Batch sizes are totals, so results do not depend on the number of processes.
             dataloader_config=DataLoaderConfiguration(
                 split_batches=True, use_seedable_sampler=True, data_seed=args.seed
             ),
@@ -110,10 +110,10 @@ class ContinualTrainer:
         if args.license is not None:
             model.config.license = args.license
         self._shows = self.accelerator.is_main_process and not args.disable_tqdm
-        self._tests: dict[int, Task] = {}  # tasks that can be tested, by position in the model
-        self._step = 0  # optimizer steps so far, as trackers count them
-        self._fresh = True  # no task was learnt by this trainer yet
-        self.stop = Stop()  # set from outside to end training where it can go on
+        self._tests: dict[int, Task] = {}  # tasks with test images, by index in the model
+        self._step = 0  # optimizer steps over all tasks, for trackers
+        self._fresh = True  # whether this trainer has not learnt a task yet
+        self.stop = Stop()  # set by signal handlers
         self._checkpoints = Checkpoints(args.output_dir, args.save_total_limit, self.accelerator.process_index)
         self._parallel = ParallelExperts(args.output_dir, model, args, self._made_with())
         self._donor = None if args.experts_from is None else Donor(args.experts_from, model)
@@ -122,21 +122,21 @@ class ContinualTrainer:
             self._flush(self._outbox)
 
     def learn_stream(self, stream: TaskStream | BorderlessStream) -> StreamReport:
-        """Learns the tasks of a stream in order; evaluates, saves and pushes after each. Goes on where the model is.
+        """Learns the tasks of a stream in order; evaluates, saves and pushes the model after each.
 
         Args:
-            stream ([`TaskStream`] or [`BorderlessStream`]): The tasks. Those that the model has learnt already are
-                tested again, not learnt; those that it has unlearnt are left out.
+            stream ([`TaskStream`] or [`BorderlessStream`]): The tasks. Learnt ones are only evaluated, removed
+                ones skipped.
 
         Returns:
-            [`StreamReport`]: Of all tasks of the model.
+            [`StreamReport`]: Metrics of all tasks of the model.
 
         Raises:
             [`ConfigError`]: The model has learnt a task of this name with other classes, `output_dir` holds another
                 model, or another run is writing into it.
-            [`TrainingError`]: The loss is not finite, or another process is gone; the model is as it was after the
-                task before.
-            [`TrainingStopped`]: The process got SIGTERM or SIGINT, and all that is needed to go on is saved.
+            [`TrainingError`]: The loss is not finite, or another process died; the model is rolled back to the
+                previous task.
+            [`TrainingStopped`]: The process received SIGTERM or SIGINT; a checkpoint to resume from is saved.
         """
         if not isinstance(stream, TaskStream) and self.args.task_parallel:
             raise ConfigError(
@@ -166,22 +166,22 @@ class ContinualTrainer:
         """Learns one task, evaluates on all tasks whose test images this trainer has seen, saves and pushes the model.
 
         Args:
-            task ([`Task`]): It may be one that nobody knew of when the model was made.
+            task ([`Task`]): The task; see [`load_task`].
 
         Returns:
-            [`StreamReport`]: Of all tasks of the model.
+            [`StreamReport`]: Metrics of all tasks of the model.
 
         Raises:
             [`ConfigError`]: `output_dir` holds another model, or another run is writing into it.
-            [`ExpertError`]: Another thread is teaching the model.
-            [`TrainingError`]: The loss is not finite, or another process is gone; the model is as it was.
+            [`ExpertError`]: Another thread is training the model.
+            [`TrainingError`]: The loss is not finite, or another process died; the model is rolled back.
         """
         with self._exclusively(), explaining_lost_processes(self.accelerator):
             return self._learn(task)
 
     @contextmanager
     def _exclusively(self) -> Iterator[None]:
-        """Locks the output folder against other runs, and clears checkpoints that are not of this one."""
+        """Locks the output folder and the model, and deletes the checkpoints of other runs."""
         main = self.accelerator.is_main_process
         with locked(self.args.output_dir) if main else nullcontext():
             if main:
@@ -200,7 +200,8 @@ class ContinualTrainer:
         with self._all_or_nothing():
             self.callbacks("on_task_begin", self.model, task)
             with timed(seconds, "images"):
-                train = self._training_images(task.train)
+                with self.accelerator.main_process_first():
+                    train = self._open(task.train)
                 test = None if task.test is None else self._images(task.test)
             with timed(seconds, "forward_transfer"):
                 before = self._evaluate_before(task, test)
@@ -209,7 +210,7 @@ class ContinualTrainer:
             model.start_task(task.name, task.classes, task.domain, args.seed)
             trained_on, trained = describe(task, owner, train), model.method.costs()
             self._train(task, train, seconds, trained_on)
-            with model.bank.lock.writing():  # no other thread sees, or saves, a task that the report does not know
+            with model.bank.lock.writing():  # no other thread sees or saves a task before it is in the report
                 with timed(seconds, "router"), waiting(f"Finishing {task.name}", self._shows):
                     model.finish_task(self._features_of(task, train, f"Querying {task.name}"), len(train))
                     same_everywhere(model.method, self.accelerator)
@@ -239,7 +240,7 @@ class ContinualTrainer:
 
     @contextmanager
     def _all_or_nothing(self) -> Iterator[None]:
-        """Rolls back the model, its report and the evaluator if a task fails before it can be saved."""
+        """Context manager: rolls back model, report and evaluator if a task fails before it is saved."""
         known, report = len(self.model.config.tasks), deepcopy(vars(self.report))
         forwards = self.evaluator.forwards()
         try:
@@ -254,7 +255,7 @@ class ContinualTrainer:
             raise
 
     def _register(self, task: Task, position: int) -> None:
-        """Registers the test images of a task that was learnt before for the evaluations to come."""
+        """Registers a learnt task for evaluation."""
         known = self.model.config.tasks[position]
         if (list(task.classes), task.domain) != (known.classes, known.domain):
             raise ConfigError(
@@ -268,7 +269,7 @@ class ContinualTrainer:
             self.evaluator.add(task.name, test, position if same and position in self._measured else None)
 
     def _train_in_parallel(self, stream: TaskStream) -> None:
-        """Trains the experts of all tasks to come, sharded over processes, for the model to take over in order."""
+        """Trains the experts of all remaining tasks, sharded over processes; the model copies them in order later."""
         check_independent(self.model.method, stream, self.accelerator.mixed_precision)
         local, rank, args = LocalAccelerator(self.accelerator), self.accelerator.process_index, self.args
         checkpoints = Checkpoints(self._parallel.folder / f".rank-{rank}", args.save_total_limit)
@@ -289,13 +290,9 @@ class ContinualTrainer:
         self.accelerator.wait_for_everyone()
 
     def _images(self, split: Split) -> TaskImages:
-        """Resized images of a split; the main process writes the Arrow file, the others find it."""
+        """Resized images of a split; the main process writes the Arrow file for all."""
         with self.accelerator.main_process_first():
             return cache_images(split, self.model.backbone.transform, self.args.max_bad_images)
-
-    def _training_images(self, split: Split) -> TaskImages | StreamedImages:
-        with self.accelerator.main_process_first():
-            return self._open(split)
 
     def _open(self, split: Split) -> TaskImages | StreamedImages:
         args = self.args
@@ -304,7 +301,7 @@ class ContinualTrainer:
     def _train(
         self, task: Task, images: TaskImages | StreamedImages, seconds: dict[str, float], trained_on: dict
     ) -> None:
-        """Trains what the method has begun, or takes it over from where it was trained before."""
+        """Trains the current task, or copies what `task_parallel` or `experts_from` provides."""
         method, queries = self.model.method, None
         taken = self._parallel.give(seconds, trained_on) or (self._donor is not None and self._donor.give(seconds))
         if taken or not method.trains:
@@ -316,7 +313,7 @@ class ContinualTrainer:
             self._run_steps(task, images, queries, self.accelerator, self._checkpoints, trained_on)
 
     def _features_of(self, task: Task, images: TaskImages | StreamedImages, desc: str) -> FeaturesOf:
-        """What a method learns from: features of all training images, or of a sample where they are streamed."""
+        """Extracts features of all training images, or of a sample if they are streamed, for [`Method.end`]."""
         stored = images.sample if isinstance(images, StreamedImages) else images
         labels = self._numbers(task)[torch.from_numpy(stored.labels)]
 
@@ -326,7 +323,7 @@ class ContinualTrainer:
         return features_of
 
     def _numbers(self, task: Task) -> torch.Tensor:
-        """Number in the model of each of a task's classes."""
+        """Class indices in the model of a task's classes."""
         classes = self.model.method.classes
         return torch.tensor([classes.index(label) for label in task.classes])
 
@@ -339,9 +336,9 @@ class ContinualTrainer:
         checkpoints: Checkpoints,
         trained_on: dict,
     ) -> None:
-        """Makes the optimizer steps of a task; query features are computed in every step if not given."""
+        """Runs the optimizer steps of a task; query features are computed in every step unless given."""
         if len(task.classes) == 1:
-            return  # nothing to be told from: the loss is zero, whatever the weights are
+            return  # with a single class, the loss is always zero
         args, method, transform = self.args, self.model.method, self.model.backbone.transform
         made_with = {**self._made_with(), **trained_on, "model": self._state()}
         loop = StepLoop(method, images, accelerator, args, checkpoints, made_with, self._step)
@@ -376,17 +373,17 @@ class ContinualTrainer:
         self.callbacks("on_log", self.model, values, self._step)
 
     def _made_with(self) -> dict:
-        """What a checkpoint inside a task depends on besides the arguments."""
+        """What must be equal to resume from a checkpoint, besides the arguments."""
         backbone, method = self.model.config.backbone, self.model.method
         return {"method": method.fingerprint(), "backbone": [backbone.weight_hash, backbone.image_size]}
 
     def _state(self) -> str:
-        """What the model was when it was last saved or loaded: a task that shares what it trains begins there."""
+        """Hash of the model as last saved or loaded, from which the training of the current task starts."""
         files = {path: digest for path, digest in self.model.config.files.items() if path != PROCESSOR_NAME}
         return hashlib.sha256(json.dumps(sorted(files.items())).encode()).hexdigest()
 
     def _evaluate_before(self, task: Task, test: TaskImages | None) -> float | None:
-        """`A[i-1, i]`, for forward transfer, where the model knows the task's classes already."""
+        """`A[i-1, i]`, for forward transfer, if the model already knows the task's classes."""
         known = set(task.classes) <= set(self.model.config.classes)
         if not self.args.forward_transfer or test is None or not known:
             return None
@@ -394,18 +391,17 @@ class ContinualTrainer:
         return self.evaluator.evaluate(task.name, task.classes, owner=None).accuracy
 
     def _evaluate(self, before: float | None) -> None:
-        """Fills the last row of the accuracy matrix."""
+        """Evaluates on all tasks with test images, and updates the report."""
         results = {
             position: self.evaluator.evaluate(task.name, task.classes, position)
             for position, task in sorted(self._tests.items())
         }
-        with self.model.bank.lock.writing():  # no other thread saves half of it
-            self._note(results, before)
+        with self.model.bank.lock.writing():  # no other thread saves a partial row
+            self._report(results, before)
         self._log({f"eval/{name}": value for name, value in self.report.summary().items()})
         self.callbacks("on_evaluate", self.model)
 
-    def _note(self, results: dict[int, TaskEvaluation], before: float | None) -> None:
-        """Puts what was measured into the report."""
+    def _report(self, results: dict[int, TaskEvaluation], before: float | None) -> None:
         report, method, count = self.report, self.model.method, len(self.model.config.tasks)
         if before is not None and count > 1:
             report.accuracy_matrix[-2][-1] = before
@@ -437,7 +433,7 @@ class ContinualTrainer:
         self.accelerator.wait_for_everyone()
 
     def _open_outbox(self) -> Outbox:
-        """Checks before any work is done that the model can be pushed, and pushes what a killed run could not."""
+        """Opens the outbox, after checking that the model can be pushed."""
         args = self.args
         assert args.push_repo is not None
         target = PushTarget(args.push_repo, args.hub_token, args.hub_private_repo, args.hub_revision)
