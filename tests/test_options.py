@@ -307,3 +307,11 @@ def test_what_a_command_line_said_is_no_other_error():
         s_lora(k=0)
     with pytest.raises(OptionError, match="x.yaml cannot be read"):
         read_yaml("x.yaml")
+
+
+def test_zero_is_a_seed_like_any_other():
+    orders = [
+        [task.classes for task in StreamArguments(benchmark="digits", class_order_seed=seed).load()]
+        for seed in (None, 0)
+    ]
+    assert orders[0] != orders[1]

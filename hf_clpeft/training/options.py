@@ -67,7 +67,7 @@ class StreamArguments:
         options: dict[str, Any] = {
             names.get(name, name): value
             for name, value in vars(self).items()
-            if name not in ("benchmark", "dataset", "scenario", "joined") and value not in (None, False)
+            if name not in ("benchmark", "dataset", "scenario", "joined") and value is not None and value is not False
         }
         if self.benchmark is not None:
             stream = load_benchmark(self.benchmark, dataset=self.dataset, **options)
