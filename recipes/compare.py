@@ -8,7 +8,7 @@ those of the method among them; options that hold for all runs stand under `opti
 benchmark under `methods` of the benchmark. `method` names the method where the entry has a name of its own,
 `experts_from` another entry whose experts are taken over, not trained again. `imports` lists Python files to run
 first, which define methods that are not in the package; `base` other files, on top of which this one stands. A seed
-decides the order of classes, the draw of weights and that of batches.
+decides the order of classes (0 keeps the data set's own), the draw of weights and that of batches.
 
 Results go into the CSV run by run. What stands there already is not run again, and a run that was killed goes on after
 its last task, so the same command finishes the table.
@@ -185,7 +185,7 @@ def plan(args: CompareArguments, config: dict) -> list[Run]:
                     "benchmark": benchmark,
                     "seed": seed,
                 }
-                if BENCHMARKS[benchmark].scenario == "class":
+                if BENCHMARKS[benchmark].scenario == "class" and seed:
                     options.setdefault("class_order_seed", seed)
                 if args.backbone is not None:
                     options["backbone"] = args.backbone
