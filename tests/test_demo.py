@@ -541,7 +541,7 @@ def test_a_strangers_method_is_shown_without_what_it_has_not(nearest_mean, tmp_p
     assert verdict.endswith("<p></p>") and not bars["data"] and points is None
     assert not any("Distance" in text or "plane" in text for text in texts)
     assert any("trains the same parameters on every task" in text for text in texts)
-    assert "with nearest_mean: no expert" in views.introduction(model, "here")
+    assert "with nearest_mean: a method of its author" in views.introduction(model, "here")
 
 
 def test_a_model_whose_pictures_go_to_no_expert_is_shown_with_its_classes(tmp_path):
