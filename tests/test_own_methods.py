@@ -17,6 +17,7 @@ from typer.testing import CliRunner
 from hf_clpeft import (
     METHODS,
     ConfigError,
+    ContinualConfig,
     ContinualModel,
     ContinualTrainer,
     ExpertError,
@@ -28,6 +29,7 @@ from hf_clpeft import (
 from hf_clpeft.cli import app
 from hf_clpeft.config.method import OPTIONS
 from hf_clpeft.hub.push import PushTarget, push_folder
+from hf_clpeft.reports.card import make_card
 from hf_clpeft.streams.images import open_image
 
 
@@ -323,3 +325,23 @@ def test_a_model_whose_method_is_not_at_hand_is_shown_and_pushed_but_not_loaded(
     pulled = ContinualModel.from_pretrained("alice/layers", token="hf_alice")
     assert torch.equal(logits(pulled), logits(ContinualModel.from_pretrained(saved)))
     assert "layers" in hub.repo("alice/layers").files()["README.md"].decode()
+
+
+def test_a_method_that_implements_the_least_says_what_it_cannot_do_and_has_a_card(backbone, monkeypatch):
+    for registry in (METHODS, OPTIONS):
+        monkeypatch.setitem(registry, "least", None)  # which takes it out again at the end
+
+    class Least(Method, name="least"):
+        independent = True
+
+        @dataclass
+        class Config(MethodOptions):
+            peft: str = "a name of its own"
+
+    config = ContinualConfig(Least.Config(), backbone.config)
+    assert "| options | peft = a name of its own |" in str(make_card(config))
+    method = METHODS["least"](backbone, config)
+    with pytest.raises(ConfigError, match="least does not implement `remove`, so no task can be unlearnt"):
+        method.remove(0, {})
+    with pytest.raises(ConfigError, match="which does not implement `alike` and `merge`"):
+        method.alike()

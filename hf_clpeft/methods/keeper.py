@@ -129,6 +129,8 @@ class Keeper(KeepsPrecision):
         Raises:
             [`ConfigError`]: The task cannot be removed exactly.
         """
+        if self.independent:
+            raise ConfigError(f"{self.name} does not implement `remove`, so no task can be unlearnt.")
         raise ConfigError(f"All tasks trained the same parameters in {self.name}; none can be removed exactly.")
 
     def alike(self) -> dict[str, Any]:
@@ -138,7 +140,8 @@ class Keeper(KeepsPrecision):
             [`ConfigError`]: The method cannot be combined. The message continues a sentence that starts with the
                 model's name.
         """
-        raise ConfigError(f"is of the method {self.name}, whose experts belong to no task")
+        why = "which does not implement `alike` and `merge`" if self.independent else "whose experts belong to no task"
+        raise ConfigError(f"is of the method {self.name}, {why}")
 
     def merged_options(self, others: "list[Keeper]") -> MethodOptions:
         """Options of the combination with other methods whose [`~Method.alike`] is equal."""
@@ -152,7 +155,7 @@ class Keeper(KeepsPrecision):
             number_of (`list[int]`): Maps its class indices to those of this model.
             names (`list[str]`): New names of its tasks.
         """
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} implements `alike`, so it must implement `merge`.")
 
     def state(self) -> dict[str, torch.Tensor]:
         """State dict without experts, router and head: the content of `method.safetensors`."""

@@ -45,7 +45,8 @@ def make_card(
     method = METHODS.get(options.name, Method)  # a model can be pushed without importing its method
     facts = describe(options)
     stream = printable(report.stream) if report is not None else "unknown"
-    technique = getattr(options, "peft", {}).get("peft_type")
+    peft = getattr(options, "peft", None)  # what it is in a method of somebody else, nobody knows
+    technique = peft.get("peft_type") if isinstance(peft, dict) else None
     # A local path is useless to readers.
     backbone_id = config.backbone.name_or_path if REPO_ID.fullmatch(config.backbone.name_or_path) else None
     on_the_hub = REPO_ID.fullmatch(repo_id) is not None
