@@ -179,8 +179,8 @@ class ContinualModel(torch.nn.Module):
     def start_task(self, name: str, classes: Sequence[str], domain: str | None = None, seed: int = 0) -> None:
         """Starts a new task, to be trained and then completed by [`~ContinualModel.finish_task`].
 
-        In between, `model.method.parameter_groups(args)` are the parameters to train, and `model.method.loss(batch)`
-        is the loss.
+        In between, `model.method.prepare(features_of)` comes first; then `model.method.parameter_groups(args)` are the
+        parameters to train, and `model.method.loss(batch)` is the loss.
 
         Args:
             name (`str`): Name of the task.

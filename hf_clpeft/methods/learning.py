@@ -10,7 +10,10 @@ Features = Callable[[torch.Tensor], torch.Tensor]
 
 
 class FeaturesOf(Protocol):
-    """Argument of [`~Method.end`]: extracts features of all training images, sharded over the processes."""
+    """Argument of [`~Method.prepare`] and [`~Method.end`]: extracts features of all training images.
+
+    The images are sharded over the processes, and not augmented.
+    """
 
     def __call__(self, features: Features, /) -> tuple[torch.Tensor, torch.Tensor]:
         """Applies a function to all training images of the task.

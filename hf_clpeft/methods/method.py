@@ -31,8 +31,9 @@ class Method(Keeper):
     **Predicting**: [`~Method.query`] → [`~Method.route`] → [`~Method.read`] → [`~Method.classify`]; called in this
     order by [`~Method.forward`].
 
-    **Learning**: [`~Method.begin`] creates the trainable parameters of a task, [`~Method.loss`] computes the loss of a
-    batch, [`~Method.end`] freezes the result and fits closed-form parts to the features of all training images.
+    **Learning**: [`~Method.begin`] creates the trainable parameters of a task, [`~Method.prepare`] may fit them
+    to its training images, [`~Method.loss`] computes the loss of a batch, [`~Method.end`] freezes the result and fits
+    closed-form parts to the features of all training images.
 
     **Saving**: `bank`, `router` and `heads` have their own files. All other parameters and buffers are saved in
     `method.safetensors`, except those whose name starts with an underscore.
@@ -268,6 +269,17 @@ class Method(Keeper):
 
         Saved tensors are frozen between tasks. To train them further, call `requires_grad_()` on them here; other
         threads then cannot predict until the task ends.
+        """
+
+    def prepare(self, features_of: FeaturesOf) -> None:
+        """Fits values to the task's images before the first optimizer step. Default: does nothing.
+
+        It may set the parameters that [`~Method.begin`] has created, but not add any. It is not called if the method
+        trains nothing, or if its parameters are copied from another model. When a run is resumed inside a task, it is
+        called again, so it must be deterministic.
+
+        Args:
+            features_of (callable): See [`FeaturesOf`]. It is a collective operation: call it on every process.
         """
 
     def parameter_groups(self, args: Any) -> list[dict[str, Any]]:

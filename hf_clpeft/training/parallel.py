@@ -96,7 +96,7 @@ def check_independent(method: Method, stream: TaskStream, mixed_precision: str) 
 
 
 class LocalAccelerator:
-    """The interface of `accelerate.Accelerator` that [`StepLoop`] needs, without communication between processes.
+    """What [`StepLoop`] and [`extract`] need of `accelerate.Accelerator`, without communication between processes.
 
     Args:
         accelerator (`accelerate.Accelerator`): Provides the device and the precision.
@@ -106,6 +106,7 @@ class LocalAccelerator:
 
     def __init__(self, accelerator: Accelerator):
         self.device, self.autocast = accelerator.device, accelerator.autocast
+        self.is_main_process = accelerator.is_main_process
         self.gradient_accumulation_steps = accelerator.gradient_accumulation_steps
         self.sync_gradients, self.last_batch = True, False
         self._batches = 0
@@ -133,6 +134,10 @@ class LocalAccelerator:
     def clip_grad_norm_(self, parameters: Iterable[torch.Tensor], norm: float) -> None:
         """Clips gradients."""
         torch.nn.utils.clip_grad_norm_(parameters, norm)
+
+    def gather(self, tensors: Any) -> Any:
+        """Returns them unchanged."""
+        return tensors
 
     def wait_for_everyone(self) -> None:
         """Does nothing."""

@@ -284,6 +284,7 @@ class ContinualTrainer:
             set_seed(args.seed + position)
             self.model.start_task(task.name, task.classes, task.domain, args.seed)
             with timed(seconds, "train"):
+                self._prepare(task, images, local)
                 self._run_steps(task, images, None, local, checkpoints, trained_on)
             self._parallel.put(seconds["train"], trained_on)
         self.model.method.abandon()
@@ -310,15 +311,29 @@ class ContinualTrainer:
             with timed(seconds, "queries"):
                 queries = self._features_of(task, images, f"Querying {task.name}")(method.query)[0]
         with timed(seconds, "train"):
+            self._prepare(task, images, self.accelerator)
             self._run_steps(task, images, queries, self.accelerator, self._checkpoints, trained_on)
 
-    def _features_of(self, task: Task, images: TaskImages | StreamedImages, desc: str) -> FeaturesOf:
-        """Extracts features of all training images, or of a sample if they are streamed, for [`Method.end`]."""
+    def _prepare(
+        self, task: Task, images: TaskImages | StreamedImages, accelerator: Accelerator | LocalAccelerator
+    ) -> None:
+        self.model.method.eval()
+        self.model.method.prepare(self._features_of(task, images, f"Preparing {task.name}", accelerator))
+
+    def _features_of(
+        self,
+        task: Task,
+        images: TaskImages | StreamedImages,
+        desc: str,
+        accelerator: Accelerator | LocalAccelerator | None = None,
+    ) -> FeaturesOf:
+        """Extracts features of all training images, or of a sample if they are streamed, for a [`Method`]."""
+        accelerator = accelerator or self.accelerator
         stored = images.sample if isinstance(images, StreamedImages) else images
         labels = self._numbers(task)[torch.from_numpy(stored.labels)]
 
         def features_of(features: Features) -> tuple[torch.Tensor, torch.Tensor]:
-            return extract_all(stored, features, self.model, self.accelerator, self.args, desc), labels
+            return extract_all(stored, features, self.model, accelerator, self.args, desc), labels
 
         return features_of
 
