@@ -6,9 +6,10 @@
 The file names `seeds`, `benchmarks` and `methods`. An entry holds options of the recipes (see `s_lora.py --help`),
 those of the method among them; options that hold for all runs stand under `options`, those of one method on one
 benchmark under `methods` of the benchmark. `method` names the method where the entry has a name of its own,
-`experts_from` another entry whose experts are taken over, not trained again. `imports` lists Python files to run
-first, which define methods that are not in the package; `base` other files, on top of which this one stands. A seed
-decides the order of classes (0 keeps the data set's own), the draw of weights and that of batches.
+`experts_from` another entry whose experts are taken over, not trained again, `tuned_as` another method whose learning
+rates hold where the method has none of its own. `imports` lists Python files to run first, which define methods that
+are not in the package; `base` other files, on top of which this one stands. A seed decides the order of classes (0
+keeps the data set's own), the draw of weights and that of batches.
 
 Results go into the CSV run by run. What stands there already is not run again, and a run that was killed goes on after
 its last task, so the same command finishes the table.
@@ -39,6 +40,7 @@ from hf_clpeft.training.recipe import command_line, learn
 
 
 GROUPS = (StreamArguments, BackboneArguments, ContinualTrainingArguments)
+RATES = ("learning_rate", "head_learning_rate")
 COMMON = {f.name for group in GROUPS for f in fields(group)}
 
 
@@ -52,7 +54,7 @@ class CompareArguments:
         default=None, metadata={"help": "CSV file; table and plots go beside it. Default: <output_dir>/results.csv."}
     )
     data_root: str | None = field(
-        default=None, metadata={"help": "Folder with copies of data sets, in folders named after the benchmarks."}
+        default=None, metadata={"help": "Folder of copies of data sets, named after the benchmarks or their Hub ids."}
     )
     backbone: str | None = field(default=None, metadata={"help": "Where the backbone is, if not where the file says."})
     methods: list[str] | None = field(default=None, metadata={"help": "Only these methods of the file."})
@@ -163,34 +165,21 @@ def plan(args: CompareArguments, config: dict) -> list[Run]:
             if name not in config[kind]:
                 raise OptionError(f"--{kind}: {args.config} has no {name!r}{nearest(name, config[kind])}")
     for seed in args.seeds or config.get("seeds", [0]):
-        for benchmark, of_benchmark in config["benchmarks"].items():
+        for benchmark in config["benchmarks"]:
             if benchmark not in BENCHMARKS:
                 near = nearest(str(benchmark), BENCHMARKS)
                 raise OptionError(f"There is no benchmark {benchmark!r}{near} There are {', '.join(BENCHMARKS)}.")
-            of_benchmark = dict(of_benchmark or {})
-            of_both = of_benchmark.pop("methods", {})
-            for method, of_method in config["methods"].items():
+            for method in config["methods"]:
                 chosen = args.methods is None or method in args.methods
                 if not chosen or (args.benchmarks is not None and benchmark not in args.benchmarks):
                     continue
-                kind = (of_method or {}).get("method", method)
-                # What is meant for all methods is given to those that have it.
-                accepted = COMMON | {f.name for f in fields(options_of(kind))}
-                common = {**BENCHMARKS[benchmark].options_for(kind), **config.get("options", {}), **of_benchmark}
-                options = {
-                    **{name: value for name, value in common.items() if name in accepted},
-                    "method": kind,
-                    **(of_method or {}),
-                    **of_both.get(method, of_both.get(kind, {})),
-                    "benchmark": benchmark,
-                    "seed": seed,
-                }
+                options = {**chosen_options(config, benchmark, method), "benchmark": benchmark, "seed": seed}
                 if BENCHMARKS[benchmark].scenario == "class" and seed:
                     options.setdefault("class_order_seed", seed)
                 if args.backbone is not None:
                     options["backbone"] = args.backbone
                 if args.data_root is not None:
-                    options["dataset"] = str(Path(args.data_root, benchmark))
+                    options["dataset"] = str(copy_of(benchmark, args.data_root))
                 place = folder / "runs" / benchmark / str(seed)
                 needs = options.pop("experts_from", None)
                 if needs is not None:
@@ -202,6 +191,36 @@ def plan(args: CompareArguments, config: dict) -> list[Run]:
             for group, options in zip(GROUPS, split_options(run)[0], strict=True):
                 group(**options)
     return runs
+
+
+def chosen_options(config: dict, benchmark: str, method: str) -> dict:
+    """What a file, and the benchmark itself, choose for a method on a benchmark."""
+    of_benchmark, of_method = dict(config["benchmarks"][benchmark] or {}), dict(config["methods"][method] or {})
+    of_both, twin = of_benchmark.pop("methods", {}), of_method.pop("tuned_as", None)
+    kind = of_method.get("method", method)
+    names = [method, kind]
+    if twin is not None:
+        options_of(twin)  # there is a method of that name
+        names.append(twin)
+    # What is meant for all methods is given to those that have it.
+    accepted = COMMON | {f.name for f in fields(options_of(kind))}
+    suited = next((name for name in names if name in BENCHMARKS[benchmark].tuned), None)
+    common = {**BENCHMARKS[benchmark].options_for(suited), **config.get("options", {}), **of_benchmark}
+    of_twin = config["methods"].get(twin) or {}
+    return {
+        **{name: value for name, value in common.items() if name in accepted},
+        **{name: value for name, value in of_twin.items() if name in RATES},
+        "method": kind,
+        **of_method,
+        **next((of_both[name] for name in names if name in of_both), {}),
+    }
+
+
+def copy_of(benchmark: str, data_root: str) -> Path:
+    """Folder of a benchmark's data set: named after the benchmark, or as its repo on the Hub."""
+    folder, dataset = Path(data_root, benchmark), BENCHMARKS[benchmark].dataset
+    named = Path(data_root, dataset.rpartition("/")[2]) if isinstance(dataset, str) else folder
+    return named if named.is_dir() and not folder.is_dir() else folder
 
 
 def slug(name: str) -> str:

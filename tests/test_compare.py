@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from compare import CompareArguments, chains_of, check_same, make_table, plan, read_config, read_yaml, run_all
+from compare import CompareArguments, chains_of, check_same, copy_of, make_table, plan, read_config, read_yaml, run_all
 from sweep import draw, line_of, points_of, read_sweep
 
 from hf_clpeft import ConfigError
@@ -124,6 +124,46 @@ def test_every_file_of_the_repo_can_be_planned(path):
             Path(folder).mkdir(parents=True)
             Path(folder, "config.json").touch()
     assert chains_of(runs, {})
+
+
+TUNED = """
+benchmarks:
+  digits: {}
+  split_tiny_imagenet: {methods: {s_lora: {learning_rate: 0.5}, sequential_lora: {learning_rate: 0.25}}}
+methods:
+  s_lora: {head_learning_rate: 0.125}
+  s_lora_pp: {tuned_as: s_lora}
+  sequential_lora: {tuned_as: s_lora}
+  "S-LoRA, twice": {method: s_lora, k: 2}
+"""
+
+
+def test_rates_are_those_of_another_method_until_a_method_has_its_own(tmp_path):
+    (tmp_path / "tuned.yaml").write_text(TUNED)
+    args = CompareArguments(str(tmp_path / "tuned.yaml"))
+    runs = {(run.benchmark, run.method): run.options for run in plan(args, read_config(args.config))}
+    rates = {key: (options.get("learning_rate"), options.get("head_learning_rate")) for key, options in runs.items()}
+    assert rates == {
+        ("digits", "s_lora"): (0.01, 0.125),
+        ("digits", "s_lora_pp"): (0.005, 0.125),  # its own on the digits
+        ("digits", "sequential_lora"): (0.01, 0.125),
+        ("digits", "S-LoRA, twice"): (0.01, 0.002),
+        ("split_tiny_imagenet", "s_lora"): (0.5, 0.125),
+        ("split_tiny_imagenet", "s_lora_pp"): (0.5, 0.125),
+        ("split_tiny_imagenet", "sequential_lora"): (0.25, 0.125),
+        ("split_tiny_imagenet", "S-LoRA, twice"): (0.5, None),
+    }
+    args.config = str(tmp_path / "wrong.yaml")
+    Path(args.config).write_text(TUNED.replace("tuned_as: s_lora", "tuned_as: s_loar"))
+    with pytest.raises(ConfigError, match="no method 's_loar'; did you mean s_lora"):
+        plan(args, read_config(args.config))
+
+
+def test_a_copy_of_a_data_set_has_the_name_of_the_benchmark_or_of_its_repo(tmp_path):
+    assert copy_of("split_tiny_imagenet", str(tmp_path)) == tmp_path / "split_tiny_imagenet"
+    for name in ("tiny-imagenet", "split_tiny_imagenet"):
+        (tmp_path / name).mkdir()
+        assert copy_of("split_tiny_imagenet", str(tmp_path)) == tmp_path / name
 
 
 SWEEP = """

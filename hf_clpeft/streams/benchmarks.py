@@ -87,12 +87,11 @@ BENCHMARKS: dict[str, Benchmark] = {
     "split_tiny_imagenet": Benchmark(
         scenario="class",
         dataset="zh-plus/tiny-imagenet",
-        protocol="10 tasks of 20 classes in an order shuffled with seed 1993; tested on the split `valid`, as the "
-        "test labels were never published (arXiv 2406.03216, section 4).",
+        protocol="10 tasks of 20 classes in an order shuffled with seed 1993; tested on the copy's split `valid`, as "
+        "the test labels were never published (arXiv 2406.03216, section 4).",
         stream={
             "num_tasks": 10,
             "seed": 1993,
-            "test_split": "valid",
             "revision": "b427d143d5e9bf39d5132c552063f3c5ba3facd6",
         },
     ),
