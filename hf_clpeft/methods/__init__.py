@@ -2,6 +2,7 @@
 
 from .closed_form import AnyRouter, FirstExpert, LinearProbe, Ncm, RanPac, RanPacFirst, Slda
 from .heads import Heads
+from .layup import LayUp, LayUpFirst
 from .learning import Batch, FeaturesOf
 from .method import METHODS, Method, make_method
 from .output import ContinualOutput
@@ -19,6 +20,7 @@ s_lora_mix = SLoraMix.Config
 l2l, l2p = L2l.Config, L2p.Config
 sequential_lora = SequentialLora.Config
 ncm, slda, ranpac, ranpac_first = Ncm.Config, Slda.Config, RanPac.Config, RanPacFirst.Config
+layup, layup_first = LayUp.Config, LayUpFirst.Config
 linear_probe = LinearProbe.Config
 
 __all__ = [
@@ -30,6 +32,8 @@ __all__ = [
     "Heads",
     "L2l",
     "L2p",
+    "LayUp",
+    "LayUpFirst",
     "LinearProbe",
     "METHODS",
     "Method",
@@ -51,6 +55,8 @@ __all__ = [
     "make_method",
     "l2l",
     "l2p",
+    "layup",
+    "layup_first",
     "linear_probe",
     "ncm",
     "ranpac",

@@ -5,7 +5,7 @@ from .gaussian import GaussianRouter
 from .keys import KeyRouter
 from .prototypes import PrototypeRouter
 from .registry import ROUTERS, find_router, router_title
-from .ridge import RidgeRouter
+from .ridge import LinearRidgeRouter, RidgeRouter
 from .routing import Router, Routing
 
 
@@ -15,6 +15,7 @@ __all__ = [
     "ClassRouter",
     "GaussianRouter",
     "KeyRouter",
+    "LinearRidgeRouter",
     "PrototypeRouter",
     "RidgeRouter",
     "Router",

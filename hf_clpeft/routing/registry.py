@@ -4,7 +4,7 @@ from ..config.errors import ConfigError
 from .classes import ClassMeanRouter, ClassRouter
 from .gaussian import GaussianRouter
 from .prototypes import PrototypeRouter
-from .ridge import RidgeRouter
+from .ridge import LinearRidgeRouter, RidgeRouter
 from .routing import Router
 
 
@@ -13,6 +13,7 @@ ROUTERS: dict[str, type[PrototypeRouter | ClassRouter]] = {
     "gaussian": GaussianRouter,
     "class_means": ClassMeanRouter,
     "ridge": RidgeRouter,
+    "linear_ridge": LinearRidgeRouter,
 }
 """Routers by name. Add a subclass of [`ClassRouter`] or [`PrototypeRouter`] to register it."""
 
