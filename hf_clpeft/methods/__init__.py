@@ -4,6 +4,7 @@ from .closed_form import AnyRouter, FirstExpert, LinearProbe, Ncm, RanPac, RanPa
 from .heads import Heads
 from .layup import LayUp, LayUpFirst
 from .learning import Batch, FeaturesOf
+from .loranpac import LoRanPac, LoRanPacFirst
 from .method import METHODS, Method, make_method
 from .output import ContinualOutput
 from .pool import L2l, L2p, Pool
@@ -21,6 +22,7 @@ l2l, l2p = L2l.Config, L2p.Config
 sequential_lora = SequentialLora.Config
 ncm, slda, ranpac, ranpac_first = Ncm.Config, Slda.Config, RanPac.Config, RanPacFirst.Config
 layup, layup_first = LayUp.Config, LayUpFirst.Config
+loranpac, loranpac_first = LoRanPac.Config, LoRanPacFirst.Config
 linear_probe = LinearProbe.Config
 
 __all__ = [
@@ -35,6 +37,8 @@ __all__ = [
     "LayUp",
     "LayUpFirst",
     "LinearProbe",
+    "LoRanPac",
+    "LoRanPacFirst",
     "METHODS",
     "Method",
     "Ncm",
@@ -58,6 +62,8 @@ __all__ = [
     "layup",
     "layup_first",
     "linear_probe",
+    "loranpac",
+    "loranpac_first",
     "ncm",
     "ranpac",
     "ranpac_first",

@@ -3,6 +3,7 @@
 from .classes import ClassMeanRouter, ClassRouter
 from .gaussian import GaussianRouter
 from .keys import KeyRouter
+from .low_rank_ridge import LowRankRidgeRouter
 from .prototypes import PrototypeRouter
 from .registry import ROUTERS, find_router, router_title
 from .ridge import LinearRidgeRouter, RidgeRouter
@@ -16,6 +17,7 @@ __all__ = [
     "GaussianRouter",
     "KeyRouter",
     "LinearRidgeRouter",
+    "LowRankRidgeRouter",
     "PrototypeRouter",
     "RidgeRouter",
     "Router",

@@ -3,6 +3,7 @@
 from ..config.errors import ConfigError
 from .classes import ClassMeanRouter, ClassRouter
 from .gaussian import GaussianRouter
+from .low_rank_ridge import LowRankRidgeRouter
 from .prototypes import PrototypeRouter
 from .ridge import LinearRidgeRouter, RidgeRouter
 from .routing import Router
@@ -14,6 +15,7 @@ ROUTERS: dict[str, type[PrototypeRouter | ClassRouter]] = {
     "class_means": ClassMeanRouter,
     "ridge": RidgeRouter,
     "linear_ridge": LinearRidgeRouter,
+    "low_rank_ridge": LowRankRidgeRouter,
 }
 """Routers by name. Add a subclass of [`ClassRouter`] or [`PrototypeRouter`] to register it."""
 
