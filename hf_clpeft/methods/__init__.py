@@ -2,6 +2,7 @@
 
 from .closed_form import AnyRouter, FirstExpert, LinearProbe, Ncm, RanPac, RanPacFirst, Slda
 from .heads import Heads
+from .klda import Klda
 from .layup import LayUp, LayUpFirst
 from .learning import Batch, FeaturesOf
 from .loranpac import LoRanPac, LoRanPacFirst
@@ -21,6 +22,7 @@ s_lora_mix = SLoraMix.Config
 l2l, l2p = L2l.Config, L2p.Config
 sequential_lora = SequentialLora.Config
 ncm, slda, ranpac, ranpac_first = Ncm.Config, Slda.Config, RanPac.Config, RanPacFirst.Config
+klda = Klda.Config
 layup, layup_first = LayUp.Config, LayUpFirst.Config
 loranpac, loranpac_first = LoRanPac.Config, LoRanPacFirst.Config
 linear_probe = LinearProbe.Config
@@ -32,6 +34,7 @@ __all__ = [
     "FeaturesOf",
     "FirstExpert",
     "Heads",
+    "Klda",
     "L2l",
     "L2p",
     "LayUp",
@@ -57,6 +60,7 @@ __all__ = [
     "Single",
     "Slda",
     "make_method",
+    "klda",
     "l2l",
     "l2p",
     "layup",

@@ -3,6 +3,7 @@
 from .classes import ClassMeanRouter, ClassRouter
 from .gaussian import GaussianRouter
 from .keys import KeyRouter
+from .klda import KldaRouter
 from .low_rank_ridge import LowRankRidgeRouter
 from .prototypes import PrototypeRouter
 from .registry import ROUTERS, find_router, router_title
@@ -16,6 +17,7 @@ __all__ = [
     "ClassRouter",
     "GaussianRouter",
     "KeyRouter",
+    "KldaRouter",
     "LinearRidgeRouter",
     "LowRankRidgeRouter",
     "PrototypeRouter",

@@ -32,7 +32,7 @@ class ClassRouter(Router, ABC):
     >>> from hf_clpeft import ROUTERS, ClassRouter
 
     >>> [name for name, router in ROUTERS.items() if issubclass(router, ClassRouter)]
-    ['gaussian', 'class_means', 'ridge', 'linear_ridge', 'low_rank_ridge']
+    ['gaussian', 'class_means', 'ridge', 'linear_ridge', 'low_rank_ridge', 'klda']
 
     ```
     """

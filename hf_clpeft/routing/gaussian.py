@@ -51,9 +51,8 @@ class GaussianRouter(ClassRouter):
         self.register_buffer("_centres", square[:0].clone(), persistent=False)
 
     def scores(self, query: torch.Tensor) -> torch.Tensor:
-        query = torch.nn.functional.normalize(query.to(self._whitening), dim=-1) @ self._whitening
         # Without the matrix-product shortcut, which loses precision for large distances.
-        distances = torch.cdist(query, self._centres, compute_mode="donot_use_mm_for_euclid_dist")
+        distances = torch.cdist(self._whiten(query), self._centres, compute_mode="donot_use_mm_for_euclid_dist")
         return -(distances**2) / 2
 
     def class_scores(self, scores: torch.Tensor) -> torch.Tensor:
@@ -73,12 +72,23 @@ class GaussianRouter(ClassRouter):
     def shapes(self, entries: int) -> dict[str, tuple[int, ...]]:
         return {"scatter": (self.query_size, self.query_size)}
 
+    def check(self, tensors: dict[str, torch.Tensor], num_tasks: int, num_classes: int) -> None:
+        super().check(tensors, num_tasks, num_classes)
+        if (tensors["scatter"].diagonal() < 0).any():
+            raise ValueError("scatter has variances below 0.")
+
     def derive(self) -> None:
-        freedom = max(1, int(self.counts.sum()) - len(self.counts))
-        covariance = shrink(self.scatter.cpu().double() / freedom, freedom)
-        whitening = torch.linalg.inv(torch.linalg.cholesky(covariance)).T
+        whitening = torch.linalg.inv(self._factor()).T
         self._whitening = whitening.to(self.scatter)
         self._centres = (self.prototypes.cpu().double() @ whitening).to(self.scatter)
+
+    def _factor(self) -> torch.Tensor:
+        """Cholesky factor of the shrunk covariance, `float64`, on the CPU."""
+        freedom = max(1, int(self.counts.sum()) - len(self.counts))
+        return torch.linalg.cholesky(shrink(self.scatter.cpu().double() / freedom, freedom))
+
+    def _whiten(self, query: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.normalize(query.to(self._whitening), dim=-1) @ self._whitening
 
 
 def shrink(covariance: torch.Tensor, freedom: int) -> torch.Tensor:

@@ -3,6 +3,7 @@
 from ..config.errors import ConfigError
 from .classes import ClassMeanRouter, ClassRouter
 from .gaussian import GaussianRouter
+from .klda import KldaRouter
 from .low_rank_ridge import LowRankRidgeRouter
 from .prototypes import PrototypeRouter
 from .ridge import LinearRidgeRouter, RidgeRouter
@@ -16,6 +17,7 @@ ROUTERS: dict[str, type[PrototypeRouter | ClassRouter]] = {
     "ridge": RidgeRouter,
     "linear_ridge": LinearRidgeRouter,
     "low_rank_ridge": LowRankRidgeRouter,
+    "klda": KldaRouter,
 }
 """Routers by name. Add a subclass of [`ClassRouter`] or [`PrototypeRouter`] to register it."""
 
