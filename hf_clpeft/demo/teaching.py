@@ -121,6 +121,11 @@ def refusal(model: ContinualModel) -> str | None:
             f"{method.name} trains the same parameters on every task, which changes old predictions. Teach a model "
             "with an expert per task (s_lora, s_prompts) here, or train this one with a recipe."
         )
+    if not method.routes:
+        return (
+            f"The experts of all tasks read every picture in {method.name}, so a new one changes old predictions. "
+            "Teach a model in which one expert is chosen (s_lora, s_prompts) here, or train this one with a recipe."
+        )
     return None
 
 

@@ -1,6 +1,7 @@
 """Continual learning methods, one file per family; `METHODS` registers them by name."""
 
 from .closed_form import AnyRouter, FirstExpert, LinearProbe, Ncm, RanPac, RanPacFirst, Slda
+from .ease import Ease
 from .heads import Heads
 from .klda import Klda
 from .layup import LayUp, LayUpFirst
@@ -26,11 +27,13 @@ klda = Klda.Config
 layup, layup_first = LayUp.Config, LayUpFirst.Config
 loranpac, loranpac_first = LoRanPac.Config, LoRanPacFirst.Config
 linear_probe = LinearProbe.Config
+ease = Ease.Config
 
 __all__ = [
     "AnyRouter",
     "Batch",
     "ContinualOutput",
+    "Ease",
     "FeaturesOf",
     "FirstExpert",
     "Heads",
@@ -60,6 +63,7 @@ __all__ = [
     "Single",
     "Slda",
     "make_method",
+    "ease",
     "klda",
     "l2l",
     "l2p",
