@@ -1,5 +1,6 @@
 """Continual learning methods, one file per family; `METHODS` registers them by name."""
 
+from .aper import Aper
 from .closed_form import AnyRouter, FirstExpert, LinearProbe, Ncm, RanPac, RanPacFirst, Slda
 from .ease import Ease
 from .heads import Heads
@@ -27,10 +28,11 @@ klda = Klda.Config
 layup, layup_first = LayUp.Config, LayUpFirst.Config
 loranpac, loranpac_first = LoRanPac.Config, LoRanPacFirst.Config
 linear_probe = LinearProbe.Config
-ease = Ease.Config
+aper, ease = Aper.Config, Ease.Config
 
 __all__ = [
     "AnyRouter",
+    "Aper",
     "Batch",
     "ContinualOutput",
     "Ease",
@@ -63,6 +65,7 @@ __all__ = [
     "Single",
     "Slda",
     "make_method",
+    "aper",
     "ease",
     "klda",
     "l2l",

@@ -29,6 +29,7 @@ class Keeper(KeepsPrecision):
     reads: ClassVar[bool] = True
     routes: ClassVar[bool] = False
     fixed_query: ClassVar[bool] = True
+    query_passes: ClassVar[int] = 1
     trains_by_query: ClassVar[bool] = False
     takes_one_class: ClassVar[bool] = False
     experts: ClassVar[str] = ""

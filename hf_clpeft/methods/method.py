@@ -52,6 +52,7 @@ class Method(Keeper):
         routes (`bool`): Whether images are routed among several experts.
         reads (`bool`): Whether a routed image needs a second forward pass.
         fixed_query (`bool`): Whether query features no longer change after the first task.
+        query_passes (`int`): Forward passes per image that [`~Method.query`] costs.
         trains_by_query (`bool`): Whether [`~Method.loss`] needs `batch.query`.
         takes_one_class (`bool`): Whether a task may have a single class.
         experts (`str`): Description of the experts, for cards; a format string of the options.

@@ -96,7 +96,8 @@ class Evaluator:
 
     def forwards_per_image(self) -> float:
         """Forward passes so far per test image, including query features; unaffected by an interruption."""
-        depth, of_query = self.model.backbone.num_layers, max(self.model.method.query_layers, default=0)
+        depth, method = self.model.backbone.num_layers, self.model.method
+        of_query = method.query_passes * max(method.query_layers, default=0)
         layers, images, recalled = 0, 0, 0  # integers, so that sums are exact
         for name, test in self._tests.items():
             layers += depth * test.forwards + (0 if name in self._recalled else of_query * len(test.images))
