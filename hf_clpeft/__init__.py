@@ -30,6 +30,7 @@ if TYPE_CHECKING:  # what is imported below when it is first used; a test holds 
         Expert as Expert,
         ExpertBank as ExpertBank,
         ExpertError as ExpertError,
+        PrefixTunedVisionModel as PrefixTunedVisionModel,
         PromptTunedVisionModel as PromptTunedVisionModel,
         make_peft_config as make_peft_config,
     )
@@ -110,7 +111,14 @@ _MODULES = {
     "config": ["ConfigError", "ContinualConfig", "HfClpeftError", "MethodOptions"],
     "streams": ["BENCHMARKS", "Benchmark", "StreamError", "Task", "TaskStream", "load_benchmark", "load_task"],
     "backbones": ["Backbone", "BackboneError", "load_backbone"],
-    "experts": ["Expert", "ExpertBank", "ExpertError", "PromptTunedVisionModel", "make_peft_config"],
+    "experts": [
+        "Expert",
+        "ExpertBank",
+        "ExpertError",
+        "PrefixTunedVisionModel",
+        "PromptTunedVisionModel",
+        "make_peft_config",
+    ],
     "routing": [
         "ClassMeanRouter",
         "ClassRouter",

@@ -108,7 +108,8 @@ def export_merged(model: ContinualModel, task: str, folder: str | Path, overwrit
         )
     if expert.config.is_prompt_learning:
         raise ExpertError(
-            f"Expert {expert.name!r} is a prompt, which has no weights to merge into. Write it with export_adapter."
+            f"Expert {expert.name!r} is a prompt or a prefix, which has no weights to merge into. Write it with "
+            "export_adapter."
         )
     dtype = model.backbone.model.dtype
     if dtype != torch.float32:

@@ -27,6 +27,7 @@ OPTIONS = {  # what a technique needs on layers as small as these
     "LN_TUNING": {"target_modules": ["layernorm"]},
     "MISS": {"r": 1, "init_weights": "bat"},
     "OFT": {"r": 0, "oft_block_size": 4},
+    "PREFIX_TUNING": {"num_virtual_tokens": 2},
     "PROMPT_TUNING": {"num_virtual_tokens": 2},
     "ROAD": {"group_size": 8},
     "VBLORA": {"r": 1, "num_vectors": 8, "vector_length": 8},

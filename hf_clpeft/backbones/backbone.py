@@ -1,7 +1,7 @@
 """The frozen vision backbone that all experts share: image features and the layers that adapters target."""
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
@@ -10,7 +10,7 @@ import torch
 
 from ..config.model import BackboneConfig
 from .errors import BackboneError
-from .probe import Layout, probe, prompt_obstacle
+from .probe import Layout, prefix_obstacle, probe, prompt_obstacle
 from .transform import ImageTransform
 
 
@@ -87,11 +87,18 @@ class Backbone(torch.nn.Module):
 
     def check_prompts(self) -> None:
         """Raises [`BackboneError`] unless prompt tokens can be inserted after the embedding layer."""
+        self._refuse("prompts", prompt_obstacle)
+
+    def check_prefixes(self) -> None:
+        """Raises [`BackboneError`] unless keys and values can be put in front of those of every layer."""
+        self._refuse("prefixes", prefix_obstacle)
+
+    def _refuse(self, what: str, obstacle: Callable[["PreTrainedModel", tuple[int, int, int]], str | None]) -> None:
         no_tokens = "it outputs a feature map, as a ConvNet does, instead of tokens"
-        why = no_tokens if self.layout.feature_map else prompt_obstacle(self.model, self.input_shape)
+        why = no_tokens if self.layout.feature_map else obstacle(self.model, self.input_shape)
         if why is not None:
             raise BackboneError(
-                f"{self.config.name_or_path} does not support prompts: {why}. Use LoRA, or a backbone such as ViT."
+                f"{self.config.name_or_path} does not support {what}: {why}. Use LoRA, or a backbone such as ViT."
             )
 
     @property

@@ -4,12 +4,15 @@ The meta device computes shapes only, without time or memory. So an image size, 
 configuration is tested before any weights are loaded, whatever the architecture names its modules.
 """
 
+import copy
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.func import functional_call
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from .attention import AttentionConfig, Update, intercept, sites
 
 
 if TYPE_CHECKING:
@@ -136,6 +139,44 @@ def prompt_obstacle(model: "PreTrainedModel", shape: tuple[int, int, int]) -> st
     return None
 
 
+def prefix_obstacle(model: "PreTrainedModel", shape: tuple[int, int, int]) -> str | None:
+    """Why keys and values cannot be put in front of those of every layer; `None` if they can.
+
+    Args:
+        model (`transformers.PreTrainedModel`): Model without an adapter.
+        shape (`tuple[int, int, int]`): Channels, height and width of an image.
+    """
+    twin: Any = to_meta(model)
+    calls: list[tuple[int, torch.Tensor, torch.Tensor]] = []
+
+    def noting(number: int) -> Update:
+        def update(key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            calls.append((number, key, value))
+            return torch.cat([key[:, :, :1], key], dim=2), torch.cat([value[:, :, :1], value], dim=2)
+
+        return update
+
+    layers = sites(twin)
+    if not layers:
+        return "its stages differ in width, so that they are not layers to choose among"
+    for number, modules in enumerate(layers):
+        for module in modules:
+            module.config = AttentionConfig(module)  # type: ignore[assignment]  # a new one: others hear of no call
+            intercept(module, noting(number))
+    try:
+        with torch.no_grad():
+            pixel_values = torch.zeros(1, *shape, device="meta", dtype=model.dtype)
+            output = twin(pixel_values=pixel_values).last_hidden_state
+    except Exception as error:
+        return f"its attention requires a fixed number of keys ({type(error).__name__})"
+    if [number for number, _, _ in calls] != list(range(len(layers))):
+        return "its layers do not use the attention interface of `transformers`, each of them once"
+    for _, *states in calls:
+        if any(state.dim() != 4 or state.shape[1] * state.shape[3] != output.shape[2] for state in states):
+            return "its keys and values differ in width from its tokens"
+    return None
+
+
 def _forward(model: "PreTrainedModel", shape: tuple[int, int, int]) -> torch.Tensor:
     tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     on_meta = {name: tensor.detach().to("meta") for name, tensor in tensors.items()}
@@ -147,3 +188,18 @@ def _forward(model: "PreTrainedModel", shape: tuple[int, int, int]) -> torch.Ten
 def _shape(output: Any) -> tuple:
     output = output[0] if isinstance(output, tuple | list) else output
     return tuple(output.shape) if isinstance(output, torch.Tensor) else ()
+
+
+def to_meta(module: torch.nn.Module) -> torch.nn.Module:
+    """A copy of a module on the meta device, without hooks; adapters on it take no memory."""
+    twin = copy.copy(module)
+    for name, value in vars(twin).items():
+        if "_hooks" in name and isinstance(value, dict):
+            twin.__dict__[name] = type(value)()
+    twin._parameters = {
+        name: None if parameter is None else torch.nn.Parameter(parameter.to("meta"), requires_grad=False)
+        for name, parameter in module._parameters.items()
+    }
+    twin._buffers = {name: None if buffer is None else buffer.to("meta") for name, buffer in module._buffers.items()}
+    twin._modules = {name: None if child is None else to_meta(child) for name, child in module._modules.items()}
+    return twin

@@ -213,6 +213,10 @@ def _are_layers(value: Any) -> bool:
     return len(numbers) <= MOST_NAMES and all(type(number) is int and 0 <= number < MOST_NAMES for number in numbers)
 
 
+def _are_rising(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and _are_layers(value) and value == sorted(set(value))
+
+
 _TEXT = Rule("a string", lambda v: isinstance(v, str) and len(v) <= 4096)
 _TRUTH = Rule("True or False", lambda v: isinstance(v, bool))
 _MODULES = Rule(
@@ -285,6 +289,16 @@ TECHNIQUES: dict[str, dict[str, Rule]] = {
         "num_attention_heads": _SIZE,
         "num_layers": _SIZE,
         "prompt_tuning_init": _one_of("RANDOM"),
+    },
+    "PREFIX_TUNING": {
+        "num_virtual_tokens": _RANK,
+        "layers_to_transform": Rule("a list of rising indices of layers", _are_rising),
+        "token_dim": _whole(1, 65536),
+        "num_transformer_submodules": _SIZE,
+        "num_attention_heads": _SIZE,
+        "num_layers": _whole(1, MOST_NAMES),
+        "encoder_hidden_size": _whole(1, 65536),  # without prefix_projection, without effect
+        "init_weights": _one_of("zero"),
     },
     "ADALORA": {
         **_LORA,
@@ -439,8 +453,9 @@ TECHNIQUES: dict[str, dict[str, Rule]] = {
 """The PEFT techniques that work here, each with the options that an expert may have."""
 
 _UNSUPPORTED = {
-    ("PREFIX_TUNING", "P_TUNING", "MULTITASK_PROMPT_TUNING", "CPT", "CARTRIDGE", "ADAPTION_PROMPT"): (
-        "is made for language models, and does not work on a vision backbone. Choose PROMPT_TUNING or LORA."
+    ("P_TUNING", "MULTITASK_PROMPT_TUNING", "CPT", "CARTRIDGE", "ADAPTION_PROMPT"): (
+        "is made for language models, and does not work on a vision backbone. Choose PROMPT_TUNING, PREFIX_TUNING or "
+        "LORA."
     ),
     ("TRAINABLE_TOKENS",): "trains word embeddings, which a vision backbone does not have. Choose LORA.",
     ("SUPERTUNING", "FROD"): (
@@ -465,5 +480,6 @@ _REASONS = {
     "layer_replication": "rebuilds the backbone, which all experts share; leave it out.",
     "target_parameters": "adapts weights outside of layers, which cannot be detached again; use target_modules.",
     "trainable_token_indices": "trains word embeddings, which a vision backbone does not have; leave it out.",
+    "prefix_projection": "trains a network of which PEFT saves only what it gives; leave it out.",
     "loftq_config": "quantises the backbone, which all experts share; leave it out.",
 }

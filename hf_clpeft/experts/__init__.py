@@ -2,7 +2,15 @@
 
 from .bank import ExpertBank
 from .expert import Expert, ExpertError, make_peft_config
+from .prefix import PrefixTunedVisionModel
 from .prompts import PromptTunedVisionModel
 
 
-__all__ = ["Expert", "ExpertBank", "ExpertError", "PromptTunedVisionModel", "make_peft_config"]
+__all__ = [
+    "Expert",
+    "ExpertBank",
+    "ExpertError",
+    "PrefixTunedVisionModel",
+    "PromptTunedVisionModel",
+    "make_peft_config",
+]

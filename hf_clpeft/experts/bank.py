@@ -6,13 +6,14 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from peft import PeftConfig, PeftModel
+from peft import PeftConfig, PeftModel, PeftType
 
 from ..backbones import Backbone
 from ..config.errors import ConfigError
 from .expert import ADAPTER, Expert, ExpertError, Seal
 from .lock import ReadWriteLock
 from .lora import LoraTable
+from .prefix import PrefixTable
 from .prompts import PromptTable
 from .stage import Stage
 
@@ -25,8 +26,8 @@ class ExpertBank(torch.nn.Module):
 
     There are three exact forms, of which the bank chooses one:
 
-    - *gathered*: indexes every image's own LoRA modules or prompts from a table in one operation. Costs as much as a
-      plain forward pass, for any number of experts.
+    - *gathered*: indexes every image's own LoRA modules, prompts or prefixes from a table in one operation. Costs as
+      much as a plain forward pass, for any number of experts.
     - *stacked*: multiplies by all LoRA modules and masks those not selected. For small pools; see [`LoraTable`].
     - *grouped*: one PEFT forward pass per expert present in the batch. For all other PEFT techniques.
 
@@ -70,7 +71,7 @@ class ExpertBank(torch.nn.Module):
         self._backbone = (backbone,)  # not a submodule: it is never saved
         self.form = form
         self.names: list[str] = []
-        self.table: LoraTable | PromptTable | None = None  # the experts, if their technique has a fused form
+        self.table: LoraTable | PromptTable | PrefixTable | None = None  # the experts, if they have a fused form
         self.slot: Stage | None = None  # the expert in training
         self.lock = ReadWriteLock()
         self._configs: list[PeftConfig] = []
@@ -328,7 +329,7 @@ class ExpertBank(torch.nn.Module):
         Args:
             pixel_values (`torch.Tensor` of shape `(batch, 3, height, width)`): Normalised images.
             selection (integer `torch.Tensor` of shape `(batch,)` or `(batch, N)`): Experts of each image. LoRA updates
-                are summed, prompts are concatenated.
+                are summed, prompts and prefixes are concatenated.
             readout (`str`, *optional*, defaults to `"cls"`): `"cls"`, or `"prompts"` for the mean of the prompt
                 tokens' outputs, as in L2P.
             layers (`int` or sequence of `int`, *optional*): See [`Backbone.forward`]; ignored for `"prompts"`.
@@ -375,9 +376,13 @@ class ExpertBank(torch.nn.Module):
             raise ExpertError(f"The bank has an expert {expert.name!r} already; give this one another name.")
         if not self.names:
             assert stage is not None
-            prompts = stage.peft_model.peft_config[ADAPTER].is_prompt_learning
-            backbone = self.backbone
-            self.table = PromptTable(backbone) if prompts else LoraTable.made_for(backbone, stage.peft_model)
+            config, backbone = stage.peft_model.peft_config[ADAPTER], self.backbone
+            if config.peft_type == PeftType.PREFIX_TUNING:
+                self.table = PrefixTable(backbone, config)
+            elif config.is_prompt_learning:
+                self.table = PromptTable(backbone)
+            else:
+                self.table = LoraTable.made_for(backbone, stage.peft_model)
         if self.table is None:
             self._at_rest.append(expert)
         else:

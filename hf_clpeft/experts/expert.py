@@ -16,9 +16,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 
 from ..backbones import Backbone
+from ..backbones.probe import to_meta
 from ..config.adapters import check_peft
 from ..config.checks import read_json
 from ..config.errors import ConfigError, HfClpeftError
+from .prefix import PrefixConfig, PrefixTunedVisionModel, layers_of
 from .prompts import PromptTunedVisionModel
 
 
@@ -108,12 +110,15 @@ class Expert:
         """
         config: Any = self.config
         if config.is_prompt_learning:
-            self._check_shapes({"prompt_embeddings": (config.num_virtual_tokens, backbone.hidden_size)})
+            width = backbone.hidden_size
+            if config.peft_type == PeftType.PREFIX_TUNING:
+                width *= 2 * len(_check_prefix(config, backbone))
+            self._check_shapes({"prompt_embeddings": (config.num_virtual_tokens, width)})
             return
         if config.peft_type == "SHIRA":  # PEFT bounds its size by that of the backbone
             self._check_shira_indices(backbone)
             return
-        model, config = _to_meta(backbone.model), copy.deepcopy(config)
+        model, config = to_meta(backbone.model), copy.deepcopy(config)
         # BOFT reads values of its own tensors while it is attached.
         device = nullcontext() if config.peft_type == "BOFT" else torch.device("meta")
         with device, _as_expert_error(backbone, config):
@@ -216,7 +221,7 @@ def _read_config(path: Path, names: list[str]) -> PeftConfig:
 
 def _make_config(values: dict) -> Any:
     technique = values.get("peft_type")
-    kinds: dict[Any, Any] = dict(PEFT_TYPE_TO_CONFIG_MAPPING)
+    kinds: dict[Any, Any] = {**PEFT_TYPE_TO_CONFIG_MAPPING, PeftType.PREFIX_TUNING: PrefixConfig}
     kind = kinds.get(technique) if isinstance(technique, str) else None
     if kind is None:
         check_peft(values)
@@ -278,12 +283,17 @@ def make_peft_model(backbone: Backbone, config: PeftConfig) -> PeftModel:
         `peft.PeftModel`
 
     Raises:
-        [`BackboneError`]: The backbone does not support prompts.
+        [`BackboneError`]: The backbone does not support prompts, or prefixes.
         [`ExpertError`]: PEFT cannot use the configuration on this backbone.
     """
-    if config.is_prompt_learning:
+    make: type[PeftModel] = PeftModel
+    if config.peft_type == PeftType.PREFIX_TUNING:
+        backbone.check_prefixes()
+        _check_prefix(config, backbone)  # before it allocates memory
+        make = PrefixTunedVisionModel
+    elif config.is_prompt_learning:
         backbone.check_prompts()
-    make: type[PeftModel] = PromptTunedVisionModel if config.is_prompt_learning else PeftModel
+        make = PromptTunedVisionModel
     weights = dict(backbone.model.named_parameters())
     with _as_expert_error(backbone, config):
         peft_model = make(backbone.model, config, adapter_name=ADAPTER)
@@ -291,6 +301,20 @@ def make_peft_model(backbone: Backbone, config: PeftConfig) -> PeftModel:
     if trained:
         raise ExpertError(_CHANGED_MESSAGE.format(f"This {PeftType(config.peft_type).value} adapter", trained[0]))
     return peft_model
+
+
+def _check_prefix(config: Any, backbone: Backbone) -> list[int]:
+    """The layers with a prefix; raises [`ExpertError`] unless they are layers of the backbone, and of its width."""
+    try:
+        layers = layers_of(config, backbone.num_layers)
+    except ValueError as error:
+        raise ExpertError(f"A prefix does not fit {backbone.config.name_or_path}: {error}") from error
+    if config.token_dim not in (None, backbone.hidden_size):
+        raise ExpertError(
+            f"A prefix does not fit {backbone.config.name_or_path}: token_dim={config.token_dim}, and the backbone's "
+            f"is {backbone.hidden_size}."
+        )
+    return layers
 
 
 _CHANGED_MESSAGE = "{} changes {} of the frozen backbone, which all experts share. Load the model again without it."
@@ -364,18 +388,3 @@ def _as_expert_error(backbone: Backbone, config: PeftConfig) -> Iterator[None]:
                 f"PEFT cannot attach a {PeftType(config.peft_type).value} adapter to {backbone.config.name_or_path} "
                 f"({error!r}). Check the method's peft, or the adapter's adapter_config.json."
             ) from error
-
-
-def _to_meta(module: torch.nn.Module) -> torch.nn.Module:
-    """A copy of a module on the meta device, without hooks; adapters on it take no memory."""
-    twin = copy.copy(module)
-    for name, value in vars(twin).items():
-        if "_hooks" in name and isinstance(value, dict):
-            twin.__dict__[name] = type(value)()
-    twin._parameters = {
-        name: None if parameter is None else torch.nn.Parameter(parameter.to("meta"), requires_grad=False)
-        for name, parameter in module._parameters.items()
-    }
-    twin._buffers = {name: None if buffer is None else buffer.to("meta") for name, buffer in module._buffers.items()}
-    twin._modules = {name: None if child is None else _to_meta(child) for name, child in module._modules.items()}
-    return twin

@@ -78,7 +78,7 @@ class PromptTunedVisionModel(PeftModel):
         **kwargs: Any,
     ):
         super().__init__(model, peft_config, adapter_name, **kwargs)
-        self._hook = model.get_submodule(EMBEDDINGS).register_forward_hook(self._insert_prompt)
+        self._attach()
 
     def _setup_prompt_encoder(self, adapter_name: str) -> None:
         config: Any = self.peft_config[adapter_name]  # fields differ from class to class
@@ -87,11 +87,18 @@ class PromptTunedVisionModel(PeftModel):
             self.prompt_encoder = torch.nn.ModuleDict()
             self.prompt_tokens = {}
         self.base_model.requires_grad_(False)
+        encoder = self._make_encoder(config)
+        self.prompt_encoder[adapter_name] = encoder.to(self.base_model.device)
+        self.prompt_tokens[adapter_name] = torch.arange(config.num_virtual_tokens)
+
+    def _make_encoder(self, config: Any) -> torch.nn.Module:
         encoder = PromptEmbedding(config, word_embeddings=None)
         # Same scale as the initialisation of the backbone's tokens; unit variance would dominate the patches.
         torch.nn.init.normal_(encoder.embedding.weight, std=0.02)
-        self.prompt_encoder[adapter_name] = encoder.to(self.base_model.device)
-        self.prompt_tokens[adapter_name] = torch.arange(config.num_virtual_tokens)
+        return encoder
+
+    def _attach(self) -> None:
+        self._hook = self.base_model.get_submodule(EMBEDDINGS).register_forward_hook(self._insert_prompt)
 
     def _insert_prompt(self, module: torch.nn.Module, inputs: tuple, tokens: torch.Tensor) -> torch.Tensor | None:
         if self._adapters_disabled:

@@ -36,9 +36,9 @@ class PoolOptions(QueryOptions):
             raise ConfigError(f"top_n={self.top_n} must be between 1 and pool_size={self.pool_size}.")
         peft: dict[str, Any] = getattr(self, "peft")  # noqa: B009  # from the other base class of `Config`
         beyond = [name for name in NOT_FUSED if peft.get(name)]
-        if peft["peft_type"] not in ("LORA", "PROMPT_TUNING") or beyond:
+        if peft["peft_type"] not in ("LORA", "PROMPT_TUNING", "PREFIX_TUNING") or beyond:
             what = ", ".join(beyond) or peft["peft_type"]
-            raise ConfigError(f"A pool is made of plain LoRA modules or prompts; {what} cannot be in one.")
+            raise ConfigError(f"A pool is made of plain LoRA modules, prompts or prefixes; {what} cannot be in one.")
 
 
 class Pool(Method, name="l2x"):

@@ -14,6 +14,7 @@ from .report import StreamReport
 CARD_NAME = "README.md"
 TEMPLATE = "model_card.md"
 LIBRARY = "hf-clpeft"
+NOT_PLAIN = ("PROMPT_TUNING", "PREFIX_TUNING")  # files of PEFT that PEFT alone cannot run on a vision transformer
 REPO_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
@@ -70,7 +71,7 @@ def make_card(
         title=_plain(name),
         repo_id=repo_id,
         on_the_hub=on_the_hub,
-        plain_peft=bool(backbone_id and on_the_hub and config.expert_names and technique != "PROMPT_TUNING"),
+        plain_peft=bool(backbone_id and on_the_hub and config.expert_names and technique not in NOT_PLAIN),
         backbone_id=backbone_id,
         expert_names=config.expert_names,
         method=_plain(options.name),
