@@ -32,7 +32,8 @@ class ExpertBank(torch.nn.Module):
     - *grouped*: one PEFT forward pass per expert present in the batch. For all other PEFT techniques.
 
     A new expert is trained in the *slot*, a plain PEFT model on a twin of the backbone, and then moved into the bank.
-    Experts of a pool are trained in the bank's table: the forward pass is differentiable in `table.rows`.
+    It can be trained on top of others, whose updates are added to its own. Experts of a pool are trained in the bank's
+    table: the forward pass is differentiable in `table.rows`.
 
     The bank is thread-safe, also while a thread adds, trains or removes an expert. Threads wait for each other only
     while an expert is moved, and in the grouped form, which runs one batch at a time. While a pool is trained, other
@@ -210,10 +211,41 @@ class ExpertBank(torch.nn.Module):
         assert self.slot is not None
         expert.copy_to(self.slot.peft_model)
 
-    def under_training(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """Differentiable [CLS] features with the expert in the slot, of shape `(batch, hidden_size)`."""
+    def under_training(
+        self,
+        pixel_values: torch.Tensor,
+        on_top_of: torch.Tensor | None = None,
+        factors: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Differentiable [CLS] features with the expert in the slot.
+
+        Args:
+            pixel_values (`torch.Tensor` of shape `(batch, 3, height, width)`): Normalised images.
+            on_top_of (integer `torch.Tensor` of shape `(batch,)` or `(batch, N)`, *optional*): LoRA experts of the
+                bank whose updates are added to that of the slot. They are not trained.
+            factors (`torch.Tensor` of shape `(experts, layers)` or `(experts,)`, *optional*): What the updates of
+                experts of the bank are multiplied by, differentiable; layers in the order of [`LoraTable`].
+
+        Returns:
+            `torch.Tensor` of shape `(batch, hidden_size)`.
+
+        Raises:
+            [`ExpertError`]: Updates can only be added if they are plain LoRA on linear layers.
+        """
         assert self.slot is not None
-        return self.slot(pixel_values)
+        if on_top_of is None:
+            return self.slot(pixel_values)
+        if not isinstance(self.table, LoraTable):
+            raise ExpertError("Only experts that are plain LoRA on linear layers can be trained on top of others.")
+        form = self.table.form_for(on_top_of, "auto")
+        with self.reading(), self.table.selected(on_top_of, form, self._compute_dtype(), factors):
+            return self.slot(pixel_values)  # its twin has the hooks of the backbone
+
+    def rescale(self, factors: torch.Tensor) -> None:
+        """Multiplies the updates of all LoRA experts by factors; see [`~ExpertBank.under_training`]."""
+        assert isinstance(self.table, LoraTable)
+        with self.lock.writing(), torch.no_grad():
+            self.table.rows.copy_(self.table.scaled(factors))
 
     def abandon(self) -> None:
         """Ends training and rolls back: empties the slot, and restores the pool."""

@@ -132,22 +132,51 @@ class LoraTable(ExpertTable):
         selected = selection.shape[1] * self.members.shape[1]
         return "stacked" if len(self.rows) - 1 <= MAX_STACKED_RATIO * selected else "gathered"
 
-    def selected(self, selection: torch.Tensor, form: str, dtype: torch.dtype) -> AbstractContextManager[None]:
+    def norms(self) -> torch.Tensor:
+        """Frobenius norms ‖s B A‖ of all updates, of shape `(experts, layers)`, without computing the products."""
+        numbers = self.members[: len(self)]
+        down, up = self._parts(self.rows.detach()[numbers])
+        up = up * self.scales[numbers][..., None]
+        squares = []
+        for site in self.sites.values():
+            a, b = down[..., site.down], up[..., site.up]
+            squares.append(((a @ a.mT) * (b @ b.mT)).sum(dim=(1, 2)))  # ‖B A‖² = tr(A Aᵀ Bᵀ B)
+        return torch.stack(squares, dim=1).clamp(min=0).sqrt()
+
+    def scaled(self, factors: torch.Tensor) -> torch.Tensor:
+        """A copy of `rows` in which updates are multiplied by factors, differentiable in these.
+
+        Args:
+            factors (`torch.Tensor` of shape `(experts, layers)` or `(experts,)`): Factors of all experts; layers in
+                the order of `sites`.
+        """
+        owners = torch.zeros(len(self.rows), dtype=torch.int64, device=self.rows.device)
+        owners[self.members[: len(self)]] = torch.arange(len(self), device=owners.device)[:, None]
+        down, up = self._parts(self.rows)
+        by_layer = factors.reshape(len(self), -1).expand(-1, len(self.sites))[owners]
+        widths = torch.tensor([site.up.stop - site.up.start for site in self.sites.values()], device=owners.device)
+        return torch.cat([down, up * by_layer.repeat_interleave(widths, dim=1)], dim=1)
+
+    def selected(
+        self, selection: torch.Tensor, form: str, dtype: torch.dtype, factors: torch.Tensor | None = None
+    ) -> AbstractContextManager[None]:
         """Context manager: the backbone applies to every image its own experts.
 
         Args:
             selection (integer `torch.Tensor` of shape `(batch,)` or `(batch, N)`): Experts of each image.
             form (`str`): `"gathered"` or `"stacked"`.
             dtype (`torch.dtype`): Compute dtype of the backbone's linear layers.
+            factors (`torch.Tensor`, *optional*): See [`~LoraTable.scaled`].
         """
         components = self.components(selection)
         scales = self.scales[components]
+        rows = self.rows if factors is None else self.scaled(factors)
         # Indexed once for all layers: on a GPU, launching many small kernels costs more than the arithmetic.
         if form == "stacked":
-            down, up = (part.to(dtype) for part in self._parts(self.rows))
-            weights = scales.new_zeros(len(components), len(self.rows)).scatter_add(1, components, scales)
+            down, up = (part.to(dtype) for part in self._parts(rows))
+            weights = scales.new_zeros(len(components), len(rows)).scatter_add(1, components, scales)
             return active_call(_Updating(self, down, up, weights[:, None, None].to(dtype)))
-        down, up = self._parts(self.rows[components])
+        down, up = self._parts(rows[components])
         return active_call(_Updating(self, down.to(dtype), (up * scales[..., None]).to(dtype)))
 
     def _parts(self, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
