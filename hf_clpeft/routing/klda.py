@@ -62,8 +62,8 @@ class KldaRouter(GaussianRouter):
     def add_sums(self, features: torch.Tensor, residuals: torch.Tensor, entries: torch.Tensor) -> None:
         self._allocate()
         lifted, entries = self._lift(features), entries.to(self.means.device)
-        means = lifted.new_zeros(int(entries.max()) + 1, self.kernel_features).index_add(0, entries, lifted)
-        means = means / torch.bincount(entries)[:, None]
+        targets = torch.nn.functional.one_hot(entries).to(lifted)
+        means = targets.T @ lifted / targets.sum(dim=0)[:, None]
         self._append({"means": means})
         residuals = lifted - means[entries]
         self.scatter = self.scatter + residuals.T @ residuals
@@ -83,11 +83,9 @@ class KldaRouter(GaussianRouter):
     def derive(self) -> None:
         if not len(self.means):
             return
-        factor = self._factor()
-        self._cholesky = factor.to(self.scatter)
-        self._centres = torch.linalg.solve_triangular(factor, self.means.cpu().double().T, upper=False).T.to(
-            self.scatter
-        )
+        factor, means = self._factor(), self.means.cpu().double()
+        centres = torch.linalg.solve_triangular(factor, means.T, upper=False).T
+        self._cholesky, self._centres = factor.to(self.scatter), centres.to(self.scatter)
 
     def _whiten(self, query: torch.Tensor) -> torch.Tensor:
         # Solved for each batch, which takes no longer than a product with the inverse, and saves inverting.

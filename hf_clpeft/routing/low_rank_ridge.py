@@ -28,7 +28,7 @@ class LowRankRidgeRouter(RidgeRouter):
         projection_size (`int`, *optional*, defaults to 10,000): Number of random features, M.
         rank (`int`, *optional*, defaults to 1,000): Largest rank.
 
-    Source: LoRanPAC, arXiv 2410.00645, algorithm 1.
+    Source: LoRanPAC, arXiv 2410.00645, and its code (liangzu/loranpac).
 
     Example:
 
