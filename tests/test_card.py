@@ -72,6 +72,8 @@ Each expert is a plain PEFT adapter of the backbone:
 \| head \| shared \|
 \| stream \| digits, class-incremental \|
 
+\*\*S-LoRA\*\*\. \*\*Trains\*\* [^#]+ \*\*Stores\*\* [^#]+\*\*Costs\*\* two forward passes per image: [^#]+
+
 ## What it can do
 
 \| task \| classes or domain \| training images \| accuracy when learnt \| accuracy now \|

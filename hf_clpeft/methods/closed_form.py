@@ -101,7 +101,8 @@ class AnyRouter(ClosedForm, name="closed_form"):
 class FirstExpert(ClosedForm, name="closed_form_first"):
     """Any router that knows classes, on features with the first task's expert: first-session adaptation.
 
-    **Trains** an adapter on the first task, with a temporary head. **Costs** one forward pass per image.
+    **Trains** an adapter on the first task, with a temporary head. **Stores** it, and the router's statistics.
+    **Costs** one forward pass per image.
     """
 
     experts = "one PEFT expert that the first of them trained"
@@ -156,7 +157,8 @@ class RanPacFirst(FirstExpert, name="ranpac_first"):
 class LinearProbe(Method, name="linear_probe"):
     """Logistic regression on frozen features. On `stream.joined()` it is fitted to all images.
 
-    On a stream of several tasks it forgets, as each task is fitted without the images of the others.
+    **Trains** nothing by steps: L-BFGS fits the head at the end of a task. **Stores** the head. **Costs** one forward
+    pass per image. On a stream of several tasks it forgets, as each is fitted without the images of the others.
     """
 
     title, which_head = "Linear probe", "shared"

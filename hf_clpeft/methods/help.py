@@ -1,6 +1,7 @@
 """Generates the docstrings of the options of methods."""
 
 import inspect
+import re
 from dataclasses import MISSING, fields
 from typing import Any
 
@@ -17,8 +18,32 @@ EXAMPLE = """Example:
 ```"""
 
 
+def costs_of(method: Any) -> str:
+    """What a method trains, stores and costs: paragraphs of its docstring, or else of its nearest base class's.
+
+    Example:
+
+    ```py
+    >>> from hf_clpeft import METHODS
+    >>> from hf_clpeft.methods.help import costs_of
+
+    >>> costs_of(METHODS["slda"])
+    "**Trains** nothing. **Stores** the router's statistics. **Costs** one forward pass per image."
+
+    ```
+    """
+    for kind in method.__mro__:
+        paragraphs = inspect.cleandoc(vars(kind).get("__doc__") or "").split("\n\n")
+        found = [text for text in paragraphs if re.search(r"\*\*(Trains|Stores|Costs)\*\*", text)]
+        if found:
+            return "\n\n".join(found)
+    return ""
+
+
 def explain(method: Any) -> str:
     """Docstring of a method's `Config`: the docstring of the [`Method`] subclass, and the help text of each option.
+
+    A docstring that does not say what the method trains, stores and costs gets [`costs_of`].
 
     Example:
 
@@ -32,7 +57,8 @@ def explain(method: Any) -> str:
     ```
     """
     about, _, example = (inspect.getdoc(method) or "").partition("Example:")
-    lines = [about.strip()]
+    lines, costs = [about.strip()], costs_of(method)
+    lines += ["", costs] if costs not in about else []
     options = fields(method.Config)
     names = [option.name for option in options]
     if options:

@@ -8,6 +8,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from ..config import ContinualConfig, MethodOptions
 from ..config.text import percent, printable
 from ..methods import METHODS, Method
+from ..methods.help import costs_of
 from .report import StreamReport
 
 
@@ -81,6 +82,8 @@ def make_card(
         experts=_plain(facts.pop("experts")),
         facts=[(name, _plain(text)) for name, text in facts.items()],
         paper=method.paper,
+        method_title=method.title,
+        costs=costs_of(method),
         stream=_plain(stream),
         scenario=_scenario(config),
         removed=", ".join(config.removed),
