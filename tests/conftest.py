@@ -1,6 +1,7 @@
 """Small streams and models that many tests share. No test needs the network: the Hub is a server of our own."""
 
 import atexit
+import gc
 import hashlib
 import json
 import os
@@ -41,6 +42,14 @@ from hf_clpeft import TrainerCallback
 
 BACKBONE = "hf-clpeft/vit-tiny-glyphs"
 disable_progress_bars()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _no_garbage_in_modules():
+    """The trainer looks for garbage after every task: not among half a million objects of imported modules."""
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 @pytest.fixture(autouse=True)
