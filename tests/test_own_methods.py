@@ -29,6 +29,7 @@ from hf_clpeft import (
 from hf_clpeft.cli import app
 from hf_clpeft.config.method import OPTIONS
 from hf_clpeft.hub.push import PushTarget, push_folder
+from hf_clpeft.methods.state import load_state
 from hf_clpeft.reports.card import make_card
 from hf_clpeft.streams.images import open_image
 
@@ -228,6 +229,16 @@ def test_other_threads_are_refused_while_it_is_trained_in_place(stream):
         found[0]
     )
     assert torch.equal(in_thread(lambda: logits(trainer.model)), logits(trainer.model))
+
+
+@pytest.mark.parametrize("size", [0, 1])
+def test_a_list_of_any_length_comes_back_from_disk_in_its_order(tmp_path, size):
+    module = torch.nn.ModuleDict({"parts": ParameterList(torch.full((size, i), float(i)) for i in range(12))})
+    save_file(dict(module.state_dict()), tmp_path / "items.safetensors")
+    loaded = torch.nn.ModuleDict({"parts": ParameterList()})
+    load_state(loaded, load_file(tmp_path / "items.safetensors"), loaded.state_dict())
+    assert [item.shape for item in loaded["parts"]] == [item.shape for item in module["parts"]]
+    assert all(torch.equal(item, other) for item, other in zip(loaded["parts"], module["parts"], strict=True))
 
 
 HOSTILE = {

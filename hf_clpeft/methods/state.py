@@ -72,7 +72,8 @@ def fill(module: torch.nn.Module, tensors: dict[str, torch.Tensor]) -> None:
         parent, _, key = name.rpartition(".")
         items = [*module.get_submodule(name).parameters()][: sum(key.rpartition(".")[0] == name for key in tensors)]
         module.get_submodule(parent)._modules[key] = torch.nn.ParameterList(items)
-    for name, tensor in tensors.items():
+    # A file has its tensors in any order, and items of a list are appended by number: the second before the tenth.
+    for name, tensor in sorted(tensors.items(), key=lambda item: (len(item[0]), item[0])):
         path, _, key = name.rpartition(".")
         part = module.get_submodule(path)
         if key in part._buffers:
