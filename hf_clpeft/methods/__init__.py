@@ -4,6 +4,7 @@ from .aper import Aper
 from .closed_form import AnyRouter, FirstExpert, LinearProbe, Ncm, RanPac, RanPacFirst, Slda
 from .ease import Ease
 from .heads import Heads
+from .inflora import InfLora
 from .klda import Klda
 from .layup import LayUp, LayUpFirst
 from .learning import Batch, FeaturesOf
@@ -13,6 +14,7 @@ from .output import ContinualOutput
 from .pool import L2l, L2p, Pool
 from .s_lora_mix import SLoraMix, SXMix
 from .s_x import SX, SLora, SLoraPlusPlus, SPrompts, SPromptsPlusPlus, SXPlusPlus
+from .sd_lora import SdLora
 from .single import SequentialLora, Single
 
 
@@ -22,6 +24,8 @@ s_lora, s_lora_pp = SLora.Config, SLoraPlusPlus.Config
 s_prompts, s_prompts_pp = SPrompts.Config, SPromptsPlusPlus.Config
 s_lora_mix = SLoraMix.Config
 l2l, l2p = L2l.Config, L2p.Config
+inflora = InfLora.Config
+sd_lora = SdLora.Config
 sequential_lora = SequentialLora.Config
 ncm, slda, ranpac, ranpac_first = Ncm.Config, Slda.Config, RanPac.Config, RanPacFirst.Config
 klda = Klda.Config
@@ -39,6 +43,7 @@ __all__ = [
     "FeaturesOf",
     "FirstExpert",
     "Heads",
+    "InfLora",
     "Klda",
     "L2l",
     "L2p",
@@ -60,6 +65,7 @@ __all__ = [
     "SPromptsPlusPlus",
     "SX",
     "SXMix",
+    "SdLora",
     "SXPlusPlus",
     "SequentialLora",
     "Single",
@@ -67,6 +73,7 @@ __all__ = [
     "make_method",
     "aper",
     "ease",
+    "inflora",
     "klda",
     "l2l",
     "l2p",
@@ -85,6 +92,7 @@ __all__ = [
     "s_prompts_pp",
     "s_x",
     "s_x_pp",
+    "sd_lora",
     "sequential_lora",
     "slda",
 ]
