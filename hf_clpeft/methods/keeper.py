@@ -31,6 +31,7 @@ class Keeper(KeepsPrecision):
     fixed_query: ClassVar[bool] = True
     query_passes: ClassVar[int] = 1
     trains_by_query: ClassVar[bool] = False
+    reads_by_query: ClassVar[bool] = False
     takes_one_class: ClassVar[bool] = False
     experts: ClassVar[str] = ""
     which_router: ClassVar[str] = ""

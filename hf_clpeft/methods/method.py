@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -54,6 +55,7 @@ class Method(Keeper):
         fixed_query (`bool`): Whether query features no longer change after the first task.
         query_passes (`int`): Forward passes per image that [`~Method.query`] costs.
         trains_by_query (`bool`): Whether [`~Method.loss`] needs `batch.query`.
+        reads_by_query (`bool`): Whether [`~Method.read`] needs query features, as a third argument named `query`.
         takes_one_class (`bool`): Whether a task may have a single class.
         experts (`str`): Description of the experts, for cards; a format string of the options.
         which_router, which_head (`str`): Router and head, if no option selects them.
@@ -195,7 +197,10 @@ class Method(Keeper):
             routing = self.route(query.float())
         if expert is not None:
             routing = routing.sent_to(expert)
-        features = (read or self.read)(pixels, routing.selection) if self.reads else query
+        if read is None:
+            own: Any = self.read
+            read = partial(own, query=query) if self.reads_by_query else own
+        features = read(pixels, routing.selection) if self.reads else query
         with without_autocast(features.device):
             logits = self.classify(features.float(), routing)
         return ContinualOutput(logits, routing.selection, routing.distances)

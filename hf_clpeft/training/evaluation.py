@@ -3,7 +3,7 @@
 import math
 from collections.abc import Iterator, Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -146,7 +146,9 @@ class Evaluator:
 
         def compute(rows: torch.Tensor, experts: torch.Tensor) -> torch.Tensor:
             def features(pixels: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-                return method.read(pixels, experts[index].to(self.model.device))
+                read: Any = method.read
+                more = {"query": test.query[index].to(self.model.device)} if method.reads_by_query else {}
+                return read(pixels, experts[index].to(self.model.device), **more)
 
             desc = f"Evaluating {name}"
             return extract(test.images, rows, features, self.model, self.accelerator, self.args, desc)
