@@ -2,6 +2,8 @@
 
 from .aper import Aper
 from .closed_form import AnyRouter, FirstExpert, LinearProbe, Ncm, RanPac, RanPacFirst, Slda
+from .coda_prompt import CodaPrompt
+from .dualprompt import DualPrompt
 from .ease import Ease
 from .heads import Heads
 from .inflora import InfLora
@@ -33,12 +35,15 @@ layup, layup_first = LayUp.Config, LayUpFirst.Config
 loranpac, loranpac_first = LoRanPac.Config, LoRanPacFirst.Config
 linear_probe = LinearProbe.Config
 aper, ease = Aper.Config, Ease.Config
+dualprompt, coda_prompt = DualPrompt.Config, CodaPrompt.Config
 
 __all__ = [
     "AnyRouter",
     "Aper",
     "Batch",
+    "CodaPrompt",
     "ContinualOutput",
+    "DualPrompt",
     "Ease",
     "FeaturesOf",
     "FirstExpert",
@@ -72,6 +77,8 @@ __all__ = [
     "Slda",
     "make_method",
     "aper",
+    "coda_prompt",
+    "dualprompt",
     "ease",
     "inflora",
     "klda",
