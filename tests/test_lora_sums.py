@@ -106,6 +106,20 @@ def test_norms_of_updates_are_those_of_the_products():
     torch.testing.assert_close(bank.table.norms(), torch.tensor(wanted))
 
 
+def test_a_bank_that_grew_is_trimmed_to_the_bits_of_one_that_was_loaded():
+    experts = random_experts(small_backbone(), [{"peft_type": "LORA", "r": 3}] * 5)
+    loaded, grown = bank_of(experts), bank_of(experts[:1])
+    for expert in experts[1:]:
+        grown.extend([expert])
+    assert len(grown.table.rows) > len(loaded.table.rows)
+    grown.trim()
+    assert grown.table.rows.shape == loaded.table.rows.shape
+    every = torch.arange(5).expand(3, -1)
+    assert torch.equal(grown(images(3), every), loaded(images(3), every))
+    grown.extend([Expert("more", experts[0].config, experts[0].tensors)])
+    torch.testing.assert_close(grown(images(3), torch.tensor([5] * 3)), loaded(images(3), torch.tensor([0] * 3)))
+
+
 def test_only_plain_lora_can_be_trained_on_top_of_others():
     bank = bank_of(random_experts(small_backbone(), [{"peft_type": "LORA", "r": 2, "use_dora": True}]))
     bank.start("new", bank[0].config)

@@ -166,6 +166,15 @@ class ExpertBank(torch.nn.Module):
             if self.table is not None:
                 self.table.reserve(num_experts, num_experts * self.table.members.shape[1])
 
+    def trim(self) -> None:
+        """Shrinks the table to the experts it has, as if they were just loaded.
+
+        The stacked form sums over all rows of the table, so that its rounding depends on their number.
+        """
+        with self.lock.writing():
+            if self.table is not None:
+                self.table.trim()
+
     def start(self, name: str, config: PeftConfig) -> PeftModel:
         """Loads an expert into the slot for training: the one of that name if there is one, else a new one.
 

@@ -57,6 +57,11 @@ class ExpertTable(KeepsPrecision):
             rows = _pad_rows(self.rows.detach(), 1 + num_components)
             self.rows = torch.nn.Parameter(rows, requires_grad=self.rows.requires_grad)
 
+    def trim(self) -> None:
+        """Shrinks the capacity to what is used."""
+        self.members, self.scales = self.members[: self._count].clone(), self.scales[: self._used].clone()
+        self.rows = torch.nn.Parameter(self.rows.detach()[: self._used].clone(), self.rows.requires_grad)
+
     def append(self, components: torch.Tensor, scale: float = 1.0) -> None:
         """Adds an expert.
 

@@ -77,6 +77,7 @@ class LoraSum(Method):
     def end(self, features_of: FeaturesOf) -> None:
         assert self.task is not None
         self.bank.finish(self.task.name)
+        self.bank.trim()  # all experts are summed: to the same bits as after loading
         self.heads.write(self._head.weight, self._head.bias, self.numbers)
         del self._head
 
