@@ -57,7 +57,7 @@ def test_scores_are_log_likelihoods_of_the_naive_discriminant():
         means.append(own.mean(dim=0))
         scatter += (own - own.mean(dim=0)).T @ (own - own.mean(dim=0))
     torch.testing.assert_close(router.scatter.double(), scatter, atol=1e-5, rtol=1e-4)
-    covariance = shrink(scatter / (120 - 4), 120 - 4)
+    covariance = shrink(scatter / (120 - 4), 120 - 4, WIDTH)
     query = images([0, 1, 2], seed=9)[0]
     offsets = lift(query)[:, None] - torch.stack(means)
     wanted = -torch.einsum("nci,ij,ncj->nc", offsets, torch.linalg.inv(covariance), offsets) / 2
@@ -81,6 +81,18 @@ def test_it_separates_what_no_line_separates():
         found = of_classes(router, features[300:]).argmax(dim=1)
         accuracies.append((found == labels[300:]).float().mean().item())
     assert accuracies[0] < 0.7 and accuracies[1] > 0.9
+
+
+def test_shrinkage_does_not_depend_on_the_number_of_random_features():
+    features = torch.randn(40, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    covariance = features.T @ features / 40
+    wanted = shrink(covariance, freedom=40)
+    spread = torch.linalg.qr(torch.randn(50, 5, generator=torch.Generator().manual_seed(1), dtype=torch.float64)).Q
+    found = shrink(spread @ covariance @ spread.T, freedom=40, dimensions=5)  # the same in 50 dimensions
+    torch.testing.assert_close(spread.T @ found @ spread, wanted)
+    other = torch.linalg.qr(spread, mode="complete").Q[:, 5:]
+    weight = 1 - (wanted[0, 1] / covariance[0, 1])
+    torch.testing.assert_close(other.T @ found @ other, weight * covariance.trace() / 5 * torch.eye(45).double())
 
 
 def test_an_image_goes_to_the_owner_of_its_class_whatever_the_batch():

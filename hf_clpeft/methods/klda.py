@@ -39,9 +39,9 @@ class Klda(ClosedForm, name="klda"):
       backbone, as the norms of its features differ. A width that depends on the images of the first task would make
       models that were trained independently impossible to combine. 1 was the best of 1/2, 1 and 2 on held-out images
       of the first tasks of PACS and Caltech-101, whose median distances are 0.6 and 0.7.
-    - The covariance is shrunk towards a multiple of the identity; the paper takes the pseudo-inverse of the scatter
-      matrix, which with fewer images than random features ignores all directions in which images do not vary within
-      classes, and is no log-likelihood.
+    - The covariance is shrunk towards a multiple of the identity, see [`KldaRouter`]. The paper takes the
+      pseudo-inverse of the scatter matrix, which with fewer images than random features ignores all directions in
+      which images do not vary within classes, and is no log-likelihood.
     - A class of several tasks has a Gaussian for each, as in [`GaussianRouter`].
     """
 

@@ -41,7 +41,9 @@ class LayUpFirst(FirstExpert, name="layup_first"):
     """LayUP on features with the first task's expert; arXiv 2312.08888.
 
     **Trains** an adapter on the first task, with a temporary head. **Stores** it, and what LayUP stores. **Costs** one
-    forward pass per image. It differs from the paper as LayUP does, and in the adapter, which is LoRA.
+    forward pass per image.
+
+    It differs from the paper as LayUP does, and in the adapter, which is LoRA.
     """
 
     title, paper, which_router = "LayUP, first-session adaptation", "2312.08888", "linear_ridge"

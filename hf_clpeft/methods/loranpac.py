@@ -44,8 +44,10 @@ class LoRanPac(ClosedForm, name="loranpac"):
 class LoRanPacFirst(FirstExpert, name="loranpac_first"):
     """LoRanPAC on features with the first task's expert; arXiv 2410.00645.
 
-    **Trains** an adapter on the first task, with a temporary head. **Stores** it, and what LoRanPAC stores. **Costs**
-    one forward pass per image. It differs from the paper as LoRanPAC does, and in the adapter, which is LoRA.
+    **Trains** an adapter on the first task, with a temporary head. **Stores** it, and what LoRanPAC stores.
+    **Costs** one forward pass per image.
+
+    It differs from the paper as LoRanPAC does, and in the adapter, which is LoRA.
     """
 
     title, paper, which_router = "LoRanPAC, first-session adaptation", "2410.00645", "low_rank_ridge"

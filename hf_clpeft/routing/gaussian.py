@@ -85,18 +85,20 @@ class GaussianRouter(ClassRouter):
     def _factor(self) -> torch.Tensor:
         """Cholesky factor of the shrunk covariance, `float64`, on the CPU."""
         freedom = max(1, int(self.counts.sum()) - len(self.counts))
-        return torch.linalg.cholesky(shrink(self.scatter.cpu().double() / freedom, freedom))
+        return torch.linalg.cholesky(shrink(self.scatter.cpu().double() / freedom, freedom, self.query_size))
 
     def _whiten(self, query: torch.Tensor) -> torch.Tensor:
         return torch.nn.functional.normalize(query.to(self._whitening), dim=-1) @ self._whitening
 
 
-def shrink(covariance: torch.Tensor, freedom: int) -> torch.Tensor:
+def shrink(covariance: torch.Tensor, freedom: int, dimensions: int | None = None) -> torch.Tensor:
     """Oracle approximating shrinkage of a covariance towards a multiple of the identity.
 
     Args:
         covariance (`torch.Tensor` of shape `(width, width)`, `float64`): Sample covariance.
         freedom (`int`): Its degrees of freedom.
+        dimensions (`int`, *optional*): Number of dimensions among which the variance is shared, for features that are
+            functions of fewer numbers. Default: `width`.
 
     Returns:
         `torch.Tensor` of shape `(width, width)`: Invertible.
@@ -116,9 +118,10 @@ def shrink(covariance: torch.Tensor, freedom: int) -> torch.Tensor:
     ```
     """
     width = len(covariance)
-    scale = covariance.trace() / width
-    squares = (covariance**2).mean()
-    spread = (freedom + 1) * (squares - scale**2 / width)
+    dimensions = dimensions or width
+    scale = covariance.trace() / dimensions
+    squares = (covariance**2).mean() * (width / dimensions) ** 2
+    spread = (freedom + 1) * (squares - scale**2 / dimensions)
     weight = 1.0 if spread <= 0 else min(1.0, float((squares + scale**2) / spread))
     # With one image per class all residuals are zero, and the scale is arbitrary.
     scale = scale if scale > 0 else torch.ones_like(scale)
