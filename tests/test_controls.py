@@ -148,7 +148,8 @@ def test_experts_that_are_taken_over_are_those_that_training_would_have_given(st
         assert all(torch.equal(one.tensors[key], other.tensors[key]) for key in one.tensors)
     assert models[0].config.files["heads.safetensors"] == models[1].config.files["heads.safetensors"]
     first = make_trainer(ranpac_first(projection_size=50), tmp_path / "first", experts_from=str(tmp_path / "giver"))
-    first.learn(stream[0])
+    seconds = first.learn_stream(stream[:2]).seconds
+    assert seconds[0]["train"] == reports[1].seconds[0]["train"] and "train" not in seconds[1]
     assert torch.equal(first.model.bank[0].tensors[key := next(iter(one.tensors))], models[0].bank[0].tensors[key])
 
 

@@ -304,8 +304,9 @@ class ContinualTrainer:
     ) -> None:
         """Trains the current task, or copies what `task_parallel` or `experts_from` provides."""
         method, queries = self.model.method, None
-        taken = self._parallel.give(seconds, trained_on) or (self._donor is not None and self._donor.give(seconds))
-        if taken or not method.trains:
+        if not method.trains:
+            return
+        if self._parallel.give(seconds, trained_on) or (self._donor is not None and self._donor.give(seconds)):
             return
         if method.trains_by_query and self.args.cache_query_features and isinstance(images, TaskImages):
             with timed(seconds, "queries"):
