@@ -20,27 +20,39 @@ import json
 import multiprocessing
 import os
 import runpy
+import shlex
 from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, field, fields
 from functools import cache
+from itertools import islice
 from pathlib import Path
 from typing import get_type_hints
 
 import torch
 from compare_tables import MEASURES, draw, make_table
 
-from hf_clpeft import METHODS, ConfigError, ContinualTrainingArguments, MethodOptions, StreamReport, TaskStream
+from hf_clpeft import (
+    METHODS,
+    ConfigError,
+    ContinualModel,
+    ContinualTrainingArguments,
+    MethodOptions,
+    StreamReport,
+    TaskStream,
+)
 from hf_clpeft.config.checks import MOST, check_ranges, check_types, fits
 from hf_clpeft.config.errors import OptionError, errors_in_one_line, refusing_options
 from hf_clpeft.streams import BENCHMARKS
+from hf_clpeft.streams.images import open_image
 from hf_clpeft.training.options import BackboneArguments, StreamArguments, options_of
 from hf_clpeft.training.parsing import OptionParser, nearest, read_yaml as read_file
-from hf_clpeft.training.recipe import command_line, learn
+from hf_clpeft.training.recipe import command_line, learn, open_model
 
 
 GROUPS = (StreamArguments, BackboneArguments, ContinualTrainingArguments)
 RATES = ("learning_rate", "head_learning_rate")
+IMAGES_COUNTED = 4  # of each task, whose forward passes are counted
 COMMON = {f.name for group in GROUPS for f in fields(group)}
 
 
@@ -60,6 +72,9 @@ class CompareArguments:
     methods: list[str] | None = field(default=None, metadata={"help": "Only these methods of the file."})
     benchmarks: list[str] | None = field(default=None, metadata={"help": "Only these benchmarks of the file."})
     seeds: list[int] | None = field(default=None, metadata={"help": "Other seeds than the file's."})
+    table_only: bool = field(
+        default=False, metadata={"help": "Measure nothing: table and plots of what there is, and what is missing."}
+    )
     num_workers: int | None = field(
         default=None,
         metadata={"help": "Runs at a time, each in a process of its own. Default: one for each GPU, or 2 without."},
@@ -260,8 +275,27 @@ def measure(run: Run) -> dict:
     training = ContinualTrainingArguments(
         **{"disable_tqdm": True, "resume_from_checkpoint": "auto", **training_options, "output_dir": run.folder}
     )
-    report = learn(stream, backbone, training, make_method(run))
-    return row_of(run, report, training, stream)
+    method = make_method(run)
+    report = learn(stream, backbone, training, method)
+    forwards = forwards_per_image(open_model(backbone, training, method), stream)
+    return row_of(run, report, training, stream) | {"forwards_per_image": round(forwards, 3)}
+
+
+def forwards_per_image(model: ContinualModel, stream: TaskStream) -> float:
+    """Forward passes of the backbone that the prediction of an image takes, counted layer by layer on a few images."""
+    backbone, counts = model.backbone, [0]
+    whole = backbone.layout.layers is None
+    layers = [backbone.model] if whole else list(backbone.model.get_submodule(backbone.layout.layers))
+
+    def count(layer: torch.nn.Module, inputs: tuple, options: dict) -> None:
+        counts[0] += len(next(value for value in (*inputs, *options.values()) if isinstance(value, torch.Tensor)))
+
+    images = [open_image(encoded) for task in stream for encoded, _, _ in islice(task.test, IMAGES_COUNTED)]
+    handles = [layer.register_forward_pre_hook(count, with_kwargs=True) for layer in layers]
+    model.predict(images)
+    for handle in handles:
+        handle.remove()
+    return counts[0] / (len(layers) * len(images))
 
 
 def row_of(run: Run, report: StreamReport, training: ContinualTrainingArguments, stream: TaskStream) -> dict:
@@ -381,17 +415,34 @@ def write_rows(rows: Iterable[dict], path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_suffix(".part")
     with open(part, "w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, rows[0].keys(), lineterminator="\n")
+        names = dict.fromkeys(name for row in rows for name in row)  # rows of before have fewer columns
+        writer = csv.DictWriter(file, names, restval="", lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
     part.replace(path)
 
 
+def command_for(args: CompareArguments) -> str:
+    """The command that measures cells, but for their names. Paths that are absolute here stand in capitals."""
+    words = ["python", "recipes/compare.py"]
+    for name in ("config", "output_dir", "results", "backbone", "data_root"):
+        value = getattr(args, name)
+        if value is not None:
+            words += [f"--{name}", name.upper() if Path(value).is_absolute() else shlex.quote(value)]
+    return " ".join(words)
+
+
 def main():
     (args,) = OptionParser((CompareArguments,)).read()
-    results = Path(args.results or folder_of(args) / "results.csv")
-    rows = run_all(plan(args, read_config(args.config)), results, args.num_workers)
-    table = make_table(rows)
+    results, runs = Path(args.results or folder_of(args) / "results.csv"), plan(args, read_config(args.config))
+    if args.table_only:
+        known = {key_of(row): row for row in read_rows(results)}
+        rows = [known[run.key] for run in runs if run.key in known]
+        if not rows:
+            raise ConfigError(f"--table_only: {results} has no row of these runs.")
+    else:
+        rows = run_all(runs, results, args.num_workers)
+    table = make_table(rows, [run.key for run in runs], command_for(args))
     results.with_suffix(".md").write_text(table, encoding="utf-8")
     paths = draw(rows, results.with_suffix(""))
     print(table)

@@ -1,7 +1,9 @@
 """What `compare.py` makes of the rows of its CSV: a Markdown table and plots."""
 
 import json
+import shlex
 import statistics
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -17,11 +19,20 @@ MEASURES = {
     "routing_accuracy": "routing",
     "oracle_accuracy": "oracle-routed",
 }
+PERCENT = 100
+COSTS = {  # title: column of the CSV, digits behind the point
+    "forwards an image": ("forwards_per_image", 1),
+    "trained parameters": ("trained_parameters", 0),
+    "stored kB a task": ("stored_bytes", 0),
+    "images seen": ("images_seen", 0),
+    "training seconds": ("train_seconds", 0),
+    "seconds": ("seconds", 0),
+}
 PAIRS = (("l2l", "l2p"), ("s_lora", "s_prompts"), ("s_lora_pp", "s_prompts_pp"))  # LoRA, prompts
 
 
 def values_of(rows: list[dict], measure: str) -> list[float]:
-    return [float(row[measure]) for row in rows if row[measure] != ""]
+    return [float(row[measure]) for row in rows if row.get(measure, "") != ""]
 
 
 def grouped(rows: list[dict]) -> dict[str, dict[str, list[dict]]]:
@@ -32,42 +43,80 @@ def grouped(rows: list[dict]) -> dict[str, dict[str, list[dict]]]:
     return groups
 
 
-def spread(values: list[float], scale: float = 100) -> str:
-    """Mean ± standard deviation; the mean alone of a single value."""
+def spread(values: list[float], scale: float = PERCENT, digits: int = 1) -> str:
+    """Mean ± standard deviation; the mean alone of a single value, or of costs that are all equal."""
     if not values:
         return "–"
-    mean = f"{scale * statistics.mean(values):.1f}"
-    return mean if len(values) == 1 else f"{mean} ± {scale * statistics.stdev(values):.1f}"
+    mean = f"{scale * statistics.mean(values):,.{digits}f}"
+    same = len(values) == 1 or (scale != PERCENT and len(set(values)) == 1)
+    return mean if same else f"{mean} ± {scale * statistics.stdev(values):,.{digits}f}"
 
 
-def make_table(rows: list[dict]) -> str:
-    """Average accuracy of all methods on all benchmarks, what LoRA gains over prompts, and each benchmark in full."""
+def make_table(rows: list[dict], wanted: Sequence[tuple[str, str, int]] = (), command: str = "") -> str:
+    """Average accuracy of all methods on all benchmarks, what LoRA gains over prompts, and each benchmark in full.
+
+    Args:
+        rows (`list[dict]`): Rows of the CSV.
+        wanted (sequence of `(str, str, int)`, *optional*): Benchmark, method and seed of every cell that there should
+            be; those without a row are listed below the first table.
+        command (`str`, *optional*): What measures a cell, but for its names.
+    """
     groups = grouped(rows)
-    methods = list(dict.fromkeys(row["method"] for row in rows))
+    measured = {(row["benchmark"], row["method"], int(row["seed"])) for row in rows}
+    benchmarks = dict.fromkeys([*(benchmark for benchmark, _, _ in wanted), *groups])
+    methods = dict.fromkeys([*(method for _, method, _ in wanted), *(row["method"] for row in rows)])
     lines = ["Average accuracy after the last task, in %, mean ± standard deviation over seeds.", ""]
-    lines += ["| method | " + " | ".join(groups) + " |", "|---|" + "---|" * len(groups)]
+    lines += [*circumstances(rows), "| method | " + " | ".join(benchmarks) + " |", "|---|" + "---|" * len(benchmarks)]
     for method in methods:
-        cells = [spread(values_of(of.get(method, []), "average_accuracy")) for of in groups.values()]
+        cells = [spread(values_of(groups.get(name, {}).get(method, []), "average_accuracy")) for name in benchmarks]
         lines.append(f"| {method} | " + " | ".join(cells) + " |")
+    lines += missing_lines([cell for cell in wanted if cell not in measured], command)
     lines += pair_lines(groups)
     for benchmark, of in groups.items():
-        seeds = ", ".join(sorted({str(row["seed"]) for found in of.values() for row in found}))
         first, tasks = next(iter(of.values()))[0], num_tasks(of)
-        lines += ["", f"## {benchmark}", ""]
-        lines.append(
-            f"{first['train_images']} training images in {tasks} tasks, "
-            f"{first['backbone']} (weights {first['weight_hash'][:12]}) at {first['image_size']} px, "
-            f"{first['device']}, seeds {seeds}."
-        )
-        names = (*MEASURES.values(), "trained parameters", "stored kB", "images seen", "seconds")
-        lines += ["", "| method | " + " | ".join(names) + " |", "|---|" + "---|" * len(names)]
-        for method, found in of.items():
+        lines += ["", f"## {benchmark}", "", f"{first['train_images']} training images in {tasks} tasks.", ""]
+        lines += ["| method | " + " | ".join([*MEASURES.values(), *COSTS]) + " |"]
+        lines += ["|---|" + "---|" * (len(MEASURES) + len(COSTS))]
+        for method in methods:
+            found = of.get(method, [])
             cells = [spread(values_of(found, measure)) for measure in MEASURES]
-            cells += [f"{statistics.mean(values_of(found, 'trained_parameters')):,.0f}"]
-            cells += [f"{statistics.mean(values_of(found, 'stored_bytes')) / 1000:,.0f}"]
-            cells += [f"{statistics.mean(values_of(found, name)):,.0f}" for name in ("images_seen", "seconds")]
+            for column, digits in COSTS.values():
+                scale = 1 / (1000 * num_tasks({method: found})) if found and column == "stored_bytes" else 1
+                cells.append(spread(values_of(found, column), scale, digits))
             lines.append(f"| {method} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
+
+
+def circumstances(rows: list[dict]) -> list[str]:
+    """What the rows were measured with, a line for each combination."""
+    lines: dict[str, set[int]] = {}
+    for row in rows:
+        versions = ", ".join(f"{name} {version}" for name, version in json.loads(row["versions"]).items())
+        where = f"{row['backbone']} (weights {row['weight_hash'][:12]}) at {row['image_size']} px, {row['device']}"
+        lines.setdefault(f"{where}; {versions}", set()).add(int(row["seed"]))
+    return [
+        text for line, seeds in lines.items() for text in (f"{line}; seeds {', '.join(map(str, sorted(seeds)))}.", "")
+    ]
+
+
+def missing_lines(missing: list[tuple[str, str, int]], command: str) -> list[str]:
+    """How many cells are not measured, and the commands that measure them: as few as name no other cell."""
+    if not missing:
+        return []
+    methods: dict[tuple[str, int], tuple[str, ...]] = {}
+    for benchmark, method, seed in missing:
+        methods[benchmark, seed] = (*methods.get((benchmark, seed), ()), method)
+    seeds: dict[tuple[str, tuple[str, ...]], tuple[int, ...]] = {}
+    for (benchmark, seed), names in methods.items():
+        seeds[benchmark, names] = (*seeds.get((benchmark, names), ()), seed)
+    benchmarks: dict[tuple[tuple[str, ...], tuple[int, ...]], list[str]] = {}
+    for (benchmark, names), numbers in seeds.items():
+        benchmarks.setdefault((names, numbers), []).append(benchmark)
+    lines = ["", f"Not measured yet: {len(missing)} runs. With your own paths in place of capitals:", "", "```sh"]
+    for (names, numbers), where in benchmarks.items():
+        chosen = ["--methods", *names, "--benchmarks", *where, "--seeds", *map(str, numbers)]
+        lines.append(f"{command} {shlex.join(chosen)}")
+    return [*lines, "```"]
 
 
 def pair_lines(groups: dict[str, dict[str, list[dict]]]) -> list[str]:

@@ -8,10 +8,21 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from compare import CompareArguments, chains_of, check_same, copy_of, make_table, plan, read_config, read_yaml, run_all
+from compare import (
+    CompareArguments,
+    chains_of,
+    check_same,
+    copy_of,
+    forwards_per_image,
+    make_table,
+    plan,
+    read_config,
+    read_yaml,
+    run_all,
+)
 from sweep import draw, line_of, points_of, read_sweep
 
-from hf_clpeft import ConfigError
+from hf_clpeft import ConfigError, ContinualModel, load_benchmark
 from hf_clpeft.reports.plots import plot_series
 
 
@@ -164,6 +175,45 @@ def test_a_copy_of_a_data_set_has_the_name_of_the_benchmark_or_of_its_repo(tmp_p
     for name in ("tiny-imagenet", "split_tiny_imagenet"):
         (tmp_path / name).mkdir()
         assert copy_of("split_tiny_imagenet", str(tmp_path)) == tmp_path / name
+
+
+def row(benchmark, method, seed, accuracy, **more):
+    known = {"benchmark": benchmark, "method": method, "seed": str(seed), "average_accuracy": str(accuracy)}
+    known |= {"backbone": "vit", "weight_hash": "0f3c" * 16, "image_size": "32", "device": "cpu"}
+    known |= {"versions": '{"torch": "2.13"}', "accuracy_matrix": "[[1.0, null], [0.5, 0.5]]", "train_images": "64"}
+    return known | more
+
+
+def test_a_table_says_what_is_missing_and_how_to_measure_it():
+    cost = {"stored_bytes": "4000", "forwards_per_image": "2.0", "train_seconds": "12"}
+    rows = [row("digits", "s_lora", seed, 0.5 + 0.1 * seed, **cost) for seed in (0, 1)]
+    wanted = [(b, m, seed) for seed in (0, 1) for b in ("digits", "pacs") for m in ("ncm", "s_lora")]
+    lines = make_table(rows, wanted, "python compare.py").splitlines()
+    assert "vit (weights 0f3c0f3c0f3c) at 32 px, cpu; torch 2.13; seeds 0, 1." in lines
+    assert "| s_lora | 55.0 ± 7.1 | – |" in lines and "| ncm | – | – |" in lines
+    assert "Not measured yet: 6 runs. With your own paths in place of capitals:" in lines
+    assert [line for line in lines if line.startswith("python")] == [
+        "python compare.py --methods ncm --benchmarks digits --seeds 0 1",
+        "python compare.py --methods ncm s_lora --benchmarks pacs --seeds 0 1",
+    ]
+    head = next(line for line in lines if "forwards an image" in line).split(" | ")
+    cells = next(line for line in lines if line.startswith("| s_lora") and len(line.split(" | ")) == len(head))
+    shown = dict(zip(head, cells.split(" | "), strict=True))
+    assert [shown[name] for name in ("forwards an image", "stored kB a task", "training seconds")] == [
+        "2.0",
+        "2",
+        "12",
+    ]
+    assert "Not measured" not in make_table(rows, [(b, m, s) for b, m, s in wanted if (b, m) == ("digits", "s_lora")])
+
+
+def test_forwards_are_counted_layer_by_layer(backbone):
+    stream = load_benchmark("digits", max_test_samples_per_task=4)
+    for name, expected in (("s-lora", 2), ("s-prompts", 2), ("l2l", 2), ("s-lora-mix", 4)):
+        model = ContinualModel.from_pretrained(f"hf-clpeft/{name}-digits", backbone=backbone)
+        assert forwards_per_image(model, stream) == expected
+    model.method.query_layers = [2, 3]  # of six: half a pass, and three with an expert each
+    assert forwards_per_image(model, stream) == 3.5
 
 
 SWEEP = """
