@@ -22,7 +22,7 @@ PACKAGE = {name: kind for name, kind in METHODS.items() if kind.__module__.start
 NAMES = [name for name, kind in PACKAGE.items() if "peft" not in {f.name for f in fields(kind.Config)}]
 NAMES.remove("closed_form")
 FLOORS = ("sequential_lora", "linear_probe")  # which forget, and are there to show how much
-SMALL = {"k": 2, "projection_size": 40, "pool_size": 4, "top_n": 2, "mix": 2}
+SMALL = {"k": 2, "projection_size": 40, "kernel_features": 40, "rank": 20, "pool_size": 4, "top_n": 2, "mix": 2}
 ARGS = {"num_train_epochs": 3, "train_batch_size": 4, "learning_rate": 1e-2, "head_learning_rate": 1e-2}
 
 
@@ -121,7 +121,7 @@ def test_it_learns_tasks_one_after_another_and_has_a_card(learnt):
 def test_it_says_what_it_trains_stores_and_costs(name):
     said = inspect.getdoc(PACKAGE[name].Config)
     for word in ("Trains", "Stores", "Costs"):
-        assert re.search(rf"\*\*{word}\*\* \S", said), word
+        assert re.search(rf"\*\*{word}\*\*\s\S", said), word
     assert PACKAGE[name].title and re.fullmatch(r"\d{4}\.\d{5}|None", str(PACKAGE[name].paper))
 
 
