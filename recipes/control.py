@@ -11,4 +11,16 @@ from hf_clpeft import run_recipe
 
 
 if __name__ == "__main__":
-    run_recipe("slda", "ncm", "ranpac", "ranpac_first", "linear_probe", "sequential_lora")
+    run_recipe(
+        "slda",
+        "ncm",
+        "ranpac",
+        "ranpac_first",
+        "loranpac",
+        "loranpac_first",
+        "layup",
+        "layup_first",
+        "klda",
+        "linear_probe",
+        "sequential_lora",
+    )

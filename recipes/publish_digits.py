@@ -13,6 +13,7 @@ from typing import Annotated
 
 import typer
 
+from hf_clpeft import METHODS
 from hf_clpeft.cli.run import run_program
 from hf_clpeft.config import ContinualConfig
 from hf_clpeft.config.checks import read_json
@@ -20,13 +21,13 @@ from hf_clpeft.reports.card import CARD_NAME, make_card
 from hf_clpeft.reports.report import METRICS_NAME, StreamReport
 
 
-METHODS = ["s_lora", "s_lora_pp", "s_prompts", "s_prompts_pp", "l2l", "l2p", "s_lora_mix"]
+RECIPES = sorted(path.stem for path in Path(__file__).parent.glob("*.py") if path.stem in METHODS)
 
 
 def main(
     namespace: Annotated[str | None, typer.Argument(help="Whose repos to push to; none: nothing is pushed.")] = None,
     output_dir: Annotated[Path, typer.Option(help="Folder for the models.")] = Path("out/digits_models"),
-    method: Annotated[list[str], typer.Option(help="Only this method; may be given several times.")] = METHODS,
+    method: Annotated[list[str], typer.Option(help="Only this method; may be given several times.")] = RECIPES,
 ):
     for recipe in method:
         name = f"{recipe.replace('_', '-')}-digits"

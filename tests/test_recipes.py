@@ -7,11 +7,12 @@ import re
 import runpy
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
 
-from hf_clpeft import ConfigError, ContinualTrainingArguments
+from hf_clpeft import METHODS, ConfigError, ContinualTrainingArguments, load_benchmark as load
 from hf_clpeft.training.options import BackboneArguments, StreamArguments, parse
 from hf_clpeft.training.recipe import resuming_command
 
@@ -26,13 +27,39 @@ def run(script, *options, **environment):
     return subprocess.run(command, capture_output=True, text=True, env={**os.environ, **environment})
 
 
-@pytest.mark.parametrize("script", ["s_lora_pp.py", "s_prompts.py", "l2l.py"])
-def test_a_recipe_learns_a_benchmark_and_prints_a_table(script, tmp_path):
-    done = run(script, "--benchmark", "digits", "--output_dir", tmp_path / "out", "--disable_tqdm", *QUICK)
+def test_a_recipe_learns_a_benchmark_and_prints_a_table(tmp_path):
+    done = run(script := "l2l.py", "--benchmark", "digits", "--output_dir", tmp_path / "out", "--disable_tqdm", *QUICK)
     assert done.returncode == 0, done.stderr[-2000:]
     assert re.search(rf"{script[:-3]} +\d+\.\d", done.stdout), done.stdout
     metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
     assert metrics["tasks"] == [f"task-00{i}" for i in range(5)]
+
+
+NAMED = sorted(path.stem for path in (REPO / "recipes").glob("*.py") if path.stem in METHODS)
+CONTROLS = re.findall(r'"(\w+)"', (REPO / "recipes" / "control.py").read_text().partition("run_recipe(")[2])
+SMALL = {"projection_size": 64, "kernel_features": 64}  # of those that have it
+
+
+def test_every_method_has_a_recipe():
+    """The general forms, for any PEFT technique or router, are those of the methods that have names of their own."""
+    general = {name for name, kind in METHODS.items() if "peft" in {f.name for f in fields(kind.Config)}}
+    package = {name for name, kind in METHODS.items() if kind.__module__.startswith("hf_clpeft.")}
+    assert {*NAMED, *CONTROLS} == package - general - {"closed_form"}
+
+
+@pytest.mark.parametrize("name", [*NAMED, *CONTROLS])
+def test_a_recipe_learns_two_tasks(name, monkeypatch, capsys):
+    script = f"{name}.py" if name in NAMED else "control.py"
+    options = ["--benchmark", "digits", "--output_dir", "out", "--num_tasks", "5", "--disable_tqdm", *QUICK]
+    options += [] if name in NAMED else ["--method", name]
+    for option in {f.name for f in fields(METHODS[name].Config)} & SMALL.keys():
+        options += [f"--{option}", str(SMALL[option])]
+    monkeypatch.setattr(sys, "argv", [script, *options])
+    monkeypatch.setattr("hf_clpeft.training.options.load_benchmark", lambda *args, **more: load(*args, **more)[:2])
+    runpy.run_path(str(REPO / "recipes" / script), run_name="__main__")
+    assert re.search(rf"{name} +\d+\.\d", capsys.readouterr().out)
+    text = (REPO / "recipes" / script).read_text()
+    assert name not in NAMED or (METHODS[name].paper or "") in text and f"recipes/{script} --benchmark digits" in text
 
 
 def test_the_demo_ends_with_a_table_and_a_picture_and_may_be_run_again(tmp_path, monkeypatch, capsys):
