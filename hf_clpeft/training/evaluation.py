@@ -1,7 +1,7 @@
 """Evaluation after every task: accuracy with routing and with oracle routing, and routing counts."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -49,6 +49,7 @@ class Evaluator:
         self._tests: dict[str, TestFeatures] = {}
         self._recalled: set[str] = set()
 
+    @torch.no_grad()
     def add(self, name: str, images: TaskImages, measured: int | None = None) -> None:
         """Registers a test split, and computes its query features.
 
@@ -60,12 +61,14 @@ class Evaluator:
         """
         if name in self._tests:
             return
-        test = self._tests[name] = TestFeatures(images, self._queries(images, name))
-        method = self.model.method
+        test, method = TestFeatures(images, self._queries(images, name)), self.model.method
+        self._tests[name] = test
         if measured is not None:
             self._recalled.add(name)
-            for selection in self._selections(test, measured) if method.independent and method.reads else []:
-                test.recall(selection)
+            if method.independent and method.reads:
+                self._predict(name, measured)  # computes what the earlier run remembered, and has counted
+                test.forwards = 0
+                test.drop_unused()
 
     def forwards(self) -> dict[str, int]:
         """Number of expert forward passes so far, by test split."""
@@ -87,12 +90,6 @@ class Evaluator:
         if not method.query_layers:
             return torch.zeros(len(images), 0)
         return extract_all(images, method.query, self.model, self.accelerator, self.args, desc=f"Querying {name}")
-
-    def _selections(self, test: TestFeatures, owner: int) -> Iterator[torch.Tensor]:
-        """Yields one expert per image at a time: those that it is routed to, and the one of its own task."""
-        routing = self.model.method.route(test.query.to(self.model.device))
-        for each in (routing, routing.sent_to(owner)):
-            yield from each.selection.cpu().reshape(len(test.query), -1).T
 
     def forwards_per_image(self) -> float:
         """Forward passes so far per test image, including query features; unaffected by an interruption."""
@@ -119,26 +116,34 @@ class Evaluator:
         wanted = torch.tensor([column[label] for label in classes])[test.labels]
         if not method.fixed_query:
             test.query = self._queries(test.images, name)
-        query, device = test.query.to(self.model.device), self.model.device
-
-        def read(_: TaskImages, selection: torch.Tensor) -> torch.Tensor:
-            return self._read(test, selection.cpu(), name).to(device)
+        output, oracle = self._predict(name, owner)
 
         def accuracy(output: ContinualOutput) -> float:
             assert output.logits is not None
             return float((output.logits.argmax(dim=1).cpu() == wanted).float().mean())
 
-        output, oracle_accuracy = method(test.images, query, read), math.nan
-        if method.independent and owner is not None:
-            oracle_accuracy = accuracy(method(test.images, query, read, expert=method.expert_of(owner)))
         assert output.selection is not None
         chosen = output.selection.cpu()
         if method.independent:
             chosen = chosen.reshape(len(chosen), -1)[:, 0]  # the nearest of several
         counts = np.bincount(chosen.flatten().numpy())
+        oracle_accuracy = math.nan if oracle is None else accuracy(oracle)
         result = TaskEvaluation(accuracy(output), oracle_accuracy, counts)
         test.drop_unused()
         return result
+
+    def _predict(self, name: str, owner: int | None) -> tuple[ContinualOutput, ContinualOutput | None]:
+        """Outputs with routing; and with oracle routing, if experts belong to tasks and the task has been learnt."""
+        test, method, device = self._tests[name], self.model.method, self.model.device
+        query, oracle = test.query.to(device), None
+
+        def read(_: TaskImages, selection: torch.Tensor) -> torch.Tensor:
+            return self._read(test, selection.cpu(), name).to(device)
+
+        output = method(test.images, query, read)
+        if method.independent and owner is not None:
+            oracle = method(test.images, query, read, expert=method.expert_of(owner))
+        return output, oracle
 
     def _read(self, test: TestFeatures, selection: torch.Tensor, name: str) -> torch.Tensor:
         """Features with the selected experts applied; cached if experts are independent and thus never change."""

@@ -14,7 +14,7 @@ from .batches import on_device
 from .processes import TrainingError
 
 
-ABSENT, COUNTED = -1, -2  # features that are not cached; the latter were counted by an earlier process
+ABSENT = -1  # features that are not cached
 
 
 @torch.no_grad()
@@ -87,7 +87,7 @@ class TestFeatures:
     """Cache of features of one task's test images, as frozen backbone and experts never change.
 
     Features used by one evaluation are kept for the next. Which ones these are follows from the model alone, so that a
-    resumed run counts forward passes as an uninterrupted one would.
+    resumed run, which computes them again, counts forward passes as an uninterrupted one would.
 
     Args:
         images ([`TaskImages`]): The task's test images.
@@ -104,21 +104,15 @@ class TestFeatures:
         self.labels = torch.from_numpy(images.labels)
         self.forwards = 0
         self.features = query.new_empty(0)
-        # Maps row and expert to a position in features, or to ABSENT or COUNTED.
+        # Maps row and expert to a position in features, or to ABSENT.
         self._where = torch.full((len(images), 0), ABSENT)
         self._used = torch.zeros_like(self._where, dtype=torch.bool)
 
-    def recall(self, selection: torch.Tensor) -> None:
-        """Marks features as counted that an earlier process used in its last evaluation of the same model."""
-        every = self._make_room(selection)
-        self._where[every, selection] = COUNTED
-
     def drop_unused(self) -> None:
         """Evicts features that were not used since the last call."""
-        used = self._used & (self._where >= 0)
-        self.features = self.features[self._where[used]]
-        self._where = torch.where(self._used & (self._where == COUNTED), COUNTED, ABSENT)
-        self._where[used] = torch.arange(len(self.features))
+        self.features = self.features[self._where[self._used]]
+        self._where = torch.full_like(self._where, ABSENT)
+        self._where[self._used] = torch.arange(len(self.features))
         self._used.zero_()
 
     def forget(self, expert: int, forwards: int) -> None:
@@ -140,7 +134,7 @@ class TestFeatures:
         rows = every[self._where[every, selection] < 0]
         rows = rows[selection[rows].argsort(stable=True)]
         if len(rows):
-            self.forwards += int((self._where[rows, selection[rows]] == ABSENT).sum())
+            self.forwards += len(rows)
             self._where[rows, selection[rows]] = len(self.features) + torch.arange(len(rows))
             self.features = torch.cat([self.features, compute(rows)])
         self._used[every, selection] = True
