@@ -64,7 +64,9 @@ if TYPE_CHECKING:  # what is imported below when it is first used; a test holds 
         s_x_pp as s_x_pp,
         sd_lora as sd_lora,
         sequential_lora as sequential_lora,
+        slca as slca,
         slda as slda,
+        ssiat as ssiat,
     )
     from .model import (
         ContinualModel as ContinualModel,
@@ -167,7 +169,9 @@ _MODULES = {
         "s_x_pp",
         "sd_lora",
         "sequential_lora",
+        "slca",
         "slda",
+        "ssiat",
     ],
     "reports.report": ["StreamReport"],
     "config.hub_errors": ["HubError"],

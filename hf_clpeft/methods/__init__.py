@@ -18,6 +18,8 @@ from .s_lora_mix import SLoraMix, SXMix
 from .s_x import SX, SLora, SLoraPlusPlus, SPrompts, SPromptsPlusPlus, SXPlusPlus
 from .sd_lora import SdLora
 from .single import SequentialLora, Single
+from .slca import Slca
+from .ssiat import Ssiat
 
 
 # Options for `ContinualModel.from_backbone`, for example `s_lora(r=4)`.
@@ -36,6 +38,7 @@ loranpac, loranpac_first = LoRanPac.Config, LoRanPacFirst.Config
 linear_probe = LinearProbe.Config
 aper, ease = Aper.Config, Ease.Config
 dualprompt, coda_prompt = DualPrompt.Config, CodaPrompt.Config
+slca, ssiat = Slca.Config, Ssiat.Config
 
 __all__ = [
     "AnyRouter",
@@ -74,7 +77,9 @@ __all__ = [
     "SXPlusPlus",
     "SequentialLora",
     "Single",
+    "Slca",
     "Slda",
+    "Ssiat",
     "make_method",
     "aper",
     "coda_prompt",
@@ -101,5 +106,7 @@ __all__ = [
     "s_x_pp",
     "sd_lora",
     "sequential_lora",
+    "slca",
     "slda",
+    "ssiat",
 ]

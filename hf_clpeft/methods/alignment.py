@@ -6,6 +6,7 @@ from torch.nn.functional import cross_entropy
 from ..backbones.precision import KeepsPrecision, without_autocast
 from ..config import ConfigError
 from ..routing.gaussian import shrink
+from .heads import Heads
 
 
 class ClassGaussians(KeepsPrecision):
@@ -139,6 +140,42 @@ class ClassGaussians(KeepsPrecision):
             )
         if len(self) and self.counts.min() < 1:
             raise ConfigError("A class Gaussian is of no images.")
+
+
+class AlignedHeads(Heads):
+    """A shared head whose rows are all trained after every task, and so apply to all images.
+
+    That holds for the row of a single-class task, too, which Gaussians of all classes train against the others.
+
+    Args:
+        hidden_size (`int`): Size of a feature vector.
+
+    Example:
+
+    ```py
+    >>> import torch
+    >>> from hf_clpeft.methods.alignment import AlignedHeads
+
+    >>> heads = AlignedHeads(hidden_size=2)
+    >>> heads.write(torch.eye(2)[:1], torch.zeros(1), classes=[0], single=True)
+    >>> heads.extended(torch.eye(2)[1:], torch.zeros(1), classes=[1]).weight.tolist()
+    [[1.0, 0.0], [0.0, 1.0]]
+
+    ```
+    """
+
+    def __init__(self, hidden_size: int):
+        super().__init__(hidden_size, shared=True)
+
+    def write(self, weight: torch.Tensor, bias: torch.Tensor, classes: list[int], single: bool = False) -> None:
+        super().write(weight, bias, classes)
+
+    def extended(self, weight: torch.Tensor, bias: torch.Tensor, classes: list[int]) -> torch.nn.Linear:
+        """A layer for all classes: the given rows for `classes`, and those of this head for all others."""
+        layer = self.start(list(range(max(self.num_classes, 1 + max(classes)))))
+        with torch.no_grad():
+            layer.weight[classes], layer.bias[classes] = weight.to(layer.weight), bias.to(layer.bias)
+        return layer
 
 
 def align(
