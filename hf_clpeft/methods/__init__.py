@@ -12,6 +12,7 @@ from .layup import LayUp, LayUpFirst
 from .learning import Batch, FeaturesOf
 from .loranpac import LoRanPac, LoRanPacFirst
 from .method import METHODS, Method, make_method
+from .mos import Mos
 from .output import ContinualOutput
 from .pool import L2l, L2p, Pool
 from .s_lora_mix import SLoraMix, SXMix
@@ -38,6 +39,7 @@ loranpac, loranpac_first = LoRanPac.Config, LoRanPacFirst.Config
 linear_probe = LinearProbe.Config
 aper, ease = Aper.Config, Ease.Config
 dualprompt, coda_prompt = DualPrompt.Config, CodaPrompt.Config
+mos = Mos.Config
 slca, ssiat = Slca.Config, Ssiat.Config
 
 __all__ = [
@@ -62,6 +64,7 @@ __all__ = [
     "LoRanPacFirst",
     "METHODS",
     "Method",
+    "Mos",
     "Ncm",
     "Pool",
     "RanPac",
@@ -94,6 +97,7 @@ __all__ = [
     "linear_probe",
     "loranpac",
     "loranpac_first",
+    "mos",
     "ncm",
     "ranpac",
     "ranpac_first",

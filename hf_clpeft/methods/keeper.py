@@ -26,6 +26,7 @@ class Keeper(KeepsPrecision):
     paper: ClassVar[str | None] = None
     trains: ClassVar[bool] = True
     independent: ClassVar[bool] = False
+    chained: ClassVar[bool] = False
     reads: ClassVar[bool] = True
     routes: ClassVar[bool] = False
     fixed_query: ClassVar[bool] = True

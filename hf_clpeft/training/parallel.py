@@ -88,6 +88,8 @@ def check_independent(method: Method, stream: TaskStream, mixed_precision: str) 
     """Raises [`ConfigError`] unless the experts of a stream can be trained independently."""
     if not method.independent:
         raise ConfigError(f"task_parallel needs an expert per task and masked logits; {method.name} has not.")
+    if method.chained:
+        raise ConfigError(f"task_parallel needs experts that are trained apart; those of {method.name} are not.")
     names = [label for task in stream for label in task.classes]
     if method.heads is not None and method.heads.shared and len(set(names)) < len(names):
         raise ConfigError("task_parallel needs head='per_task' where tasks share classes: their rows would be shared.")
