@@ -68,6 +68,7 @@ if TYPE_CHECKING:  # what is imported below when it is first used; a test holds 
         slca as slca,
         slda as slda,
         ssiat as ssiat,
+        tuna as tuna,
     )
     from .model import (
         ContinualModel as ContinualModel,
@@ -174,6 +175,7 @@ _MODULES = {
         "slca",
         "slda",
         "ssiat",
+        "tuna",
     ],
     "reports.report": ["StreamReport"],
     "config.hub_errors": ["HubError"],

@@ -217,7 +217,7 @@ class ContinualModel(torch.nn.Module):
         assert task is not None, "start_task comes first"
         task.num_train_images = num_train_images
         method.finish(features_of)
-        for name in [task.name] if method.independent else list(self.unchanged_experts):
+        for name in [task.name, *method.remade] if method.independent else list(self.unchanged_experts):
             self.unchanged_experts.pop(name, None)
         self.config.classes = list(dict.fromkeys([*self.config.classes, *task.classes]))
         self.config.tasks.append(task)

@@ -21,6 +21,7 @@ from .sd_lora import SdLora
 from .single import SequentialLora, Single
 from .slca import Slca
 from .ssiat import Ssiat
+from .tuna import Tuna
 
 
 # Options for `ContinualModel.from_backbone`, for example `s_lora(r=4)`.
@@ -38,6 +39,7 @@ layup, layup_first = LayUp.Config, LayUpFirst.Config
 loranpac, loranpac_first = LoRanPac.Config, LoRanPacFirst.Config
 linear_probe = LinearProbe.Config
 aper, ease = Aper.Config, Ease.Config
+aper, ease, tuna = Aper.Config, Ease.Config, Tuna.Config
 dualprompt, coda_prompt = DualPrompt.Config, CodaPrompt.Config
 mos = Mos.Config
 slca, ssiat = Slca.Config, Ssiat.Config
@@ -83,6 +85,7 @@ __all__ = [
     "Slca",
     "Slda",
     "Ssiat",
+    "Tuna",
     "make_method",
     "aper",
     "coda_prompt",
@@ -113,4 +116,5 @@ __all__ = [
     "slca",
     "slda",
     "ssiat",
+    "tuna",
 ]

@@ -26,7 +26,7 @@ class Keeper(KeepsPrecision):
     paper: ClassVar[str | None] = None
     trains: ClassVar[bool] = True
     independent: ClassVar[bool] = False
-    chained: ClassVar[bool] = False
+    remade: ClassVar[tuple[str, ...]] = ()
     reads: ClassVar[bool] = True
     routes: ClassVar[bool] = False
     fixed_query: ClassVar[bool] = True
@@ -38,6 +38,7 @@ class Keeper(KeepsPrecision):
     which_router: ClassVar[str] = ""
     which_head: ClassVar[str] = "none"
 
+    chained: bool = False  # may depend on the options
     options: Any  # the method's own Config
     router: Router | None
     heads: Heads | None

@@ -51,6 +51,7 @@ class Method(Keeper):
         trains (`bool`): Whether tasks are trained with an optimizer, rather than by `begin` and `end` alone.
         independent (`bool`): Whether each task trains its own expert, without changing what other tasks use.
         chained (`bool`): Whether the training of an expert depends on those before.
+        remade (`tuple[str, ...]`): Names of the experts of an independent method that change with every task.
         routes (`bool`): Whether images are routed among several experts.
         reads (`bool`): Whether a routed image needs a second forward pass.
         fixed_query (`bool`): Whether query features no longer change after the first task.

@@ -37,9 +37,10 @@ def difference(config: ContinualConfig, there: ContinualConfig) -> str | None:
     forgotten = [task.name for task in there.tasks if task.name not in [*known, *config.removed]]
     if forgotten:
         return f"one that has learnt {', '.join(forgotten[:3])}, which this one has not"
-    independent = config.method.name in METHODS and METHODS[config.method.name].independent
-    for path, digest in config.files.items() if independent else ():
-        if path.startswith("experts/") and there.files.get(path, digest) != digest:
+    method = METHODS.get(config.method.name)
+    remade = tuple(f"experts/{name}/" for name in method.remade) if method is not None else ()
+    for path, digest in config.files.items() if method is not None and method.independent else ():
+        if path.startswith("experts/") and not path.startswith(remade) and there.files.get(path, digest) != digest:
             return f"one with another {path}"
     for task in there.tasks:
         own = known.get(task.name, task)

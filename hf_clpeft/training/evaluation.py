@@ -82,8 +82,9 @@ class Evaluator:
             forwards (`dict[str, int]`): [`~Evaluator.forwards`] before the task.
         """
         self._tests = {name: test for name, test in self._tests.items() if name in forwards}
+        expert = self.model.method.expert_of(owner) if self.model.method.independent else owner
         for name, test in self._tests.items():
-            test.forget(owner, forwards[name])
+            test.forget(owner if expert is None else expert, forwards[name])
 
     def _queries(self, images: TaskImages, name: str) -> torch.Tensor:
         method = self.model.method
@@ -116,6 +117,9 @@ class Evaluator:
         wanted = torch.tensor([column[label] for label in classes])[test.labels]
         if not method.fixed_query:
             test.query = self._queries(test.images, name)
+        for expert in method.remade:
+            if expert in method.bank.names:
+                test.evict(method.bank.names.index(expert))
         output, oracle = self._predict(name, owner)
 
         def accuracy(output: ContinualOutput) -> float:

@@ -115,6 +115,10 @@ class TestFeatures:
         self._where[self._used] = torch.arange(len(self.features))
         self._used.zero_()
 
+    def evict(self, expert: int) -> None:
+        """Evicts the features with one expert, which has changed."""
+        self._where[:, expert : expert + 1] = ABSENT
+
     def forget(self, expert: int, forwards: int) -> None:
         """Evicts the features of a removed last expert, and resets the count of forward passes."""
         self.forwards = forwards
