@@ -1,11 +1,13 @@
 """What the README shows runs as it stands there."""
 
 import re
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
 from hub_server import User
 
+from hf_clpeft import METHODS
 from hf_clpeft.streams.digits import load_digits_dataset
 
 
@@ -34,6 +36,16 @@ def test_a_snippet_runs(me, snippet, request):
 def test_the_readme_names_no_file_that_is_not_there():
     for path in re.findall(r"`((?:recipes|hf_clpeft)/[\w/.]+)`", README):
         assert (REPO / path).exists(), path
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_stands_in_the_docs(name):
+    kind = METHODS[name]
+    if "peft" in {option.name for option in fields(kind.Config)} or not kind.__module__.startswith("hf_clpeft."):
+        return  # the general form of others, or one that a test defines
+    assert f"`{name}`" in (REPO / "docs" / "methods.md").read_text(encoding="utf-8")
+    section = README.partition("## Methods")[2].partition("\n## ")[0]
+    assert name == "closed_form" or kind.title.partition(",")[0].lower() in section.lower()
 
 
 def test_the_commands_at_the_top_are_the_ones_that_ci_runs():
