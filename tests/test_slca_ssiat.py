@@ -8,7 +8,8 @@ from torch.nn.functional import cross_entropy, normalize
 
 from hf_clpeft import Batch, ConfigError, ContinualModel, TaskStream, load_benchmark, load_task, slca, ssiat
 from hf_clpeft.methods.alignment import AlignedHeads
-from hf_clpeft.methods.ssiat import RIDGE, CosineHead, mean_drift, ridge_drift
+from hf_clpeft.methods.cosine import CosineHead
+from hf_clpeft.methods.ssiat import RIDGE, mean_drift, ridge_drift
 
 
 WIDTH, BACKBONE = 128, "hf-clpeft/vit-tiny-glyphs"

@@ -4,12 +4,13 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
-from torch.nn.functional import cross_entropy, linear, normalize, one_hot
+from torch.nn.functional import cross_entropy, normalize, one_hot
 
 from ..config import TaskConfig
 from ..config.checks import check_ranges
 from ..routing import Routing
 from .alignment import align
+from .cosine import CosineHead
 from .learning import Batch, FeaturesOf
 from .options import LoraOptions
 from .single import EXPERT
@@ -17,22 +18,6 @@ from .slca import Aligned
 
 
 RIDGE = 1e-4  # penalty of the linear map, for features of norm 1: the code of SLDC
-
-
-class CosineHead(torch.nn.Linear):
-    """A linear layer without a bias on normalised features and rows: `scale` times their cosine similarity.
-
-    Args:
-        rows (`torch.Tensor` of shape `(classes, width)`): Its initial weight.
-        scale (`float`): Scale of the logits.
-    """
-
-    def __init__(self, rows: torch.Tensor, scale: float):
-        super().__init__(rows.shape[1], len(rows), bias=False)
-        self.weight, self.scale = torch.nn.Parameter(rows.detach().clone()), scale
-
-    def forward(self, features: torch.Tensor) -> torch.Tensor:
-        return self.scale * linear(normalize(features, dim=-1), normalize(self.weight, dim=-1))
 
 
 class Ssiat(Aligned, name="ssiat"):

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch.nn.functional import linear, normalize
+from torch.nn.functional import normalize
 
 from ..backbones import Backbone
 from ..config import ConfigError, ContinualConfig, TaskConfig
@@ -15,6 +15,7 @@ from ..experts import Expert
 from ..routing import Routing
 from .alignment import ClassGaussians, align
 from .all_experts import AllExperts
+from .cosine import CosineHead, cosines
 from .learning import Batch, FeaturesOf
 from .options import LoraOptions
 
@@ -29,8 +30,8 @@ class Tuna(AllExperts, name="tuna"):
     """TUNA: the mean of the probabilities of the surest task's expert and of a universal expert.
 
     **Trains** an adapter per task, with a temporary cosine head, and keeps it orthogonal to earlier ones. **Stores**
-    these, a universal adapter, a Gaussian per class and task, and one cosine head. **Costs** one forward pass per
-    image and task, and one more.
+    adapters, the universal one among them, a Gaussian per class and task, and one cosine head. **Costs** one forward
+    pass per image and task, and one more.
 
     After each task, [`merge`] makes the universal expert anew. The head of all classes starts from the class means and
     is aligned on features sampled from the Gaussians, which are those with the expert of their own task. The surest
@@ -39,8 +40,8 @@ class Tuna(AllExperts, name="tuna"):
     Adapters are LoRA, where the paper has bottlenecks whose two matrices are merged one by one. The factors of LoRA
     adapters that were drawn apart have no common basis, so their products are merged. The code of the paper trains
     each adapter further from the one before, and aligns a head that it aligned before; here both start afresh, so that
-    experts depend on others only by the orthogonality. `experts_from` takes S-LoRA experts, but their linear heads
-    made them surer of other tasks' images than cosines do, so that the surest is more often another task's.
+    experts depend on others by their orthogonality alone. Experts of S-LoRA can be taken (`experts_from`), but were
+    trained with a linear head: they are surer of images of other tasks, and the surest is more often a wrong one.
     """
 
     title, paper = "TUNA", "2508.08165"
@@ -69,7 +70,7 @@ class Tuna(AllExperts, name="tuna"):
         self.chained = bool(self.options.orthogonality)
 
     def classify(self, features: torch.Tensor, routing: Routing) -> torch.Tensor:
-        log_probabilities = cosines(features, self.head).log_softmax(dim=-1)
+        log_probabilities = (SCALE * cosines(features, self.head)).log_softmax(dim=-1)
         probabilities = log_probabilities.exp()
         universal = routing.selection == 0
         certainties = (probabilities * log_probabilities).sum(dim=-1).masked_fill(universal, -torch.inf)
@@ -79,7 +80,8 @@ class Tuna(AllExperts, name="tuna"):
     def begin(self, task: TaskConfig) -> None:
         if task.name.casefold() == UNIVERSAL:
             raise ConfigError(f"In {self.name}, {UNIVERSAL!r} is the merged expert; give the task another name.")
-        self.train_expert(task.name, CosineHead(self.backbone.hidden_size, len(task.classes)))
+        rows = torch.nn.Linear(self.backbone.hidden_size, len(task.classes)).weight
+        self.train_expert(task.name, CosineHead(rows, SCALE))
         earlier = list(self.bank)[1:] if self.chained else []
         device = self.backbone.device
         self._earlier = [[up.to(device) for _, up in _factors(expert).values()] for expert in earlier]
@@ -105,9 +107,9 @@ class Tuna(AllExperts, name="tuna"):
         self.bank.start(UNIVERSAL, experts[0].config)
         self.bank.adopt(merge(experts))
         self.bank.finish(UNIVERSAL)
-        head = CosineHead(self.backbone.hidden_size, len(self.classes))
         means = normalize(self.gaussians.means.cpu(), dim=-1)
-        head.weight.data = torch.zeros_like(head.weight).index_add(0, self.gaussians.classes.cpu(), means)
+        rows = torch.zeros(len(self.classes), means.shape[1]).index_add(0, self.gaussians.classes.cpu(), means)
+        head = CosineHead(rows, SCALE)
         align(head, self.gaussians, self.seed, **ALIGNMENT)
         self.head = head.weight.detach()
 
@@ -122,21 +124,6 @@ class Tuna(AllExperts, name="tuna"):
 
     def expert_of(self, position: int) -> int | None:
         return position + 1
-
-
-class CosineHead(torch.nn.Linear):
-    """Linear head that computes [`cosines`] of features and its rows."""
-
-    def __init__(self, width: int, num_classes: int):
-        super().__init__(width, num_classes, bias=False, dtype=torch.float32)
-
-    def forward(self, features: torch.Tensor) -> torch.Tensor:
-        return cosines(features, self.weight)
-
-
-def cosines(features: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-    """`SCALE` times the cosines of features, of shape `(..., width)`, and rows, of shape `(classes, width)`."""
-    return SCALE * linear(normalize(features, dim=-1), normalize(rows, dim=-1))
 
 
 def overlap(ups: Sequence[torch.Tensor], earlier: Sequence[Sequence[torch.Tensor]]) -> torch.Tensor:
