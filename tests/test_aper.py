@@ -73,14 +73,6 @@ def test_the_expert_of_an_s_lora_model_is_taken_for_the_first_task_alone(folder,
         make_trainer(aper(r=2), "other", experts_from=str(tmp_path / "s_lora"))
 
 
-def test_one_image_is_classified_as_many(folder, stream):
-    model = ContinualModel.from_pretrained(folder)
-    images = [open_image(encoded) for task in stream for encoded, _, _ in task.test]
-    together, alone = model.predict(images, batch_size=64), model.predict(images[::-1], batch_size=1)[::-1]
-    assert [found.label for found in together] == [found.label for found in alone]
-    assert [found.score for found in together] == pytest.approx([found.score for found in alone], abs=1e-5)
-
-
 def test_it_remembers_digits_in_classes_and_in_domains():
     options = {"max_train_samples_per_task": 48, "max_test_samples_per_task": 32}
     for benchmark in ("digits", "digits_domains"):

@@ -113,15 +113,6 @@ def test_means_and_logits_are_those_of_the_formula(kind, stream, domains):
     torch.testing.assert_close(logits, naive_logits(model, pixels))
 
 
-def test_one_image_is_read_as_many(folder, stream):
-    model = ContinualModel.from_pretrained(folder)
-    images = [open_image(encoded) for task in stream for encoded, _, _ in task.test]
-    together, alone = model.predict(images, batch_size=64), model.predict(images[::-1], batch_size=1)[::-1]
-    assert [found.label for found in together] == [found.label for found in alone]
-    assert [found.score for found in together] == pytest.approx([found.score for found in alone], abs=1e-5)
-    assert together[0].expert is None  # none is chosen
-
-
 def test_a_chosen_expert_judges_among_the_classes_of_its_task(folder, stream):
     model = ContinualModel.from_pretrained(folder)
     pixels, numbers = pixels_of(model, stream[2], "test")

@@ -29,8 +29,8 @@ NOT_MERGED = ("use_dora", "rank_pattern", "alpha_pattern", "lora_bias", "modules
 class Tuna(AllExperts, name="tuna"):
     """TUNA: the mean of the probabilities of the surest task's expert and of a universal expert.
 
-    **Trains** an adapter per task, with a temporary cosine head, and keeps it orthogonal to earlier ones. **Stores**
-    adapters, the universal one among them, a Gaussian per class and task, and one cosine head. **Costs** one forward
+    **Trains** an adapter per task, with a temporary cosine head, and keeps it orthogonal to earlier ones.
+    **Stores** these, the universal adapter, a Gaussian per class and task, and a cosine head. **Costs** one forward
     pass per image and task, and one more.
 
     After each task, [`merge`] makes the universal expert anew. The head of all classes starts from the class means and
