@@ -6,7 +6,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from conftest import BACKBONE, make_trainer, vouch
+from conftest import BACKBONE, make_trainer, pattern_dataset, vouch
 from safetensors.torch import load_file, save_file
 from test_class_routers import WIDTH, images, learn, of_classes
 
@@ -16,6 +16,7 @@ from hf_clpeft import (
     ContinualModel,
     GaussianRouter,
     KldaRouter,
+    TaskStream,
     combine,
     klda,
     load_benchmark,
@@ -184,7 +185,12 @@ def test_what_does_not_fit_is_not_loaded(name, change):
 
 @pytest.fixture(scope="module")
 def digits():
-    return load_benchmark("digits", max_train_samples_per_task=96, max_test_samples_per_task=48)
+    return load_benchmark("digits", max_train_samples_per_task=64, max_test_samples_per_task=24)
+
+
+@pytest.fixture(scope="module")
+def patterns():
+    return TaskStream.class_incremental(pattern_dataset(), num_tasks=2)
 
 
 def test_digits_are_learnt_without_forgetting(digits, tmp_path):
@@ -201,24 +207,24 @@ def test_digits_are_learnt_without_forgetting(digits, tmp_path):
 
 
 @pytest.mark.parametrize("method", [s_lora(router="klda"), s_lora_mix(router="klda", mix=2)], ids=lambda m: m.name)
-def test_it_routes_to_experts(method, digits, tmp_path, monkeypatch):
+def test_it_routes_to_experts(method, patterns, tmp_path, monkeypatch):
     monkeypatch.setattr(KldaRouter.__init__, "__defaults__", (200, 1.0))
-    report = make_trainer(method, tmp_path, num_train_epochs=1, train_batch_size=16).learn_stream(digits[:3])
+    report = make_trainer(method, tmp_path, learning_rate=1e-2).learn_stream(patterns)
     assert report.summary()["average_accuracy"] > 0.5
     model = ContinualModel.from_pretrained(tmp_path)
     assert type(model.router) is KldaRouter and model.router.scatter.shape == (200, 200)
 
 
-def test_experts_that_it_routes_to_are_combined(digits, tmp_path, monkeypatch):
+def test_experts_that_it_routes_to_are_combined(patterns, tmp_path, monkeypatch):
     monkeypatch.setattr(KldaRouter.__init__, "__defaults__", (200, 1.0))
-    for task in digits[:2]:
+    for task in patterns:
         make_trainer(s_lora(router="klda"), tmp_path / task.name, num_train_epochs=1).learn(task)
     both = combine([tmp_path / "task-000", tmp_path / "task-001"])
     assert both.router.num_owners == 2 and len(both.router.means) == 4
 
 
-def test_a_damaged_file_is_named(digits, tmp_path):
-    make_trainer(klda(kernel_features=50), tmp_path / "whole").learn(digits[0])
+def test_a_damaged_file_is_named(patterns, tmp_path):
+    make_trainer(klda(kernel_features=50), tmp_path / "whole").learn(patterns[0])
     folder = shutil.copytree(tmp_path / "whole", tmp_path / "damaged")
     tensors = load_file(folder / "router.safetensors")
     save_file({**tensors, "scatter": tensors["scatter"][:5, :5].clone()}, folder / "router.safetensors")

@@ -97,7 +97,7 @@ def test_what_does_not_fit_is_not_loaded(name, change):
 
 @pytest.fixture(scope="module")
 def digits():
-    return load_benchmark("digits", max_train_samples_per_task=96, max_test_samples_per_task=48)
+    return load_benchmark("digits", max_train_samples_per_task=64, max_test_samples_per_task=24)
 
 
 def naive_features(model, pixels):

@@ -4,7 +4,7 @@ import shutil
 
 import pytest
 import torch
-from conftest import BACKBONE, make_trainer, vouch
+from conftest import BACKBONE, make_trainer, pattern_dataset, vouch
 from safetensors.torch import load_file, save_file
 from test_class_routers import WIDTH, images, learn, of_classes
 
@@ -13,6 +13,7 @@ from hf_clpeft import (
     ContinualModel,
     LowRankRidgeRouter,
     RidgeRouter,
+    TaskStream,
     combine,
     load_benchmark,
     loranpac,
@@ -243,7 +244,12 @@ def test_what_does_not_fit_is_not_loaded(change, message):
 
 @pytest.fixture(scope="module")
 def digits():
-    return load_benchmark("digits", max_train_samples_per_task=96, max_test_samples_per_task=48)
+    return load_benchmark("digits", max_train_samples_per_task=64, max_test_samples_per_task=24)
+
+
+@pytest.fixture(scope="module")
+def patterns():
+    return TaskStream.class_incremental(pattern_dataset(), num_tasks=2)
 
 
 @pytest.mark.parametrize("method", [loranpac, loranpac_first], ids=lambda method: method.name)
@@ -261,20 +267,20 @@ def test_digits_are_learnt_without_forgetting(method, digits, tmp_path):
         combine([model, model])
 
 
-def test_experts_that_it_routes_to_are_combined(digits, tmp_path):
+def test_experts_that_it_routes_to_are_combined(patterns, tmp_path):
     options = {"router": "low_rank_ridge", "projection_size": 300}
-    for task in digits[:2]:
+    for task in patterns:
         make_trainer(s_lora(**options), tmp_path / task.name, num_train_epochs=1).learn(task)
     both = combine([tmp_path / "task-000", tmp_path / "task-001"])
-    make_trainer(s_lora(**options), tmp_path / "whole", num_train_epochs=1).learn_stream(digits[:2])
+    make_trainer(s_lora(**options), tmp_path / "whole", num_train_epochs=1).learn_stream(patterns)
     whole = ContinualModel.from_pretrained(tmp_path / "whole")
     pixels = torch.randn(16, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         torch.testing.assert_close(both(pixels).distances, whole(pixels).distances, atol=1e-3, rtol=1e-3)
 
 
-def test_a_damaged_file_is_named(digits, tmp_path):
-    make_trainer(loranpac(projection_size=100, rank=50), tmp_path / "whole").learn(digits[0])
+def test_a_damaged_file_is_named(patterns, tmp_path):
+    make_trainer(loranpac(projection_size=100, rank=50), tmp_path / "whole").learn(patterns[0])
     folder = shutil.copytree(tmp_path / "whole", tmp_path / "damaged")
     tensors = load_file(folder / "router.safetensors")
     save_file({**tensors, "spectrum": -tensors["spectrum"]}, folder / "router.safetensors")
