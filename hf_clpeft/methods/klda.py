@@ -37,8 +37,8 @@ class Klda(ClosedForm, name="klda"):
 
     - Query features are L2-normalised, and the kernel has one width for all backbones. The paper gives a width per
       backbone, as the norms of its features differ. A width that depends on the images of the first task would make
-      models that were trained independently impossible to combine. 1 was the best of 1/2, 1 and 2 on held-out images
-      of the first tasks of PACS and Caltech-101, whose median distances are 0.6 and 0.7.
+      models that were trained independently impossible to combine. On held-out images of the first tasks of PACS and
+      Caltech-101, whose median distances are 0.6 and 0.7, 1 and 2 were equally good, and 1/2 was worse.
     - The covariance is shrunk towards a multiple of the identity, see [`KldaRouter`]. The paper takes the
       pseudo-inverse of the scatter matrix, which with fewer images than random features ignores all directions in
       which images do not vary within classes, and is no log-likelihood.
