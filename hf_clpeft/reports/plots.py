@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 MOST_COLUMNS = 4
+MOST_LINES = 20  # of a legend, in one column
 
 
 def plot_report(
@@ -131,7 +132,8 @@ def plot_series(
 
     names = list(dict.fromkeys(name for lines in panels.values() for name in lines))
     drawn: dict[str, Any] = {}
-    figure = Figure(figsize=(5 * len(panels) + 2, 4.2), layout="constrained", dpi=120)
+    columns = -(-len(names) // MOST_LINES) or 1
+    figure = Figure(figsize=(5 * len(panels) + 2 * columns, 4.2), layout="constrained", dpi=120)
     axes = np.atleast_1d(figure.subplots(1, len(panels)))
     for axis, (title, lines) in zip(axes, panels.items(), strict=True):
         for name, (x, values) in lines.items():
@@ -156,7 +158,8 @@ def plot_series(
             axis.xaxis.set_minor_locator(NullLocator())
         elif not any(isinstance(place, str) for x, _ in lines.values() for place in x):
             axis.xaxis.set_major_locator(MaxNLocator(integer=True))
-    figure.legend(list(drawn.values()), [_literal(name) for name in drawn], loc="outside right upper", fontsize=8)
+    labels = [_literal(name) for name in drawn]
+    figure.legend(list(drawn.values()), labels, loc="outside right upper", fontsize=8, ncols=columns)
     figure.savefig(path)
 
 
