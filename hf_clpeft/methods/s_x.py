@@ -29,7 +29,7 @@ class RouteOptions(QueryOptions, ProjectionOptions):
         default="prototypes",
         metadata={
             "help": "Router: prototypes, as in the paper, or one that picks the task of the likeliest class: "
-            "gaussian, class_means, ridge."
+            "gaussian, klda, class_means, ridge, linear_ridge, low_rank_ridge."
         },
     )
     head: Literal["auto", "shared", "per_task"] = field(

@@ -15,8 +15,7 @@ class KldaRouter(GaussianRouter):
     √(2/D) cos(ωx + b) with Gaussian ω and uniform b, whose scalar products approximate the kernel
     exp(−‖x − y‖² / 2σ²). Class means and one covariance are those of these features. The covariance is shrunk as in
     [`GaussianRouter`], as if `query_size` features shared its trace: otherwise the more random features there are, the
-    less it would be shrunk. The router stores D x D numbers, D = `kernel_features`:
-    100 MB by default.
+    less it would be shrunk. The router stores D x D numbers, D = `kernel_features`: 100 MB by default.
 
     Args:
         query_size (`int`): Width of query features.
