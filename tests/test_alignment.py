@@ -56,7 +56,7 @@ def test_a_covariance_is_that_of_the_class_and_of_its_task_in_proportion_to_the_
     for number, covariance in enumerate(gaussians.covariances):
         own = features[labels == number].double()
         scatter = sum((torch.outer(row, row) for row in own - own.mean(dim=0)), torch.zeros_like(pooled))
-        expected = (scatter + WIDTH * pooled) / (per_class - 1 + WIDTH)
+        expected = (scatter + 0.1 * WIDTH * pooled) / (per_class - 1 + 0.1 * WIDTH)
         torch.testing.assert_close(covariance.double(), expected, atol=1e-4, rtol=1e-4)
     if per_class == 500:
         torch.testing.assert_close(covariance, torch.cov(own.T).float(), atol=0.1, rtol=0.1)
@@ -123,10 +123,10 @@ def test_normalised_logits_have_one_norm_by_the_mean_of_the_norms_of_the_tasks()
 @pytest.mark.parametrize("temperature", [None, 0.1])
 def test_alignment_gives_old_classes_their_due(gaussians, temperature):
     head = torch.nn.Linear(WIDTH, 4)
-    torch.nn.init.zeros_(head.weight)
+    torch.nn.init.normal_(head.weight, generator=generator())
     head.bias.data = torch.tensor([-1.0, 0.0, 1.0, 1.0])  # as if trained on the second task last
     features, labels = gaussians.sample(100, generator(9))
-    assert (head(features).argmax(dim=1) == labels).float().mean() < 0.3
+    assert (head(features).argmax(dim=1) == labels).float().mean() < 0.6
     align(head, gaussians, seed=0, temperature=temperature)
     assert (head(features).argmax(dim=1) == labels).float().mean() > 0.95
 

@@ -51,7 +51,7 @@ class Slca(Aligned, name="slca"):
       backbone, SLCA++ LoRA, norms and biases.
     - The loss is plain cross entropy, as in SLCA. SLCA++ adds its reverse.
     - Means of old classes are not scaled. The code of SLCA shortens them by up to a tenth.
-    - Covariances are shrunk, as [`ClassGaussians`] says.
+    - Covariances are shrunk, as [`ClassGaussians`] says, and the head is aligned faster, as [`align`] says.
     """
 
     title, paper = "SLCA", "2303.05118"

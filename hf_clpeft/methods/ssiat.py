@@ -36,7 +36,7 @@ class Ssiat(Aligned, name="ssiat"):
     - Means of old classes are not scaled. The code of SSIAT shortens them by up to a tenth, of which a cosine sees
       little.
     - SLDC's weakly nonlinear map, its distillation and its auxiliary images are left out.
-    - Covariances are shrunk, as [`ClassGaussians`] says.
+    - Covariances are shrunk, as [`ClassGaussians`] says, and the head is aligned faster, as [`align`] says.
     """
 
     title, paper = "SSIAT", "2403.19979"
@@ -105,7 +105,7 @@ def mean_drift(means: torch.Tensor, before: torch.Tensor, after: torch.Tensor, l
     Returns:
         `torch.Tensor` of shape `(entries, width)`: To be added to the means.
 
-    Source: SSIAT, arXiv 2403.19979, section 3.3.
+    Source: SSIAT, arXiv 2403.19979.
 
     Example:
 
