@@ -4,6 +4,7 @@ import csv
 import json
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +23,7 @@ from compare import (
 )
 from sweep import draw, line_of, points_of, read_sweep
 
-from hf_clpeft import ConfigError, ContinualModel, load_benchmark
+from hf_clpeft import METHODS, ConfigError, ContinualModel, load_benchmark
 from hf_clpeft.reports.plots import plot_series
 
 
@@ -135,6 +136,13 @@ def test_every_file_of_the_repo_can_be_planned(path):
             Path(folder).mkdir(parents=True)
             Path(folder, "config.json").touch()
     assert chains_of(runs, {})
+
+
+def test_every_method_stands_in_the_main_table():
+    names = read_yaml(REPO / "recipes" / "configs" / "methods.yaml")["methods"]
+    general = {name for name, kind in METHODS.items() if "peft" in {f.name for f in fields(kind.Config)}}
+    package = {name for name, kind in METHODS.items() if kind.__module__.startswith("hf_clpeft.")}
+    assert package - general - {"closed_form"} <= {*names}
 
 
 TUNED = """
