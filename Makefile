@@ -26,7 +26,7 @@ demo: $(VENV)/installed  ## learn five tasks of handwritten digits one after ano
 	$(BIN)/python recipes/demo.py --output_dir out/demo --overwrite_output_dir
 
 test: $(VENV)/installed  ## run the tests, offline
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist loadfile $(TESTS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist loadfile --no-loadscope-reorder $(TESTS)
 
 test-lowest:  ## run the core tests on the lowest versions that are supported
 	$(MAKE) test VENV=.venv-lowest CONSTRAINTS=constraints-lowest.txt EXTRAS=test TESTS="$(CORE:%=tests/test_%.py)"

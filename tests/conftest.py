@@ -41,7 +41,14 @@ from hf_clpeft import TrainerCallback
 
 
 BACKBONE = "hf-clpeft/vit-tiny-glyphs"
+SLOW = ("every_method", "training", "recipes", "kill", "processes", "readme", "compare")  # files, the slowest first
 disable_progress_bars()
+
+
+def pytest_collection_modifyitems(items):
+    """Slow files come first: at the end, one process would run the last of them while all others have nothing left."""
+    rank = {f"test_{name}": number for number, name in enumerate(SLOW)}
+    items.sort(key=lambda item: rank.get(item.path.stem, len(SLOW)))
 
 
 @pytest.fixture(scope="session", autouse=True)

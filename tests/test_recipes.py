@@ -91,10 +91,10 @@ def test_under_a_quiet_launcher_no_traceback_follows_a_line(monkeypatch):
 
 
 def test_a_digits_model_is_pushed_task_by_task_and_a_refusal_ends_it(hub):
-    done = run("publish_digits.py", "alice", "--method", "s_lora", HF_TOKEN="hf_alice")
+    done = run("publish_digits.py", "alice", "--method", "aper", HF_TOKEN="hf_alice")  # it trains on one task only
     assert done.returncode == 0, done.stderr[-2000:]
-    assert sorted(hub.repo("alice/s-lora-digits").tags) == [f"task-00{i}" for i in range(5)]
-    assert 'from_pretrained("alice/s-lora-digits")' in Path("out/digits_models/s-lora-digits/README.md").read_text()
+    assert sorted(hub.repo("alice/aper-digits").tags) == [f"task-00{i}" for i in range(5)]
+    assert 'from_pretrained("alice/aper-digits")' in Path("out/digits_models/aper-digits/README.md").read_text()
     refused = run("publish_digits.py", "bob", "--method", "l2p", HF_TOKEN="hf_alice")
     assert refused.returncode == 1 and "error: " in refused.stderr and "Traceback" not in refused.stderr
 
