@@ -54,15 +54,18 @@ def rows_of(path):
 
 
 def test_two_methods_of_the_small_table_are_measured_in_two_processes():
-    path = REPO / "recipes" / "configs" / "digits.yaml"
+    path = Path("digits.yaml")
+    path.write_text(f"base: {REPO / 'recipes' / 'configs' / 'digits.yaml'}\noptions: {{num_train_epochs: 3}}\n")
     command = [sys.executable, str(REPO / "recipes" / "compare.py"), "--config", str(path)]
     command += ["--methods", "s_lora", "ncm", "--benchmarks", "digits", "--seeds", "0"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     ncm, s_lora = rows_of("out/digits/results.csv")
     assert (ncm["method"], s_lora["method"]) == ("ncm", "s_lora")
-    assert float(s_lora["average_accuracy"]) > 0.95 > float(ncm["average_accuracy"]) - 0.02
-    assert int(s_lora["images_seen"]) == 14370 and int(ncm["images_seen"]) == 0
+    assert float(s_lora["average_accuracy"]) > 0.85 and float(ncm["average_accuracy"]) == pytest.approx(
+        0.955, abs=0.01
+    )
+    assert int(s_lora["images_seen"]) == 3 * 1437 and int(ncm["images_seen"]) == 0
     assert s_lora["weight_hash"].startswith("e7afa38e4187") and "torch" in json.loads(s_lora["versions"])
     assert len(json.loads(s_lora["accuracy_matrix"])) == 5 and s_lora["backbone"] == "hf-clpeft/vit-tiny-glyphs"
     table = Path("out/digits/results.md").read_text()
