@@ -21,11 +21,12 @@ import multiprocessing
 import os
 import runpy
 import shlex
-from collections.abc import Iterable
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from dataclasses import dataclass, field, fields
 from functools import cache
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import get_type_hints
 
@@ -261,12 +262,8 @@ def make_method(run: Run) -> MethodOptions:
     return kind(**options)
 
 
-def run_chain(runs: list[Run]) -> list[dict]:
-    """Learns a method and then those that take over its experts. Gives the rows of the CSV."""
-    return [measure(run) for run in runs]
-
-
 def measure(run: Run) -> dict:
+    """Learns a method. Gives its row of the CSV."""
     for path in run.imports:  # in a process of its own
         import_file(path)
     (stream_options, backbone_options, training_options), _ = split_options(run)
@@ -342,16 +339,14 @@ def run_all(runs: list[Run], results: Path, num_workers: int | None) -> list[dic
     chains = chains_of(todo, rows)
     print(f"{len(runs)} runs, of which {len(runs) - len(todo)} stand in {results} already", flush=True)
 
-    def note(found: list[dict]) -> None:
-        rows.update({key_of(row): row for row in found})
+    def note(row: dict) -> None:
+        rows[key_of(row)] = row
         write_rows(rows.values(), results)
-        for row in found:
-            print(f"{row['benchmark']}, {row['method']}, seed {row['seed']}: {row['average_accuracy']}", flush=True)
+        print(f"{row['benchmark']}, {row['method']}, seed {row['seed']}: {row['average_accuracy']}", flush=True)
 
     if num_workers == 1:
-        for chain in chains:
-            for run in chain:
-                note([measure(run)])
+        for run in chain.from_iterable(chains):
+            note(measure(run))
     elif chains:
         context = multiprocessing.get_context("spawn")  # CUDA cannot be forked
         places = context.Queue()
@@ -359,9 +354,28 @@ def run_all(runs: list[Run], results: Path, num_workers: int | None) -> list[dic
             places.put(place)
         settings = (places, num_workers, torch.cuda.device_count())
         with ProcessPoolExecutor(num_workers, context, initializer=settle_worker, initargs=settings) as pool:
-            for done in as_completed([pool.submit(run_chain, chain) for chain in chains]):
-                note(done.result())
+            for row in in_order(chains, lambda run: pool.submit(measure, run), num_workers):
+                note(row)
     return [rows[run.key] for run in runs]
+
+
+def in_order(chains: list[list[Run]], start: Callable[[Run], Future], num_workers: int) -> Iterator[dict]:
+    """Starts runs as workers become free, those that take over experts once these are trained. Yields their rows."""
+    ready, takers, running = deque[Run](), {}, set()
+    for first, *others in chains:
+        ready.append(first)
+        if first.needs is None:
+            takers[first.key] = others
+        else:
+            ready.extend(others)
+    while ready or running:
+        while ready and len(running) < num_workers:
+            running.add(start(ready.popleft()))
+        done, running = wait(running, return_when=FIRST_COMPLETED)
+        for ended in done:
+            row = ended.result()
+            ready.extendleft(reversed(takers.pop(key_of(row), [])))  # next, as they take seconds
+            yield row
 
 
 def settle_worker(places, num_workers: int, num_gpus: int) -> None:

@@ -4,6 +4,7 @@ import csv
 import json
 import subprocess
 import sys
+from concurrent.futures import Future
 from dataclasses import fields
 from pathlib import Path
 
@@ -11,10 +12,12 @@ import numpy as np
 import pytest
 from compare import (
     CompareArguments,
+    Run,
     chains_of,
     check_same,
     copy_of,
     forwards_per_image,
+    in_order,
     make_table,
     plan,
     read_config,
@@ -146,6 +149,22 @@ def test_every_method_stands_in_the_main_table():
     general = {name for name, kind in METHODS.items() if "peft" in {f.name for f in fields(kind.Config)}}
     package = {name for name, kind in METHODS.items() if kind.__module__.startswith("hf_clpeft.")}
     assert package - general - {"closed_form"} <= {*names}
+
+
+def test_who_takes_experts_over_follows_at_once_and_rows_come_one_by_one():
+    needs = {"a": None, "b": None, "c": None, "d": "a", "e": "a"}
+    runs = [Run("digits", name, 0, {"experts_from": "a"}, name, giver) for name, giver in needs.items()]
+    started = []
+
+    def start(run):
+        started.append(run.method)
+        done = Future()
+        done.set_result({"benchmark": run.benchmark, "method": run.method, "seed": run.seed})
+        return done
+
+    rows = in_order(chains_of(runs, {}), start, num_workers=1)
+    assert next(rows)["method"] == "a" and started == ["a"]
+    assert [row["method"] for row in rows] == ["d", "e", "b", "c"] == started[1:]
 
 
 TUNED = """
