@@ -48,8 +48,8 @@ def test_penalty_is_the_best_on_a_held_out_fifth():
         own = features[fitted]
         weights = torch.linalg.solve(own.T @ own + penalty * torch.eye(30), own.T @ targets[fitted])
         errors.append((features[held_out] @ weights - targets[held_out]).square().mean().item())
-    assert choose_penalty(features, targets) == RIDGES[int(np.argmin(errors))]
-    assert choose_penalty(features[:4], targets[:4]) == 1
+    assert choose_penalty(features[:, None], targets) == RIDGES[int(np.argmin(errors))]
+    assert choose_penalty(features[:4, None], targets[:4]) == 1
 
 
 def test_order_merging_and_saving_as_of_the_other_routers():

@@ -141,7 +141,7 @@ def test_routers_with_other_random_features_are_not_merged(kind):
 
 def test_many_images_are_added_piece_by_piece(monkeypatch):
     whole = learn(make(), [0, 1, 2])
-    monkeypatch.setattr(low_rank_ridge, "IMAGES_AT_ONCE", 7)
+    monkeypatch.setattr(low_rank_ridge, "ROWS_AT_ONCE", 7)
     torch.testing.assert_close(gram(learn(make(), [0, 1, 2])), gram(whole), atol=1e-2, rtol=1e-4)
 
 
@@ -160,7 +160,7 @@ def test_the_penalty_is_the_best_for_the_held_out_images_of_all_tasks():
         features, labels = images(classes, seed=i + sum(classes))
         hidden = torch.relu(features @ router.projection).double()
         targets = torch.nn.functional.one_hot(labels - labels.min()).double()
-        errors += len(hidden) // 5 * len(classes) * penalty_errors(hidden, targets)
+        errors += len(hidden) // 5 * len(classes) * penalty_errors(hidden[:, None], targets)
     torch.testing.assert_close(router.errors.double(), errors, rtol=1e-4, atol=1e-6)
     assert best_penalty(router.errors) == RIDGES[int(errors.argmin())]
     assert best_penalty(learn_few().errors) == 1.0

@@ -11,6 +11,9 @@ from .errors import ConfigError
 OPTIONS: dict[str, type["MethodOptions"]] = {}
 """Options by name of the method; filled when a subclass of [`hf_clpeft.Method`] is defined."""
 
+RESOLVED = ("head", "view_kind")
+"""Options that may be `"auto"` until the first task decides."""
+
 
 @dataclass
 class MethodOptions:

@@ -5,7 +5,8 @@ from dataclasses import dataclass
 import torch
 
 from .closed_form import FirstExpert
-from .options import LoraOptions, QueryOptions
+from .options import LoraOptions
+from .views import ViewOptions
 
 
 class Aper(FirstExpert, name="aper"):
@@ -20,15 +21,18 @@ class Aper(FirstExpert, name="aper"):
 
     title, paper, which_router = "APER", "2303.07338", "class_means"
     experts = "one PEFT expert that the first of them trained, beside the frozen backbone"
-    query_passes = 2
 
     @dataclass
-    class Config(QueryOptions, LoraOptions):
+    class Config(ViewOptions, LoraOptions):
         pass
 
     @property
     def query_size(self) -> int:
         return 2 * super().query_size
 
-    def query(self, pixels: torch.Tensor) -> torch.Tensor:
-        return torch.cat([self.bank.frozen(pixels, self._cut).float(), super().query(pixels)], dim=1)
+    @property
+    def query_passes(self) -> int:  # type: ignore[override]
+        return 2 * super().query_passes
+
+    def look(self, pixels: torch.Tensor) -> torch.Tensor:
+        return torch.cat([self.bank.frozen(pixels, self._cut).float(), super().look(pixels)], dim=1)

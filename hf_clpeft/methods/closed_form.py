@@ -10,15 +10,16 @@ from ..routing import ClassRouter, Routing, find_router
 from .heads import Heads
 from .learning import Batch, FeaturesOf
 from .method import Method
-from .options import LoraOptions, PeftOptions, ProjectionOptions, QueryOptions
+from .options import LoraOptions, PeftOptions, ProjectionOptions
 from .probe import fit_probe
 from .s_x import check_giver
+from .views import ManyViews, ViewOptions
 
 
 EXPERT = "all-tasks"  # name of the expert trained on the first task
 
 
-class ClosedForm(Method):
+class ClosedForm(ManyViews):
     """Base: a router that knows classes classifies query features, without a head.
 
     **Trains** nothing. **Stores** the router's statistics. **Costs** one forward pass per image.
@@ -31,7 +32,7 @@ class ClosedForm(Method):
     router: ClassRouter
 
     @dataclass
-    class Config(QueryOptions):
+    class Config(ViewOptions):
         pass
 
     def __init__(self, backbone: Backbone, config: ContinualConfig):
@@ -53,7 +54,7 @@ class ClosedForm(Method):
         return self.router.class_scores(routing.scores)
 
     def end(self, features_of: FeaturesOf) -> None:
-        self.router.learn(*features_of(self.query), seed=self.seed)
+        self.router.learn(*self.observe(features_of), seed=self.seed)
 
     def remove(self, position: int, number_of: dict[int, int]) -> None:
         raise ConfigError(
@@ -84,7 +85,7 @@ class RanPac(ClosedForm, name="ranpac"):
     title, paper, which_router = "RanPAC", "2307.02251", "ridge"
 
     @dataclass
-    class Config(QueryOptions, ProjectionOptions):
+    class Config(ViewOptions, ProjectionOptions):
         pass
 
 
@@ -94,7 +95,7 @@ class AnyRouter(ClosedForm, name="closed_form"):
     title = "Closed form"
 
     @dataclass
-    class Config(QueryOptions, ProjectionOptions):
+    class Config(ViewOptions, ProjectionOptions):
         router: str = field(default="gaussian", metadata={"help": "A router that knows classes."})
 
 
@@ -109,10 +110,10 @@ class FirstExpert(ClosedForm, name="closed_form_first"):
     title, trains = "Closed form after first-session adaptation", True
 
     @dataclass
-    class Config(QueryOptions, ProjectionOptions, PeftOptions):
+    class Config(ViewOptions, ProjectionOptions, PeftOptions):
         router: str = field(default="gaussian", metadata={"help": "A router that knows classes."})
 
-    def query(self, pixels: torch.Tensor) -> torch.Tensor:
+    def look(self, pixels: torch.Tensor) -> torch.Tensor:
         first = torch.zeros(len(pixels), dtype=torch.int64, device=pixels.device)
         return self.bank(pixels, first, layers=self._cut).float()
 
@@ -150,7 +151,7 @@ class RanPacFirst(FirstExpert, name="ranpac_first"):
     title, paper, which_router = "RanPAC, first-session adaptation", "2307.02251", "ridge"
 
     @dataclass
-    class Config(QueryOptions, ProjectionOptions, LoraOptions):
+    class Config(ViewOptions, ProjectionOptions, LoraOptions):
         pass
 
 

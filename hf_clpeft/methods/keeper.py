@@ -8,6 +8,7 @@ import torch
 from ..backbones import Backbone
 from ..backbones.precision import KeepsPrecision
 from ..config import ConfigError, ContinualConfig, MethodOptions, TaskConfig
+from ..config.method import RESOLVED
 from ..experts import ExpertBank
 from ..routing import Router, router_title
 from .heads import Heads
@@ -191,7 +192,7 @@ class Keeper(KeepsPrecision):
 
     def fingerprint(self) -> dict[str, Any]:
         """Options that must be equal when a run is resumed."""
-        return {option: value for option, value in self.options.to_dict().items() if option != "head"}
+        return {option: value for option, value in self.options.to_dict().items() if option not in RESOLVED}
 
     def num_bytes(self) -> int:
         """Size of the learnt state in bytes; 0 before the first task."""

@@ -5,11 +5,12 @@ from dataclasses import dataclass, field
 
 from ..config import ConfigError
 from .closed_form import ClosedForm
-from .options import LARGEST_PROJECTION, QueryOptions
+from .options import LARGEST_PROJECTION
+from .views import ViewOptions
 
 
 @dataclass
-class KernelOptions(QueryOptions):
+class KernelOptions(ViewOptions):
     """Random Fourier features of KLDA."""
 
     kernel_features: int = field(default=5_000, metadata={"help": "Random Fourier features, D."})

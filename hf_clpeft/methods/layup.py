@@ -3,11 +3,12 @@
 from dataclasses import dataclass
 
 from .closed_form import ClosedForm, FirstExpert
-from .options import LoraOptions, QueryOptions
+from .options import LoraOptions
+from .views import ViewOptions
 
 
 @dataclass
-class LastLayers(QueryOptions):
+class LastLayers(ViewOptions):
     """The last six layers as query features."""
 
     def __post_init__(self) -> None:

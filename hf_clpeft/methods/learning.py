@@ -12,17 +12,22 @@ Features = Callable[[torch.Tensor], torch.Tensor]
 class FeaturesOf(Protocol):
     """Argument of [`~Method.prepare`] and [`~Method.end`]: extracts features of all training images.
 
-    The images are sharded over the processes, and not augmented.
+    The images are sharded over the processes.
     """
 
-    def __call__(self, features: Features, /) -> tuple[torch.Tensor, torch.Tensor]:
+    def __call__(
+        self, features: Features, views: int = 1, augmentation: str = "none", /
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Applies a function to all training images of the task.
 
         Args:
             features (callable): Maps normalised images `(batch, 3, height, width)` to `(batch, width)`.
+            views (`int`, *optional*, defaults to 1): Number of views of each image, of which the first is the image.
+            augmentation (`str`, *optional*, defaults to `"none"`): Kind of the others; see [`views_for_sums`].
 
         Returns:
-            Features `(images, width)` in `float32` and class indices `(images,)`, on the CPU.
+            Features `(images, width)`, or `(images, views, width)` if there are several views, in `float32`; and class
+            indices `(images,)`, on the CPU.
         """
 
 

@@ -4,11 +4,12 @@ from dataclasses import dataclass, field
 
 from ..config import ConfigError
 from .closed_form import ClosedForm, FirstExpert
-from .options import LARGEST_PROJECTION, LoraOptions, ProjectionOptions, QueryOptions
+from .options import LARGEST_PROJECTION, LoraOptions, ProjectionOptions
+from .views import ViewOptions
 
 
 @dataclass
-class LowRankOptions(QueryOptions, ProjectionOptions):
+class LowRankOptions(ViewOptions, ProjectionOptions):
     """Random projection, and the rank of its Gram matrix."""
 
     rank: int = field(default=1_000, metadata={"help": "Largest rank of the Gram matrix; the rest is dropped."})

@@ -14,14 +14,15 @@ from .heads import Heads
 from .keeper import Keeper
 from .learning import Batch, FeaturesOf
 from .method import Method
-from .options import LoraOptions, PeftOptions, ProjectionOptions, PromptOptions, QueryOptions
+from .options import LoraOptions, PeftOptions, ProjectionOptions, PromptOptions
+from .views import ManyViews, ViewOptions
 
 
 logger = get_logger(__name__)
 
 
 @dataclass
-class RouteOptions(QueryOptions, ProjectionOptions):
+class RouteOptions(ViewOptions, ProjectionOptions):
     """Router and head of S-X methods."""
 
     k: int | str = field(default=5, metadata={"help": "Prototypes per task; auto chooses on held-out features."})
@@ -43,9 +44,14 @@ class RouteOptions(QueryOptions, ProjectionOptions):
             self.k = int(self.k)
         if self.k != "auto" and (isinstance(self.k, str) or self.k < 1):
             raise ConfigError(f"k={self.k!r} must be a whole number of prototypes per task, 1 or more, or 'auto'.")
+        if max(self.views, self.test_views) > 1 and not find_router(self.router).knows_classes:
+            raise ConfigError(
+                f"views={self.views} and test_views={self.test_views} need a router that knows classes, such as "
+                "'gaussian'; prototypes are of images alone."
+            )
 
 
-class PerTask(Method):
+class PerTask(ManyViews):
     """Base of methods with one PEFT adapter per task and a router that selects it."""
 
     independent = routes = takes_one_class = True
@@ -60,9 +66,9 @@ class PerTask(Method):
         self.router = find_router(self.options.router)(self.query_size).configure(self.options)
         self.heads = Heads(backbone.hidden_size, shared=getattr(self.options, "head", "per_task") == "shared")
 
-    def query(self, pixels: torch.Tensor) -> torch.Tensor:
+    def look(self, pixels: torch.Tensor) -> torch.Tensor:
         if not (self.query_with_first and len(self.bank)):
-            return super().query(pixels)
+            return super().look(pixels)
         first = torch.zeros(len(pixels), dtype=torch.int64, device=pixels.device)
         return self.bank(pixels, first, layers=self._cut).float()
 
@@ -83,11 +89,11 @@ class PerTask(Method):
         assert self.task is not None
         # Extracted first, so that a failure changes nothing, unless query features need the expert of this task.
         first = self.query_with_first and not len(self.bank)
-        learnt = None if first else features_of(self.query)
+        learnt = None if first else self.observe(features_of)
         self.bank.finish(self.task.name)
         self.heads.write(self._head.weight, self._head.bias, self.numbers, single=len(self.task.classes) == 1)
         del self._head
-        self.router.learn(*(learnt or features_of(self.query)), seed=self.seed)
+        self.router.learn(*(learnt or self.observe(features_of)), seed=self.seed)
 
     def accept(self, giver: Method) -> None:
         check_giver(self, giver)

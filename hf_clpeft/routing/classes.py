@@ -53,14 +53,16 @@ class ClassRouter(Router, ABC):
 
     def learn(self, features: torch.Tensor, classes: torch.Tensor, seed: int = 0) -> None:
         features = features.detach().cpu().double()
+        features = features if features.dim() == 3 else features[:, None]
         numbers, entries = classes.cpu().unique(return_inverse=True)
         counts = torch.bincount(entries)
         normalized = torch.nn.functional.normalize(features, dim=-1)
-        means = normalized.new_zeros(len(numbers), self.query_size).index_add(0, entries, normalized) / counts[:, None]
+        sums = normalized.new_zeros(len(numbers), self.query_size).index_add(0, entries, normalized.mean(dim=1))
+        means = sums / counts[:, None]
         owners = torch.full_like(numbers, self.num_owners)
         self._append({"prototypes": means, "counts": counts, "owners": owners, "classes": numbers})
         with without_autocast(self.prototypes.device):
-            self.add_sums(features, normalized - means[entries], entries)
+            self.add_sums(features, normalized - means[entries, None], entries)
 
     def merge(self, other: Self, numbers: list[int]) -> None:
         renumbered = torch.tensor(numbers, device=other.classes.device)[other.classes]
@@ -110,8 +112,15 @@ class ClassRouter(Router, ABC):
             raise ValueError(f"its sums are those of no images: {broken[0]} is not finite.")
 
     def forward(self, query: torch.Tensor) -> Routing:
-        """Routes a batch of query features of shape `(batch, query_size)`; `selection` has shape `(batch,)`."""
-        scores = self.scores(query)
+        """Routes a batch of images; `selection` has shape `(batch,)`.
+
+        Args:
+            query (`torch.Tensor` of shape `(batch, query_size)` or `(batch, views, query_size)`): Query features. The
+                scores of several views of an image are averaged.
+        """
+        scores = self.scores(query.reshape(-1, self.query_size))
+        if query.dim() == 3:
+            scores = scores.unflatten(0, query.shape[:2]).mean(dim=1)
         best = scores.new_full((len(scores), self.num_owners), -torch.inf)
         best = best.scatter_reduce(1, self.owners.expand_as(scores), scores, reduce="amax")
         distances = self.to_distances(best)
@@ -147,10 +156,12 @@ class ClassRouter(Router, ABC):
     def add_sums(self, features: torch.Tensor, residuals: torch.Tensor, entries: torch.Tensor) -> None:
         """Adds the images of a task to further sums.
 
+        An image counts once, with the mean over its views.
+
         Args:
-            features (`torch.Tensor` of shape `(images, query_size)`, `float64`): Query features.
-            residuals (`torch.Tensor` of shape `(images, query_size)`, `float64`): L2-normalised query features minus
-                the mean of their entry.
+            features (`torch.Tensor` of shape `(images, views, query_size)`, `float64`): Query features.
+            residuals (`torch.Tensor` of shape `(images, views, query_size)`, `float64`): L2-normalised query features
+                minus the mean of their entry.
             entries (integer `torch.Tensor` of shape `(images,)`): Entry of each image; 0 is the task's first.
         """
         self.derive()

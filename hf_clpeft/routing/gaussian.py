@@ -62,7 +62,7 @@ class GaussianRouter(ClassRouter):
         return (-2 * scores).sqrt()
 
     def add_sums(self, features: torch.Tensor, residuals: torch.Tensor, entries: torch.Tensor) -> None:
-        self.scatter = self.scatter + (residuals.T @ residuals).to(self.scatter)
+        self.scatter = self.scatter + mean_square(residuals).to(self.scatter)
         self.derive()
 
     def merge_sums(self, other: Self) -> None:
@@ -89,6 +89,31 @@ class GaussianRouter(ClassRouter):
 
     def _whiten(self, query: torch.Tensor) -> torch.Tensor:
         return torch.nn.functional.normalize(query.to(self._whitening), dim=-1) @ self._whitening
+
+
+def mean_square(features: torch.Tensor) -> torch.Tensor:
+    """Sum over images of the mean over views of outer products; the Gram matrix of images of one view.
+
+    Args:
+        features (`torch.Tensor` of shape `(images, views, width)`): Features of several views of images.
+
+    Returns:
+        `torch.Tensor` of shape `(width, width)`.
+
+    Example:
+
+    ```py
+    >>> import torch
+    >>> from hf_clpeft.routing.gaussian import mean_square
+
+    >>> mean_square(torch.tensor([[[1.0, 0.0], [0.0, 3.0]]]))
+    tensor([[0.5000, 0.0000],
+            [0.0000, 4.5000]])
+
+    ```
+    """
+    rows = features.flatten(0, 1)
+    return rows.T @ rows / features.shape[1]
 
 
 def shrink(covariance: torch.Tensor, freedom: int, dimensions: int | None = None) -> torch.Tensor:

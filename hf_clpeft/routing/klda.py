@@ -5,7 +5,7 @@ from typing import Self
 
 import torch
 
-from .gaussian import GaussianRouter
+from .gaussian import GaussianRouter, mean_square
 from .ridge import check_same_draw
 
 
@@ -64,10 +64,9 @@ class KldaRouter(GaussianRouter):
         self._allocate()
         lifted, entries = self._lift(features), entries.to(self.means.device)
         targets = torch.nn.functional.one_hot(entries).to(lifted)
-        means = targets.T @ lifted / targets.sum(dim=0)[:, None]
+        means = targets.T @ lifted.mean(dim=1) / targets.sum(dim=0)[:, None]
         self._append({"means": means})
-        residuals = lifted - means[entries]
-        self.scatter = self.scatter + residuals.T @ residuals
+        self.scatter = self.scatter + mean_square(lifted - means[entries, None])
         self.derive()
 
     def merge_sums(self, other: Self) -> None:

@@ -7,7 +7,7 @@ import torch
 from .ridge import RIDGES, RidgeRouter, best_penalty, penalty_errors
 
 
-IMAGES_AT_ONCE = 1_000  # per update of the factors
+ROWS_AT_ONCE = 1_000  # per update of the factors
 ROUNDING = 1e-5  # singular values below this share of the largest are rounding errors of float32
 
 
@@ -92,7 +92,7 @@ class LowRankRidgeRouter(RidgeRouter):
         held_out = len(hidden) // 5 * targets.shape[1]
         errors = held_out * penalty_errors(hidden.double(), targets.double())
         self.errors = self.errors + errors.to(self.errors)
-        for images in hidden.split(IMAGES_AT_ONCE):
+        for images in (hidden.flatten(0, 1) / hidden.shape[1] ** 0.5).split(ROWS_AT_ONCE):
             self._add_columns(images.T.double())
 
     def _merge(self, other: Self) -> None:

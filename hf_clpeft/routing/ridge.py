@@ -6,6 +6,7 @@ import torch
 
 from ..config import ConfigError
 from .classes import ClassRouter
+from .gaussian import mean_square
 
 
 RIDGES = [10.0**power for power in range(-8, 9)]
@@ -71,7 +72,7 @@ class LinearRidgeRouter(ClassRouter):
         self._allocate()
         hidden = self._lift(features)
         targets = torch.nn.functional.one_hot(entries).to(hidden)
-        self._append({"moments": targets.T @ hidden})
+        self._append({"moments": targets.T @ hidden.mean(dim=1)})
         self._add(hidden, targets)
         self.derive()
 
@@ -104,7 +105,7 @@ class LinearRidgeRouter(ClassRouter):
             self.moments = self.moments.new_zeros(0, self.num_features)
 
     def _add(self, hidden: torch.Tensor, targets: torch.Tensor) -> None:
-        self._add_gram(hidden.T @ hidden)
+        self._add_gram(mean_square(hidden))
         self.penalty = self.penalty.new_tensor(choose_penalty(hidden.cpu().double(), targets.cpu().double()))
 
     def _merge(self, other: Self) -> None:
@@ -189,7 +190,7 @@ def penalty_errors(features: torch.Tensor, targets: torch.Tensor) -> torch.Tenso
     """Errors of a ridge regression with each penalty of `RIDGES`, on a held-out fifth of the images.
 
     Args:
-        features (`torch.Tensor` of shape `(images, width)`, `float64`): Random features of a task.
+        features (`torch.Tensor` of shape `(images, views, width)`, `float64`): Random features of a task.
         targets (`torch.Tensor` of shape `(images, outputs)`, `float64`): Regression targets.
 
     Returns:
@@ -201,22 +202,23 @@ def penalty_errors(features: torch.Tensor, targets: torch.Tensor) -> torch.Tenso
     >>> import torch
     >>> from hf_clpeft.routing.ridge import penalty_errors
 
-    >>> features = torch.randn(500, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    >>> errors = penalty_errors(features, features)  # nothing but signal
+    >>> features = torch.randn(500, 1, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    >>> errors = penalty_errors(features, features[:, 0])  # nothing but signal
     >>> bool(errors[0] < errors[-1])
     True
 
     ```
     """
-    count = len(features)
+    count, views, width = features.shape
     if count < 5:
         return features.new_zeros(len(RIDGES))
     order = torch.randperm(count, generator=torch.Generator().manual_seed(0))
-    held_out, fitted = order[: count // 5], order[count // 5 :][: features.shape[1]]
+    held_out, fitted = order[: count // 5], order[count // 5 :][: max(1, width // views)]
+    rows = features[fitted].flatten(0, 1) / views**0.5  # an image counts once
     # In the dual, all penalties share one eigendecomposition.
-    values, vectors = torch.linalg.eigh(features[fitted] @ features[fitted].T)
-    rotated = vectors.T @ targets[fitted]
-    to_held_out = features[held_out] @ features[fitted].T @ vectors
+    values, vectors = torch.linalg.eigh(rows @ rows.T)
+    rotated = vectors.T @ (targets[fitted].repeat_interleave(views, dim=0) / views**0.5)
+    to_held_out = features[held_out, 0] @ rows.T @ vectors
 
     def error(penalty: float) -> torch.Tensor:
         predicted = to_held_out @ (rotated / (values.clamp(min=0) + penalty)[:, None])
@@ -234,7 +236,7 @@ def choose_penalty(features: torch.Tensor, targets: torch.Tensor) -> float:
     """Chooses the penalty of a ridge regression by the squared error on a held-out fifth of the images.
 
     Args:
-        features (`torch.Tensor` of shape `(images, width)`, `float64`): Random features of a task.
+        features (`torch.Tensor` of shape `(images, views, width)`, `float64`): Random features of a task.
         targets (`torch.Tensor` of shape `(images, outputs)`, `float64`): Regression targets.
 
     Returns:
@@ -246,8 +248,8 @@ def choose_penalty(features: torch.Tensor, targets: torch.Tensor) -> float:
     >>> import torch
     >>> from hf_clpeft.routing.ridge import choose_penalty
 
-    >>> features = torch.randn(500, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    >>> choose_penalty(features, features) < 1  # nothing but signal
+    >>> features = torch.randn(500, 1, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    >>> choose_penalty(features, features[:, 0]) < 1  # nothing but signal
     True
 
     ```

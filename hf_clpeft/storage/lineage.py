@@ -1,6 +1,7 @@
 """Lineage of models: only a later state of the same model may overwrite a saved one."""
 
 from ..config import ContinualConfig
+from ..config.method import RESOLVED
 from ..methods import METHODS
 
 
@@ -51,6 +52,6 @@ def difference(config: ContinualConfig, there: ContinualConfig) -> str | None:
         if own.state != task.state:
             return f"one that has learnt {task.name} in another run"
     for option, value in there.method.to_dict().items():
-        if option != "head" and config.method.to_dict().get(option) != value:
+        if option not in RESOLVED and config.method.to_dict().get(option) != value:
             return f"one of the method {there.method.name} with {option}={value!r}"
     return None

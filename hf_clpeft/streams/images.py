@@ -1,4 +1,4 @@
-"""Images to pixels: decoded, resized and cached on disk once, normalised and augmented on the device."""
+"""Images to pixels: decoded, resized and cached on disk once, normalised on the device."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
@@ -19,61 +19,8 @@ logger = get_logger(__name__)
 
 BAD = -1  # label of an image that cannot be decoded
 MAX_LISTED = 5  # undecodable images listed in a message
-AUGMENTATIONS = ("none", "flip", "crop_flip")
 
 decode = open_image  # of the rows of `datasets.Image(decode=False)`
-
-
-def draw_views(batch: int, augmentation: str, device: torch.device) -> torch.Tensor | None:
-    """Samples random augmentations for a global batch, so that they do not depend on the number of processes.
-
-    Args:
-        batch (`int`): Size of the global batch.
-        augmentation (`str`): `"none"`, `"flip"` (horizontal, with probability 0.5) or `"crop_flip"` (plus a random
-            crop of 50 to 100 % of the area).
-        device (`torch.device`): Device of the result and of the random generator.
-
-    Returns:
-        `torch.Tensor` of shape `(batch, 2, 3)`: Affine matrices for [`augment`]; `None` for `"none"`.
-    """
-    if augmentation == "none":
-        return None
-    kind: Any = {"dtype": torch.float32, "device": device}
-    flip = 1 - 2 * torch.randint(0, 2, (batch,), device=device)
-    side = torch.ones(batch, **kind)
-    if augmentation == "crop_flip":
-        side = torch.empty(batch, **kind).uniform_(0.5, 1).sqrt()
-    shift = (1 - side).unsqueeze(1) * torch.empty(batch, 2, **kind).uniform_(-1, 1)
-    theta = torch.zeros(batch, 2, 3, **kind)
-    theta[:, 0, 0], theta[:, 1, 1], theta[:, :, 2] = side * flip, side, shift
-    return theta
-
-
-def augment(pixels: torch.Tensor, views: torch.Tensor | None) -> torch.Tensor:
-    """Applies an affine augmentation to each image of a batch, on its device.
-
-    Args:
-        pixels (`torch.Tensor` of shape `(batch, 3, height, width)`): Normalised images.
-        views (`torch.Tensor` of shape `(batch, 2, 3)`, *optional*): From [`draw_views`].
-
-    Returns:
-        `torch.Tensor` of the same shape.
-
-    Example:
-
-    ```py
-    >>> import torch
-    >>> from hf_clpeft.streams.images import augment, draw_views
-
-    >>> augment(torch.zeros(2, 3, 32, 32), draw_views(2, "crop_flip", torch.device("cpu"))).shape
-    torch.Size([2, 3, 32, 32])
-
-    ```
-    """
-    if views is None:
-        return pixels
-    grid = torch.nn.functional.affine_grid(views, list(pixels.shape), align_corners=False)
-    return torch.nn.functional.grid_sample(pixels, grid, padding_mode="reflection", align_corners=False)
 
 
 class TaskImages(torch.utils.data.Dataset):

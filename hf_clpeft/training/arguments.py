@@ -103,8 +103,9 @@ class ContinualTrainingArguments:
     mixed_precision: Literal["no", "bf16", "fp16"] | None = field(
         default=None, metadata={"help": "Mixed precision; default: that of `accelerate launch`."}
     )
-    augmentation: Literal["none", "flip", "crop_flip"] = field(
-        default="none", metadata={"help": "Augmentation of training images, on the device."}
+    augmentation: Literal["none", "flip", "crop", "crop_flip"] = field(
+        default="none",
+        metadata={"help": "Augmentation of training images, on the device; mirror images are wrong for text."},
     )
     cache_query_features: bool = field(
         default=True,

@@ -1,11 +1,12 @@
 """Feature extraction sharded over processes, and a cache of test features."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from accelerate import Accelerator
 from tqdm.auto import tqdm
 
+from ..backbones.views import augment
 from ..model import ContinualModel
 from ..streams import TaskImages
 from ..streams.streamed import share_of
@@ -77,10 +78,15 @@ def extract_all(
     accelerator: Accelerator,
     args: ContinualTrainingArguments,
     desc: str,
+    views: Sequence[torch.Tensor | None] = (None,),
 ) -> torch.Tensor:
-    """Features of all images; see [`extract`]."""
-    rows = torch.arange(len(images))
-    return extract(images, rows, lambda pixels, _: features_of(pixels), model, accelerator, args, desc)
+    """Features of all images, or of the given views of them; see [`extract`] and [`views_for_sums`]."""
+
+    def of_views(pixels: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+        seen = [features_of(augment(pixels, None if view is None else view[index])) for view in views]
+        return seen[0] if len(seen) == 1 else torch.stack(seen, dim=1)
+
+    return extract(images, torch.arange(len(images)), of_views, model, accelerator, args, desc)
 
 
 class TestFeatures:
@@ -91,7 +97,7 @@ class TestFeatures:
 
     Args:
         images ([`TaskImages`]): The task's test images.
-        query (`torch.Tensor` of shape `(images, query_size)`): Their query features.
+        query (`torch.Tensor` of shape `(images, query_size)` or `(images, views, query_size)`): Their query features.
 
     Attributes:
         forwards (`int`): Number of expert forward passes of images so far.

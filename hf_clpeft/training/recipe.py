@@ -13,6 +13,7 @@ from accelerate import PartialState
 from ..backbones.bundled import BUNDLED_BACKBONES
 from ..config import MethodOptions
 from ..config.errors import ConfigError, errors_in_one_line
+from ..config.method import RESOLVED
 from ..config.model import CONFIG_NAME
 from ..hub.download import find_model
 from ..hub.outbox import Outbox
@@ -178,7 +179,7 @@ def _resume(source: str, backbone_args: BackboneArguments, method: MethodOptions
     saved = model.config.method.to_dict()
     for name, wanted in method.to_dict().items():
         found = saved.get(name)
-        if found != wanted and (name, wanted) != ("head", "auto"):  # auto is resolved with the first task
+        if found != wanted and not (name in RESOLVED and wanted == "auto"):
             raise ConfigError(
                 f"{source} was made with {name}={found!r}, not {wanted!r}. Go on with the same options, or begin anew "
                 "without --resume_from_checkpoint."

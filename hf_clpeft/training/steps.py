@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
+from ..backbones.views import draw_views
 from ..config.text import get_logger
 from ..methods import Batch, Method
 from ..streams import StreamedImages, TaskImages
-from ..streams.images import draw_views
 from .arguments import ContinualTrainingArguments
 from .batches import Share, make_batches
 from .checkpoints import Checkpoints, Progress, pack_optimizer, set_random_state, unpack_optimizer

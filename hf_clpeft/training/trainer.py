@@ -14,6 +14,7 @@ from accelerate import Accelerator
 from accelerate.utils import DataLoaderConfiguration, set_seed
 from tqdm.auto import tqdm
 
+from ..backbones.views import augment, views_for_sums
 from ..config import ConfigError
 from ..config.hub_errors import HubError
 from ..config.text import get_logger
@@ -26,7 +27,6 @@ from ..reports.report import StreamReport
 from ..storage.files import PROCESSOR_NAME
 from ..storage.folder import locked
 from ..streams import Split, StreamedImages, Task, TaskImages, TaskStream, cache_images, open_images
-from ..streams.images import augment
 from ..streams.stream import BorderlessStream
 from .arguments import ContinualTrainingArguments
 from .callbacks import CallbackList, TrainerCallback
@@ -333,8 +333,11 @@ class ContinualTrainer:
         stored = images.sample if isinstance(images, StreamedImages) else images
         labels = self._numbers(task)[torch.from_numpy(stored.labels)]
 
-        def features_of(features: Features) -> tuple[torch.Tensor, torch.Tensor]:
-            return extract_all(stored, features, self.model, accelerator, self.args, desc), labels
+        seed = self.args.seed + len(self.model.config.tasks)
+
+        def features_of(features: Features, views: int = 1, kind: str = "none") -> tuple[torch.Tensor, torch.Tensor]:
+            drawn = views_for_sums(len(stored), views, kind, seed)
+            return extract_all(stored, features, self.model, accelerator, self.args, desc, drawn), labels
 
         return features_of
 

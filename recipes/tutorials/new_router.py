@@ -37,7 +37,7 @@ class VarianceRouter(ClassRouter):
     # What it learns
 
     def add_sums(self, features: torch.Tensor, residuals: torch.Tensor, entries: torch.Tensor) -> None:
-        self.squares = self.squares + residuals.square().sum(dim=0).to(self.squares)
+        self.squares = self.squares + residuals.square().mean(dim=1).sum(dim=0).to(self.squares)
 
     def merge_sums(self, other: "VarianceRouter") -> None:
         self.squares = self.squares + other.squares

@@ -1,0 +1,84 @@
+"""Routers on several views: of every training image in their sums, and of an image to predict."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+
+from ..backbones.views import MOST, MOST_FIXED, augment, fixed_views
+from ..config import ConfigError
+from ..config.text import get_logger
+from ..routing import ClassRouter, Router
+from ..routing.held_out import held_out_loss
+from .learning import FeaturesOf
+from .method import Method
+from .options import QueryOptions
+
+
+logger = get_logger(__name__)
+
+KINDS = ("crop", "crop_flip", "flip")  # crops come first, as they are right for text and digits, too
+
+
+@dataclass
+class ViewOptions(QueryOptions):
+    """Views of images, for routers that know classes."""
+
+    views: int = field(
+        default=1, metadata={"help": "Views of each training image in the router's sums; with 1, the image alone."}
+    )
+    view_kind: Literal["auto", "flip", "crop", "crop_flip"] = field(
+        default="auto",
+        metadata={"help": "Kind of the views; auto chooses on held-out images of the first task."},
+    )
+    test_views: int = field(
+        default=1, metadata={"help": "Views of an image to predict, whose scores are averaged: a forward pass each."}
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        kind = "crop_flip" if self.view_kind == "auto" else self.view_kind
+        for option, most in (("views", MOST[kind]), ("test_views", MOST_FIXED[kind])):
+            if not 1 <= getattr(self, option) <= most:
+                raise ConfigError(f"{option}={getattr(self, option)} must be from 1 to {most} with views of {kind}.")
+
+
+class ManyViews(Method):
+    """Base of methods whose router sees several views of an image. Subclasses override [`~ManyViews.look`]."""
+
+    router: Router
+
+    @property
+    def query_passes(self) -> int:  # type: ignore[override]
+        return getattr(self.options, "test_views", 1)
+
+    def look(self, pixels: torch.Tensor) -> torch.Tensor:
+        """Query features of one view of images: `(batch, query_size)`. Default: those of the frozen backbone."""
+        return super().query(pixels)
+
+    def query(self, pixels: torch.Tensor) -> torch.Tensor:
+        """Query features: `(batch, query_size)`, or `(batch, test_views, query_size)` with several views."""
+        count = getattr(self.options, "test_views", 1)
+        if count == 1:
+            return self.look(pixels)
+        views = fixed_views(count, self.options.view_kind)
+        return torch.stack([self.look(augment(pixels, view)) for view in views], dim=1)
+
+    def observe(self, features_of: FeaturesOf) -> tuple[torch.Tensor, torch.Tensor]:
+        """Query features of all training images of the task, of all their views, and class indices."""
+        count = getattr(self.options, "views", 1)
+        if count == getattr(self.options, "test_views", 1) == 1:
+            return features_of(self.look)
+        if self.options.view_kind == "auto":
+            self.options.view_kind = self._choose_kind(features_of, max(count, 2))
+        return features_of(self.look, min(count, MOST[self.options.view_kind]), self.options.view_kind)
+
+    def _choose_kind(self, features_of: FeaturesOf, count: int) -> str:
+        """The kind of views with which the router tells held-out images of the task apart best."""
+        assert isinstance(self.router, ClassRouter)
+        losses = {}
+        for kind in (kind for kind in KINDS if MOST_FIXED[kind] >= self.options.test_views):
+            seen = features_of(self.look, min(count, MOST[kind]), kind)
+            losses[kind] = held_out_loss(self.router, *seen)
+        logger.info("Loss on held-out images by kind of views: %s", losses)
+        return min(losses, key=lambda kind: losses[kind])
