@@ -4,6 +4,7 @@ import hashlib
 import re
 import unicodedata
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from copy import copy
 from dataclasses import replace
 from pathlib import Path
@@ -24,7 +25,8 @@ def combine(
 
     Classes are merged by name. If two models with a shared head know the same class, the combined model has a head per
     task; otherwise the kind of head is kept. If task names collide, they are prefixed with the shortest unique name of
-    their source: `a-out-task-000` and `b-out-task-000` for the folders `a/out` and `b/out`.
+    their source: `a-out-task-000` and `b-out-task-000` for the folders `a/out` and `b/out`. If routers add sums up,
+    tasks that several models have, as they went on from the same one, are taken once.
 
     Args:
         sources (iterable of `str`, `Path` or [`ContinualModel`]): Repo ids (`me/model@task-003` for a revision),
@@ -77,7 +79,22 @@ def combine(
     for model, group in zip(models, groups, strict=True):
         numbers = [classes.index(label) for label in model.config.classes]
         combined.method.merge(model.method, numbers, [task.name for task in group])
+    if combined.router is not None and combined.router.knows_classes:
+        for name in _shared(models, groups):
+            with suppress(ConfigError):  # what cannot be removed counts twice
+                combined.remove(name)
+        combined.config.removed.clear()
     return combined
+
+
+def _shared(models: Sequence[ContinualModel], groups: list[list[TaskConfig]]) -> list[str]:
+    """New names of the tasks that an earlier model has, too, as both went on from the same model."""
+    known, names = set[str](), list[str]()
+    for model, group in zip(models, groups, strict=True):
+        states = [task.state for task in model.config.tasks]
+        names += [task.name for task, state in zip(group, states, strict=True) if state in known]
+        known |= {state for state in states if state is not None}
+    return names
 
 
 def _open(source: str | Path | ContinualModel, backbone: str | None, options: dict) -> ContinualModel:

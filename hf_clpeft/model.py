@@ -23,7 +23,7 @@ from .methods.learning import FeaturesOf
 from .prediction import Prediction, check_options, classify, read_batches
 from .reports.report import StreamReport
 from .routing import Router
-from .storage.files import as_saved, check_files
+from .storage.files import as_saved, check_files, is_sums, sums_file
 from .storage.model_files import load_files, save_files
 
 
@@ -67,7 +67,7 @@ class ContinualModel(torch.nn.Module):
         self.method, self._saves = make_method(backbone, config), ReadWriteLock()
         self.origin: str | None = None  # folder or repo that it was loaded from
         self.report: StreamReport | None = None
-        self.unchanged_experts: dict[str, dict[str, str]] = {}  # hashes of their files, as last saved or loaded
+        self.unchanged: dict[str, dict[str, str]] = {}  # hashes of files of experts and sums, as last saved or loaded
 
     @classmethod
     def from_backbone(cls, name_or_path: str, method: MethodOptions, **options: Any) -> "ContinualModel":
@@ -217,8 +217,9 @@ class ContinualModel(torch.nn.Module):
         assert task is not None, "start_task comes first"
         task.num_train_images = num_train_images
         method.finish(features_of)
-        for name in [task.name, *method.remade] if method.independent else list(self.unchanged_experts):
-            self.unchanged_experts.pop(name, None)
+        experts = [name for name in self.unchanged if not is_sums(name)]
+        for name in [task.name, *method.remade] if method.independent else experts:
+            self.unchanged.pop(name, None)
         self.config.classes = list(dict.fromkeys([*self.config.classes, *task.classes]))
         self.config.tasks.append(task)
 
@@ -251,7 +252,8 @@ class ContinualModel(torch.nn.Module):
             self.bank.abandon()
         self.config.tasks, self.config.classes = others, classes
         self.config.removed.append(task)
-        self.unchanged_experts.pop(task, None)
+        for name in (task, sums_file(task)):
+            self.unchanged.pop(name, None)
         if self.report is not None:
             self.report.remove_task(task)
 
@@ -271,8 +273,8 @@ class ContinualModel(torch.nn.Module):
             `OSError`, [`ConfigError`]: See [`hf_clpeft.storage.model_files.save_files`]; the folder is unchanged.
         """
         with self._saves.writing():
-            self.unchanged_experts = save_files(
-                folder, self.method, self.backbone.processor, self.report, self.unchanged_experts, overwrite
+            self.unchanged = save_files(
+                folder, self.method, self.backbone.processor, self.report, self.unchanged, overwrite
             )
 
     def push_to_hub(self, repo_id: str, squash_history: bool = False, **options: Any) -> str:
@@ -344,7 +346,7 @@ class ContinualModel(torch.nn.Module):
             backbone = load_saved_backbone(config.backbone, processor, backbone, name_or_path, **options)
         model = cls(backbone, config)
         model.origin = f"{name_or_path}@{revision}" if revision else str(name_or_path)
-        model.report, model.unchanged_experts = load_files(folder, model.method)
+        model.report, model.unchanged = load_files(folder, model.method)
         return model
 
 

@@ -175,7 +175,7 @@ def test_models_that_do_not_go_together_are_refused_with_what_differs(halves, tm
         combine([root / "low", changed])
 
 
-@pytest.mark.parametrize("learnt", ["l2l", "s_lora_pp"], indirect=True)
+@pytest.mark.parametrize("learnt", ["l2l"], indirect=True)
 def test_methods_whose_experts_do_not_stand_alone_are_refused(learnt):
     with pytest.raises(ConfigError, match="experts belong to no task|its own first expert"):
         combine([learnt.model, learnt.model])

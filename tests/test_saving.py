@@ -224,7 +224,7 @@ def test_numbers_that_would_not_load_are_not_saved(make, what):
     elif what == "heads":
         model.heads.biases[1].data[0] = torch.inf
     else:
-        model.unchanged_experts.clear()
+        model.unchanged.clear()
         rows = model.bank.table.rows
         rows.data[:] = torch.nan
     if what == "integers":

@@ -249,7 +249,7 @@ def test_pipelines_and_exports_run_in_threads(pictures, tmp_path):
 
 def test_threads_that_save_one_model_into_folders_of_their_own_write_the_same(tmp_path):
     model = ContinualModel.from_pretrained("hf-clpeft/s-prompts-digits")
-    model.unchanged_experts.clear()
+    model.unchanged.clear()
     at_once([lambda i=i: model.save_pretrained(tmp_path / str(i)) for i in range(4)])
     configs = {Path(tmp_path, str(i), "config.json").read_bytes() for i in range(4)}
     assert len(configs) == 1 and ContinualModel.from_pretrained(tmp_path / "3").bank.names == model.bank.names

@@ -1,5 +1,6 @@
 """The bank of all experts of a model, which runs batches with different experts per image."""
 
+import hashlib
 import threading
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -7,6 +8,7 @@ from typing import Any
 
 import torch
 from peft import PeftConfig, PeftModel, PeftType
+from safetensors.torch import save
 
 from ..backbones import Backbone
 from ..config.errors import ConfigError
@@ -210,6 +212,11 @@ class ExpertBank(torch.nn.Module):
             self._stage = None  # it may hold the previous state of this expert
             self.abandon()
         return expert
+
+    def digest(self, index: int) -> str:
+        """SHA-256 of the weights of an expert, the same for equal experts of different models."""
+        tensors = self[index].tensors
+        return hashlib.sha256(save({key: tensors[key].contiguous() for key in sorted(tensors)})).hexdigest()
 
     def adopt(self, expert: Expert) -> None:
         """Copies a trained expert into the slot, instead of training it.

@@ -15,7 +15,7 @@ from ..config.model import CONFIG_NAME, ContinualConfig
 from ..config.text import get_logger
 from ..reports.card import CARD_NAME, make_card
 from ..reports.report import METRICS_NAME, REPORT_FILES, StreamReport
-from ..storage.files import WEIGHTS, check_files
+from ..storage.files import EXPERTS_FOLDER, WEIGHTS, check_files, sums_file
 from ..storage.lineage import difference
 
 
@@ -223,8 +223,8 @@ def _squash(api: "HfApi", target: PushTarget, config: ContinualConfig, message: 
         there = _read_head(api, target, tag.target_commit).config
         if there is not None and removed & {*_names(there), *there.removed}:  # or an ancestor of the tag holds it
             api.delete_tag(target.repo_id, tag=tag.name)
-    folders = tuple(f"experts/{name}/" for name in config.removed)
-    orphans = [file for file in api.list_lfs_files(target.repo_id) if folders and file.filename.startswith(folders)]
+    theirs = tuple(prefix for name in config.removed for prefix in (f"{EXPERTS_FOLDER}/{name}/", sums_file(name)))
+    orphans = [file for file in api.list_lfs_files(target.repo_id) if theirs and file.filename.startswith(theirs)]
     if orphans:
         api.permanently_delete_lfs_files(target.repo_id, orphans, rewrite_history=False)
     squashed: Any = api.repo_info(target.repo_id, revision=branch)

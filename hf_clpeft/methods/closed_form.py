@@ -1,6 +1,7 @@
 """Baselines whose classifier is fitted in closed form to the features of a task."""
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
@@ -8,9 +9,10 @@ from ..backbones import Backbone
 from ..config import ConfigError, ContinualConfig, TaskConfig
 from ..routing import ClassRouter, Routing, find_router
 from .heads import Heads
+from .keeper import Keeper
 from .learning import Batch, FeaturesOf
 from .method import Method
-from .options import LoraOptions, PeftOptions, ProjectionOptions
+from .options import CovarianceOptions, LoraOptions, PeftOptions, ProjectionOptions
 from .probe import fit_probe
 from .s_x import check_giver
 from .views import ManyViews, ViewOptions
@@ -57,11 +59,16 @@ class ClosedForm(ManyViews):
         self.router.learn(*self.observe(features_of), seed=self.seed)
 
     def remove(self, position: int, number_of: dict[int, int]) -> None:
-        raise ConfigError(
-            f"The sums of the {self._which} router hold the images of all tasks; "
-            f"{self.config.tasks[position].name!r} cannot be removed exactly. Choose router='prototypes' in an S-X "
-            "method where tasks must be unlearnt."
-        )
+        self.check_removable(position)
+        self.router.remove(position, number_of)
+
+    def alike(self) -> dict[str, Any]:
+        drawn = {name: getattr(self.router, name) for name in self.router.options if name != "covariance_rank"}
+        return {"router": self._which, "query_layers": self.query_layers, **drawn}
+
+    def merge(self, other: Keeper, number_of: list[int], names: list[str]) -> None:
+        assert isinstance(other, ClosedForm)
+        self.router.merge(other.router, number_of)
 
 
 class Ncm(ClosedForm, name="ncm"):
@@ -74,6 +81,10 @@ class Slda(ClosedForm, name="slda"):
     """Streaming linear discriminant analysis of the frozen features; arXiv 1909.01520."""
 
     title, paper, which_router = "SLDA", "1909.01520", "gaussian"
+
+    @dataclass
+    class Config(ViewOptions, CovarianceOptions):
+        pass
 
 
 class RanPac(ClosedForm, name="ranpac"):
@@ -95,7 +106,7 @@ class AnyRouter(ClosedForm, name="closed_form"):
     title = "Closed form"
 
     @dataclass
-    class Config(ViewOptions, ProjectionOptions):
+    class Config(ViewOptions, CovarianceOptions, ProjectionOptions):
         router: str = field(default="gaussian", metadata={"help": "A router that knows classes."})
 
 
@@ -110,7 +121,7 @@ class FirstExpert(ClosedForm, name="closed_form_first"):
     title, trains = "Closed form after first-session adaptation", True
 
     @dataclass
-    class Config(ViewOptions, ProjectionOptions, PeftOptions):
+    class Config(ViewOptions, CovarianceOptions, ProjectionOptions, PeftOptions):
         router: str = field(default="gaussian", metadata={"help": "A router that knows classes."})
 
     def look(self, pixels: torch.Tensor) -> torch.Tensor:
@@ -143,6 +154,20 @@ class FirstExpert(ClosedForm, name="closed_form_first"):
     def take(self, giver: Method, position: int) -> None:
         if self.trains:
             self.bank.adopt(giver.bank[position])
+
+    def remove(self, position: int, number_of: dict[int, int]) -> None:
+        self.check_removable(position, first=True)
+        self.router.remove(position, number_of)
+        if len(self.config.tasks) == 1:
+            self.bank.remove(EXPERT)
+
+    def alike(self) -> dict[str, Any]:
+        return {**super().alike(), "first task's expert": self.bank.digest(0) if len(self.bank) else None}
+
+    def merge(self, other: Keeper, number_of: list[int], names: list[str]) -> None:
+        if not len(self.bank):
+            self.bank.extend(other.bank)
+        super().merge(other, number_of, names)
 
 
 class RanPacFirst(FirstExpert, name="ranpac_first"):

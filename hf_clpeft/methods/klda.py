@@ -5,12 +5,12 @@ from dataclasses import dataclass, field
 
 from ..config import ConfigError
 from .closed_form import ClosedForm
-from .options import LARGEST_PROJECTION
+from .options import LARGEST_PROJECTION, CovarianceOptions
 from .views import ViewOptions
 
 
 @dataclass
-class KernelOptions(ViewOptions):
+class KernelOptions(ViewOptions, CovarianceOptions):
     """Random Fourier features of KLDA."""
 
     kernel_features: int = field(default=5_000, metadata={"help": "Random Fourier features, D."})
@@ -31,8 +31,8 @@ class KernelOptions(ViewOptions):
 class Klda(ClosedForm, name="klda"):
     """Linear discriminant analysis on random Fourier features of the frozen features; arXiv 2412.15571.
 
-    **Trains** nothing. **Stores** a mean per class and task and one covariance of `kernel_features` squared numbers,
-    100 MB by default. **Costs** one forward pass per image.
+    **Trains** nothing. **Stores** a mean per class and task, and of each task's covariance a row of `kernel_features`
+    numbers for each image, or `covariance_rank` rows. **Costs** one forward pass per image.
 
     It differs from the paper in three ways:
 

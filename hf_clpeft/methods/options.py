@@ -77,6 +77,21 @@ class QueryOptions(MethodOptions):
 
 
 @dataclass
+class CovarianceOptions(MethodOptions):
+    """Covariance of Gaussian routers."""
+
+    covariance_rank: int | None = field(
+        default=None,
+        metadata={"help": "Principal components of a task's covariance that Gaussian routers keep; default: all."},
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.covariance_rank is not None:
+            _check_size("covariance_rank", self.covariance_rank)
+
+
+@dataclass
 class ProjectionOptions(MethodOptions):
     """Random projection of RanPAC."""
 

@@ -8,13 +8,13 @@ from ..backbones import Backbone
 from ..config import ConfigError, ContinualConfig
 from ..routing import ClassRouter, Routing
 from .mixing import mix
-from .options import LoraOptions, PeftOptions
+from .options import CovarianceOptions, LoraOptions, PeftOptions
 from .s_x import PerTask
 from .views import ViewOptions
 
 
 @dataclass
-class MixOptions(ViewOptions):
+class MixOptions(ViewOptions, CovarianceOptions):
     """Number of experts per image, and the router."""
 
     mix: int = field(default=3, metadata={"help": "Experts per image, evaluated in one batch."})

@@ -14,7 +14,7 @@ from .heads import Heads
 from .keeper import Keeper
 from .learning import Batch, FeaturesOf
 from .method import Method
-from .options import LoraOptions, PeftOptions, ProjectionOptions, PromptOptions
+from .options import CovarianceOptions, LoraOptions, PeftOptions, ProjectionOptions, PromptOptions
 from .views import ManyViews, ViewOptions
 
 
@@ -22,7 +22,7 @@ logger = get_logger(__name__)
 
 
 @dataclass
-class RouteOptions(ViewOptions, ProjectionOptions):
+class RouteOptions(ViewOptions, CovarianceOptions, ProjectionOptions):
     """Router and head of S-X methods."""
 
     k: int | str = field(default=5, metadata={"help": "Prototypes per task; auto chooses on held-out features."})
@@ -137,27 +137,21 @@ class PerTask(ManyViews):
         tasks = self.config.tasks
         name, others = tasks[position].name, [*tasks[:position], *tasks[position + 1 :]]
         shared = sorted({label for other in others for label in other.classes} & set(tasks[position].classes))
-        if self.router.knows_classes:
-            raise ConfigError(
-                f"The sums of the {self.options.router} router hold the images of all tasks; {name!r} cannot be "
-                "removed exactly. Choose router='prototypes' where tasks must be unlearnt."
-            )
-        if self.query_with_first and position == 0 and others:
-            raise ConfigError(f"The expert of {name!r} takes everyone's query features; it cannot be removed alone.")
+        self.check_removable(position, first=self.query_with_first)
         if self.heads.shared and shared:
             raise ConfigError(
                 f"Other tasks trained classes {shared} too, in one head: {name!r} cannot be removed exactly."
             )
         self.bank.remove(name)
-        self.router.remove(position)
+        self.router.remove(position, number_of)
         self.heads.remove(position, number_of)
 
     def alike(self) -> dict[str, Any]:
-        if self.query_with_first:
-            raise ConfigError("takes query features with its own first expert, which others do not")
         options = self.options
-        technique = options.peft["peft_type"]
-        return {"technique": technique, "query_layers": options.query_layers, "router": options.router}
+        own = {"technique": options.peft["peft_type"], "query_layers": self.query_layers, "router": options.router}
+        if self.query_with_first:
+            own["first task's expert"] = self.bank.digest(0) if len(self.bank) else None
+        return own
 
     def merge(self, other: Keeper, number_of: list[int], names: list[str]) -> None:
         assert isinstance(other, PerTask)

@@ -73,6 +73,22 @@ class ManyViews(Method):
             self.options.view_kind = self._choose_kind(features_of, max(count, 2))
         return features_of(self.look, min(count, MOST[self.options.view_kind]), self.options.view_kind)
 
+    def check_removable(self, position: int, first: bool = False) -> None:
+        """Raises [`ConfigError`] unless a task can be removed from the router.
+
+        Args:
+            position (`int`): Index of the task.
+            first (`bool`, *optional*, defaults to `False`): Whether the first task's expert takes query features.
+        """
+        name, why = self.config.tasks[position].name, self.router.why_not_removed(position)
+        if first and position == 0 and len(self.config.tasks) > 1:
+            why = "its expert takes everyone's query features"
+        if why is not None:
+            raise ConfigError(
+                f"{name!r} cannot be removed exactly, as {why}. Where tasks must be unlearnt, choose "
+                "router='gaussian' or, in an S-X method, router='prototypes'."
+            )
+
     def _choose_kind(self, features_of: FeaturesOf, count: int) -> str:
         """The kind of views with which the router tells held-out images of the task apart best."""
         assert isinstance(self.router, ClassRouter)

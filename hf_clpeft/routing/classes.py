@@ -1,7 +1,7 @@
 """Routers that know every class, from sums over query features that do not depend on the order of tasks."""
 
 from abc import ABC, abstractmethod
-from typing import Self
+from typing import ClassVar, Self
 
 import torch
 
@@ -26,6 +26,9 @@ class ClassRouter(Router, ABC):
     Args:
         query_size (`int`): Width of query features.
 
+    Attributes:
+        of_entries (`tuple[str, ...]`): Buffers with a row for each entry, besides its class and task.
+
     Example:
 
     ```py
@@ -39,6 +42,7 @@ class ClassRouter(Router, ABC):
 
     knows_classes = True
     landmark = "class"
+    of_entries: ClassVar[tuple[str, ...]] = ("prototypes", "counts")
     prototypes: torch.Tensor
     counts: torch.Tensor
     classes: torch.Tensor
@@ -69,6 +73,17 @@ class ClassRouter(Router, ABC):
         columns = {"prototypes": other.prototypes, "counts": other.counts, "classes": renumbered}
         self._append({**columns, "owners": other.owners + self.num_owners})
         self.merge_sums(other)
+
+    def why_not_removed(self, owner: int) -> str | None:
+        return "the sums of its router hold the images of all tasks"
+
+    def remove(self, owner: int, number_of: dict[int, int]) -> None:
+        kept = self.owners != owner
+        for name in self.of_entries:
+            setattr(self, name, getattr(self, name)[kept])
+        owners, classes = self.owners[kept], self.classes[kept].tolist()
+        self.owners = owners - (owners > owner).to(owners)
+        self.classes = torch.tensor([number_of[number] for number in classes], dtype=torch.int64).to(owners)
 
     def points(self) -> tuple[torch.Tensor, torch.Tensor]:
         return self.prototypes, self.owners
@@ -149,7 +164,8 @@ class ClassRouter(Router, ABC):
     def _append(self, columns: dict[str, torch.Tensor]) -> None:
         for name, values in columns.items():
             own = getattr(self, name)
-            setattr(self, name, torch.cat([own, values.to(own)]))
+            values = values.to(own)
+            setattr(self, name, torch.cat([own, values]) if len(own) else values)
 
     # Further state of a subclass
 
@@ -202,6 +218,9 @@ class ClassMeanRouter(ClassRouter):
     """
 
     title = "nearest class mean"
+
+    def why_not_removed(self, owner: int) -> str | None:
+        return None
 
     def scores(self, query: torch.Tensor) -> torch.Tensor:
         query = torch.nn.functional.normalize(query.to(self.prototypes), dim=-1)

@@ -1,21 +1,28 @@
 """Streaming linear discriminant analysis: Gaussian classes with one shared covariance."""
 
-from typing import Self
+from typing import ClassVar, Self
 
 import torch
 
 from .classes import ClassRouter
+from .routing import State
+
+
+ROUNDING = 1e-12  # eigenvalues below this share of the largest are rounding errors
 
 
 class GaussianRouter(ClassRouter):
     """Routes an image to the task of its likeliest class; classes are Gaussians with one shared covariance.
 
-    The router stores the scatter matrix within classes, a sum over images, so that tasks add up exactly. The
-    covariance is shrunk towards a multiple of the identity by oracle approximating shrinkage, which has no
-    hyperparameter.
+    For each task, the router stores the scatter matrix within its classes, a sum over images, as a factor F and the
+    variances that F lacks: `F.T @ F + diag(rest)`. So tasks add up exactly, and removing one gives bit for bit the
+    router that never knew it. The covariance is shrunk towards a multiple of the identity by oracle approximating
+    shrinkage, which has no hyperparameter.
 
     Args:
         query_size (`int`): Width of query features.
+        covariance_rank (`int`, *optional*): Most rows of a task's factor; the largest principal components are kept.
+            Default: no limit, which stores at most the triangle of the scatter matrix.
 
     Source: streaming LDA, arXiv 1909.01520; shrinkage: Chen et al., arXiv 0907.4698, equation 23.
 
@@ -39,16 +46,30 @@ class GaussianRouter(ClassRouter):
 
     title = "Gaussian per class, one covariance"
     gives_likelihoods = True
+    options: ClassVar[tuple[str, ...]] = ("covariance_rank",)
     scatter: torch.Tensor
+    factors: torch.Tensor
+    ranks: torch.Tensor
+    rests: torch.Tensor
     _whitening: torch.Tensor
     _centres: torch.Tensor
 
-    def __init__(self, query_size: int):
+    def __init__(self, query_size: int, covariance_rank: int | None = None):
         super().__init__(query_size)
-        square = torch.zeros(query_size, query_size, dtype=torch.float32)
-        self.register_buffer("scatter", square)
-        self.register_buffer("_whitening", square.clone(), persistent=False)
-        self.register_buffer("_centres", square[:0].clone(), persistent=False)
+        self.covariance_rank = covariance_rank
+        nothing = torch.zeros(0, 0, dtype=torch.float32)
+        self.register_buffer("scatter", nothing)  # of the tasks of a model whose file has one sum for all
+        self.register_buffer("factors", nothing.clone())  # of all tasks, one below the other
+        self.register_buffer("ranks", torch.zeros(0, dtype=torch.int64))  # rows of each task
+        self.register_buffer("rests", nothing.clone())
+        self.register_buffer("_whitening", nothing.clone(), persistent=False)
+        self.register_buffer("_centres", nothing.clone(), persistent=False)
+        self._sum, self._summed = torch.zeros(0, 0), 0  # over how many tasks
+
+    @property
+    def num_features(self) -> int:
+        """Width of the features that the Gaussians are of."""
+        return self.query_size
 
     def scores(self, query: torch.Tensor) -> torch.Tensor:
         # Without the matrix-product shortcut, which loses precision for large distances.
@@ -62,33 +83,183 @@ class GaussianRouter(ClassRouter):
         return (-2 * scores).sqrt()
 
     def add_sums(self, features: torch.Tensor, residuals: torch.Tensor, entries: torch.Tensor) -> None:
-        self.scatter = self.scatter + mean_square(residuals).to(self.scatter)
+        self.add_scatter(residuals)
         self.derive()
+
+    def add_scatter(self, residuals: torch.Tensor) -> None:
+        """Stores the scatter matrix of a task, from residuals of shape `(images, views, num_features)`."""
+        factor, rest = factorize(residuals, self.covariance_rank)
+        rank = torch.tensor([len(factor)])
+        self._append({"factors": factor, "ranks": rank, "rests": rest[None]})
 
     def merge_sums(self, other: Self) -> None:
-        self.scatter = self.scatter + other.scatter.to(self.scatter)
+        if len(other.scatter):
+            self.scatter = self.scatter + other.scatter.to(self.scatter) if len(self.scatter) else other.scatter
+            self._summed = 0
+        self._append({name: getattr(other, name) for name in ("factors", "ranks", "rests")})
         self.derive()
 
+    def remove(self, owner: int, number_of: dict[int, int]) -> None:
+        super().remove(owner, number_of)
+        blocks = list(self.factors.split(self.ranks.tolist()))
+        del blocks[owner]
+        kept = torch.arange(len(self.ranks), device=self.ranks.device) != owner
+        self.factors = torch.cat([self.factors[:0], *blocks])
+        self.ranks, self.rests, self._summed = self.ranks[kept], self.rests[kept], 0
+        self.derive()
+
+    def why_not_removed(self, owner: int) -> str | None:
+        adds, removes = type(self).add_sums is GaussianRouter.add_sums, type(self).remove is GaussianRouter.remove
+        if removes and not adds:
+            return f"{type(self).__name__} adds sums of its own, and does not implement `remove`"
+        pooled = self.num_owners - len(self.ranks)
+        return None if owner >= pooled else "it was saved when the sums of all tasks were one"
+
+    def split(self, tasks: list[list[int]]) -> tuple[State, list[State]]:
+        state, pooled = self.state_dict(), self.num_owners - len(self.ranks)
+        apart = {"factors", "ranks", "rests"}
+        if not len(self.ranks):  # as it was read, or new
+            return {name: tensor for name, tensor in state.items() if name not in apart}, []
+        blocks, parts = self.factors.split(self.ranks.tolist()), list[State]()
+        for owner, numbers in enumerate(tasks):
+            own = self.owners == owner
+            part = {name: state[name][own] for name in self.of_entries}
+            part["classes"] = torch.tensor([numbers.index(number) for number in self.classes[own].tolist()])
+            if owner >= pooled:
+                block = blocks[owner - pooled]
+                rows, columns = torch.triu_indices(*block.shape)
+                part |= {"factor": block[rows, columns], "rank": self.ranks[owner - pooled]}
+                part["rest"] = self.rests[owner - pooled]
+            parts.append(part)
+        apart |= {*self.of_entries, "owners", "classes"} | (set() if pooled else {"scatter"})
+        return {name: tensor for name, tensor in state.items() if name not in apart}, parts
+
+    def join(self, shared: State, parts: list[State], tasks: list[list[int]]) -> State:
+        if not parts:  # of a model whose file has one sum for all
+            return {**self.state_dict(), **shared}
+        columns = dict[str, list[torch.Tensor]]()
+        for owner, (part, numbers) in enumerate(zip(parts, tasks, strict=True)):
+            pooled = {*self.of_entries, "classes"}
+            if part.keys() not in (pooled, pooled | {"factor", "rank", "rest"}):
+                raise ValueError(f"the sums of task {owner} are {sorted(part)}.")
+            places = part["classes"]
+            if places.dim() != 1 or not ((places >= 0) & (places < len(numbers))).all():
+                raise ValueError(f"the sums of task {owner} are of other classes than its own.")
+            found = {name: part[name] for name in self.of_entries}
+            found["classes"] = torch.tensor(numbers)[places]
+            found["owners"] = torch.full_like(places, owner)
+            if "factor" in part:
+                found["factors"] = unpack_triangle(part["factor"], part["rank"], self.num_features)
+                found["ranks"], found["rests"] = part["rank"].reshape(1), part["rest"].reshape(1, -1)
+            for name, tensor in found.items():
+                columns.setdefault(name, []).append(tensor)
+        try:
+            return {**self.state_dict(), **shared, **{name: torch.cat(found) for name, found in columns.items()}}
+        except RuntimeError as error:
+            raise ValueError(f"the sums of its tasks do not fit together: {error}") from error
+
     def shapes(self, entries: int) -> dict[str, tuple[int, ...]]:
-        return {"scatter": (self.query_size, self.query_size)}
+        return {}
 
     def check(self, tensors: dict[str, torch.Tensor], num_tasks: int, num_classes: int) -> None:
         super().check(tensors, num_tasks, num_classes)
-        if (tensors["scatter"].diagonal() < 0).any():
-            raise ValueError("scatter has variances below 0.")
+        width, ranks = self.num_features, tensors["ranks"]
+        total = int(ranks.clamp(0, width).sum())
+        wanted = {"factors": (total, width), "rests": (len(ranks), width), "scatter": (width, width)}
+        for name, shape in wanted.items():
+            if tensors[name].shape != shape and tensors[name].numel():
+                raise ValueError(f"{name} has shape {tuple(tensors[name].shape)}, not {shape}.")
+        if ranks.dim() != 1 or not ((ranks >= 0) & (ranks <= width)).all():
+            raise ValueError(f"a factor has fewer than 0 rows, or more than {width}.")
+        if len(ranks) > num_tasks or (len(ranks) < num_tasks and not tensors["scatter"].numel()):
+            raise ValueError(f"it has the sums of {len(ranks)} tasks, but the model has {num_tasks}.")
+        if (tensors["scatter"].diagonal() < 0).any() or (tensors["rests"] < 0).any():
+            raise ValueError("it has variances below 0.")
 
     def derive(self) -> None:
         whitening = torch.linalg.inv(self._factor()).T
-        self._whitening = whitening.to(self.scatter)
-        self._centres = (self.prototypes.cpu().double() @ whitening).to(self.scatter)
+        self._whitening = whitening.to(self.prototypes)
+        self._centres = (self.prototypes.cpu().double() @ whitening).to(self.prototypes)
 
     def _factor(self) -> torch.Tensor:
         """Cholesky factor of the shrunk covariance, `float64`, on the CPU."""
         freedom = max(1, int(self.counts.sum()) - len(self.counts))
-        return torch.linalg.cholesky(shrink(self.scatter.cpu().double() / freedom, freedom, self.query_size))
+        return torch.linalg.cholesky(shrink(self.sum_up() / freedom, freedom, self.query_size))
+
+    def sum_up(self) -> torch.Tensor:
+        """The scatter matrix of all tasks, `float64`, on the CPU; added up in their order, for the same bits."""
+        if not self._summed:
+            width = self.num_features
+            self._sum = self.scatter.cpu().double() if len(self.scatter) else torch.zeros(width, width).double()
+        blocks = self.factors.split(self.ranks.tolist())
+        for factor, rest in zip(blocks[self._summed :], self.rests[self._summed :], strict=True):
+            factor = factor.cpu().double()
+            self._sum = self._sum + factor.T @ factor + rest.cpu().double().diag()
+        self._summed = len(blocks)
+        return self._sum
 
     def _whiten(self, query: torch.Tensor) -> torch.Tensor:
         return torch.nn.functional.normalize(query.to(self._whitening), dim=-1) @ self._whitening
+
+
+def factorize(residuals: torch.Tensor, rank: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+    """A scatter matrix as a triangular factor of limited rank, and the variances that this lacks.
+
+    Args:
+        residuals (`torch.Tensor` of shape `(images, views, width)`, `float64`): Features minus their class means.
+        rank (`int`, *optional*): Most rows of the factor. Default: no limit.
+
+    Returns:
+        `torch.Tensor` of shape `(rows, width)`, zero below its diagonal, and `torch.Tensor` of shape `(width,)`:
+        `factor.T @ factor + rest.diag()` is the scatter matrix, up to the off-diagonal part of what is dropped.
+
+    Example:
+
+    ```py
+    >>> import torch
+    >>> from hf_clpeft.routing.gaussian import factorize
+
+    >>> factor, rest = factorize(torch.tensor([[[3.0, 0.0, 0.0]], [[0.0, 1.0, 0.0]]]).double(), rank=1)
+    >>> factor.abs().round(decimals=4).tolist(), rest.round(decimals=4).tolist()
+    ([[3.0, 0.0, 0.0]], [0.0, 1.0, 0.0])
+
+    ```
+    """
+    count, views, width = residuals.shape
+    rows = residuals.reshape(-1, width) / views**0.5
+    if len(rows) < width:
+        values, vectors = torch.linalg.eigh(rows @ rows.T)
+        rows = vectors.T @ rows
+    else:
+        values, vectors = torch.linalg.eigh(rows.T @ rows)
+        rows = values.clamp(min=0).sqrt()[:, None] * vectors.T
+    kept = values > ROUNDING * values.max().clamp(min=0)
+    if rank is not None:
+        kept[:-rank] = False
+    factor = torch.linalg.qr(rows[kept].flip(0)).R
+    return factor, (residuals.square().mean(dim=1).sum(dim=0) - factor.square().sum(dim=0)).clamp(min=0)
+
+
+def unpack_triangle(packed: torch.Tensor, rank: torch.Tensor, width: int) -> torch.Tensor:
+    """The factor of shape `(rank, width)` whose upper triangle a file holds; raises `ValueError` if it cannot be.
+
+    Example:
+
+    ```py
+    >>> import torch
+    >>> from hf_clpeft.routing.gaussian import unpack_triangle
+
+    >>> unpack_triangle(torch.tensor([1.0, 2.0, 3.0]), torch.tensor(2), width=2).tolist()
+    [[1.0, 2.0], [0.0, 3.0]]
+
+    ```
+    """
+    rows = int(rank) if rank.numel() == 1 else -1
+    if not 0 <= rows <= width or packed.shape != (rows * width - rows * (rows - 1) // 2,):
+        raise ValueError(f"a factor of rank {rank.tolist()} and width {width} has {packed.numel():,} numbers.")
+    factor = packed.new_zeros(rows, width)
+    factor[tuple(torch.triu_indices(rows, width))] = packed
+    return factor
 
 
 def mean_square(features: torch.Tensor) -> torch.Tensor:

@@ -5,7 +5,7 @@ from typing import Self
 
 import torch
 
-from .gaussian import GaussianRouter, mean_square
+from .gaussian import GaussianRouter
 from .ridge import check_same_draw
 
 
@@ -15,13 +15,15 @@ class KldaRouter(GaussianRouter):
     √(2/D) cos(ωx + b) with Gaussian ω and uniform b, whose scalar products approximate the kernel
     exp(−‖x − y‖² / 2σ²). Class means and one covariance are those of these features. The covariance is shrunk as in
     [`GaussianRouter`], as if `query_size` features shared its trace: otherwise the more random features there are, the
-    less it would be shrunk. The router stores D x D numbers, D = `kernel_features`: 100 MB by default.
+    less it would be shrunk. Of each task the router stores at most as many rows of D = `kernel_features` numbers as
+    it has images and views: 6 MB for 300 images by default. In memory it has D x D numbers.
 
     Args:
         query_size (`int`): Width of query features.
         kernel_features (`int`, *optional*, defaults to 5,000): Number of random Fourier features, D; as in the paper.
         kernel_width (`float`, *optional*, defaults to 1): Width of the kernel, σ. Normalised features are at most 2
             apart.
+        covariance_rank (`int`, *optional*): Most rows of a task's factor; see [`GaussianRouter`].
 
     Source: KLDA, arXiv 2412.15571.
 
@@ -41,24 +43,33 @@ class KldaRouter(GaussianRouter):
     """
 
     title = "Gaussian per class on random Fourier features"
-    options = ("kernel_features", "kernel_width")
+    options = ("kernel_features", "kernel_width", "covariance_rank")
+    of_entries = ("prototypes", "counts", "means")
     frequencies: torch.Tensor
     phases: torch.Tensor
     means: torch.Tensor
     _cholesky: torch.Tensor
 
-    def __init__(self, query_size: int, kernel_features: int = 5_000, kernel_width: float = 1.0):
-        super().__init__(query_size)
+    def __init__(
+        self,
+        query_size: int,
+        kernel_features: int = 5_000,
+        kernel_width: float = 1.0,
+        covariance_rank: int | None = None,
+    ):
+        super().__init__(query_size, covariance_rank)
         self.kernel_features, self.kernel_width = kernel_features, kernel_width
         # Allocated with the first task.
         nothing = torch.zeros(0, 0, dtype=torch.float32)
-        self.register_buffer("scatter", nothing)
         self.register_buffer("frequencies", torch.zeros(query_size, 0, dtype=torch.float32))
         self.register_buffer("phases", torch.zeros(0, dtype=torch.float32))
         self.register_buffer("means", nothing.clone())  # of the random Fourier features of each entry
         self.register_buffer("_whitening", None)
         self.register_buffer("_cholesky", nothing.clone(), persistent=False)
-        self.register_buffer("_centres", nothing.clone(), persistent=False)
+
+    @property
+    def num_features(self) -> int:
+        return self.kernel_features
 
     def add_sums(self, features: torch.Tensor, residuals: torch.Tensor, entries: torch.Tensor) -> None:
         self._allocate()
@@ -66,26 +77,28 @@ class KldaRouter(GaussianRouter):
         targets = torch.nn.functional.one_hot(entries).to(lifted)
         means = targets.T @ lifted.mean(dim=1) / targets.sum(dim=0)[:, None]
         self._append({"means": means})
-        self.scatter = self.scatter + mean_square(lifted - means[entries, None])
+        self.add_scatter((lifted - means[entries, None]).cpu().double())
         self.derive()
 
     def merge_sums(self, other: Self) -> None:
         self._allocate()
-        check_same_draw(self.frequencies, other.frequencies, self.options)
+        check_same_draw(self.frequencies, other.frequencies, ("kernel_features", "kernel_width"))
         self._append({"means": other.means})
         super().merge_sums(other)
 
+    def remove(self, owner: int, number_of: dict[int, int]) -> None:
+        super().remove(owner, number_of)  # and means with it, as they are of entries
+
     def shapes(self, entries: int) -> dict[str, tuple[int, ...]]:
         size = self.kernel_features if entries else 0
-        shapes = {"frequencies": (self.query_size, size), "phases": (size,), "means": (entries, size)}
-        return {"scatter": (size, size), **shapes}
+        return {"frequencies": (self.query_size, size), "phases": (size,), "means": (entries, size)}
 
     def derive(self) -> None:
         if not len(self.means):
             return
         factor, means = self._factor(), self.means.cpu().double()
         centres = torch.linalg.solve_triangular(factor, means.T, upper=False).T
-        self._cholesky, self._centres = factor.to(self.scatter), centres.to(self.scatter)
+        self._cholesky, self._centres = factor.to(self.means), centres.to(self.means)
 
     def _whiten(self, query: torch.Tensor) -> torch.Tensor:
         # Solved for each batch, which takes no longer than a product with the inverse, and saves inverting.
@@ -102,4 +115,3 @@ class KldaRouter(GaussianRouter):
             frequencies = torch.randn(self.query_size, size, generator=generator, dtype=torch.float32)
             self.frequencies = (frequencies / self.kernel_width).to(self.frequencies)
             self.phases = 2 * math.pi * torch.rand(size, generator=generator, dtype=torch.float32).to(self.phases)
-            self.scatter, self.means = self.scatter.new_zeros(size, size), self.means.new_zeros(0, size)

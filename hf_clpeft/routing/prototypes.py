@@ -85,7 +85,10 @@ class PrototypeRouter(Router):
         self.owners = torch.cat([self.owners, owners])
         self.thresholds = torch.cat([self.thresholds, thresholds.to(self.thresholds)[None]])
 
-    def remove(self, owner: int) -> None:
+    def why_not_removed(self, owner: int) -> str | None:
+        return None
+
+    def remove(self, owner: int, number_of: dict[int, int]) -> None:
         kept = self.owners != owner
         self.prototypes, owners = self.prototypes[kept], self.owners[kept]
         self.owners = owners - (owners > owner).to(owners.dtype)

@@ -8,6 +8,9 @@ from ..backbones.precision import KeepsPrecision
 from ..config import ConfigError
 
 
+State = dict[str, torch.Tensor]
+
+
 class Routing(NamedTuple):
     """The result of routing a batch.
 
@@ -103,9 +106,18 @@ class Router(KeepsPrecision):
         """
         raise NotImplementedError(f"{type(self).__name__}s cannot be merged.")
 
-    def remove(self, owner: int) -> None:
-        """Removes a task exactly; the following ones move up."""
+    def remove(self, owner: int, number_of: dict[int, int]) -> None:
+        """Removes a task exactly; the following ones move up.
+
+        Args:
+            owner (`int`): Index of the task.
+            number_of (`dict[int, int]`): Maps old to new indices of the remaining classes.
+        """
         raise NotImplementedError(f"A {type(self).__name__} cannot forget.")
+
+    def why_not_removed(self, owner: int) -> str | None:
+        """Why a task cannot be removed exactly; `None` if it can."""
+        return "the router does not implement `remove`"
 
     def typicality(self, distances: torch.Tensor) -> torch.Tensor:
         """Conformal p-values of distances, of the same shape; see [`PrototypeRouter`]."""
@@ -132,6 +144,24 @@ class Router(KeepsPrecision):
                 f"{f'not {missing[0]}' if missing else 'more than that'}. The method's `end` must call "
                 "`self.router.learn` once for each task."
             )
+
+    def split(self, tasks: list[list[int]]) -> tuple[State, list[State]]:
+        """Splits the state dict into what belongs to all tasks and what belongs to one, which has a file of its own.
+
+        Args:
+            tasks (`list[list[int]]`): Class indices of each task.
+
+        Returns:
+            The state of all tasks together; and of each, by default nothing. The latter must not change when other
+            tasks are learnt or removed.
+        """
+        return self.state_dict(), []
+
+    def join(self, shared: State, parts: list[State], tasks: list[list[int]]) -> State:
+        """Inverse of [`~Router.split`], from untrusted files; raises `ValueError` if they do not fit together."""
+        if parts:
+            raise ValueError("the router has no sums of single tasks, but the model has files of them.")
+        return shared
 
     def check(self, tensors: dict[str, torch.Tensor], num_tasks: int, num_classes: int) -> None:
         """Raises `ValueError` unless a state dict can be loaded. Subclasses also check shapes.

@@ -18,6 +18,7 @@ HEADS_NAME = "heads.safetensors"
 METHOD_NAME = "method.safetensors"  # further state of a method, if any
 PROCESSOR_NAME = "preprocessor_config.json"
 EXPERTS_FOLDER = "experts"
+SUMS_FOLDER = "sums"  # what the router knows of each task, if it keeps tasks apart
 SAVE_ELSEWHERE = "Save this one into another folder, or pass overwrite=True."
 PICKLES = {".bin", ".ckpt", ".dill", ".joblib", ".npy", ".npz", ".pickle", ".pkl", ".pt", ".pth"}
 WEIGHTS = {".safetensors", *PICKLES}
@@ -101,10 +102,21 @@ def expert_files(name: str) -> list[str]:
     return [f"{EXPERTS_FOLDER}/{name}/{file}" for file in (ADAPTER_CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME)]
 
 
+def sums_file(task: str) -> str:
+    """Path of the file of a router's sums over one task."""
+    return f"{SUMS_FOLDER}/{task}.safetensors"
+
+
+def is_sums(path: str) -> bool:
+    """Whether a path is one of [`sums_file`]."""
+    return path.startswith(f"{SUMS_FOLDER}/")
+
+
 def check_files(folder: Path, config: ContinualConfig) -> None:
     """Raises [`ConfigError`] unless a folder has all files of its configuration with their hashes, and no others."""
     experts = {path for name in config.expert_names for path in expert_files(name)}
-    expected = {ROUTER_NAME, HEADS_NAME, PROCESSOR_NAME, *experts}
+    sums = {sums_file(task.name) for task in config.tasks}
+    expected = {ROUTER_NAME, HEADS_NAME, PROCESSOR_NAME, *experts} | (sums if sums & config.files.keys() else set())
     unnamed, unknown = expected - config.files.keys(), config.files.keys() - expected - {METHOD_NAME}
     if unnamed or unknown:
         raise ConfigError(
@@ -134,14 +146,15 @@ def check_names(names: list[str], config: ContinualConfig, where: str | Path) ->
             raise ConfigError(
                 f"{where} holds {name}, which can run code when read. Only safetensors and JSON are read."
             )
-        weights = name.startswith(f"{EXPERTS_FOLDER}/") or name.endswith(".safetensors")
+        weights = name.startswith((f"{EXPERTS_FOLDER}/", f"{SUMS_FOLDER}/")) or name.endswith(".safetensors")
         if weights and name not in config.files and Path(name).name != CARD_NAME:
             raise ConfigError(f"{where} holds {name}, which its {CONFIG_NAME} does not know.")
 
 
 def _names_in(folder: Path) -> list[str]:
-    """Paths that may belong to a model: files at the top level, and everything in its experts folder."""
+    """Paths that may belong to a model: files at the top level, and everything in the folders of experts and sums."""
     paths = [path for path in folder.glob("*") if path.is_file()]
-    for path in folder.glob(f"{EXPERTS_FOLDER}/*"):
-        paths += path.iterdir() if path.is_dir() else [path]
+    for part in (EXPERTS_FOLDER, SUMS_FOLDER):
+        for path in folder.glob(f"{part}/*"):
+            paths += path.iterdir() if path.is_dir() else [path]
     return [path.relative_to(folder).as_posix() for path in paths]

@@ -40,8 +40,9 @@ def difference(config: ContinualConfig, there: ContinualConfig) -> str | None:
         return f"one that has learnt {', '.join(forgotten[:3])}, which this one has not"
     method = METHODS.get(config.method.name)
     remade = tuple(f"experts/{name}/" for name in method.remade) if method is not None else ()
-    for path, digest in config.files.items() if method is not None and method.independent else ():
-        if path.startswith("experts/") and not path.startswith(remade) and there.files.get(path, digest) != digest:
+    lasting = ("sums/", "experts/") if method is not None and method.independent else ("sums/",)
+    for path, digest in config.files.items():
+        if path.startswith(lasting) and not path.startswith(remade) and there.files.get(path, digest) != digest:
             return f"one with another {path}"
     for task in there.tasks:
         own = known.get(task.name, task)

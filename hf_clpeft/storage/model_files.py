@@ -17,6 +17,7 @@ from ..methods import Method, make_method
 from ..reports.card import CARD_NAME, make_card
 from ..reports.report import METRICS_NAME, REPORT_FILES, StreamReport
 from ..reports.versions import library_versions
+from ..routing.routing import State
 from .files import (
     EXPERTS_FOLDER,
     HEADS_NAME,
@@ -25,6 +26,8 @@ from .files import (
     ROUTER_NAME,
     check_same_model,
     expert_files,
+    is_sums,
+    sums_file,
 )
 from .folder import atomic, hash_file, recover, remove_with, safe_path
 
@@ -33,7 +36,7 @@ if TYPE_CHECKING:
     from transformers.image_processing_utils import BaseImageProcessor
 
 STORED = (torch.float32, torch.int64)  # features; indices and counts
-Hashes = dict[str, dict[str, str]]  # expert name to SHA-256 by path
+Hashes = dict[str, dict[str, str]]  # SHA-256 by path, for each expert's name and each path of sums
 
 
 def save_files(
@@ -53,11 +56,12 @@ def save_files(
         method ([`Method`]): The model's method, with its state.
         processor (`transformers.BaseImageProcessor`): Image processor of the backbone.
         report ([`StreamReport`], *optional*): Metrics.
-        unchanged (`dict`): SHA-256 of the files of each expert that has not changed since it was saved or loaded.
+        unchanged (`dict`): SHA-256 of the files of each expert, and of the sums of each task, that have not changed
+            since they were saved or loaded.
         overwrite (`bool`, *optional*, defaults to `False`): Replace another model in the folder.
 
     Returns:
-        `dict`: SHA-256 of the files of every expert.
+        `dict`: SHA-256 of the files of every expert, and of the sums of every task.
 
     Raises:
         `OSError`: It cannot be written; the folder is unchanged.
@@ -75,16 +79,19 @@ def save_files(
     changed = {
         name: method.bank[index] for index, name in enumerate(names) if not _has(folder, unchanged.get(name, {}))
     }
-    tensors = _tensors(method)
-    num_bytes = sum(tensor.nbytes for of_file in tensors.values() for tensor in of_file.values())
+    tensors, sums = _tensors(method)
+    new_sums = {path: part for path, part in sums.items() if not _has(folder, unchanged.get(path, {}))}
+    written = {**tensors, **new_sums}
+    num_bytes = sum(tensor.nbytes for of_file in written.values() for tensor in of_file.values())
     with atomic(folder, num_bytes + sum(4 * expert.num_parameters for expert in changed.values())) as staging:
         for name, expert in changed.items():
             expert.save(staging / EXPERTS_FOLDER / name)
             unchanged[name] = {path: _known_hash(staging / path) for path in expert_files(name)}
-        for name, of_file in tensors.items():
+        for name, of_file in written.items():
             _write(staging / name, of_file)
+        unchanged |= {path: {path: _known_hash(staging / path)} for path in new_sums}
         processor.save_pretrained(staging)
-        files = {path: digest for name in names for path, digest in unchanged[name].items()}
+        files = {path: digest for name in (*names, *sums) for path, digest in unchanged[name].items()}
         files |= {name: hash_file(staging / name) for name in (*tensors, PROCESSOR_NAME)}
         config = replace(
             model_config,
@@ -100,12 +107,13 @@ def save_files(
         if report is not None:
             report.save(staging)
         make_card(config, report).save(staging / CARD_NAME)
-        _check_loads(method, staging, list(changed))
+        _check_loads(method, staging, folder, list(changed))
         gone = [f"{EXPERTS_FOLDER}/{name}" for name in set(there.expert_names if there else []) - set(names)]
+        gone += [path for path in (there.files if there else ()) if is_sums(path) and path not in sums]
         gone += [METHOD_NAME] if METHOD_NAME not in tensors and (folder / METHOD_NAME).exists() else []
         remove_with(staging, gone + (list(REPORT_FILES) if report is None else []))
     model_config.tasks, model_config.files, model_config.versions = config.tasks, config.files, config.versions
-    return {name: unchanged[name] for name in names}
+    return {name: unchanged[name] for name in (*names, *sums)}
 
 
 def load_files(folder: str | Path, method: Method) -> tuple[StreamReport | None, Hashes]:
@@ -116,7 +124,7 @@ def load_files(folder: str | Path, method: Method) -> tuple[StreamReport | None,
         method ([`Method`]): Created from the configuration in that folder; loaded into.
 
     Returns:
-        The report, if any, and SHA-256 of the files of every expert.
+        The report, if any, and SHA-256 of the files of every expert and of the sums of every task.
 
     Raises:
         [`ConfigError`], [`ExpertError`]: A file is damaged or does not match; the message says which.
@@ -131,23 +139,37 @@ def load_files(folder: str | Path, method: Method) -> tuple[StreamReport | None,
     method.bank.extend(rename_old_keys(expert, method.backbone) for expert in experts)
     _read_parts(method, folder)
     method.check()
-    return _read_report(config, folder), {
-        name: {path: config.files[path] for path in expert_files(name)} for name in names
+    hashes = {name: {path: config.files[path] for path in expert_files(name)} for name in names}
+    return _read_report(config, folder), hashes | {
+        path: {path: digest} for path, digest in config.files.items() if is_sums(path)
     }
 
 
-def _tensors(method: Method) -> dict[str, dict[str, torch.Tensor]]:
-    """State dicts by file name."""
+def _tensors(method: Method) -> tuple[dict[str, State], dict[str, State]]:
+    """State dicts by file name, those of single tasks apart."""
+    tasks = method.config.tasks
+    shared, parts = ({}, []) if method.router is None else method.router.split(_numbers(method))
     tensors = {
-        ROUTER_NAME: {} if method.router is None else method.router.state_dict(),
+        ROUTER_NAME: shared,
         HEADS_NAME: {} if method.heads is None else method.heads.to_tensors(method.config.tasks),
         METHOD_NAME: method.state(),
     }
-    return {name: of_file for name, of_file in tensors.items() if of_file or name != METHOD_NAME}
+    sums = {sums_file(task.name): part for task, part in zip(tasks, parts, strict=False)}
+    return {name: of_file for name, of_file in tensors.items() if of_file or name != METHOD_NAME}, sums
 
 
-def _read_parts(method: Method, folder: Path, check_only: bool = False) -> None:
-    """Loads router, heads and further state; with `check_only`, a router only validates, to save time and memory."""
+def _numbers(method: Method) -> list[list[int]]:
+    """Class indices of each task."""
+    number_of = {label: number for number, label in enumerate(method.config.classes)}
+    return [[number_of[label] for label in task.classes] for task in method.config.tasks]
+
+
+def _read_parts(method: Method, folder: Path, committed: Path | None = None) -> None:
+    """Loads router, heads and further state.
+
+    With `committed`, the folder is a staging folder, and unchanged sums are in the other one. A router then only
+    validates, to save time and memory.
+    """
     router, heads = method.router, method.heads
     tasks, num_classes = method.config.tasks, len(method.config.classes)
     for name in (ROUTER_NAME, HEADS_NAME, METHOD_NAME):
@@ -156,7 +178,10 @@ def _read_parts(method: Method, folder: Path, check_only: bool = False) -> None:
             if name == METHOD_NAME:
                 method.load_state(tensors)
             elif name == ROUTER_NAME and router is not None:
-                (router.check if check_only else router.load)(tensors, len(tasks), num_classes)
+                paths = [path for task in tasks if (path := sums_file(task.name)) in method.config.files]
+                sums = [_read((folder if (folder / path).is_file() else committed or folder) / path) for path in paths]
+                tensors = router.join(tensors, sums, _numbers(method))
+                (router.load if committed is None else router.check)(tensors, len(tasks), num_classes)
             elif name == HEADS_NAME and heads is not None:
                 heads.load(tensors, tasks, num_classes)
             elif any(tensor.numel() for tensor in tensors.values()):  # version 1 saved empty ones
@@ -186,6 +211,7 @@ _hashes: dict[tuple[int, int, int, int], str] = {}
 def _write(path: Path, tensors: dict[str, torch.Tensor]) -> None:
     # Written by Python, which raises `OSError` on a full disk, unlike safetensors.
     stored = {key: tensor.to(_stored_dtype(tensor)).contiguous() for key, tensor in tensors.items()}
+    path.parent.mkdir(exist_ok=True)
     path.write_bytes(save(stored))
 
 
@@ -212,13 +238,13 @@ def _read_report(config: ContinualConfig, folder: Path) -> StreamReport | None:
     return StreamReport.from_dict(read_json(path), config.tasks) if path.is_file() else None
 
 
-def _check_loads(method: Method, staging: Path, changed: list[str]) -> None:
+def _check_loads(method: Method, staging: Path, folder: Path, changed: list[str]) -> None:
     """Loads a staging folder like [`load_files`], except that experts are not tried on the backbone again."""
     try:
         config = ContinualConfig.load(staging)
         for name in changed:
             Expert.load(name, staging / EXPERTS_FOLDER / name)
-        _read_parts(make_method(method.backbone, config), staging, check_only=True)
+        _read_parts(make_method(method.backbone, config), staging, committed=folder)
         read_json(staging / PROCESSOR_NAME)
         _read_report(config, staging)
     except HfClpeftError as error:
