@@ -30,8 +30,9 @@ class Prediction:
             has none.
         distance (`float`): Distance of the query features to that expert, or to the nearest task, as the router
             measures it: in [0, 2] for prototypes and keys.
-        typicality (`float`, *optional*): Conformal p-value: the fraction of a task's own images at least as far from
-            its prototypes, maximised over all tasks, in steps of 0.01. `None` if the model is not calibrated.
+        typicality (`float`, *optional*): Conformal p-value: how many of a task's own images are at least as far from
+            its prototypes or classes, in steps of 0.01; see [`Router.typicality`]. `None` if the model is not
+            calibrated.
         classes (`dict[str, float]`): Scores of the `top_k` likeliest classes, in descending order.
         experts (`dict[str, float]`): Distances of the `top_k` nearest experts, in ascending order.
 
@@ -206,8 +207,9 @@ def classify(
     values = method.backbone.transform.normalize(torch.from_numpy(pixels).to(method.backbone.device))
     with method.bank.reading():  # no other thread changes the model within a batch
         check_options(method, reject_rate=reject_rate, expert=expert)
-        output = method(values, expert=None if expert is None else method.choose(expert))
-        typicality = method.typicality(output.distances) if method.why_no_reject() is None else None
+        query = method.query(values)
+        output = method(values, query, expert=None if expert is None else method.choose(expert))
+        typicality = method.typicality(query, output.distances) if method.why_no_reject() is None else None
         measured = method.reads and output.distances.shape[1] == len(method.bank)
         experts = method.bank.names if measured else []
         return read_output(output, method.config.classes, experts, typicality, reject_rate or 0.0, top_k)

@@ -14,7 +14,6 @@ from hf_clpeft import (
     ContinualModel,
     ExpertError,
     TaskStream,
-    combine,
     linear_probe,
     ncm,
     ranpac,
@@ -77,14 +76,8 @@ def test_what_classifies_without_experts_names_none(stream, tmp_path):
     assert prediction.expert is None and prediction.experts == {} and prediction.distance > 0
     with pytest.raises(ConfigError, match="no expert judges images in slda"):
         model.predict(image, expert="task-000")
-    with pytest.raises(ConfigError, match="reject_rate needs prototypes"):
-        model.predict(image, reject_rate=0.05)
-    with pytest.raises(ConfigError, match="sums of the gaussian router"):
-        model.remove("task-000")
     with pytest.raises(ExpertError, match="no expert that belongs to a task"):
         export_merged(model, "task-000", tmp_path / "merged")
-    with pytest.raises(ConfigError, match="experts belong to no task"):
-        combine([model, model])
 
 
 def test_closed_forms_forget_nothing_whatever_the_order(stream):

@@ -145,6 +145,7 @@ def test_what_is_saved_comes_back_as_it_was():
         "factors": (58 + 58, 60),
         "ranks": (2,),
         "rests": (2, 60),
+        "thresholds": (2, 100),
         "frequencies": (WIDTH, 60),
         "phases": (60,),
         "means": (4, 60),

@@ -184,7 +184,10 @@ def test_predict_refuses_what_the_model_cannot_do(learnt):
 @pytest.mark.parametrize("learnt", ["l2l"], indirect=True)
 def test_a_pool_neither_rejects_nor_takes_orders_nor_learns_a_single_class(learnt):
     image = Image.new("RGB", (32, 32))
-    for options, message in (({"reject_rate": 0.05}, "needs prototypes"), ({"expert": "pool-001"}, "by hand")):
+    for options, message in (
+        ({"reject_rate": 0.05}, "a router that keeps tasks apart"),
+        ({"expert": "pool-001"}, "by hand"),
+    ):
         with pytest.raises(ConfigError, match=message):
             learnt.model.predict(image, **options)
     with pytest.raises(ConfigError, match="nothing would tell it from the others"):

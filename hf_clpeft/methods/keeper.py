@@ -110,18 +110,12 @@ class Keeper(KeepsPrecision):
     def why_no_reject(self) -> str | None:
         """Why out-of-distribution images cannot be rejected; `None` if they can."""
         return (
-            f"reject_rate needs prototypes, and {self.name} has none: choose an S-X method with router='prototypes'."
+            f"reject_rate needs a router that keeps tasks apart, and {self.name} has none: choose router='prototypes' "
+            "or router='gaussian' in an S-X method, or s_lora_mix."
         )
 
-    def typicality(self, distances: torch.Tensor) -> torch.Tensor:
-        """Conformal p-values: the fraction of a task's own images that are at least as far from its prototypes.
-
-        Args:
-            distances (`torch.Tensor` of shape `(batch, experts)`): From [`Routing`].
-
-        Returns:
-            `torch.Tensor` of shape `(batch,)`: The maximum over all tasks, in [0, 1].
-        """
+    def typicality(self, query: torch.Tensor, distances: torch.Tensor) -> torch.Tensor:
+        """Conformal p-values of images; arguments and result as for [`Router.typicality`]."""
         raise NotImplementedError(self.why_no_reject())
 
     def remove(self, position: int, number_of: dict[int, int]) -> None:

@@ -9,7 +9,7 @@ from ..backbones import Backbone
 from ..config import ConfigError, ContinualConfig, MethodOptions, TaskConfig
 from ..config.text import get_logger
 from ..experts.expert import Expert
-from ..routing import ROUTERS, Router, Routing, find_router
+from ..routing import Router, Routing, find_router
 from .heads import Heads
 from .keeper import Keeper
 from .learning import Batch, FeaturesOf
@@ -118,21 +118,6 @@ class PerTask(ManyViews):
     def expert_of(self, position: int) -> int | None:
         return position
 
-    def why_no_reject(self) -> str | None:
-        calibrated = self.router.calibrated()
-        if calibrated is None:
-            return super().why_no_reject()
-        unknown = [task.name for task, known in zip(self.config.tasks, calibrated, strict=True) if not known]
-        if not unknown:
-            return None
-        return (
-            f"reject_rate needs to know how far a task's images lie from its prototypes, but {unknown[:3]} had a "
-            "single image, or were saved before that was measured. Learn them again, or remove them."
-        )
-
-    def typicality(self, distances: torch.Tensor) -> torch.Tensor:
-        return self.router.typicality(distances).amax(dim=1)
-
     def remove(self, position: int, number_of: dict[int, int]) -> None:
         tasks = self.config.tasks
         name, others = tasks[position].name, [*tasks[:position], *tasks[position + 1 :]]
@@ -161,10 +146,6 @@ class PerTask(ManyViews):
         heads = other.heads
         for weight, bias, old, single in zip(heads.weights, heads.biases, heads.classes, heads.single, strict=True):
             self.heads.write(weight, bias, [number_of[number] for number in old], single)
-
-    @classmethod
-    def rejects(cls, options: Any) -> bool:
-        return options.router in ROUTERS and not ROUTERS[options.router].knows_classes
 
 
 def check_giver(method: Method, giver: Method) -> None:

@@ -1,14 +1,14 @@
 """Routers on several views: of every training image in their sums, and of an image to predict."""
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
 from ..backbones.views import MOST, MOST_FIXED, augment, fixed_views
 from ..config import ConfigError
 from ..config.text import get_logger
-from ..routing import ClassRouter, Router
+from ..routing import ROUTERS, ClassRouter, Router
 from ..routing.held_out import held_out_loss
 from .learning import FeaturesOf
 from .method import Method
@@ -88,6 +88,27 @@ class ManyViews(Method):
                 f"{name!r} cannot be removed exactly, as {why}. Where tasks must be unlearnt, choose "
                 "router='gaussian' or, in an S-X method, router='prototypes'."
             )
+
+    def why_no_reject(self) -> str | None:
+        calibrated = self.router.calibrated()
+        if calibrated is None:
+            return super().why_no_reject()
+        unknown = [task.name for task, known in zip(self.config.tasks, calibrated, strict=True) if not known]
+        if not unknown:
+            return None
+        return (
+            f"reject_rate needs to know how far from its {self.router.landmark} a task's images lie, but "
+            f"{unknown[:3]} had too few images, or were saved before that was measured. Learn them again, or remove "
+            "them."
+        )
+
+    def typicality(self, query: torch.Tensor, distances: torch.Tensor) -> torch.Tensor:
+        return self.router.typicality(query, distances)
+
+    @classmethod
+    def rejects(cls, options: Any) -> bool:
+        router = ROUTERS.get(getattr(options, "router", cls.which_router))
+        return router is not None and router.rejects
 
     def _choose_kind(self, features_of: FeaturesOf, count: int) -> str:
         """The kind of views with which the router tells held-out images of the task apart best."""

@@ -6,6 +6,7 @@ import torch
 
 from .classes import ClassRouter
 from .routing import State
+from .typicality import PERCENT, Metric, cross_fit, fit_thresholds, p_values
 
 
 ROUNDING = 1e-12  # eigenvalues below this share of the largest are rounding errors
@@ -45,12 +46,13 @@ class GaussianRouter(ClassRouter):
     """
 
     title = "Gaussian per class, one covariance"
-    gives_likelihoods = True
+    gives_likelihoods = rejects = True
     options: ClassVar[tuple[str, ...]] = ("covariance_rank",)
     scatter: torch.Tensor
     factors: torch.Tensor
     ranks: torch.Tensor
     rests: torch.Tensor
+    thresholds: torch.Tensor
     _whitening: torch.Tensor
     _centres: torch.Tensor
 
@@ -62,9 +64,11 @@ class GaussianRouter(ClassRouter):
         self.register_buffer("factors", nothing.clone())  # of all tasks, one below the other
         self.register_buffer("ranks", torch.zeros(0, dtype=torch.int64))  # rows of each task
         self.register_buffer("rests", nothing.clone())
+        self.register_buffer("thresholds", torch.zeros(0, PERCENT, dtype=torch.float32))  # zeros if not measured
         self.register_buffer("_whitening", nothing.clone(), persistent=False)
         self.register_buffer("_centres", nothing.clone(), persistent=False)
         self._sum, self._summed = torch.zeros(0, 0), 0  # over how many tasks
+        self._metrics: dict[int, Metric] = {}  # of the tasks
 
     @property
     def num_features(self) -> int:
@@ -83,20 +87,26 @@ class GaussianRouter(ClassRouter):
         return (-2 * scores).sqrt()
 
     def add_sums(self, features: torch.Tensor, residuals: torch.Tensor, entries: torch.Tensor) -> None:
-        self.add_scatter(residuals)
+        self.add_scatter(torch.nn.functional.normalize(features, dim=-1), residuals, entries)
         self.derive()
 
-    def add_scatter(self, residuals: torch.Tensor) -> None:
-        """Stores the scatter matrix of a task, from residuals of shape `(images, views, num_features)`."""
+    def add_scatter(self, features: torch.Tensor, residuals: torch.Tensor, entries: torch.Tensor) -> None:
+        """Stores the scatter matrix of a task, and the thresholds of its distances.
+
+        Args:
+            features (`torch.Tensor` of shape `(images, views, num_features)`, `float64`): What the Gaussians are of.
+            residuals (`torch.Tensor` of the same shape): Features minus the mean of their entry.
+            entries (integer `torch.Tensor` of shape `(images,)`): Entry of each image.
+        """
         factor, rest = factorize(residuals, self.covariance_rank)
-        rank = torch.tensor([len(factor)])
-        self._append({"factors": factor, "ranks": rank, "rests": rest[None]})
+        rank, thresholds = torch.tensor([len(factor)]), self._fit_thresholds(features, entries)
+        self._append({"factors": factor, "ranks": rank, "rests": rest[None], "thresholds": thresholds[None]})
 
     def merge_sums(self, other: Self) -> None:
         if len(other.scatter):
             self.scatter = self.scatter + other.scatter.to(self.scatter) if len(self.scatter) else other.scatter
             self._summed = 0
-        self._append({name: getattr(other, name) for name in ("factors", "ranks", "rests")})
+        self._append({name: getattr(other, name) for name in ("factors", "ranks", "rests", "thresholds")})
         self.derive()
 
     def remove(self, owner: int, number_of: dict[int, int]) -> None:
@@ -105,7 +115,8 @@ class GaussianRouter(ClassRouter):
         del blocks[owner]
         kept = torch.arange(len(self.ranks), device=self.ranks.device) != owner
         self.factors = torch.cat([self.factors[:0], *blocks])
-        self.ranks, self.rests, self._summed = self.ranks[kept], self.rests[kept], 0
+        self.ranks, self.rests, self.thresholds = self.ranks[kept], self.rests[kept], self.thresholds[kept]
+        self._summed = 0
         self.derive()
 
     def why_not_removed(self, owner: int) -> str | None:
@@ -117,7 +128,7 @@ class GaussianRouter(ClassRouter):
 
     def split(self, tasks: list[list[int]]) -> tuple[State, list[State]]:
         state, pooled = self.state_dict(), self.num_owners - len(self.ranks)
-        apart = {"factors", "ranks", "rests"}
+        apart = {"factors", "ranks", "rests", "thresholds"}
         if not len(self.ranks):  # as it was read, or new
             return {name: tensor for name, tensor in state.items() if name not in apart}, []
         blocks, parts = self.factors.split(self.ranks.tolist()), list[State]()
@@ -129,7 +140,7 @@ class GaussianRouter(ClassRouter):
                 block = blocks[owner - pooled]
                 rows, columns = torch.triu_indices(*block.shape)
                 part |= {"factor": block[rows, columns], "rank": self.ranks[owner - pooled]}
-                part["rest"] = self.rests[owner - pooled]
+                part |= {"rest": self.rests[owner - pooled], "thresholds": self.thresholds[owner - pooled]}
             parts.append(part)
         apart |= {*self.of_entries, "owners", "classes"} | (set() if pooled else {"scatter"})
         return {name: tensor for name, tensor in state.items() if name not in apart}, parts
@@ -140,7 +151,7 @@ class GaussianRouter(ClassRouter):
         columns = dict[str, list[torch.Tensor]]()
         for owner, (part, numbers) in enumerate(zip(parts, tasks, strict=True)):
             pooled = {*self.of_entries, "classes"}
-            if part.keys() not in (pooled, pooled | {"factor", "rank", "rest"}):
+            if part.keys() not in (pooled, pooled | {"factor", "rank", "rest", "thresholds"}):
                 raise ValueError(f"the sums of task {owner} are {sorted(part)}.")
             places = part["classes"]
             if places.dim() != 1 or not ((places >= 0) & (places < len(numbers))).all():
@@ -150,7 +161,8 @@ class GaussianRouter(ClassRouter):
             found["owners"] = torch.full_like(places, owner)
             if "factor" in part:
                 found["factors"] = unpack_triangle(part["factor"], part["rank"], self.num_features)
-                found["ranks"], found["rests"] = part["rank"].reshape(1), part["rest"].reshape(1, -1)
+                found["ranks"] = part["rank"].reshape(1)
+                found |= {"rests": part["rest"].reshape(1, -1), "thresholds": part["thresholds"].reshape(1, -1)}
             for name, tensor in found.items():
                 columns.setdefault(name, []).append(tensor)
         try:
@@ -166,7 +178,7 @@ class GaussianRouter(ClassRouter):
         width, ranks = self.num_features, tensors["ranks"]
         total = int(ranks.clamp(0, width).sum())
         wanted = {"factors": (total, width), "rests": (len(ranks), width), "scatter": (width, width)}
-        for name, shape in wanted.items():
+        for name, shape in {**wanted, "thresholds": (len(ranks), PERCENT)}.items():
             if tensors[name].shape != shape and tensors[name].numel():
                 raise ValueError(f"{name} has shape {tuple(tensors[name].shape)}, not {shape}.")
         if ranks.dim() != 1 or not ((ranks >= 0) & (ranks <= width)).all():
@@ -176,7 +188,52 @@ class GaussianRouter(ClassRouter):
         if (tensors["scatter"].diagonal() < 0).any() or (tensors["rests"] < 0).any():
             raise ValueError("it has variances below 0.")
 
+    def calibrated(self) -> list[bool] | None:
+        pooled = self.num_owners - len(self.ranks)
+        return pooled * [False] + (self.thresholds[:, 0] > 0).tolist()
+
+    def typicality(self, query: torch.Tensor, distances: torch.Tensor) -> torch.Tensor:
+        """The p-value of the nearest task, by Mahalanobis distances to its classes under its own covariance."""
+        features = self._lift(query if query.dim() == 2 else query[:, 0]).cpu().double()
+        nearest, pooled = distances.argmin(dim=1).cpu(), self.num_owners - len(self.ranks)
+        owners, found = self.owners.cpu(), torch.zeros(len(features))
+        for owner in nearest.unique().tolist():
+            means = self._means[self.owners == owner].cpu().double()
+            if owner not in self._metrics:
+                block = self.factors.split(self.ranks.tolist())[owner - pooled].cpu().double()
+                freedom = int(self.counts[self.owners == owner].sum()) - int((owners == owner).sum())
+                self._metrics[owner] = self._metric(block, self.rests[owner - pooled].cpu().double(), freedom)
+            far = self._metrics[owner].squared(features[nearest == owner][:, None] - means).amin(dim=1)
+            found[nearest == owner] = p_values(far.sqrt(), self.thresholds[owner - pooled].cpu().double())
+        return found.to(distances)
+
+    def _fit_thresholds(self, features: torch.Tensor, entries: torch.Tensor) -> torch.Tensor:
+        """Thresholds of shape `(100,)`, from distances of images held out of means and covariance."""
+        count = int(entries.max()) + 1
+
+        def distances(fitted: torch.Tensor, held_out: torch.Tensor) -> torch.Tensor:
+            known, places = entries[fitted].unique(return_inverse=True)
+            sizes = places.bincount(minlength=len(known))
+            sums = features.new_zeros(len(known), self.num_features).index_add(0, places, features[fitted].mean(dim=1))
+            means = sums / sizes[:, None]
+            factor, rest = factorize(features[fitted] - means[places, None], self.covariance_rank)
+            metric = self._metric(factor, rest, len(fitted) - len(known))
+            return metric.squared(features[held_out, :1] - means).amin(dim=1).sqrt()
+
+        values = cross_fit(entries, distances) if len(entries) > count else torch.zeros(0)
+        values = values[values.isfinite()]
+        return torch.from_numpy(fit_thresholds(values.double().numpy())) if len(values) > 1 else torch.zeros(PERCENT)
+
+    def _metric(self, factor: torch.Tensor, rest: torch.Tensor, freedom: int) -> Metric:
+        """Metric of the shrunk covariance of a task."""
+        freedom, gram = max(1, freedom), factor @ factor.T
+        trace = gram.trace() + rest.sum()
+        squares = (gram**2).sum() + 2 * (factor.square().sum(dim=0) * rest).sum() + (rest**2).sum()
+        weight, scale = shrinkage(trace / freedom, squares / freedom**2, freedom, self.query_size)
+        return Metric.of(factor * ((1 - weight) / freedom) ** 0.5, (1 - weight) / freedom * rest + weight * scale)
+
     def derive(self) -> None:
+        self._metrics = {}
         whitening = torch.linalg.inv(self._factor()).T
         self._whitening = whitening.to(self.prototypes)
         self._centres = (self.prototypes.cpu().double() @ whitening).to(self.prototypes)
@@ -199,7 +256,16 @@ class GaussianRouter(ClassRouter):
         return self._sum
 
     def _whiten(self, query: torch.Tensor) -> torch.Tensor:
-        return torch.nn.functional.normalize(query.to(self._whitening), dim=-1) @ self._whitening
+        return self._lift(query) @ self._whitening
+
+    @property
+    def _means(self) -> torch.Tensor:
+        """Means of the Gaussians, of shape `(entries, num_features)`."""
+        return self.prototypes
+
+    def _lift(self, query: torch.Tensor) -> torch.Tensor:
+        """What the Gaussians are of, from query features."""
+        return torch.nn.functional.normalize(query.to(self.prototypes), dim=-1)
 
 
 def factorize(residuals: torch.Tensor, rank: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
@@ -314,14 +380,34 @@ def shrink(covariance: torch.Tensor, freedom: int, dimensions: int | None = None
     ```
     """
     width = len(covariance)
-    dimensions = dimensions or width
-    scale = covariance.trace() / dimensions
-    squares = (covariance**2).mean() * (width / dimensions) ** 2
-    spread = (freedom + 1) * (squares - scale**2 / dimensions)
-    weight = 1.0 if spread <= 0 else min(1.0, float((squares + scale**2) / spread))
+    weight, scale = shrinkage(covariance.trace(), (covariance**2).sum(), freedom, dimensions or width)
+    return (1 - weight) * covariance + weight * scale * torch.eye(width, dtype=covariance.dtype)
+
+
+def shrinkage(trace: torch.Tensor, squares: torch.Tensor, freedom: int, dimensions: int) -> tuple[float, torch.Tensor]:
+    """Weight and variance of the identity in [`shrink`].
+
+    Args:
+        trace, squares (scalar `torch.Tensor`): Trace of the sample covariance, and the sum of its squared elements.
+        freedom (`int`): Its degrees of freedom.
+        dimensions (`int`): Number of dimensions among which the variance is shared.
+
+    Example:
+
+    ```py
+    >>> import torch
+    >>> from hf_clpeft.routing.gaussian import shrinkage
+
+    >>> shrinkage(torch.tensor(2.0), torch.tensor(4.0), freedom=1, dimensions=2)
+    (1.0, tensor(1.))
+
+    ```
+    """
+    scale, mean = trace / dimensions, squares / dimensions**2
+    spread = (freedom + 1) * (mean - scale**2 / dimensions)
+    weight = 1.0 if spread <= 0 else min(1.0, float((mean + scale**2) / spread))
     # With one image per class all residuals are zero, and the scale is arbitrary.
-    scale = scale if scale > 0 else torch.ones_like(scale)
-    return (1 - weight) * covariance + max(weight, 1e-6) * scale * torch.eye(width, dtype=covariance.dtype)
+    return max(weight, 1e-6), scale if scale > 0 else torch.ones_like(scale)
 
 
 def log_sum_exp(scores: torch.Tensor, groups: torch.Tensor) -> torch.Tensor:

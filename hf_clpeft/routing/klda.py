@@ -77,7 +77,8 @@ class KldaRouter(GaussianRouter):
         targets = torch.nn.functional.one_hot(entries).to(lifted)
         means = targets.T @ lifted.mean(dim=1) / targets.sum(dim=0)[:, None]
         self._append({"means": means})
-        self.add_scatter((lifted - means[entries, None]).cpu().double())
+        residuals = (lifted - means[entries, None]).cpu().double()
+        self.add_scatter(lifted.cpu().double(), residuals, entries.cpu())
         self.derive()
 
     def merge_sums(self, other: Self) -> None:
@@ -94,6 +95,7 @@ class KldaRouter(GaussianRouter):
         return {"frequencies": (self.query_size, size), "phases": (size,), "means": (entries, size)}
 
     def derive(self) -> None:
+        self._metrics = {}
         if not len(self.means):
             return
         factor, means = self._factor(), self.means.cpu().double()
@@ -103,6 +105,10 @@ class KldaRouter(GaussianRouter):
     def _whiten(self, query: torch.Tensor) -> torch.Tensor:
         # Solved for each batch, which takes no longer than a product with the inverse, and saves inverting.
         return torch.linalg.solve_triangular(self._cholesky, self._lift(query).T, upper=False).T
+
+    @property
+    def _means(self) -> torch.Tensor:
+        return self.means
 
     def _lift(self, features: torch.Tensor) -> torch.Tensor:
         features = torch.nn.functional.normalize(features.to(self.frequencies), dim=-1)

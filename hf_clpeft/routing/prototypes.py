@@ -7,6 +7,7 @@ import torch
 
 from ..config.text import get_logger
 from .routing import Router, Routing
+from .typicality import FOLDS, PERCENT, fit_thresholds, p_values
 
 
 if TYPE_CHECKING:
@@ -16,8 +17,6 @@ if TYPE_CHECKING:
 logger = get_logger(__name__)
 
 CANDIDATES = (1, 2, 5, 10, 20, 50, 100, 200)
-PERCENT = 100  # thresholds per task, for reject rates of 1 %, 2 %, ... 100 %
-FOLDS = 5
 FARTHEST = 2.0  # maximum distance on the unit sphere
 
 
@@ -53,6 +52,7 @@ class PrototypeRouter(Router):
     """
 
     title = "nearest prototype"
+    rejects = True
     options = ("k",)
     prototypes: torch.Tensor
     thresholds: torch.Tensor
@@ -70,14 +70,14 @@ class PrototypeRouter(Router):
                 "A task has %d images, fewer than k=%d prototypes: using %d.", n := len(features), self.k, n
             )
         prototypes = fit_prototypes(features, self.k, seed)
-        self.add_prototypes(prototypes, fit_thresholds(features, len(prototypes), seed))
+        self.add_prototypes(prototypes, thresholds_of(features, len(prototypes), seed))
 
     def add_prototypes(self, prototypes: torch.Tensor, thresholds: torch.Tensor) -> None:
         """Appends the prototypes of the next task.
 
         Args:
             prototypes (`torch.Tensor` of shape `(k, query_size)`): Centres of L2-normalised features.
-            thresholds (`torch.Tensor` of shape `(100,)`): From [`fit_thresholds`].
+            thresholds (`torch.Tensor` of shape `(100,)`): From [`thresholds_of`].
         """
         prototypes = prototypes.to(self.prototypes)
         owners = torch.full((len(prototypes),), self.num_owners, device=self.owners.device)
@@ -152,19 +152,9 @@ class PrototypeRouter(Router):
     def calibrated(self) -> list[bool] | None:
         return (self.thresholds < FARTHEST).any(dim=1).tolist()
 
-    def typicality(self, distances: torch.Tensor) -> torch.Tensor:
-        """Conformal p-values: the fraction of a task's images at least as far from its prototypes, in steps of 1 %.
-
-        The p-value of an image of the task is below r with a probability of at most about r. Out-of-distribution
-        images have low p-values for all tasks.
-
-        Args:
-            distances (`torch.Tensor` of shape `(batch, tasks)`): From [`~PrototypeRouter.distances`].
-
-        Returns:
-            `torch.Tensor` of shape `(batch, tasks)`, in [0, 1].
-        """
-        return (distances[..., None] <= self.thresholds).sum(dim=-1) / PERCENT
+    def typicality(self, query: torch.Tensor, distances: torch.Tensor) -> torch.Tensor:
+        """The largest of the p-values of all tasks: an image must be typical of none to be rejected."""
+        return p_values(distances, self.thresholds).amax(dim=1)
 
 
 def fit_prototypes(features: torch.Tensor, k: int | str, seed: int = 0) -> torch.Tensor:
@@ -194,12 +184,9 @@ def fit_prototypes(features: torch.Tensor, k: int | str, seed: int = 0) -> torch
     return torch.from_numpy(_k_means(normalized, min(count, len(normalized)), seed).cluster_centers_).float()
 
 
-def fit_thresholds(features: torch.Tensor, k: int, seed: int = 0) -> torch.Tensor:
-    """Quantiles of the distances of a task's images to its prototypes, by 5-fold cross-fitting.
+def thresholds_of(features: torch.Tensor, k: int, seed: int = 0) -> torch.Tensor:
+    """Thresholds of the distances of a task's images to its prototypes, by cross-fitting; see [`fit_thresholds`].
 
-    The distance of a new image of the task exceeds the i-th threshold with a probability of at most i %, if it is
-    exchangeable with the training images (split conformal prediction). Quantiles beyond the largest distance, which
-    occur with fewer than 99 images, are extrapolated by Student's prediction bound for normally distributed distances.
     For a single image all thresholds are the maximum distance, so nothing is rejected.
 
     Args:
@@ -214,17 +201,15 @@ def fit_thresholds(features: torch.Tensor, k: int, seed: int = 0) -> torch.Tenso
 
     ```py
     >>> import torch
-    >>> from hf_clpeft.routing.prototypes import fit_thresholds
+    >>> from hf_clpeft.routing.prototypes import thresholds_of
 
     >>> features = torch.randn(200, 8, generator=torch.Generator().manual_seed(0))
-    >>> thresholds = fit_thresholds(features, k=5)
+    >>> thresholds = thresholds_of(features, k=5)
     >>> bool(thresholds[0] > thresholds[49] > thresholds[99])
     True
 
     ```
     """
-    from scipy.stats import t as student
-
     normalized = torch.nn.functional.normalize(features.float(), dim=-1).cpu()
     count = len(normalized)
     if count < 2:
@@ -236,14 +221,7 @@ def fit_thresholds(features: torch.Tensor, k: int, seed: int = 0) -> torch.Tenso
         fitted[fold] = False
         k_means = _k_means(normalized[fitted], min(k, int(fitted.sum())), seed)
         distances[fold] = k_means.transform(normalized[fold].numpy()).min(axis=1)
-    rates = np.arange(1, PERCENT + 1) / PERCENT
-    ranks = np.ceil((1 - rates) * (count + 1) - 1e-9).astype(int)  # 1 is the nearest image
-    seen = np.sort(distances)
-    spread = seen.std(ddof=1) * np.sqrt(1 + 1 / count)
-    thresholds = seen[np.clip(ranks, 1, count) - 1]
-    few = ranks > count
-    thresholds[few] = np.maximum(seen[-1], seen.mean() + student.ppf(1 - rates[few], count - 1) * spread)
-    return torch.from_numpy(thresholds).float()
+    return torch.from_numpy(fit_thresholds(distances)).float()
 
 
 def choose_k(features: torch.Tensor, seed: int = 0) -> int:

@@ -55,6 +55,7 @@ class Router(KeepsPrecision):
             can be used as a classifier.
         gives_likelihoods (`bool`): Whether its scores are log-likelihoods, which can be added to an expert's
             log-probabilities: see [`hf_clpeft.methods.mixing`].
+        rejects (`bool`): Whether it measures how typical an image is of a task; see [`~Router.typicality`].
         landmark (`str`): What distances are measured to: `"prototype"`, `"class"` or `"key"`.
         options (`tuple[str, ...]`): Attributes that are set by the method's options of the same name.
 
@@ -72,6 +73,7 @@ class Router(KeepsPrecision):
     title = "unknown"
     knows_classes = False
     gives_likelihoods = False
+    rejects = False
     landmark = "prototype"
     options: ClassVar[tuple[str, ...]] = ()
     owners: torch.Tensor  # task of each prototype or class; keys belong to none
@@ -119,8 +121,19 @@ class Router(KeepsPrecision):
         """Why a task cannot be removed exactly; `None` if it can."""
         return "the router does not implement `remove`"
 
-    def typicality(self, distances: torch.Tensor) -> torch.Tensor:
-        """Conformal p-values of distances, of the same shape; see [`PrototypeRouter`]."""
+    def typicality(self, query: torch.Tensor, distances: torch.Tensor) -> torch.Tensor:
+        """Conformal p-values of images: how many of the task's own images are at least as far, in steps of 1 %.
+
+        That of an image of a task that was learnt is below r with a probability of about r, or less.
+
+        Args:
+            query (`torch.Tensor` of shape `(batch, query_size)` or `(batch, views, query_size)`): Query features; of
+                several views the first counts.
+            distances (`torch.Tensor` of shape `(batch, tasks)`): From [`Routing`].
+
+        Returns:
+            `torch.Tensor` of shape `(batch,)`, in [0, 1].
+        """
         raise NotImplementedError(f"A {type(self).__name__} is not calibrated.")
 
     def points(self) -> tuple[torch.Tensor, torch.Tensor]:
