@@ -230,6 +230,7 @@ def test_only_sums_of_the_new_task_are_sent(stream, hub):
     assert after.keys() - files.keys() == {"sums/task-001.safetensors"}
     assert after["sums/task-000.safetensors"] == files["sums/task-000.safetensors"]
     assert len(after["router.safetensors"]) < 200  # nothing in it grows
+    assert torch.equal(logits(ContinualModel.from_pretrained("alice/model")), logits(trainer.model))
     trainer.model.remove("task-000")
     trainer.model.push_to_hub("alice/model", token="hf_alice", squash_history=True)
     secret = files["sums/task-000.safetensors"]

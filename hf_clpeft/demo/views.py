@@ -195,10 +195,11 @@ def prototype_points(model: ContinualModel, query: torch.Tensor | None = None) -
 
 
 def query_of(model: ContinualModel, image: PIL.Image.Image) -> torch.Tensor:
-    """Query features of one picture, of shape `(1, hidden_size)`."""
+    """Query features of one picture, of shape `(1, query_size)`; of several views the first."""
     pixels = torch.from_numpy(model.backbone.transform.resize([image])).to(model.device)
     with torch.no_grad():
-        return model.method.query(model.backbone.transform.normalize(pixels))
+        query = model.method.query(model.backbone.transform.normalize(pixels))
+    return query if query.dim() == 2 else query[:, 0]
 
 
 def learnt(model: ContinualModel, step: int) -> str:
