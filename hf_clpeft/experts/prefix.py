@@ -17,8 +17,7 @@ from peft import PeftConfig, PeftType, PrefixEncoder, PrefixTuningConfig
 from ..backbones import Backbone
 from ..backbones.attention import intercept, sites, updates_of
 from .calls import active_call, attach_to_attention
-from .prompts import PromptTunedVisionModel
-from .table import ExpertTable
+from .prompts import PromptTunedVisionModel, TokenTable
 
 
 States = tuple[torch.Tensor, torch.Tensor]  # keys and values, of shape (batch, heads, tokens, head_size)
@@ -208,7 +207,7 @@ class PrefixTunedVisionModel(PromptTunedVisionModel):
         return self.base_model
 
 
-class PrefixTable(ExpertTable):
+class PrefixTable(TokenTable):
     """Prefixes as virtual tokens of all their layers; those selected for an image are concatenated.
 
     Args:
@@ -238,19 +237,7 @@ class PrefixTable(ExpertTable):
         layers = layers_of(config, self.num_layers)
         if layers != self.layers:
             raise ValueError(f"it is a prefix for the layers {layers}, and not {self.layers}.")
-        shapes = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
-        expected = {"prompt_embeddings": (config.num_virtual_tokens, self.rows.shape[1])}
-        if shapes != expected:
-            raise ValueError(f"its tensors are {shapes} and should be {expected}.")
-        return tensors["prompt_embeddings"], 1.0
-
-    def unpack(self, components: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Inverse of [`~PrefixTable.pack`]."""
-        return {"prompt_embeddings": components}
-
-    def form_for(self, selection: torch.Tensor, requested: str) -> str:
-        """Always gathered; grouped if requested, or if prefixes differ in length."""
-        return "gathered" if self.uniform and requested != "grouped" else "grouped"
+        return self.tokens(config, tensors)
 
     def selected(self, selection: torch.Tensor, form: str, dtype: torch.dtype) -> AbstractContextManager[None]:
         """Context manager: the backbone inserts every image's own prefixes; arguments as for [`PromptTable`]."""

@@ -121,7 +121,27 @@ class PromptTunedVisionModel(PeftModel):
         return self.base_model
 
 
-class PromptTable(ExpertTable):
+class TokenTable(ExpertTable):
+    """Base of tables of virtual tokens, as PEFT saves them; those selected for an image are concatenated."""
+
+    def tokens(self, config: Any, tensors: dict[str, torch.Tensor]) -> tuple[torch.Tensor, float]:
+        """Virtual tokens of shape `(length, width)`, and the scale, which is always 1, after a check of shapes."""
+        shapes = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
+        expected = {"prompt_embeddings": (config.num_virtual_tokens, self.rows.shape[1])}
+        if shapes != expected:
+            raise ValueError(f"its tensors are {shapes} and should be {expected}.")
+        return tensors["prompt_embeddings"], 1.0
+
+    def unpack(self, components: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Inverse of `pack`."""
+        return {"prompt_embeddings": components}
+
+    def form_for(self, selection: torch.Tensor, requested: str) -> str:
+        """Always gathered; grouped if requested, or if experts and thus sequences differ in length."""
+        return "gathered" if self.uniform and requested != "grouped" else "grouped"
+
+
+class PromptTable(TokenTable):
     """Prompts as tokens; those selected for an image are concatenated and inserted after [CLS].
 
     Args:
@@ -146,19 +166,7 @@ class PromptTable(ExpertTable):
         """
         if not config.is_prompt_learning:
             raise ValueError(f"it is {config.peft_type}, not a prompt.")
-        shapes = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
-        expected = {"prompt_embeddings": (config.num_virtual_tokens, self.rows.shape[1])}
-        if shapes != expected:
-            raise ValueError(f"its tensors are {shapes} and should be {expected}.")
-        return tensors["prompt_embeddings"], 1.0
-
-    def unpack(self, components: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Inverse of [`~PromptTable.pack`]."""
-        return {"prompt_embeddings": components}
-
-    def form_for(self, selection: torch.Tensor, requested: str) -> str:
-        """Always gathered; grouped if requested, or if prompts and thus sequences differ in length."""
-        return "gathered" if self.uniform and requested != "grouped" else "grouped"
+        return self.tokens(config, tensors)
 
     def selected(self, selection: torch.Tensor, form: str, dtype: torch.dtype) -> AbstractContextManager[None]:
         """Context manager: the backbone inserts every image's own prompts.
