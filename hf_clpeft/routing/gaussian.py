@@ -291,19 +291,20 @@ def factorize(residuals: torch.Tensor, rank: int | None = None) -> tuple[torch.T
 
     ```
     """
-    count, views, width = residuals.shape
-    rows = residuals.reshape(-1, width) / views**0.5
+    _, views, width = residuals.shape
+    rows = residuals.reshape(-1, width)  # without copies, as there may be many
+    variances = torch.linalg.vector_norm(rows, dim=0) ** 2 / views
     if len(rows) < width:
-        values, vectors = torch.linalg.eigh(rows @ rows.T)
-        rows = vectors.T @ rows
+        values, vectors = torch.linalg.eigh(rows @ rows.T / views)
+        rows = vectors.T @ rows / views**0.5
     else:
-        values, vectors = torch.linalg.eigh(rows.T @ rows)
+        values, vectors = torch.linalg.eigh(rows.T @ rows / views)
         rows = values.clamp(min=0).sqrt()[:, None] * vectors.T
     kept = values > ROUNDING * values.max().clamp(min=0)
     if rank is not None:
         kept[:-rank] = False
     factor = torch.linalg.qr(rows[kept].flip(0)).R
-    return factor, (residuals.square().mean(dim=1).sum(dim=0) - factor.square().sum(dim=0)).clamp(min=0)
+    return factor, (variances - factor.square().sum(dim=0)).clamp(min=0)
 
 
 def unpack_triangle(packed: torch.Tensor, rank: torch.Tensor, width: int) -> torch.Tensor:
