@@ -282,3 +282,46 @@ def test_a_file_of_sums_that_is_missing_or_of_nobody_is_noticed(learnt, tmp_path
     (folder / "sums" / "task-001.safetensors").unlink()
     with pytest.raises(ConfigError, match=r"lacks the file sums/task-001.safetensors"):
         ContinualModel.from_pretrained(folder)
+
+
+def pooled(*tasks):
+    """As a model's file was when the sums of all tasks were one."""
+    router = make("gaussian", *tasks)
+    state = {**router.state_dict(), "scatter": router.sum_up().float()}
+    old = make("gaussian")
+    kept = {name: state[name] for name in ("prototypes", "counts", "owners", "classes", "scatter")}
+    old.load(old.join(kept, [], []), len(tasks), int(state["classes"].max()) + 1)
+    return old
+
+
+@pytest.mark.parametrize("first, second", [("old", "old"), ("old", "new"), ("new", "old")])
+def test_old_sums_are_merged_with_new_ones(first, second):
+    one = pooled(0, 1) if first == "old" else make("gaussian", 0, 1)
+    two = pooled(0, 1) if second == "old" else make("gaussian", 0, 1)
+    one.merge(two, [3, 4, 5])
+    assert one.num_owners == 4 and len(one.ranks) == (2 if (first, second) == ("old", "new") else 0)
+    whole = make("gaussian", 0, 1)
+    whole.merge(make("gaussian", 0, 1), [3, 4, 5])
+    query = images(1)[0][:, 0]
+    torch.testing.assert_close(one(query).scores, whole(query).scores, rtol=1e-3, atol=1e-3)
+    assert one.calibrated() == [False, False, *([len(one.ranks) > 0] * 2)]
+    assert "when the sums of all tasks were one" in one.why_not_removed(0)
+    with pytest.raises(ConfigError, match="Task 1 cannot be removed exactly, as it was saved when"):
+        one.remove(1, {})
+    if len(one.ranks):
+        one.remove(3, {number: number for number in range(6)})
+        assert one.num_owners == 3 and len(one.ranks) == 1
+
+
+def test_a_router_whose_sums_are_of_all_images_does_not_forget():
+    router = make("linear_ridge", 0, 1)
+    with pytest.raises(ConfigError, match="as the sums of its router hold the images of all tasks"):
+        router.remove(0, {2: 0})
+
+
+@pytest.mark.parametrize("name", ["factors", "rests", "thresholds", "ranks"])
+def test_parts_of_sums_that_are_missing_are_noticed(name):
+    state = make("gaussian", 0, 1).state_dict()
+    state[name] = state[name][:0]
+    with pytest.raises(ValueError, match=name if name != "ranks" else "factors has shape"):
+        make("gaussian").load(state, 2, 3)

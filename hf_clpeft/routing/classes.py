@@ -78,6 +78,9 @@ class ClassRouter(Router, ABC):
         return "the sums of its router hold the images of all tasks"
 
     def remove(self, owner: int, number_of: dict[int, int]) -> None:
+        why = self.why_not_removed(owner)
+        if why is not None:
+            raise ConfigError(f"Task {owner} cannot be removed exactly, as {why}.")
         kept = self.owners != owner
         for name in self.of_entries:
             setattr(self, name, getattr(self, name)[kept])

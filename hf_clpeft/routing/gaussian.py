@@ -104,8 +104,10 @@ class GaussianRouter(ClassRouter):
 
     def merge_sums(self, other: Self) -> None:
         if len(other.scatter):
-            self.scatter = self.scatter + other.scatter.to(self.scatter) if len(self.scatter) else other.scatter
-            self._summed = 0
+            # Tasks with one sum for all come first: those that are here join them.
+            self.scatter, self._summed = (self.sum_up() + other.scatter.cpu().double()).to(self.scatter), 0
+            for name in ("factors", "ranks", "rests", "thresholds"):
+                setattr(self, name, getattr(self, name)[:0])
         self._append({name: getattr(other, name) for name in ("factors", "ranks", "rests", "thresholds")})
         self.derive()
 
@@ -177,9 +179,10 @@ class GaussianRouter(ClassRouter):
         super().check(tensors, num_tasks, num_classes)
         width, ranks = self.num_features, tensors["ranks"]
         total = int(ranks.clamp(0, width).sum())
-        wanted = {"factors": (total, width), "rests": (len(ranks), width), "scatter": (width, width)}
-        for name, shape in {**wanted, "thresholds": (len(ranks), PERCENT)}.items():
-            if tensors[name].shape != shape and tensors[name].numel():
+        wanted = {"factors": (total, width), "rests": (len(ranks), width), "thresholds": (len(ranks), PERCENT)}
+        for name, shape in {**wanted, "scatter": (width, width)}.items():
+            empty = not tensors[name].numel() and (name == "scatter" or not len(ranks))
+            if tensors[name].shape != shape and not empty:
                 raise ValueError(f"{name} has shape {tuple(tensors[name].shape)}, not {shape}.")
         if ranks.dim() != 1 or not ((ranks >= 0) & (ranks <= width)).all():
             raise ValueError(f"a factor has fewer than 0 rows, or more than {width}.")
