@@ -112,10 +112,11 @@ class GaussianRouter(ClassRouter):
         self.derive()
 
     def remove(self, owner: int, number_of: dict[int, int]) -> None:
+        place = owner - (self.num_owners - len(self.ranks))  # tasks with one sum for all come first
         super().remove(owner, number_of)
         blocks = list(self.factors.split(self.ranks.tolist()))
-        del blocks[owner]
-        kept = torch.arange(len(self.ranks), device=self.ranks.device) != owner
+        del blocks[place]
+        kept = torch.arange(len(self.ranks), device=self.ranks.device) != place
         self.factors = torch.cat([self.factors[:0], *blocks])
         self.ranks, self.rests, self.thresholds = self.ranks[kept], self.rests[kept], self.thresholds[kept]
         self._summed = 0
