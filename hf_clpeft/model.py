@@ -227,7 +227,7 @@ class ContinualModel(torch.nn.Module):
 
     @writing
     def remove(self, task: str) -> None:
-        """Unlearns a task exactly: deletes its expert, prototypes and head rows; all others stay bit-identical.
+        """Unlearns a task exactly: deletes its expert, prototypes or sums, and head rows; others stay bit-identical.
 
         Args:
             task (`str`): Name of the task.

@@ -43,7 +43,7 @@ from hf_clpeft import (
 )
 from hf_clpeft.config.errors import errors_in_one_line
 from hf_clpeft.routing import GaussianRouter
-from hf_clpeft.routing.gaussian import shrink
+from hf_clpeft.routing.covariance import shrink
 from hf_clpeft.streams import Split, cache_images
 from hf_clpeft.training.options import BackboneArguments, StreamArguments
 from hf_clpeft.training.parsing import OptionParser

@@ -6,7 +6,7 @@ import torch
 from hf_clpeft import ConfigError
 from hf_clpeft.methods.alignment import ClassGaussians, align, normalize_logits
 from hf_clpeft.methods.state import load_state
-from hf_clpeft.routing.gaussian import shrink
+from hf_clpeft.routing.covariance import shrink
 
 
 WIDTH = 6

@@ -6,7 +6,8 @@ import torch
 
 from hf_clpeft import ClassMeanRouter, ConfigError, ContinualModel, GaussianRouter, RidgeRouter
 from hf_clpeft.methods.mixing import ROUTER_WEIGHT, mix
-from hf_clpeft.routing.gaussian import log_sum_exp, shrink
+from hf_clpeft.routing.covariance import shrink
+from hf_clpeft.routing.gaussian import log_sum_exp
 from hf_clpeft.routing.ridge import RIDGES
 
 

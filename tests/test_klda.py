@@ -23,7 +23,7 @@ from hf_clpeft import (
     s_lora,
     s_lora_mix,
 )
-from hf_clpeft.routing.gaussian import shrink
+from hf_clpeft.routing.covariance import shrink
 
 
 def make(features=60, width=1.0):

@@ -21,7 +21,7 @@ from hf_clpeft import (
     slda,
 )
 from hf_clpeft.routing import ROUTERS, GaussianRouter
-from hf_clpeft.routing.gaussian import factorize
+from hf_clpeft.routing.covariance import factorize
 
 
 REMOVABLE = ["gaussian", "class_means", "klda"]
@@ -325,3 +325,15 @@ def test_parts_of_sums_that_are_missing_are_noticed(name):
     state[name] = state[name][:0]
     with pytest.raises(ValueError, match=name if name != "ranks" else "factors has shape"):
         make("gaussian").load(state, 2, 3)
+
+
+def test_nothing_is_written_or_deleted_behind_a_link(learnt, tmp_path):
+    folder = shutil.copytree(learnt["slda"], tmp_path / "model")
+    model = ContinualModel.from_pretrained(folder)
+    (folder / "sums").rename(tmp_path / "elsewhere")
+    (folder / "sums").symlink_to(tmp_path / "elsewhere")
+    before = {path.name: path.read_bytes() for path in (tmp_path / "elsewhere").iterdir()}
+    model.remove("task-000")
+    with pytest.raises(ConfigError, match="sums is a symbolic link"):
+        model.save_pretrained(folder)
+    assert {path.name: path.read_bytes() for path in (tmp_path / "elsewhere").iterdir()} == before

@@ -5,8 +5,9 @@ import torch
 from conftest import make_trainer, pattern_dataset
 
 from hf_clpeft import ConfigError, ContinualModel, TaskStream, ranpac, s_lora, s_lora_mix, slda
+from hf_clpeft.demo.views import verdict
 from hf_clpeft.routing import ROUTERS, GaussianRouter
-from hf_clpeft.routing.gaussian import factorize, shrink
+from hf_clpeft.routing.covariance import factorize, shrink
 from hf_clpeft.routing.typicality import Metric, cross_fit
 
 
@@ -116,6 +117,7 @@ def test_models_reject_load_and_say_so(method, stream, tmp_path):
     images = [image for image, _, _ in stream[0].train]
     found = model.predict(images)
     assert all(0 <= one.typicality <= 1 for one in found)
+    assert "at least as far from its classes as this one" in verdict(found[0], model, reject_rate=0.05)
     assert [one.label is None for one in model.predict(images, reject_rate=0.9)] == [
         one.typicality < 0.9 for one in found
     ]

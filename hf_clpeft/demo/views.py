@@ -68,7 +68,8 @@ def verdict(prediction: Prediction, model: ContinualModel, reject_rate: float, c
     sentences = _route(prediction, model, chosen) if model.method.routes and prediction.experts else []
     if prediction.typicality is not None:
         share = percent(prediction.typicality, 0) if prediction.typicality else "Under 1 %"
-        sentences.append(f"{share} of a task's own pictures are at least as far from its prototypes as this one.")
+        landmarks = "prototypes" if model.router is None or model.router.landmark == "prototype" else "classes"
+        sentences.append(f"{share} of a task's own pictures are at least as far from its {landmarks} as this one.")
     if prediction.label is None:
         sentences.append(
             f"That is less than {percent(reject_rate, 0)}, so it is rejected as out-of-distribution; the likeliest "

@@ -5,7 +5,7 @@ from torch.nn.functional import cross_entropy
 
 from ..backbones.precision import KeepsPrecision, without_autocast
 from ..config import ConfigError
-from ..routing.gaussian import shrink
+from ..routing.covariance import shrink
 from .heads import Heads
 
 

@@ -82,7 +82,7 @@ class ManyViews(Method):
         """
         name, why = self.config.tasks[position].name, self.router.why_not_removed(position)
         if first and position == 0 and len(self.config.tasks) > 1:
-            why = "its expert takes everyone's query features"
+            raise ConfigError(f"{name!r} cannot be removed exactly, as its expert takes everyone's query features.")
         if why is not None:
             raise ConfigError(
                 f"{name!r} cannot be removed exactly, as {why}. Where tasks must be unlearnt, choose "
@@ -97,9 +97,8 @@ class ManyViews(Method):
         if not unknown:
             return None
         return (
-            f"reject_rate needs to know how far from its {self.router.landmark} a task's images lie, but "
-            f"{unknown[:3]} had too few images, or were saved before that was measured. Learn them again, or remove "
-            "them."
+            f"reject_rate needs to know how far a task's own images lie, but {unknown[:3]} had too few images, or "
+            "were saved before that was measured. Learn them again in a new model."
         )
 
     def typicality(self, query: torch.Tensor, distances: torch.Tensor) -> torch.Tensor:

@@ -6,7 +6,7 @@ import torch
 
 from ..config import ConfigError
 from .classes import ClassRouter
-from .gaussian import mean_square
+from .covariance import mean_square
 
 
 RIDGES = [10.0**power for power in range(-8, 9)]
