@@ -12,7 +12,8 @@ are not in the package; `base` other files, on top of which this one stands. A s
 keeps the data set's own), the draw of weights and that of batches.
 
 Results go into the CSV run by run. What stands there already is not run again, and a run that was killed goes on after
-its last task, so the same command finishes the table.
+its last task, so the same command finishes the table. A run that fails says why and costs its own cell and those of
+runs that take over its experts; the others go on.
 """
 
 import csv
@@ -21,12 +22,13 @@ import multiprocessing
 import os
 import runpy
 import shlex
+import traceback
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from dataclasses import dataclass, field, fields
 from functools import cache
-from itertools import chain, islice
+from itertools import islice
 from pathlib import Path
 from typing import get_type_hints
 
@@ -43,7 +45,7 @@ from hf_clpeft import (
     TaskStream,
 )
 from hf_clpeft.config.checks import MOST, check_ranges, check_types, fits
-from hf_clpeft.config.errors import OptionError, errors_in_one_line, refusing_options
+from hf_clpeft.config.errors import HfClpeftError, OptionError, errors_in_one_line, refusing_options
 from hf_clpeft.streams import BENCHMARKS
 from hf_clpeft.streams.images import open_image
 from hf_clpeft.training.options import BackboneArguments, StreamArguments, options_of
@@ -339,14 +341,19 @@ def run_all(runs: list[Run], results: Path, num_workers: int | None) -> list[dic
     chains = chains_of(todo, rows)
     print(f"{len(runs)} runs, of which {len(runs) - len(todo)} stand in {results} already", flush=True)
 
-    def note(row: dict) -> None:
-        rows[key_of(row)] = row
+    def note(run: Run, result: Future) -> bool:
+        """Keeps the row of a run that has ended; says why if there is none."""
+        if (error := result.exception()) is not None:
+            print(f"{', '.join(map(str, run.key))}: failed", *traceback.format_exception(error), sep="\n", flush=True)
+            return False
+        row = result.result()
+        rows[run.key] = row
         write_rows(rows.values(), results)
         print(f"{row['benchmark']}, {row['method']}, seed {row['seed']}: {row['average_accuracy']}", flush=True)
+        return True
 
     if num_workers == 1:
-        for run in chain.from_iterable(chains):
-            note(measure(run))
+        in_order(chains, at_once, note, 1)
     elif chains:
         context = multiprocessing.get_context("spawn")  # CUDA cannot be forked
         places = context.Queue()
@@ -354,14 +361,28 @@ def run_all(runs: list[Run], results: Path, num_workers: int | None) -> list[dic
             places.put(place)
         settings = (places, num_workers, torch.cuda.device_count())
         with ProcessPoolExecutor(num_workers, context, initializer=settle_worker, initargs=settings) as pool:
-            for row in in_order(chains, lambda run: pool.submit(measure, run), num_workers):
-                note(row)
-    return [rows[run.key] for run in runs]
+            in_order(chains, lambda run: pool.submit(measure, run), note, num_workers)
+    return [rows[run.key] for run in runs if run.key in rows]
 
 
-def in_order(chains: list[list[Run]], start: Callable[[Run], Future], num_workers: int) -> Iterator[dict]:
-    """Starts runs as workers become free, those that take over experts once these are trained. Yields their rows."""
-    ready, takers, running = deque[Run](), {}, set()
+def at_once(run: Run) -> Future:
+    """Runs it in this process. An interruption is no failure of the run: it goes up."""
+    result: Future = Future()
+    try:
+        result.set_result(measure(run))
+    except Exception as error:
+        result.set_exception(error)
+    return result
+
+
+def in_order(
+    chains: list[list[Run]],
+    start: Callable[[Run], Future],
+    note: Callable[[Run, Future], bool],
+    num_workers: int,
+) -> None:
+    """Starts runs as workers become free, those that take over experts once these are trained."""
+    ready, takers, running = deque[Run](), dict[tuple, list[Run]](), dict[Future, Run]()
     for first, *others in chains:
         ready.append(first)
         if first.needs is None:
@@ -370,12 +391,12 @@ def in_order(chains: list[list[Run]], start: Callable[[Run], Future], num_worker
             ready.extend(others)
     while ready or running:
         while ready and len(running) < num_workers:
-            running.add(start(ready.popleft()))
-        done, running = wait(running, return_when=FIRST_COMPLETED)
-        for ended in done:
-            row = ended.result()
-            ready.extendleft(reversed(takers.pop(key_of(row), [])))  # next, as they take seconds
-            yield row
+            run = ready.popleft()
+            running[start(run)] = run
+        for ended in wait(running, return_when=FIRST_COMPLETED).done:
+            run = running.pop(ended)
+            if note(run, ended):
+                ready.extendleft(reversed(takers.pop(run.key, [])))  # next, as they take seconds
 
 
 def settle_worker(places, num_workers: int, num_gpus: int) -> None:
@@ -456,12 +477,24 @@ def main():
             raise ConfigError(f"--table_only: {results} has no row of these runs.")
     else:
         rows = run_all(runs, results, args.num_workers)
+        if not rows:
+            check_complete(rows, runs)
     table = make_table(rows, [run.key for run in runs], command_for(args))
     results.with_suffix(".md").write_text(table, encoding="utf-8")
     paths = draw(rows, results.with_suffix(""))
     print(table)
     print(f"results: {results}    table: {results.with_suffix('.md')}    pictures: {paths[0]}, ...")
     print(f"next, another seed: {command_line()} --seeds {max(int(row['seed']) for row in rows) + 1}")
+    if not args.table_only:
+        check_complete(rows, runs)
+
+
+def check_complete(rows: list[dict], runs: list[Run]) -> None:
+    """Raises an error that names the runs that have no row: they failed, or those did whose experts they take over."""
+    missing = {run.key for run in runs} - {key_of(row) for row in rows}
+    if missing:
+        names = ", ".join("/".join(map(str, key)) for key in sorted(missing))
+        raise HfClpeftError(f"{len(missing)} of {len(runs)} runs failed: {names}. The same command tries them again.")
 
 
 if __name__ == "__main__":

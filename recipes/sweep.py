@@ -13,7 +13,7 @@ All else is as in `recipes/compare.py`: parallel with `--num_workers`, and what 
 from pathlib import Path
 
 import numpy as np
-from compare import CompareArguments, check_keys, folder_of, plan, read_yaml, run_all
+from compare import CompareArguments, check_complete, check_keys, folder_of, plan, read_yaml, run_all
 from compare_tables import make_table, values_of
 
 from hf_clpeft.config.errors import OptionError, errors_in_one_line
@@ -97,7 +97,9 @@ def line_of(rows: list[dict], points: dict[str, dict], x: str, measure: str) -> 
 def main():
     (args,) = OptionParser((CompareArguments,)).read()
     results, config = Path(args.results or folder_of(args) / "results.csv"), read_yaml(Path(args.config))
-    rows = run_all(plan(args, read_sweep(args.config)), results, args.num_workers)
+    runs = plan(args, read_sweep(args.config))
+    rows = run_all(runs, results, args.num_workers)
+    check_complete(rows, runs)
     table = make_table(rows)
     results.with_suffix(".md").write_text(table, encoding="utf-8")
     paths = draw(rows, config, results.with_suffix(""))
