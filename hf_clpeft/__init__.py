@@ -67,6 +67,7 @@ if TYPE_CHECKING:  # what is imported below when it is first used; a test holds 
         sequential_lora as sequential_lora,
         slca as slca,
         slda as slda,
+        slda_pp as slda_pp,
         ssiat as ssiat,
         tuna as tuna,
     )
@@ -174,6 +175,7 @@ _MODULES = {
         "sequential_lora",
         "slca",
         "slda",
+        "slda_pp",
         "ssiat",
         "tuna",
     ],

@@ -55,6 +55,7 @@ from hf_clpeft.training.recipe import command_line, learn, open_model
 
 GROUPS = (StreamArguments, BackboneArguments, ContinualTrainingArguments)
 RATES = ("learning_rate", "head_learning_rate")
+MORE_MEASURES = ("backward_transfer", "calibration_error")  # in the CSV alone
 IMAGES_COUNTED = 4  # of each task, whose forward passes are counted
 COMMON = {f.name for group in GROUPS for f in fields(group)}
 
@@ -300,7 +301,7 @@ def forwards_per_image(model: ContinualModel, stream: TaskStream) -> float:
 def row_of(run: Run, report: StreamReport, training: ContinualTrainingArguments, stream: TaskStream) -> dict:
     environment, summary = report.environment, report.summary()
     if run.options.get("joined"):  # learnt once, it has no way to go
-        summary = {"average_accuracy": summary["average_accuracy"]}
+        summary = {name: summary[name] for name in ("average_accuracy", "calibration_error")}
     images = [len(task.train.dataset) for task in stream]
     stepped = [count for count, seconds in zip(images, report.seconds, strict=True) if "train" in seconds]
     count = sum if METHODS[run.options["method"]].independent else max
@@ -311,7 +312,7 @@ def row_of(run: Run, report: StreamReport, training: ContinualTrainingArguments,
         "benchmark": run.benchmark,
         "method": run.method,
         "seed": run.seed,
-        **{name: f"{summary[name]:.6f}" if name in summary else "" for name in (*MEASURES, "backward_transfer")},
+        **{name: f"{summary[name]:.6f}" if name in summary else "" for name in (*MEASURES, *MORE_MEASURES)},
         "trained_parameters": count(report.expert_parameters),
         "stored_bytes": sum(report.stored_bytes),
         "train_images": sum(images),

@@ -20,6 +20,7 @@ from .s_x import SX, SLora, SLoraPlusPlus, SPrompts, SPromptsPlusPlus, SXPlusPlu
 from .sd_lora import SdLora
 from .single import SequentialLora, Single
 from .slca import Slca
+from .slda_pp import SldaPp
 from .ssiat import Ssiat
 from .tuna import Tuna
 
@@ -34,11 +35,11 @@ inflora = InfLora.Config
 sd_lora = SdLora.Config
 sequential_lora = SequentialLora.Config
 ncm, slda, ranpac, ranpac_first = Ncm.Config, Slda.Config, RanPac.Config, RanPacFirst.Config
+slda_pp = SldaPp.Config
 klda = Klda.Config
 layup, layup_first = LayUp.Config, LayUpFirst.Config
 loranpac, loranpac_first = LoRanPac.Config, LoRanPacFirst.Config
 linear_probe = LinearProbe.Config
-aper, ease = Aper.Config, Ease.Config
 aper, ease, tuna = Aper.Config, Ease.Config, Tuna.Config
 dualprompt, coda_prompt = DualPrompt.Config, CodaPrompt.Config
 mos = Mos.Config
@@ -84,6 +85,7 @@ __all__ = [
     "Single",
     "Slca",
     "Slda",
+    "SldaPp",
     "Ssiat",
     "Tuna",
     "make_method",
@@ -115,6 +117,7 @@ __all__ = [
     "sequential_lora",
     "slca",
     "slda",
+    "slda_pp",
     "ssiat",
     "tuna",
 ]

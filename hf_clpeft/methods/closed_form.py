@@ -8,6 +8,9 @@ import torch
 from ..backbones import Backbone
 from ..config import ConfigError, ContinualConfig, TaskConfig
 from ..routing import ClassRouter, Routing, find_router
+from ..routing.confidence import GRID
+from ..routing.held_out import held_out_losses
+from .confidence import Confidence
 from .heads import Heads
 from .keeper import Keeper
 from .learning import Batch, FeaturesOf
@@ -46,21 +49,39 @@ class ClosedForm(ManyViews):
                 f"{self.name} needs a router that knows classes, and {self._which!r} knows tasks alone: choose "
                 "'gaussian', 'class_means' or 'ridge', or a ClassRouter of your own."
             )
-        self.router = router
+        self.router, self.confidence = router, Confidence() if router.gives_likelihoods else None
 
     def route(self, query: torch.Tensor) -> Routing:
         return self.router(query)
 
     def classify(self, features: torch.Tensor, routing: Routing) -> torch.Tensor:
         assert routing.scores is not None
-        return self.router.class_scores(routing.scores)
+        scores = self.router.class_scores(routing.scores)
+        return scores if self.confidence is None else self.confidence(scores)
 
     def end(self, features_of: FeaturesOf) -> None:
-        self.router.learn(*self.observe(features_of), seed=self.seed)
+        features, classes = self.observe(features_of)
+        if self.confidence is not None:
+            self.confidence.add(held_out_losses(self.router, features, classes))
+        self.router.learn(features, classes, seed=self.seed)
+
+    def check(self) -> None:
+        super().check()
+        if self.confidence is not None:
+            self.confidence.check(len(self.config.tasks))
+
+    def load_state(self, tensors: dict[str, torch.Tensor]) -> None:
+        if not tensors and self.confidence is not None:  # saved before confidence was measured
+            for _ in self.config.tasks:
+                self.confidence.add(torch.zeros(GRID))
+            tensors = self.state()
+        super().load_state(tensors)
 
     def remove(self, position: int, number_of: dict[int, int]) -> None:
         self.check_removable(position)
         self.router.remove(position, number_of)
+        if self.confidence is not None:
+            self.confidence.remove(position)
 
     def alike(self) -> dict[str, Any]:
         drawn = {name: getattr(self.router, name) for name in self.router.options if name != "covariance_rank"}
@@ -69,6 +90,8 @@ class ClosedForm(ManyViews):
     def merge(self, other: Keeper, number_of: list[int], names: list[str]) -> None:
         assert isinstance(other, ClosedForm)
         self.router.merge(other.router, number_of)
+        if self.confidence is not None and other.confidence is not None:
+            self.confidence.merge(other.confidence)
 
 
 class Ncm(ClosedForm, name="ncm"):
@@ -157,7 +180,7 @@ class FirstExpert(ClosedForm, name="closed_form_first"):
 
     def remove(self, position: int, number_of: dict[int, int]) -> None:
         self.check_removable(position, first=True)
-        self.router.remove(position, number_of)
+        super().remove(position, number_of)
         if len(self.config.tasks) == 1:
             self.bank.remove(EXPERT)
 

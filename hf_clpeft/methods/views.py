@@ -71,7 +71,7 @@ class ManyViews(Method):
             return features_of(self.look)
         if self.options.view_kind == "auto":
             self.options.view_kind = self._choose_kind(features_of, max(count, 2))
-        return features_of(self.look, min(count, MOST[self.options.view_kind]), self.options.view_kind)
+        return features_of(self.look, count, self.options.view_kind)
 
     def check_removable(self, position: int, first: bool = False) -> None:
         """Raises [`ConfigError`] unless a task can be removed from the router.
@@ -112,9 +112,7 @@ class ManyViews(Method):
     def _choose_kind(self, features_of: FeaturesOf, count: int) -> str:
         """The kind of views with which the router tells held-out images of the task apart best."""
         assert isinstance(self.router, ClassRouter)
-        losses = {}
-        for kind in (kind for kind in KINDS if MOST_FIXED[kind] >= self.options.test_views):
-            seen = features_of(self.look, min(count, MOST[kind]), kind)
-            losses[kind] = held_out_loss(self.router, *seen)
+        kinds = [kind for kind in KINDS if MOST_FIXED[kind] >= self.options.test_views and MOST[kind] >= count]
+        losses = {kind: held_out_loss(self.router, *features_of(self.look, count, kind)) for kind in kinds}
         logger.info("Loss on held-out images by kind of views: %s", losses)
         return min(losses, key=lambda kind: losses[kind])

@@ -53,6 +53,8 @@ class StreamReport:
         experts (`list[str]`): Titles of the tasks, or names of the experts of a pool.
         routing_confusion (`list[list[int]]`): Number of images of task j (row) routed to each of `experts` (column),
             after the last task; for a pool, the selection histogram of each task. Zeros where not measured.
+        reliability (`list[list[float]]`): Of 15 bins of confidence, the number of test images of all measured tasks,
+            the sum of their confidences, and the number of those that were right, after the last task.
         expert_parameters (`list[float]`): Trained parameters of each task's expert.
         head_parameters (`list[float]`): Trained parameters of each task's head rows.
         stored_bytes (`list[float]`): Bytes added by each task: expert, head rows, prototypes.
@@ -86,6 +88,7 @@ class StreamReport:
     oracle_accuracy: list[float] = field(default_factory=list)
     experts: list[str] = field(default_factory=list)
     routing_confusion: list[list[int]] = field(default_factory=list)
+    reliability: list[list[float]] = field(default_factory=list)
     expert_parameters: list[float] = field(default_factory=list)
     head_parameters: list[float] = field(default_factory=list)
     stored_bytes: list[float] = field(default_factory=list)
@@ -109,7 +112,7 @@ class StreamReport:
         self.accuracy_matrix.append([math.nan] * len(self.tasks))
         for cost in COSTS:
             getattr(self, cost).append(costs.get(cost, {} if cost == "seconds" else math.nan))
-        self.experts, self.routing_confusion, self.oracle_accuracy = [], [], []
+        self.experts, self.routing_confusion, self.oracle_accuracy, self.reliability = [], [], [], []
 
     def catch_up(self, tasks: list[TaskConfig]) -> None:
         """Adds rows of NaN for those of a model's tasks that were learnt without a trainer."""
@@ -118,6 +121,7 @@ class StreamReport:
             self.add_task(task.name, task.title)
         if unknown:  # the routing metrics are outdated
             self.experts, self.routing_confusion, self.oracle_accuracy = list(self.titles), [], []
+            self.reliability = []
 
     def remove_task(self, name: str) -> None:
         """Removes a task's row and column, and resets the metrics of the model with that task."""
@@ -128,6 +132,7 @@ class StreamReport:
             del row[j]
         self.accuracy_matrix[-1:] = [[math.nan] * len(self.tasks)] * bool(self.tasks)
         self.experts, self.routing_confusion, self.oracle_accuracy = list(self.titles), [], []
+        self.reliability = []
 
     def measured(self) -> list[int]:
         """Indices of the tasks that were evaluated after the last one was learnt."""
@@ -146,6 +151,8 @@ class StreamReport:
             summary["routing_accuracy"] = metrics.routing_accuracy(self.routing_confusion)
         if self.oracle_accuracy:
             summary["oracle_accuracy"] = float(np.mean([self.oracle_accuracy[j] for j in measured]))
+        if self.reliability:
+            summary["calibration_error"] = metrics.calibration_error(self.reliability)
         # What trains on all tasks at once is measured once, and has never forgotten anything.
         return {name: value for name, value in summary.items() if not math.isnan(value)}
 

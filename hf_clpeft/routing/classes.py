@@ -43,6 +43,7 @@ class ClassRouter(Router, ABC):
     knows_classes = True
     landmark = "class"
     of_entries: ClassVar[tuple[str, ...]] = ("prototypes", "counts")
+    measures = True  # how typical held-out images are, when a task is learnt
     prototypes: torch.Tensor
     counts: torch.Tensor
     classes: torch.Tensor

@@ -97,7 +97,8 @@ class GaussianRouter(ClassRouter):
             entries (integer `torch.Tensor` of shape `(images,)`): Entry of each image.
         """
         factor, rest = factorize(residuals, self.covariance_rank)
-        rank, thresholds = torch.tensor([len(factor)]), self._fit_thresholds(features, entries)
+        rank = torch.tensor([len(factor)])
+        thresholds = self._fit_thresholds(features, entries) if self.measures else torch.zeros(PERCENT)
         self._append({"factors": factor, "ranks": rank, "rests": rest[None], "thresholds": thresholds[None]})
 
     def merge_sums(self, other: Self) -> None:

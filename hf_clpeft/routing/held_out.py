@@ -1,4 +1,4 @@
-"""How well a router tells images apart that it has not learnt, to choose among options without test images."""
+"""How well a router tells images apart that it has not learnt: to choose options, and to calibrate its confidence."""
 
 from copy import deepcopy
 
@@ -6,10 +6,38 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from .classes import ClassRouter
+from .confidence import GRID, TEMPERATURES, losses_on_grid
 
 
 SHARE = 5  # a fifth of the images is held out
-TEMPERATURES = [10.0 ** (exponent / 4) for exponent in range(-12, 13)]
+
+
+def held_out_scores(
+    router: ClassRouter, features: torch.Tensor, classes: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """Scores of a held-out fifth of images, by a copy of the router that has learnt the others of them.
+
+    Args:
+        router ([`ClassRouter`]): It does not change.
+        features (`torch.Tensor` of shape `(images, views, query_size)`): Query features. Of a held-out image, the
+            first view counts.
+        classes (integer `torch.Tensor` of shape `(images,)`): Class index of each image.
+
+    Returns:
+        Scores of classes of shape `(held out, classes)`, `float64`, on the CPU, and the class index of each image;
+        `None` if there is nothing to tell apart.
+    """
+    features = features.cpu() if features.dim() == 3 else features.cpu()[:, None]
+    order = torch.randperm(len(classes), generator=torch.Generator().manual_seed(0))
+    held_out, fitted = order.tensor_split([len(order) // SHARE])
+    held_out = held_out[torch.isin(classes[held_out], classes[fitted])]
+    if not len(held_out):
+        return None
+    learner = deepcopy(router)
+    learner.measures = False
+    learner.learn(features[fitted], classes[fitted])
+    scores = learner.class_scores(learner.scores(features[held_out, 0].to(learner.prototypes))).cpu().double()
+    return (scores, classes[held_out]) if len(learner.classes.unique()) > 1 else None
 
 
 def held_out_loss(router: ClassRouter, features: torch.Tensor, classes: torch.Tensor) -> float:
@@ -20,9 +48,7 @@ def held_out_loss(router: ClassRouter, features: torch.Tensor, classes: torch.Te
 
     Args:
         router ([`ClassRouter`]): One that has learnt nothing; it stays so.
-        features (`torch.Tensor` of shape `(images, views, query_size)`): Query features. Of a held-out image, the
-            first view counts.
-        classes (integer `torch.Tensor` of shape `(images,)`): Class index of each image.
+        features, classes: As for [`held_out_scores`].
 
     Returns:
         `float`: 0 or more; 0 if there is nothing to tell apart.
@@ -40,14 +66,21 @@ def held_out_loss(router: ClassRouter, features: torch.Tensor, classes: torch.Te
 
     ```
     """
-    order = torch.randperm(len(classes), generator=torch.Generator().manual_seed(0))
-    held_out, fitted = order.tensor_split([len(order) // SHARE])
-    numbers, targets = classes.unique(return_inverse=True)
-    held_out = held_out[torch.isin(classes[held_out], classes[fitted])]
-    if not len(held_out) or len(numbers) < 2:
+    found = held_out_scores(router, features, classes.unique(return_inverse=True)[1])
+    if found is None:
         return 0.0
-    learner = deepcopy(router)
-    learner.learn(features[fitted], targets[fitted])
-    scores = learner.class_scores(learner.scores(features[held_out, 0].to(learner.prototypes))).cpu().double()
-    losses = [cross_entropy(scores * scale, targets[held_out]).item() for scale in TEMPERATURES]
-    return min(losses)
+    return min(cross_entropy(found[0] / temperature, found[1]).item() for temperature in TEMPERATURES)
+
+
+def held_out_losses(router: ClassRouter, features: torch.Tensor, classes: torch.Tensor) -> torch.Tensor:
+    """Losses of a held-out fifth of images among all classes known so far, for [`hf_clpeft.routing.confidence`].
+
+    Args:
+        router ([`ClassRouter`]): As before the task of the images; it stays so.
+        features, classes: As for [`held_out_scores`].
+
+    Returns:
+        `torch.Tensor` of shape `(222,)`: Zeros if there is nothing to tell apart.
+    """
+    found = held_out_scores(router, features, classes)
+    return torch.zeros(GRID) if found is None else losses_on_grid(*found)

@@ -16,6 +16,9 @@ from .arguments import ContinualTrainingArguments
 from .features import TestFeatures, extract, extract_all
 
 
+BINS = 15  # of confidence
+
+
 class TaskEvaluation(NamedTuple):
     """Results on one task's test split.
 
@@ -24,11 +27,27 @@ class TaskEvaluation(NamedTuple):
         oracle_accuracy (`float`): Accuracy with oracle routing, to the task's own expert; NaN if it has none.
         routed (integer array): Number of images routed to each expert, without trailing zeros; in a pool, each image
             counts for several.
+        reliability (array of shape `(15, 3)`): Of each bin of confidence, the number of images, the sum of their
+            confidences, and the number of images that were right.
     """
 
     accuracy: float
     oracle_accuracy: float
     routed: np.ndarray
+    reliability: np.ndarray
+
+
+def reliability_of(logits: torch.Tensor, wanted: torch.Tensor) -> np.ndarray:
+    """Images by the confidence of their likeliest class, in bins of equal width; see [`TaskEvaluation`].
+
+    Args:
+        logits (`torch.Tensor` of shape `(images, classes)`): May hold −inf.
+        wanted (integer `torch.Tensor` of shape `(images,)`): Class index of each image.
+    """
+    confidence, likeliest = logits.cpu().double().softmax(dim=1).max(dim=1)
+    places = (confidence * BINS).ceil().long().clamp(1, BINS) - 1
+    columns = torch.stack([torch.ones_like(confidence), confidence, (likeliest == wanted).double()], dim=1)
+    return torch.zeros(BINS, 3).double().index_add(0, places, columns).numpy()
 
 
 class Evaluator:
@@ -126,13 +145,13 @@ class Evaluator:
             assert output.logits is not None
             return float((output.logits.argmax(dim=1).cpu() == wanted).float().mean())
 
-        assert output.selection is not None
+        assert output.selection is not None and output.logits is not None
         chosen = output.selection.cpu()
         if method.independent:
             chosen = chosen.reshape(len(chosen), -1)[:, 0]  # the nearest of several
         counts = np.bincount(chosen.flatten().numpy())
         oracle_accuracy = math.nan if oracle is None else accuracy(oracle)
-        result = TaskEvaluation(accuracy(output), oracle_accuracy, counts)
+        result = TaskEvaluation(accuracy(output), oracle_accuracy, counts, reliability_of(output.logits, wanted))
         test.drop_unused()
         return result
 

@@ -426,6 +426,8 @@ class ContinualTrainer:
             report.accuracy_matrix[-2][-1] = before
         for position, result in results.items():
             report.accuracy_matrix[-1][position] = result.accuracy
+        tables = [result.reliability for result in results.values()]
+        report.reliability = np.sum(tables, axis=0).round(6).tolist() if tables else []
         if method.routes:
             shared = len(method.bank) and not method.independent
             report.experts = method.bank.names if shared else list(report.titles)

@@ -1,0 +1,95 @@
+"""Calibrated confidence: how to turn scores of classes into probabilities, from losses on held-out images.
+
+Scores are divided by a temperature, and a share of the probability goes to all classes alike, for images that look
+like none of them in particular. For every pair of a grid, a task adds up the loss of its held-out images among the
+classes known by then: a sum, as everything else that a router stores, so that tasks count by their images. No image is
+needed later. Temperature scaling: Guo et al., arXiv 1706.04599.
+"""
+
+import torch
+
+
+TEMPERATURES = 2.0 ** (torch.arange(-16, 21, dtype=torch.float64) / 2)
+SHARES = torch.tensor([0.0, 0.01, 0.03, 0.1, 0.2, 0.4], dtype=torch.float64)
+GRID = len(TEMPERATURES) * len(SHARES)
+
+
+def losses_on_grid(scores: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Sums over images of the negative log-likelihood, for every temperature and every share.
+
+    Args:
+        scores (`torch.Tensor` of shape `(images, classes)`, `float64`): May hold −inf.
+        targets (integer `torch.Tensor` of shape `(images,)`): Class index of each image.
+
+    Returns:
+        `torch.Tensor` of shape `(222,)`: 37 temperatures from 2⁻⁸ to 2¹⁰, times 6 shares from 0 to 0.4.
+
+    Example:
+
+    ```py
+    >>> import torch
+    >>> from hf_clpeft.routing.confidence import best_on_grid, losses_on_grid
+
+    >>> scores = torch.tensor([[4.0, 0.0]]).double().log().repeat(10, 1)  # the first class is four times as likely,
+    >>> best_on_grid(losses_on_grid(scores, torch.tensor(8 * [0] + 2 * [1])))  # and it is
+    (1.0, 0.0)
+
+    ```
+    """
+    apart = scores.shape[1]
+    found = []
+    for temperature in TEMPERATURES:
+        logs = (scores / temperature).log_softmax(dim=1).gather(1, targets[:, None])
+        found.append([-log_probabilities_of(logs, float(share), apart).sum() for share in SHARES])
+    return torch.tensor(found, dtype=torch.float64).flatten()
+
+
+def best_on_grid(losses: torch.Tensor) -> tuple[float, float]:
+    """The temperature and the share of the least loss; the temperature between the grid's by a parabola.
+
+    Args:
+        losses (`torch.Tensor` of shape `(222,)`): From [`losses_on_grid`], or sums of them. If all are zero, nothing
+            is known, and scores stay as they are.
+
+    Returns:
+        `tuple[float, float]`
+    """
+    if not losses.any():
+        return 1.0, 0.0
+    table = losses.reshape(len(TEMPERATURES), len(SHARES)).double()
+    place, column = divmod(int(table.argmin()), len(SHARES))
+    step = 0.0
+    if 0 < place < len(TEMPERATURES) - 1:
+        below, here, above = table[place - 1 : place + 2, column].tolist()
+        bend = below - 2 * here + above
+        step = (below - above) / (2 * bend) if bend > 1e-9 * here else 0.0
+    return float(TEMPERATURES[place]) * 2 ** (step / 2), float(SHARES[column])
+
+
+def calibrate(scores: torch.Tensor, temperature: float, share: float) -> torch.Tensor:
+    """Log-probabilities of classes; their order is that of the scores.
+
+    Args:
+        scores (`torch.Tensor` of shape `(batch, classes)`): May hold −inf.
+        temperature (`float`), share (`float`): From [`best_on_grid`].
+
+    Returns:
+        `torch.Tensor` of shape `(batch, classes)`.
+
+    Example:
+
+    ```py
+    >>> import torch
+    >>> from hf_clpeft.routing.confidence import calibrate
+
+    >>> calibrate(torch.tensor([[100.0, 0.0]]), temperature=10.0, share=0.1).exp()
+    tensor([[0.9500, 0.0500]])
+
+    ```
+    """
+    return log_probabilities_of((scores / temperature).log_softmax(dim=1), share, scores.shape[1])
+
+
+def log_probabilities_of(logs: torch.Tensor, share: float, classes: int) -> torch.Tensor:
+    """Gives a share of the probability to all classes alike."""
+    return logs if share == 0 else ((1 - share) * logs.exp() + share / classes).log()
