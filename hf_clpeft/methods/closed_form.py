@@ -8,8 +8,8 @@ import torch
 from ..backbones import Backbone
 from ..config import ConfigError, ContinualConfig, TaskConfig
 from ..routing import ClassRouter, Routing, find_router
-from ..routing.confidence import GRID
-from ..routing.held_out import held_out_losses
+from ..routing.confidence import GRID, losses_on_grid
+from ..routing.held_out import held_out_scores
 from .confidence import Confidence
 from .heads import Heads
 from .keeper import Keeper
@@ -62,7 +62,9 @@ class ClosedForm(ManyViews):
     def end(self, features_of: FeaturesOf) -> None:
         features, classes = self.observe(features_of)
         if self.confidence is not None:
-            self.confidence.add(held_out_losses(self.router, features, classes))
+            apart = self.router.leave_one_out(features, classes, self.query_passes)
+            apart = apart or held_out_scores(self.router, features, classes)
+            self.confidence.add(torch.zeros(GRID) if apart is None else losses_on_grid(*apart))
         self.router.learn(features, classes, seed=self.seed)
 
     def check(self) -> None:

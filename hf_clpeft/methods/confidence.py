@@ -41,7 +41,7 @@ class Confidence(torch.nn.Module):
         return calibrate(scores, *self.fitted())
 
     def add(self, losses: torch.Tensor) -> None:
-        """Adds a task; see [`held_out_losses`]."""
+        """Adds a task; see [`losses_on_grid`]."""
         self.losses = torch.cat([self.losses, losses.to(self.losses)[None]])
         self.origins = torch.cat([self.origins, self.origins.new_zeros(1)])
 

@@ -157,6 +157,22 @@ class ClassRouter(Router, ABC):
             `torch.Tensor` of shape `(batch, classes)`.
         """
 
+    def leave_one_out(
+        self, features: torch.Tensor, classes: torch.Tensor, views: int = 1
+    ) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """Scores of the next task's training images, each as if all but it had been learnt. The router stays as it is.
+
+        Args:
+            features (`torch.Tensor` of shape `(images, query_size)` or `(images, views, query_size)`): Query features.
+            classes (integer `torch.Tensor` of shape `(images,)`): Class index of each image.
+            views (`int`, *optional*, defaults to 1): Scores are averaged over so many of the first views.
+
+        Returns:
+            Scores of classes of shape `(images, classes)`, `float64`, on the CPU, and class indices, without images
+            that are alone in their class; `None` if there is no formula for it, or nothing to tell apart.
+        """
+        return None
+
     @abstractmethod
     def scores(self, query: torch.Tensor) -> torch.Tensor:
         """Scores of all entries, of shape `(batch, entries)`; higher is better."""

@@ -147,3 +147,39 @@ def shrinkage(trace: torch.Tensor, squares: torch.Tensor, freedom: int, dimensio
     weight = 1.0 if spread <= 0 else min(1.0, float((mean + scale**2) / spread))
     # With one image per class all residuals are zero, and the scale is arbitrary.
     return max(weight, 1e-6), scale if scale > 0 else torch.ones_like(scale)
+
+
+def leave_one_out(
+    residuals: torch.Tensor, centres: torch.Tensor, owns: torch.Tensor, share: float, views: int = 1
+) -> torch.Tensor:
+    """Log-likelihoods of images, up to a constant, each without it in the covariance and in the mean of its class.
+
+    What an image adds to the covariance is of low rank, so that the inverse without it follows by Woodbury's identity
+    from the inverse with it.
+
+    Args:
+        residuals (`torch.Tensor` of shape `(images, views, width)`): Features minus the mean of their entry, whitened.
+        centres (`torch.Tensor` of shape `(entries, width)`): Means of all entries, whitened.
+        owns (integer `torch.Tensor` of shape `(images,)`): Entry of each image. Those of an image that is alone in its
+            entry are not defined.
+        share (`float`): What the covariance has of an outer product of residuals.
+        views (`int`, *optional*, defaults to 1): Log-likelihoods are averaged over so many of the first views.
+
+    Returns:
+        `torch.Tensor` of shape `(images, entries)`.
+    """
+    others = (owns.bincount(minlength=len(centres))[owns] - 1).clamp(min=1)[:, None]
+    mean = residuals.mean(dim=1)
+    parts = torch.cat([residuals / residuals.shape[1] ** 0.5, (mean / others.sqrt())[:, None]], dim=1) * share**0.5
+    values, vectors = torch.linalg.eigh(parts @ parts.mT)
+    gain = vectors @ torch.diag_embed(1 / (1 - values.clamp(max=1 - 1e-6))) @ vectors.mT
+    far, rows = parts @ centres.T, torch.arange(len(owns))
+    scores = torch.zeros(len(owns), len(centres)).to(centres)
+    for view in residuals[:, :views].unbind(dim=1):
+        place, own = centres[owns] + view, view + mean / others
+        squared = torch.cdist(place, centres) ** 2
+        squared[rows, owns] = own.square().sum(dim=1)
+        along = (parts @ place[:, :, None] - far).mT
+        along[rows, owns] = (parts @ own[:, :, None])[:, :, 0]
+        scores -= (squared + ((along @ gain) * along).sum(dim=2)) / 2
+    return scores / min(views, residuals.shape[1])

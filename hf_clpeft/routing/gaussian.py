@@ -5,7 +5,7 @@ from typing import ClassVar, Self
 import torch
 
 from .classes import ClassRouter
-from .covariance import factorize, shrink, shrinkage, unpack_triangle
+from .covariance import factorize, leave_one_out, mean_square, shrink, shrinkage, unpack_triangle
 from .routing import State
 from .typicality import PERCENT, Metric, cross_fit, fit_thresholds, p_values
 
@@ -100,6 +100,30 @@ class GaussianRouter(ClassRouter):
         rank = torch.tensor([len(factor)])
         thresholds = self._fit_thresholds(features, entries) if self.measures else torch.zeros(PERCENT)
         self._append({"factors": factor, "ranks": rank, "rests": rest[None], "thresholds": thresholds[None]})
+
+    def leave_one_out(
+        self, features: torch.Tensor, classes: torch.Tensor, views: int = 1
+    ) -> tuple[torch.Tensor, torch.Tensor] | None:
+        numbers, entries = classes.cpu().unique(return_inverse=True)
+        known, counts = torch.cat([self.classes.cpu(), numbers]), entries.bincount()
+        kept = counts[entries] > 1
+        if type(self).scores is not GaussianRouter.scores or len(known.unique()) < 2 or not kept.any():
+            return None
+        lifted = self._lift(features if features.dim() == 3 else features[:, None]).cpu().double()
+        sums = lifted.new_zeros(len(numbers), self.num_features).index_add(0, entries, lifted.mean(dim=1))
+        means = sums / counts[:, None]
+        residuals = lifted - means[entries, None]
+        freedom = max(1, int(self.counts.sum() + counts.sum()) - len(known))
+        covariance = (self.sum_up() + mean_square(residuals)) / freedom
+        triangle = torch.linalg.cholesky(shrink(covariance, freedom, self.query_size))
+        weight, _ = shrinkage(covariance.trace(), (covariance**2).sum(), freedom, self.query_size)
+        centres = torch.cat([self._means.cpu().double(), means])
+        centres = torch.linalg.solve_triangular(triangle, centres.T, upper=False).T
+        flat = torch.linalg.solve_triangular(triangle, residuals.flatten(0, 1).T, upper=False).T
+        scores = leave_one_out(
+            flat.unflatten(0, residuals.shape[:2]), centres, len(self.classes) + entries, (1 - weight) / freedom, views
+        )
+        return log_sum_exp(scores[kept], known), classes.cpu()[kept]
 
     def merge_sums(self, other: Self) -> None:
         if len(other.scatter):

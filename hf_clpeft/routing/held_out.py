@@ -6,7 +6,7 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from .classes import ClassRouter
-from .confidence import GRID, TEMPERATURES, losses_on_grid
+from .confidence import TEMPERATURES
 
 
 SHARE = 5  # a fifth of the images is held out
@@ -27,7 +27,7 @@ def held_out_scores(
         Scores of classes of shape `(held out, classes)`, `float64`, on the CPU, and the class index of each image;
         `None` if there is nothing to tell apart.
     """
-    features = features.cpu() if features.dim() == 3 else features.cpu()[:, None]
+    features, classes = features.cpu() if features.dim() == 3 else features.cpu()[:, None], classes.cpu()
     order = torch.randperm(len(classes), generator=torch.Generator().manual_seed(0))
     held_out, fitted = order.tensor_split([len(order) // SHARE])
     held_out = held_out[torch.isin(classes[held_out], classes[fitted])]
@@ -70,17 +70,3 @@ def held_out_loss(router: ClassRouter, features: torch.Tensor, classes: torch.Te
     if found is None:
         return 0.0
     return min(cross_entropy(found[0] / temperature, found[1]).item() for temperature in TEMPERATURES)
-
-
-def held_out_losses(router: ClassRouter, features: torch.Tensor, classes: torch.Tensor) -> torch.Tensor:
-    """Losses of a held-out fifth of images among all classes known so far, for [`hf_clpeft.routing.confidence`].
-
-    Args:
-        router ([`ClassRouter`]): As before the task of the images; it stays so.
-        features, classes: As for [`held_out_scores`].
-
-    Returns:
-        `torch.Tensor` of shape `(222,)`: Zeros if there is nothing to tell apart.
-    """
-    found = held_out_scores(router, features, classes)
-    return torch.zeros(GRID) if found is None else losses_on_grid(*found)

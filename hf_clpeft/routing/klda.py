@@ -81,6 +81,12 @@ class KldaRouter(GaussianRouter):
         self.add_scatter(lifted.cpu().double(), residuals, entries.cpu())
         self.derive()
 
+    def leave_one_out(
+        self, features: torch.Tensor, classes: torch.Tensor, views: int = 1
+    ) -> tuple[torch.Tensor, torch.Tensor] | None:
+        self._allocate()
+        return super().leave_one_out(features, classes, views)
+
     def merge_sums(self, other: Self) -> None:
         self._allocate()
         check_same_draw(self.frequencies, other.frequencies, ("kernel_features", "kernel_width"))
