@@ -157,7 +157,8 @@ def missing_lines(missing: list[tuple[str, str, int]], command: str) -> list[str
     benchmarks: dict[tuple[tuple[str, ...], tuple[int, ...]], list[str]] = {}
     for (benchmark, names), numbers in seeds.items():
         benchmarks.setdefault((names, numbers), []).append(benchmark)
-    lines = ["", f"Not measured yet: {len(missing)} runs. With your own paths in place of capitals:", "", "```sh"]
+    runs = f"{len(missing)} run" + "s" * (len(missing) > 1)
+    lines = ["", f"Not measured yet: {runs}. With your own paths in place of capitals:", "", "```sh"]
     for (names, numbers), where in benchmarks.items():
         chosen = ["--methods", *names, "--benchmarks", *where, "--seeds", *map(str, numbers)]
         lines.append(f"{command} {shlex.join(chosen)}")
