@@ -16,7 +16,6 @@ its last task, so the same command finishes the table. A run that fails says why
 runs that take over its experts; the others go on.
 """
 
-import csv
 import json
 import multiprocessing
 import os
@@ -24,7 +23,7 @@ import runpy
 import shlex
 import traceback
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from dataclasses import dataclass, field, fields
 from functools import cache
@@ -33,7 +32,7 @@ from pathlib import Path
 from typing import get_type_hints
 
 import torch
-from compare_tables import MEASURES, draw, make_table
+from compare_tables import MEASURES, draw, families_of, key_of, make_table, read_rows, write_rows
 
 from hf_clpeft import (
     METHODS,
@@ -117,7 +116,7 @@ class Run:
 def read_config(path: str) -> dict:
     """The YAML file on top of its `base`, after checking that it has what a comparison needs."""
     config = read_yaml(Path(path))
-    check_keys(path, config, {"benchmarks", "methods"}, {"seeds", "options", "imports"})
+    check_keys(path, config, {"benchmarks", "methods"}, {"seeds", "options", "imports", "families", "references"})
     return config
 
 
@@ -138,6 +137,9 @@ def check_keys(path: str, config: dict, needed: set[str], others: set[str]) -> N
         for entry, options in entries.items() if name != "options" else ():
             if not isinstance(options or {}, dict):
                 raise OptionError(f"{path}: {name}: {entry}={options!r} must be a mapping of options.")
+    for name, kind in (("families", dict[str, list[str]]), ("references", list[str])):
+        if name in config and not fits(config[name], kind):
+            raise OptionError(f"{path}: {name}={config[name]!r} must have lists of methods.")
 
 
 def read_yaml(path: Path, above: tuple[Path, ...] = ()) -> dict:
@@ -421,10 +423,6 @@ def chains_of(runs: list[Run], rows: dict) -> list[list[Run]]:
     return list(chains.values())
 
 
-def key_of(row: dict) -> tuple[str, str, int]:
-    return row["benchmark"], row["method"], int(row["seed"])
-
-
 def check_same(run: Run, row: dict | None, results: Path) -> None:
     """A row that was measured with other options must not pass for this run."""
     if row is None:
@@ -436,26 +434,6 @@ def check_same(run: Run, row: dict | None, results: Path) -> None:
             f"{results} has {run.key} with {changed[0]}={before[changed[0]]!r}, not {run.options.get(changed[0])!r}. "
             "Delete that row, or name another file with --results."
         )
-
-
-def read_rows(path: Path) -> list[dict]:
-    if not path.is_file():
-        return []
-    with open(path, newline="", encoding="utf-8") as file:
-        return list(csv.DictReader(file))
-
-
-def write_rows(rows: Iterable[dict], path: Path) -> None:
-    """Writes the CSV as a whole, so that a killed process leaves the one before."""
-    rows = sorted(rows, key=key_of)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(".part")
-    with open(part, "w", newline="", encoding="utf-8") as file:
-        names = dict.fromkeys(name for row in rows for name in row)  # rows of before have fewer columns
-        writer = csv.DictWriter(file, names, restval="", lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-    part.replace(path)
 
 
 def command_for(args: CompareArguments) -> str:
@@ -470,7 +448,8 @@ def command_for(args: CompareArguments) -> str:
 
 def main():
     (args,) = OptionParser((CompareArguments,)).read()
-    results, runs = Path(args.results or folder_of(args) / "results.csv"), plan(args, read_config(args.config))
+    config = read_config(args.config)
+    results, runs = Path(args.results or folder_of(args) / "results.csv"), plan(args, config)
     if args.table_only:
         known = {key_of(row): row for row in read_rows(results)}
         rows = [known[run.key] for run in runs if run.key in known]
@@ -480,9 +459,10 @@ def main():
         rows = run_all(runs, results, args.num_workers)
         if not rows:
             check_complete(rows, runs)
-    table = make_table(rows, [run.key for run in runs], command_for(args))
+    families = families_of(config, [run.method for run in runs])
+    table = make_table(rows, [run.key for run in runs], command_for(args), families)
     results.with_suffix(".md").write_text(table, encoding="utf-8")
-    paths = draw(rows, results.with_suffix(""))
+    paths = draw(rows, results.with_suffix(""), families, config.get("references", ()))
     print(table)
     print(f"results: {results}    table: {results.with_suffix('.md')}    pictures: {paths[0]}, ...")
     print(f"next, another seed: {command_line()} --seeds {max(int(row['seed']) for row in rows) + 1}")

@@ -1,15 +1,17 @@
-"""What `compare.py` makes of the rows of its CSV: a Markdown table and plots."""
+"""The CSV of `compare.py`, and what becomes of its rows: a Markdown table and plots."""
 
+import csv
 import json
 import shlex
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 
 import numpy as np
 
 from hf_clpeft import StreamReport
-from hf_clpeft.reports.plots import plot_bars, plot_comparison, plot_series
+from hf_clpeft.reports.plots import plot_bars, plot_comparison, plot_dots, plot_grid, plot_series
 
 
 MEASURES = {
@@ -31,6 +33,30 @@ COSTS = {  # title: column of the CSV, digits behind the point
 PAIRS = (("l2l", "l2p"), ("s_lora", "s_prompts"), ("s_lora_pp", "s_prompts_pp"))  # LoRA, prompts
 
 
+def key_of(row: dict) -> tuple[str, str, int]:
+    return row["benchmark"], row["method"], int(row["seed"])
+
+
+def read_rows(path: Path) -> list[dict]:
+    if not path.is_file():
+        return []
+    with open(path, newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def write_rows(rows: Iterable[dict], path: Path) -> None:
+    """Writes the CSV as a whole, so that a killed process leaves the one before."""
+    rows = sorted(rows, key=key_of)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_suffix(".part")
+    with open(part, "w", newline="", encoding="utf-8") as file:
+        names = dict.fromkeys(name for row in rows for name in row)  # rows of before have fewer columns
+        writer = csv.DictWriter(file, names, restval="", lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+    part.replace(path)
+
+
 def values_of(rows: list[dict], measure: str) -> list[float]:
     return [float(row[measure]) for row in rows if row.get(measure, "") != ""]
 
@@ -43,6 +69,15 @@ def grouped(rows: list[dict]) -> dict[str, dict[str, list[dict]]]:
     return groups
 
 
+def families_of(config: dict, methods: Iterable[str]) -> dict[str, list[str]]:
+    """Methods of a table by family, as its file has them; those that it names in none come last. Empty without any."""
+    families, methods = config.get("families", {}), list(dict.fromkeys(methods))
+    named = {name for names in families.values() for name in names}
+    groups = {title: [name for name in names if name in methods] for title, names in families.items()}
+    groups["others"] = [*groups.get("others", []), *(name for name in methods if name not in named)]
+    return {title: names for title, names in groups.items() if names} if families else {}
+
+
 def spread(values: list[float], scale: float = PERCENT, digits: int = 1) -> str:
     """Mean ± standard deviation; the mean alone of a single value, or of costs that are all equal."""
     if not values:
@@ -52,7 +87,12 @@ def spread(values: list[float], scale: float = PERCENT, digits: int = 1) -> str:
     return mean if same else f"{mean} ± {scale * statistics.stdev(values):,.{digits}f}"
 
 
-def make_table(rows: list[dict], wanted: Sequence[tuple[str, str, int]] = (), command: str = "") -> str:
+def make_table(
+    rows: list[dict],
+    wanted: Sequence[tuple[str, str, int]] = (),
+    command: str = "",
+    families: Mapping[str, list[str]] = MappingProxyType({}),
+) -> str:
     """Average accuracy of all methods on all benchmarks, what LoRA gains over prompts, and each benchmark in full.
 
     Args:
@@ -60,16 +100,21 @@ def make_table(rows: list[dict], wanted: Sequence[tuple[str, str, int]] = (), co
         wanted (sequence of `(str, str, int)`, *optional*): Benchmark, method and seed of every cell that there should
             be; those without a row are listed below the first table.
         command (`str`, *optional*): What measures a cell, but for its names.
+        families (mapping of `str` to lists of `str`, *optional*): Methods that stand together, by a common name.
     """
     groups = grouped(rows)
     measured = {(row["benchmark"], row["method"], int(row["seed"])) for row in rows}
     benchmarks = dict.fromkeys([*(benchmark for benchmark, _, _ in wanted), *groups])
-    methods = dict.fromkeys([*(method for _, method, _ in wanted), *(row["method"] for row in rows)])
+    methods = list(dict.fromkeys([*(method for _, method, _ in wanted), *(row["method"] for row in rows)]))
+    heads = {names[0]: title for title, names in families.items()}
+    methods.sort(key=[name for names in families.values() for name in names].index if families else lambda name: 0)
     lines = ["Average accuracy after the last task, in %, mean ± standard deviation over seeds.", ""]
-    lines += [*circumstances(rows), "| method | " + " | ".join(benchmarks) + " |", "|---|" + "---|" * len(benchmarks)]
+    columns = ["family"] * bool(families) + ["method", *benchmarks]
+    lines += [*circumstances(rows), "| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
     for method in methods:
         cells = [spread(values_of(groups.get(name, {}).get(method, []), "average_accuracy")) for name in benchmarks]
-        lines.append(f"| {method} | " + " | ".join(cells) + " |")
+        family = [heads.get(method, "")] * bool(families)
+        lines.append("| " + " | ".join([*family, method, *cells]) + " |")
     lines += missing_lines([cell for cell in wanted if cell not in measured], command)
     lines += pair_lines(groups)
     for benchmark, of in groups.items():
@@ -112,7 +157,8 @@ def missing_lines(missing: list[tuple[str, str, int]], command: str) -> list[str
     benchmarks: dict[tuple[tuple[str, ...], tuple[int, ...]], list[str]] = {}
     for (benchmark, names), numbers in seeds.items():
         benchmarks.setdefault((names, numbers), []).append(benchmark)
-    lines = ["", f"Not measured yet: {len(missing)} runs. With your own paths in place of capitals:", "", "```sh"]
+    runs = f"{len(missing)} run" + "s" * (len(missing) > 1)
+    lines = ["", f"Not measured yet: {runs}. With your own paths in place of capitals:", "", "```sh"]
     for (names, numbers), where in benchmarks.items():
         chosen = ["--methods", *names, "--benchmarks", *where, "--seeds", *map(str, numbers)]
         lines.append(f"{command} {shlex.join(chosen)}")
@@ -149,26 +195,43 @@ def curve_of(row: dict, tasks: int) -> np.ndarray:
     return np.array([np.nan] * (tasks - len(means)) + means)  # what learnt all tasks as one is there at the end
 
 
-def draw(rows: list[dict], stem: Path) -> list[Path]:
-    """All plots of a table. Gives their paths."""
+def draw(
+    rows: list[dict],
+    stem: Path,
+    families: Mapping[str, list[str]] = MappingProxyType({}),
+    references: Sequence[str] = (),
+) -> list[Path]:
+    """All plots of a table: with families, a row of panels for each, and in all panels those methods that others are
+    compared with. Gives their paths.
+    """
     groups = grouped(rows)
-    curves, points, bars = {}, {}, {}
+    curves, points, bars, ends = {}, {}, {}, {}
     for benchmark, of in groups.items():
-        curves[benchmark], points[benchmark], bars[benchmark] = {}, {}, {}
+        curves[benchmark], points[benchmark], bars[benchmark], ends[benchmark] = {}, {}, {}, {}
         for method, found in of.items():
             values = np.array([curve_of(row, num_tasks(of)) for row in found])
             curves[benchmark][method] = (np.arange(1, values.shape[1] + 1), values)
-            accuracy = np.array(values_of(found, "average_accuracy"))[:, None]
+            ends[benchmark][method] = accuracy = values_of(found, "average_accuracy")
             parameters = statistics.mean(values_of(found, "trained_parameters"))
-            points[benchmark][method] = (np.array([parameters]), accuracy)
+            points[benchmark][method] = (np.array([parameters]), np.array(accuracy)[:, None])
             if routing := values_of(found, "routing_accuracy"):
                 bars[benchmark][method] = routing
-    paths = [stem.with_name(f"{stem.name}_{what}.png") for what in ("curves", "parameters", "routing")]
-    plot_series(curves, paths[0], "tasks learnt", "accuracy on the tasks so far")
-    plot_series(points, paths[1], "trained parameters, without the head", "average accuracy", log_x=True)
+    paths = [stem.with_name(f"{stem.name}_curves.png")]
+    if families:
+        plot_grid(curves, families, references, paths[0], "tasks learnt", "accuracy on the tasks so far")
+        paths.append(stem.with_name(f"{stem.name}_accuracy.png"))
+        plot_dots(ends, families, references, paths[-1], "average accuracy after the last task")
+    else:
+        plot_series(curves, paths[0], "tasks learnt", "accuracy on the tasks so far")
+        paths.append(stem.with_name(f"{stem.name}_parameters.png"))
+        plot_series(points, paths[-1], "trained parameters, without the head", "average accuracy", log_x=True)
     if any(bars.values()):
-        plot_bars(bars, paths[2], "routing accuracy")
-    for benchmark, of in groups.items():
+        paths.append(stem.with_name(f"{stem.name}_routing.png"))
+        if families:
+            plot_dots(bars, families, (), paths[-1], "images that reach the expert of their own task")
+        else:
+            plot_bars(bars, paths[-1], "routing accuracy")
+    for benchmark, of in groups.items() if not families else ():
         paths.append(stem.with_name(f"{stem.name}_matrix_{benchmark}.png"))
         # What learnt all tasks as one has no matrix to draw.
         continual = [found[0] for found in of.values() if not np.isnan(curve_of(found[0], num_tasks(of))).any()]

@@ -22,14 +22,12 @@ from compare import (
     CompareArguments,
     Run,
     folder_of,
-    key_of,
     make_method,
     plan,
     read_config,
-    read_rows,
     split_options,
-    write_rows,
 )
+from compare_tables import key_of, read_rows, write_rows
 from sklearn.metrics import roc_auc_score
 
 from hf_clpeft import (

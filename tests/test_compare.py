@@ -24,6 +24,7 @@ from compare import (
     read_yaml,
     run_all,
 )
+from compare_tables import draw as draw_table, families_of
 from sweep import draw, line_of, points_of, read_sweep
 
 from hf_clpeft import METHODS, ConfigError, ContinualModel, load_benchmark
@@ -72,8 +73,8 @@ def test_two_methods_of_the_small_table_are_measured_in_two_processes():
     assert s_lora["weight_hash"].startswith("e7afa38e4187") and "torch" in json.loads(s_lora["versions"])
     assert len(json.loads(s_lora["accuracy_matrix"])) == 5 and s_lora["backbone"] == "hf-clpeft/vit-tiny-glyphs"
     table = Path("out/digits/results.md").read_text()
-    assert table.index("| s_lora |") < table.index("| ncm |") and table in done.stdout
-    for what in ("curves", "parameters", "routing", "matrix_digits"):
+    assert table.index("| experts per task | s_lora |") < table.index("| closed form | ncm |") and table in done.stdout
+    for what in ("curves", "accuracy", "routing"):
         assert Path(f"out/digits/results_{what}.png").read_bytes()[:4] == b"\x89PNG"
 
 
@@ -118,6 +119,11 @@ def test_rows_that_were_measured_with_other_options_are_not_passed_off(config, t
             "benchmarks: {digits: {}}\nmethods: {s_lora_pp: {experts_from: s_lora}}",
             "s_lora, which is not among the runs",
         ),
+        ("benchmarks: {digits: {}}\nmethods: {ncm: {}}\nfamilies: [ncm]", "families=.* must have lists"),
+        (
+            "benchmarks: {digits: {}}\nmethods: {ncm: {}}\nreferences: ncm",
+            "references='ncm' must have lists of methods",
+        ),
     ],
 )
 def test_a_file_that_cannot_work_is_refused_before_anything_is_learnt(text, message, tmp_path):
@@ -151,20 +157,31 @@ def test_every_method_stands_in_the_main_table():
     assert package - general - {"closed_form"} <= {*names}
 
 
-def test_who_takes_experts_over_follows_at_once_and_rows_come_one_by_one():
+def test_every_method_of_the_main_table_stands_in_one_family():
+    config = read_config(str(REPO / "recipes" / "configs" / "main_cpu.yaml"))
+    assert sorted(name for names in config["families"].values() for name in names) == sorted(config["methods"])
+    assert {*config["references"]} <= {*config["methods"]}
+
+
+@pytest.mark.parametrize("failing, expected", [(None, "adebc"), ("a", "abc"), ("d", "adebc")])
+def test_who_takes_experts_over_follows_at_once_if_there_are_any(failing, expected):
     needs = {"a": None, "b": None, "c": None, "d": "a", "e": "a"}
     runs = [Run("digits", name, 0, {"experts_from": "a"}, name, giver) for name, giver in needs.items()]
-    started = []
+    started, noted = [], []
 
     def start(run):
+        assert started == noted  # one by one
         started.append(run.method)
         done = Future()
-        done.set_result({"benchmark": run.benchmark, "method": run.method, "seed": run.seed})
+        done.set_result(None)
         return done
 
-    rows = in_order(chains_of(runs, {}), start, num_workers=1)
-    assert next(rows)["method"] == "a" and started == ["a"]
-    assert [row["method"] for row in rows] == ["d", "e", "b", "c"] == started[1:]
+    def note(run, ended):
+        noted.append(run.method)
+        return run.method != failing
+
+    in_order(chains_of(runs, {}), start, note, num_workers=1)
+    assert "".join(started) == expected
 
 
 TUNED = """
@@ -235,6 +252,38 @@ def test_a_table_says_what_is_missing_and_how_to_measure_it():
         "12",
     ]
     assert "Not measured" not in make_table(rows, [(b, m, s) for b, m, s in wanted if (b, m) == ("digits", "s_lora")])
+
+
+def test_families_stand_together_in_the_table_and_have_panels_of_their_own(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda figure, path: drawn.append(figure))
+    config = {"families": {"closed form": ["slda", "ncm"], "experts": ["s_lora", "tuna"]}}
+    routed, ridge = {"routing_accuracy": "0.75"}, {"trained_parameters": "0"}
+    rows = [row("digits", "s_lora", seed, 0.5 + 0.25 * seed, **routed, **ridge) for seed in (0, 1)]
+    rows += [row("digits", name, 0, 0.5, **ridge) for name in ("mine", "ncm", "slda")]
+    families = families_of(config, [row["method"] for row in rows])
+    assert families == {"closed form": ["slda", "ncm"], "experts": ["s_lora"], "others": ["mine"]}
+    assert families_of({}, ["ncm"]) == {}
+    lines = [line for line in make_table(rows, families=families).splitlines() if line.startswith("|")]
+    assert lines[0] == "| family | method | digits |"
+    assert [line.split(" | ")[:2] for line in lines[2:6]] == [
+        ["| closed form", "slda"],
+        ["| ", "ncm"],
+        ["| experts", "s_lora"],
+        ["| others", "mine"],
+    ]
+    paths = draw_table(rows, tmp_path / "results", families, ["ncm"])
+    assert [path.stem for path in paths] == ["results_curves", "results_accuracy", "results_routing"]
+    curves, dots, routing = drawn
+    legends = [[text.get_text() for text in axis.get_legend().get_texts()] for axis in curves.axes]
+    assert legends == [["slda"], ["s_lora"], ["mine"]]
+    assert [text.get_text() for text in curves.legends[0].get_texts()] == ["ncm"]
+    assert all(len(axis.lines) == 2 for axis in curves.axes)  # ncm beside each of them
+    labels = [label.get_text() for label in dots.axes[0].get_yticklabels()]
+    assert labels == ["closed form", "slda", "ncm", "experts", "s_lora", "others", "mine"]
+    assert [label.get_text() for label in routing.axes[0].get_yticklabels()] == ["experts", "s_lora"]
+    paths = draw_table(rows, tmp_path / "results")  # without families, all in one panel, and each matrix
+    assert [path.stem[8:] for path in paths] == ["curves", "parameters", "routing", "matrix_digits"]
 
 
 def test_forwards_are_counted_layer_by_layer(backbone):

@@ -6,7 +6,7 @@ import sys
 import tarfile
 import tomllib
 import zipfile
-from importlib.metadata import metadata
+from importlib.metadata import PackageNotFoundError, metadata
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +17,7 @@ from packaging.version import Version
 import hf_clpeft
 from hf_clpeft import ContinualModel, load_benchmark
 from hf_clpeft.backbones.bundled import BUNDLED_BACKBONES, BUNDLED_MODELS, bundled_folder
+from hf_clpeft.reports.versions import library_versions
 from hf_clpeft.streams.images import open_image
 
 
@@ -58,6 +59,15 @@ def test_the_sdist_makes_the_same_wheel(wheel, source, tmp_path):
 
 def test_the_version_stands_in_one_place():
     assert metadata("hf-clpeft")["Version"] == hf_clpeft.__version__
+
+
+def test_a_source_tree_that_is_not_installed_knows_its_own_version(monkeypatch):
+    def none_installed(name):
+        raise PackageNotFoundError(name)
+
+    monkeypatch.setattr("hf_clpeft.reports.versions.version", none_installed)
+    versions = library_versions()
+    assert versions.pop("hf-clpeft") == hf_clpeft.__version__ and set(versions.values()) == {"unknown"}
 
 
 def test_lower_bounds_are_what_the_core_tests_run_on():

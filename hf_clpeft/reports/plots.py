@@ -1,6 +1,6 @@
 """Plots of accuracy matrices, routing confusion, comparisons and throughput."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
 MOST_COLUMNS = 4
 MOST_LINES = 20  # of a legend, in one column
+GREYS = ("-", "--", ":", "-.")  # styles of the lines that others are compared with
 
 
 def plot_report(
@@ -160,6 +161,148 @@ def plot_series(
             axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     labels = [_literal(name) for name in drawn]
     figure.legend(list(drawn.values()), labels, loc="outside right upper", fontsize=8, ncols=columns)
+    figure.savefig(path)
+
+
+def plot_grid(
+    panels: dict[str, dict[str, tuple[Sequence[float], np.ndarray]]],
+    families: Mapping[str, Sequence[str]],
+    references: Sequence[str],
+    path: str | Path,
+    xlabel: str,
+    ylabel: str,
+) -> None:
+    """Plots percentages as lines with the standard deviation over runs: a column per benchmark, a row per family.
+
+    Args:
+        panels (`dict`): Title of a column to its lines, as [`plot_series`] takes them.
+        families (mapping of `str` to sequences of `str`): Title of a row to the names of its lines.
+        references (sequence of `str`): Lines that are drawn in all rows, thin and grey.
+        path (`str` or `Path`): PNG file to write.
+        xlabel (`str`), ylabel (`str`): Labels of the axes.
+
+    Example:
+
+    ```py
+    >>> import numpy as np
+    >>> from hf_clpeft.reports.plots import plot_grid
+
+    >>> lines = {name: ([1, 2], np.array([[0.9, 0.8], [0.9, 0.7]])) for name in ("s_lora", "slda", "ncm")}
+    >>> families = {"experts": ["s_lora"], "closed form": ["slda", "ncm"]}
+    >>> plot_grid({"digits": lines}, families, ["ncm"], "curves.png", "tasks learnt", "accuracy")
+
+    ```
+    """
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
+    rows = {title: [name for name in names if name not in references] for title, names in families.items()}
+    rows = {title: names for title, names in rows.items() if names} or {"": []}
+    size = (2.4 * len(panels) + 1.7, 1.9 * len(rows) + 0.8)
+    figure = Figure(figsize=size, layout="constrained", dpi=120)
+    axes = figure.subplots(len(rows), len(panels), sharex="col", sharey="col", squeeze=False)
+    grey: dict[str, Any] = {}
+    for line, (family, names) in zip(axes, rows.items(), strict=True):
+        drawn: dict[str, Any] = {}
+        for axis, lines in zip(line, panels.values(), strict=True):
+            for name in (name for name in references if name in lines):
+                style = {"color": "0.6", "linewidth": 1, "linestyle": GREYS[references.index(name) % len(GREYS)]}
+                grey[name] = _draw_line(axis, *lines[name], style)
+            for name in (name for name in names if name in lines):
+                place = names.index(name)
+                style = {"color": f"C{place % 10}", "linewidth": 1.3, "marker": "os^Dv"[place % 5], "markersize": 3}
+                drawn[name] = _draw_line(axis, *lines[name], style)
+            axis.spines[["top", "right"]].set_visible(False)
+            axis.tick_params(labelsize=8)
+            axis.xaxis.set_major_locator(MaxNLocator(4, integer=True))
+        if drawn:
+            line[-1].legend(
+                list(drawn.values()),
+                [_literal(name) for name in drawn],
+                loc="center left",
+                bbox_to_anchor=(1.02, 0.5),
+                title=_literal(family),
+                fontsize=8,
+                title_fontproperties={"weight": "bold", "size": 9},
+                frameon=False,
+                alignment="left",
+            )
+    for axis, title in zip(axes[0], panels, strict=True):
+        axis.set_title(_label(title), fontsize=10)
+        axis.set_ylim(top=min(101, axis.get_ylim()[1]))  # bands may go beyond; the rows below share it
+    figure.supxlabel(xlabel, fontsize=9)
+    figure.supylabel(f"{ylabel}, %", fontsize=9)
+    if grey:
+        labels = [_literal(name) for name in grey]
+        figure.legend(list(grey.values()), labels, loc="outside lower left", ncols=4, fontsize=8, frameon=False)
+    figure.savefig(path)
+
+
+def _draw_line(axis: "Axes", x: Sequence[float], values: np.ndarray, style: dict[str, Any]) -> Any:
+    """A line with a band of the standard deviation; horizontal if only its end is known."""
+    mean = 100 * values.mean(axis=0)
+    if len(x) > 1 and np.isfinite(mean).sum() == 1:
+        return axis.axhline(mean[-1], **style)
+    if len(values) > 1:
+        spread = 100 * values.std(axis=0, ddof=1)
+        axis.fill_between(x, mean - spread, mean + spread, color=style["color"], alpha=0.12, linewidth=0)
+    return axis.plot(x, mean, **style)[0]
+
+
+def plot_dots(
+    panels: dict[str, dict[str, Sequence[float]]],
+    families: Mapping[str, Sequence[str]],
+    references: Sequence[str],
+    path: str | Path,
+    xlabel: str,
+) -> None:
+    """Plots percentages as dots with the standard deviation over runs: a line per method, a panel per benchmark.
+
+    Args:
+        panels (`dict`): Title to dots; name of a dot to its values in [0, 1], one per run.
+        families (mapping of `str` to sequences of `str`): Heading to the methods below it.
+        references (sequence of `str`): Methods from whose dots a thin grey line goes up and down.
+        path (`str` or `Path`): PNG file to write.
+        xlabel (`str`): Label of the x axis.
+
+    Example:
+
+    ```py
+    >>> from hf_clpeft.reports.plots import plot_dots
+
+    >>> dots = {"s_lora": [0.97, 0.98], "ncm": [0.95, 0.95]}
+    >>> plot_dots({"digits": dots}, {"experts": ["s_lora"], "closed form": ["ncm"]}, ["ncm"], "dots.png", "accuracy")
+
+    ```
+    """
+    from matplotlib.figure import Figure
+
+    known = {name for dots in panels.values() for name in dots}
+    shown = {family: [name for name in names if name in known] for family, names in families.items()}
+    labels = [(text, family) for family, names in shown.items() if names for text in (None, *names)]
+    figure = Figure(figsize=(1.8 * len(panels) + 2, 0.19 * len(labels) + 0.9), layout="constrained", dpi=150)
+    (axes,) = figure.subplots(1, len(panels), sharey=True, squeeze=False)
+    for axis, (title, dots) in zip(axes, panels.items(), strict=True):
+        for name in (name for name in references if name in dots):
+            axis.axvline(100 * np.mean(dots[name]), color="0.75", linewidth=1, zorder=0)
+        for place, (text, family) in enumerate(labels):
+            if text is None:
+                axis.axhspan(place - 0.5, place + 0.5, color="0.95", linewidth=0, zorder=0)
+            elif values := dots.get(text):
+                colour = f"C{list(families).index(family) % 10}"
+                mean, spread = 100 * np.mean(values), 100 * np.std(values, ddof=1) if len(values) > 1 else None
+                axis.errorbar(mean, place, xerr=spread, fmt="o", color=colour, markersize=4, linewidth=1.2)
+        axis.set_title(_label(title), fontsize=10)
+        axis.grid(axis="x", color="0.92")
+        axis.set_axisbelow(True)
+        axis.tick_params(labelsize=8)
+        axis.tick_params(axis="y", length=0)
+        axis.spines[:].set_visible(False)
+    axes[0].set_yticks(range(len(labels)), [_literal(text or family) for text, family in labels])
+    axes[0].set_ylim(len(labels) - 0.5, -0.5)
+    for tick, (text, _) in zip(axes[0].get_yticklabels(), labels, strict=True):
+        tick.set_fontweight("bold" if text is None else "normal")
+    figure.supxlabel(f"{xlabel}, %", fontsize=9)
     figure.savefig(path)
 
 

@@ -2,12 +2,15 @@
 
 from importlib.metadata import PackageNotFoundError, version
 
+from .. import __version__
 
-VERSIONED = ("hf-clpeft", "torch", "transformers", "peft", "accelerate", "datasets", "huggingface-hub")
+
+OURS = "hf-clpeft"
+VERSIONED = (OURS, "torch", "transformers", "peft", "accelerate", "datasets", "huggingface-hub")
 
 
 def library_versions() -> dict[str, str]:
-    """Installed versions by library; "unknown" for a source tree that is not installed.
+    """Versions by library: the installed ones, or, for this package in a source tree, its own; "unknown" for others.
 
     Example:
 
@@ -24,5 +27,5 @@ def library_versions() -> dict[str, str]:
         try:
             versions[name] = version(name)
         except PackageNotFoundError:
-            versions[name] = "unknown"
+            versions[name] = __version__ if name == OURS else "unknown"
     return versions
