@@ -181,9 +181,9 @@ class FirstExpert(ClosedForm, name="closed_form_first"):
             self.bank.adopt(giver.bank[position])
 
     def remove(self, position: int, number_of: dict[int, int]) -> None:
-        self.check_removable(position, first=True)
+        self.check_removable(position, first=bool(len(self.bank)))
         super().remove(position, number_of)
-        if len(self.config.tasks) == 1:
+        if len(self.config.tasks) == 1 and len(self.bank):
             self.bank.remove(EXPERT)
 
     def alike(self) -> dict[str, Any]:

@@ -7,14 +7,14 @@ The folder holds a folder for each class: my/pictures/robin/1.jpg, my/pictures/w
 is held out to measure how well it went. What comes next, in a month: add_classes.py.
 """
 
-from hf_clpeft import ContinualModel, ContinualTrainer, ContinualTrainingArguments, load_task, s_lora
+from hf_clpeft import ContinualModel, ContinualTrainer, ContinualTrainingArguments, load_task, slda_pp
 from hf_clpeft.cli.run import run_program
 
 
 def main(pictures: str, repo_id: str, backbone: str = "google/vit-base-patch16-224-in21k"):
     task = load_task(pictures, name="first")
-    # The Gaussian router tells classes of different months apart, and models that have one can be combined.
-    model = ContinualModel.from_backbone(backbone, s_lora(r=4, router="gaussian"))
+    # Without adaptation to the first pictures, models of different people can be combined, and any task be removed.
+    model = ContinualModel.from_backbone(backbone, slda_pp(adapt=False))
     args = ContinualTrainingArguments(
         output_dir=repo_id.split("/")[-1],
         num_train_epochs=5,

@@ -1,0 +1,11 @@
+"""SLDA++: linear discriminant analysis over many views and several depths, with the first task's expert.
+
+accelerate launch --quiet recipes/slda_pp.py                      # ViT-B/16, Split CIFAR-100
+accelerate launch --quiet recipes/slda_pp.py --benchmark digits   # offline, on what comes with the package
+"""
+
+from hf_clpeft import run_recipe
+
+
+if __name__ == "__main__":
+    run_recipe("slda_pp")
