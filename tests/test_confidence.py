@@ -1,0 +1,177 @@
+"""Confidence: measured on every training image as if it were not learnt, calibrated, and exact where it must be."""
+
+from copy import deepcopy
+
+import numpy as np
+import pytest
+import torch
+from conftest import make_trainer, pattern_dataset, vouch
+from safetensors.torch import load_file, save_file
+
+from hf_clpeft import ConfigError, ContinualModel, TaskStream, combine, slda, slda_pp
+from hf_clpeft.methods.confidence import Confidence
+from hf_clpeft.metrics import calibration_error
+from hf_clpeft.routing import ROUTERS, GaussianRouter
+from hf_clpeft.routing.confidence import SHARES, TEMPERATURES, best_on_grid, calibrate, losses_on_grid
+from hf_clpeft.routing.covariance import leave_one_out
+from hf_clpeft.training.evaluation import reliability_of
+
+
+def drawn(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+@pytest.mark.parametrize("views", [1, 3])
+@pytest.mark.parametrize("seen", [1, 2])
+def test_an_image_that_is_left_out_is_in_neither_mean_nor_covariance(views, seen):
+    width, share = 5, 0.03
+    features, entries = drawn(20, views, width), torch.arange(20) % 3
+    others, base = drawn(2, width, seed=1), torch.eye(width).double()
+
+    def fit(rows):
+        means = torch.stack([features[rows & (entries == entry)].mean(dim=(0, 1)) for entry in range(3)])
+        apart = (features - means[entries][:, None])[rows]
+        return means, base + share * torch.einsum("nvi,nvj->ij", apart, apart) / views
+
+    means, covariance = fit(torch.ones(20, dtype=torch.bool))
+    inverse = torch.linalg.inv(torch.linalg.cholesky(covariance)).T
+    residuals = (features - means[entries][:, None]) @ inverse
+    centres = torch.cat([others, means]) @ inverse
+    found = leave_one_out(residuals, centres, 2 + entries, share, seen)
+    for image in range(20):
+        means, covariance = fit(torch.arange(20) != image)
+        apart = features[image, :seen, None] - torch.cat([others, means])
+        wanted = -torch.einsum("vei,ij,vej->ve", apart, covariance.inverse(), apart).mean(dim=0) / 2
+        torch.testing.assert_close(found[image], wanted)
+
+
+@pytest.mark.parametrize("name", ["gaussian", "klda"])
+def test_scores_of_a_router_without_an_image_are_those_of_one_that_never_saw_it(name):
+    router = ROUTERS[name](query_size=6)
+    if name == "klda":
+        router.kernel_features = 20
+    router.learn(drawn(60, 2, 6, seed=1).float(), torch.arange(60) % 3)
+    before = deepcopy(router.state_dict())
+    images, classes = drawn(61, 2, 6, seed=2).float(), torch.cat([2 + torch.arange(60) % 3, torch.tensor([6])])
+    scores, kept = router.leave_one_out(images, classes)
+    assert len(scores) == 60 and (kept == classes[:60]).all()  # the last image is alone in its class
+    assert scores.shape[1] == 7 and (scores[:, 5] == -torch.inf).all()
+    after = router.state_dict()
+    assert name == "klda" or all(torch.equal(before[key], after[key]) for key in before)
+    for image in range(0, 60, 12):
+        learner = deepcopy(router)
+        rest = torch.arange(61) != image
+        learner.learn(images[rest], classes[rest])
+        wanted = learner.class_scores(learner.scores(images[image, :1]))[0].double()
+        known = scores[image].isfinite()
+        apart = (scores[image] - wanted)[known]
+        assert (apart - apart.mean()).abs().max() < 0.1 * wanted[known].std()  # but for the weight of shrinkage
+
+
+def test_a_router_with_scores_of_its_own_has_no_formula():
+    class Own(GaussianRouter):
+        def scores(self, query):
+            return 2 * super().scores(query)
+
+    images, classes = drawn(12, 4).float(), torch.arange(12) % 2
+    assert Own(query_size=4).leave_one_out(images, classes) is None
+    assert GaussianRouter(query_size=4).leave_one_out(images, classes * 0) is None  # one class
+
+
+@pytest.mark.parametrize("temperature, share", [(3.0, 0.0), (40.0, 0.2), (0.1, 0.1)])
+def test_what_scores_were_scaled_by_is_found(temperature, share):
+    logs = torch.log_softmax(4 * drawn(20_000, 8), dim=1)
+    probabilities = (1 - share) * logs.exp() + share / 8
+    targets = torch.multinomial(probabilities, 1, generator=torch.Generator().manual_seed(1))[:, 0]
+    losses = losses_on_grid(temperature * logs, targets)
+    assert losses.shape == (len(TEMPERATURES) * len(SHARES),)
+    found = best_on_grid(losses)
+    assert found[0] == pytest.approx(temperature, rel=0.2) and abs(found[1] - share) <= 0.11
+    calibrated = calibrate(temperature * logs, *found)
+    assert calibration_error(reliability_of(calibrated, targets)) < 0.02
+    assert (calibrated.argmax(dim=1) == logs.argmax(dim=1)).all()
+    torch.testing.assert_close(calibrated.exp().sum(dim=1), torch.ones(20_000).double())
+
+
+def test_losses_of_tasks_add_up_and_leave_with_what_they_were_beside():
+    one, other = Confidence(), Confidence()
+    for task in range(3):
+        one.add(torch.full((222,), task + 1.0))
+    other.add(torch.full((222,), 8.0))
+    other.add(torch.full((222,), 9.0))
+    one.merge(other)
+    assert one.losses[:, 0].tolist() == [1, 2, 3, 8, 9] and one.origins.tolist() == [0, 0, 0, 3, 3]
+    one.check(5)
+    one.remove(1)  # the third task was measured beside it; the fourth, of another model, was not
+    assert one.losses[:, 0].tolist() == [1, 0, 8, 9] and one.origins.tolist() == [0, 0, 2, 2]
+    one.remove(3)
+    assert one.losses[:, 0].tolist() == [1, 0, 8]
+    one.remove(0)
+    assert one.losses[:, 0].tolist() == [0, 8] and one.origins.tolist() == [0, 1]
+    one.check(2)
+    with pytest.raises(ConfigError, match="the confidence of 2 tasks, not 3"):
+        one.check(3)
+
+
+def test_calibration_error_counts_images_and_bins():
+    logits = torch.tensor([[0.9, 0.1], [0.9, 0.1], [0.9, 0.1], [0.55, 0.45]]).log()
+    table = reliability_of(logits, torch.tensor([0, 0, 1, 1]))
+    assert table.sum(axis=0).tolist() == pytest.approx([4, 3.25, 2])
+    assert calibration_error(table) == pytest.approx((3 * abs(0.9 - 2 / 3) + 0.55) / 4)
+    assert calibration_error([table, table]) == pytest.approx(calibration_error(table))
+    assert np.isnan(calibration_error(np.zeros((15, 3))))
+
+
+@pytest.fixture(scope="module")
+def stream():
+    return TaskStream.class_incremental(pattern_dataset(6), num_tasks=3)
+
+
+def test_a_model_keeps_its_confidence_and_reads_what_was_saved_without(stream, tmp_path):
+    trainer = make_trainer(slda(), tmp_path / "model")
+    report = trainer.learn_stream(stream)
+    assert report.summary()["calibration_error"] == calibration_error(report.reliability)
+    model = ContinualModel.from_pretrained(tmp_path / "model")
+    image = next(iter(stream[0].test))[0]
+    assert model.predict(image) == trainer.model.predict(image)
+    assert model.method.confidence.fitted() == trainer.model.method.confidence.fitted() != (1.0, 0.0)
+    state = load_file(tmp_path / "model" / "method.safetensors")
+    for name, wrong in (("losses", -state["confidence.losses"] - 1), ("origins", state["confidence.origins"] + 1)):
+        save_file({**state, f"confidence.{name}": wrong}, tmp_path / "model" / "method.safetensors")
+        vouch(tmp_path / "model")
+        with pytest.raises(ConfigError, match="losses below 0, or of tasks beside later ones"):
+            ContinualModel.from_pretrained(tmp_path / "model")
+    (tmp_path / "model" / "method.safetensors").unlink()
+    vouch(tmp_path / "model")
+    old = ContinualModel.from_pretrained(tmp_path / "model")
+    assert old.method.confidence.fitted() == (1.0, 0.0) and len(old.method.confidence.losses) == 3
+    assert [found.label for found in old.predict(image)] == [found.label for found in model.predict(image)]
+
+
+def test_the_recommended_method_does_everything(stream, tmp_path):
+    first, both = (TaskStream(list(stream)[:1]), TaskStream(list(stream)[1:]))
+    for name, part in (("one", first), ("two", both)):
+        make_trainer(slda_pp(adapt=False), tmp_path / name).learn_stream(part)
+    model = combine([tmp_path / "one", tmp_path / "two"])
+    assert len(model.config.classes) == 6 and not model.config.expert_names and not len(model.bank)
+    assert model.method.confidence.origins.tolist() == [0, 1, 1]
+    images = [image for task in stream for image, *_ in task.test]
+    predictions = model.predict(images, reject_rate=0.05)
+    labels = [task.classes[number] for task in stream for _, number, *_ in task.test]
+    right = [found.label == label for found, label in zip(predictions, labels, strict=True)]
+    assert np.mean(right) > 0.8 and {0 < found.score <= 1 for found in predictions} == {True}
+    model.remove(model.config.tasks[0].name)  # the first task, too
+    alone = ContinualModel.from_pretrained(tmp_path / "two")
+    assert [found.classes for found in model.predict(images)] == [found.classes for found in alone.predict(images)]
+
+
+def test_adapted_features_belong_to_the_first_task(stream, tmp_path):
+    for seed in (0, 1):
+        make_trainer(slda_pp(), tmp_path / str(seed), num_train_epochs=1, seed=seed).learn_stream(stream)
+    model = ContinualModel.from_pretrained(tmp_path / "0")
+    assert model.method.bank.names == ["all-tasks"] and model.method.query_passes == 2
+    with pytest.raises(ConfigError, match="cannot be removed exactly, as its expert takes everyone's query features"):
+        model.remove(model.config.tasks[0].name)
+    model.remove(model.config.tasks[-1].name)
+    with pytest.raises(ConfigError, match="their first task's expert differs"):
+        combine([tmp_path / "0", tmp_path / "1"])
