@@ -163,3 +163,18 @@ def test_views_do_not_depend_on_the_batch_size(digits, tmp_path):
         learn(closed_form(**options), tmp_path / str(size), digits[:1], eval_batch_size=size) for size in (7, 60)
     )
     torch.testing.assert_close(one.method.router.sum_up(), other.method.router.sum_up(), rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("views, kinds", [(8, ["crop", "crop_flip"]), (2, ["crop", "crop_flip", "flip"])])
+def test_a_kind_that_has_too_few_views_is_not_tried(views, kinds):
+    model = ContinualModel.from_backbone("hf-clpeft/vit-tiny-glyphs", METHODS["slda"].Config(views=views))
+    tried = []
+
+    def features_of(look, count=1, kind="none", /):
+        tried.append(kind)
+        generator = torch.Generator().manual_seed(len(tried))
+        return torch.randn(20, count, model.method.query_size, generator=generator), torch.arange(20) % 2
+
+    model.start_task("pets", ["cat", "dog"])
+    model.finish_task(features_of, num_train_images=20)
+    assert tried[:-1] == kinds and tried[-1] == model.config.method.view_kind in kinds
