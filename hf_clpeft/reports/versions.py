@@ -1,5 +1,6 @@
 """Versions of the libraries that results depend on."""
 
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 
 
@@ -19,10 +20,12 @@ def library_versions() -> dict[str, str]:
 
     ```
     """
-    versions = {}
-    for name in VERSIONED:
-        try:
-            versions[name] = version(name)
-        except PackageNotFoundError:
-            versions[name] = "unknown"
-    return versions
+    return {name: _version(name) for name in VERSIONED}
+
+
+@cache
+def _version(name: str) -> str:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return "unknown"
