@@ -10,7 +10,8 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
+from copy import deepcopy
 from pathlib import Path
 
 import hub_server
@@ -38,10 +39,15 @@ from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, Value, d
 from PIL import Image as PILImage
 
 from hf_clpeft import TrainerCallback
+from hf_clpeft.backbones import loading
+from hf_clpeft.backbones.bundled import bundled_folder
+from hf_clpeft.reports import report
+from hf_clpeft.reports.plots import plot_report
 
 
 BACKBONE = "hf-clpeft/vit-tiny-glyphs"
-SLOW = ("every_method", "training", "recipes", "kill", "processes", "readme", "compare")  # files, the slowest first
+SLOW = "every_method processes recipes kill training compare checkpoints demo".split()  # files, the slowest first
+_modules = 0  # that were imported when garbage was last looked for
 disable_progress_bars()
 
 
@@ -51,12 +57,70 @@ def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: rank.get(item.path.stem, len(SLOW)))
 
 
-@pytest.fixture(scope="session", autouse=True)
+@pytest.fixture(autouse=True)
 def _no_garbage_in_modules():
     """The trainer looks for garbage after every task: not among half a million objects of imported modules."""
-    gc.freeze()
+    global _modules
+    if len(sys.modules) > _modules:
+        gc.collect()
+        gc.freeze()
+        _modules = len(sys.modules)
+    yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _garbage_in_the_end():
     yield
     gc.unfreeze()
+
+
+@contextmanager
+def drawing():
+    """Reports are saved with their picture, as users have it: a quarter of the time that a tiny run takes."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(report, "plot_report", plot_report)
+        yield
+
+
+@pytest.fixture(scope="module")
+def drawn():
+    """For tests that look at pictures of reports."""
+    with drawing():
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _no_drawing():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(report, "plot_report", lambda *args: Path(args[4]).touch())
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_backbone():
+    """The bundled backbone does not change: it is read and tried out once, and copied a thousand times."""
+    build, load, kept, bundled = loading._build_on_meta, loading._load_weights, {}, bundled_folder(BACKBONE)
+
+    def build_once(config, folder, shape, name):
+        if folder != bundled:
+            return build(config, folder, shape, name)
+        key = shape, config.to_json_string()
+        if key not in kept:
+            kept[key] = build(config, folder, shape, name)
+        return kept[key]
+
+    def load_once(folder, config, attention, name):
+        if folder != bundled:
+            return load(folder, config, attention, name)
+        key = attention, config.to_json_string()
+        if key not in kept:
+            kept[key] = load(folder, config, attention, name)
+        return deepcopy(kept[key])
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loading, "_build_on_meta", build_once)
+        patch.setattr(loading, "_load_weights", load_once)
+        yield
 
 
 @pytest.fixture(autouse=True)
@@ -188,7 +252,8 @@ def learnt(request, tmp_path_factory):
     options = {"k": 10} if request.param.startswith("s_") else {}
     trainer = make_trainer(METHODS[request.param].Config(**options), folder, train_batch_size=32)
     trainer.stream = load_benchmark("digits", max_train_samples_per_task=96, max_test_samples_per_task=24)[:3]
-    trainer.learn_stream(trainer.stream)
+    with drawing():
+        trainer.learn_stream(trainer.stream)
     return trainer
 
 

@@ -4,7 +4,6 @@ import inspect
 import re
 import shutil
 from dataclasses import fields
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -55,14 +54,6 @@ class Count(TrainerCallback):
 
     def on_step_end(self, model, step, num_steps):
         self.steps += model.method.task.name == self.task
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _no_plots():
-    """Drawing would take a third of the time."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("hf_clpeft.reports.report.plot_report", lambda *args: Path(args[4]).touch())
-        yield
 
 
 @pytest.fixture(scope="module")

@@ -72,6 +72,7 @@ def test_every_task_is_one_commit_and_one_tag_that_predicts_what_the_model_did_t
     assert all(b"hf_alice" not in data for data in hub.repo(REPO).files().values())
 
 
+@pytest.mark.usefixtures("drawn")
 def test_only_what_is_new_is_sent(hub, stream):
     trainer_to().learn_stream(stream)
     sent = [path for _, path, _ in hub.requests("PUT", PUT)]

@@ -2,12 +2,13 @@
 
 import re
 from dataclasses import fields
+from functools import partial
 from pathlib import Path
 
 import pytest
 from hub_server import User
 
-from hf_clpeft import METHODS
+from hf_clpeft import METHODS, load_benchmark
 from hf_clpeft.streams.digits import load_digits_dataset
 
 
@@ -26,7 +27,9 @@ def me(hub, learnt, monkeypatch):
 
 @pytest.mark.parametrize("learnt", ["s_lora"], indirect=True)
 @pytest.mark.parametrize("snippet", re.findall(r"```py\n(.*?)```", README, re.DOTALL))
-def test_a_snippet_runs(me, snippet, request):
+def test_a_snippet_runs(me, snippet, request, monkeypatch):
+    few = partial(load_benchmark, max_train_samples_per_task=32, max_test_samples_per_task=16)
+    monkeypatch.setattr("hf_clpeft.load_benchmark", few)
     load_digits_dataset()["test"][0]["image"].save("digit.png")
     if "127.0.0.1:7860" in snippet:  # where the demo is
         snippet = snippet.replace("http://127.0.0.1:7860", request.getfixturevalue("page"))

@@ -1,8 +1,10 @@
 """The model card, filled from the configuration and the report of a model."""
 
 import re
+from functools import cache
 from importlib.resources import files
 
+import jinja2
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from ..config import ContinualConfig, MethodOptions
@@ -66,9 +68,8 @@ def make_card(
     )
     columns, rows = _table(config, report)
     measured = len(report.measured()) if report is not None else 0
-    card = ModelCard.from_template(
-        data,
-        template_path=str(files("hf_clpeft") / "assets" / TEMPLATE),
+    text = _template().render(
+        card_data=data.to_yaml(),
         title=_plain(name),
         repo_id=repo_id,
         on_the_hub=on_the_hub,
@@ -96,8 +97,13 @@ def make_card(
         routing=percent(summary["routing_accuracy"]) if "routing_accuracy" in summary else None,
         license=_plain(config.license),
     )
-    card.content += "\n"
-    return card
+    return ModelCard(text + "\n")
+
+
+@cache
+def _template() -> jinja2.Template:
+    """Compiled once: a card is made with every task."""
+    return jinja2.Template((files("hf_clpeft") / "assets" / TEMPLATE).read_text(encoding="utf-8"))
 
 
 def describe(options: MethodOptions) -> dict[str, str]:

@@ -1,5 +1,6 @@
 """Versions of the libraries that results depend on."""
 
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 
 from .. import __version__
@@ -22,10 +23,12 @@ def library_versions() -> dict[str, str]:
 
     ```
     """
-    versions = {}
-    for name in VERSIONED:
-        try:
-            versions[name] = version(name)
-        except PackageNotFoundError:
-            versions[name] = __version__ if name == OURS else "unknown"
-    return versions
+    return {name: _version(name) for name in VERSIONED}
+
+
+@cache
+def _version(name: str) -> str:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return __version__ if name == OURS else "unknown"
