@@ -30,9 +30,12 @@ def losses_on_grid(scores: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     >>> import torch
     >>> from hf_clpeft.routing.confidence import best_on_grid, losses_on_grid
 
-    >>> scores = torch.tensor([[4.0, 0.0]]).double().log().repeat(10, 1)  # the first class is four times as likely,
-    >>> best_on_grid(losses_on_grid(scores, torch.tensor(8 * [0] + 2 * [1])))  # and it is
-    (1.0, 0.0)
+    >>> scores = 6 * torch.randn(5_000, 4, generator=torch.Generator().manual_seed(0)).double()
+    >>> drawn = (scores / 2).softmax(dim=1).cumsum(dim=1)  # classes are half as sure as the scores say
+    >>> targets = (drawn < torch.rand(5_000, 1, generator=torch.Generator().manual_seed(1))).sum(dim=1)
+    >>> temperature, share = best_on_grid(losses_on_grid(scores, targets))
+    >>> round(temperature, 1), share
+    (2.0, 0.0)
 
     ```
     """
