@@ -78,6 +78,14 @@ def test_a_router_with_scores_of_its_own_has_no_formula():
     assert GaussianRouter(query_size=4).leave_one_out(images, classes * 0) is None  # one class
 
 
+@pytest.mark.parametrize("name", ["gaussian", "klda"])
+def test_the_first_task_is_measured_too(name):
+    router = ROUTERS[name](query_size=4)
+    router.kernel_features = 10
+    scores, kept = router.leave_one_out(drawn(12, 4).float(), torch.arange(12) % 2)
+    assert scores.shape == (12, 2) and scores.isfinite().all() and len(kept) == 12
+
+
 @pytest.mark.parametrize("temperature, share", [(3.0, 0.0), (40.0, 0.2), (0.1, 0.1)])
 def test_what_scores_were_scaled_by_is_found(temperature, share):
     logs = torch.log_softmax(4 * drawn(20_000, 8), dim=1)

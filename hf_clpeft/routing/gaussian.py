@@ -117,7 +117,7 @@ class GaussianRouter(ClassRouter):
         covariance = (self.sum_up() + mean_square(residuals)) / freedom
         triangle = torch.linalg.cholesky(shrink(covariance, freedom, self.query_size))
         weight, _ = shrinkage(covariance.trace(), (covariance**2).sum(), freedom, self.query_size)
-        centres = torch.cat([self._means.cpu().double(), means])
+        centres = torch.cat([self._means.cpu().double().reshape(-1, self.num_features), means])
         centres = torch.linalg.solve_triangular(triangle, centres.T, upper=False).T
         flat = torch.linalg.solve_triangular(triangle, residuals.flatten(0, 1).T, upper=False).T
         scores = leave_one_out(
