@@ -8,8 +8,8 @@ those of the method among them; options that hold for all runs stand under `opti
 benchmark under `methods` of the benchmark. `method` names the method where the entry has a name of its own,
 `experts_from` another entry whose experts are taken over, not trained again, `tuned_as` another method whose learning
 rates hold where the method has none of its own. `imports` lists Python files to run first, which define methods that
-are not in the package; `base` other files, on top of which this one stands. A seed decides the order of classes (0
-keeps the data set's own), the draw of weights and that of batches.
+are not in the package; `base` other files, on top of which this one stands; `undrawn` methods that the pictures leave
+out. A seed decides the order of classes (0 keeps the data set's own), the draw of weights and that of batches.
 
 Results go into the CSV run by run. What stands there already is not run again, and a run that was killed goes on after
 its last task, so the same command finishes the table. A run that fails says why and costs its own cell and those of
@@ -54,6 +54,7 @@ from hf_clpeft.training.recipe import command_line, learn, open_model
 
 GROUPS = (StreamArguments, BackboneArguments, ContinualTrainingArguments)
 RATES = ("learning_rate", "head_learning_rate")
+FAMILIES = {"families": dict[str, list[str]], "references": list[str], "undrawn": list[str]}
 MORE_MEASURES = ("backward_transfer", "calibration_error")  # in the CSV alone
 IMAGES_COUNTED = 4  # of each task, whose forward passes are counted
 COMMON = {f.name for group in GROUPS for f in fields(group)}
@@ -116,7 +117,7 @@ class Run:
 def read_config(path: str) -> dict:
     """The YAML file on top of its `base`, after checking that it has what a comparison needs."""
     config = read_yaml(Path(path))
-    check_keys(path, config, {"benchmarks", "methods"}, {"seeds", "options", "imports", "families", "references"})
+    check_keys(path, config, {"benchmarks", "methods"}, {"seeds", "options", "imports", *FAMILIES})
     return config
 
 
@@ -137,7 +138,7 @@ def check_keys(path: str, config: dict, needed: set[str], others: set[str]) -> N
         for entry, options in entries.items() if name != "options" else ():
             if not isinstance(options or {}, dict):
                 raise OptionError(f"{path}: {name}: {entry}={options!r} must be a mapping of options.")
-    for name, kind in (("families", dict[str, list[str]]), ("references", list[str])):
+    for name, kind in FAMILIES.items():
         if name in config and not fits(config[name], kind):
             raise OptionError(f"{path}: {name}={config[name]!r} must have lists of methods.")
 
@@ -462,7 +463,8 @@ def main():
     families = families_of(config, [run.method for run in runs])
     table = make_table(rows, [run.key for run in runs], command_for(args), families)
     results.with_suffix(".md").write_text(table, encoding="utf-8")
-    paths = draw(rows, results.with_suffix(""), families, config.get("references", ()))
+    shown = [row for row in rows if row["method"] not in config.get("undrawn", ())]
+    paths = draw(shown, results.with_suffix(""), families, config.get("references", ()))
     print(table)
     print(f"results: {results}    table: {results.with_suffix('.md')}    pictures: {paths[0]}, ...")
     print(f"next, another seed: {command_line()} --seeds {max(int(row['seed']) for row in rows) + 1}")

@@ -154,6 +154,16 @@ def test_a_pool_has_a_card_too(learnt):
     assert check_card(text) == ([], [])
 
 
+@pytest.mark.parametrize("learnt", ["slda_pp"], indirect=True)
+def test_a_card_says_what_scores_mean_where_they_are_calibrated(learnt):
+    text = str(make_card(learnt.model.config, learnt.report, "alice/digits"))
+    error = re.search(r"\| calibration error \| (\S+ %) \|", text)[1]
+    assert f"differ by {error} (the calibration error)" in text and "not calibrated" not in text
+    assert "reject_rate=0.05" in text and "arXiv 1909.01520" in text and "eight views of each image" in text
+    assert "| views | 8 of a training image, 2 of one to predict: crops" in text
+    assert check_card(text) == ([], [])
+
+
 def test_a_data_set_on_the_hub_is_named():
     from hf_clpeft import StreamReport
 

@@ -7,7 +7,7 @@ import torch
 
 from ..backbones import Backbone
 from ..config import ConfigError, ContinualConfig, TaskConfig
-from ..routing import ClassRouter, Routing, find_router
+from ..routing import ROUTERS, ClassRouter, Routing, find_router
 from ..routing.confidence import GRID, losses_on_grid
 from ..routing.held_out import held_out_scores
 from .confidence import Confidence
@@ -66,6 +66,11 @@ class ClosedForm(ManyViews):
             apart = apart or held_out_scores(self.router, features, classes)
             self.confidence.add(torch.zeros(GRID) if apart is None else losses_on_grid(*apart))
         self.router.learn(features, classes, seed=self.seed)
+
+    @classmethod
+    def calibrates(cls, options: Any) -> bool:
+        router = ROUTERS.get(getattr(options, "router", cls.which_router))
+        return router is not None and router.gives_likelihoods
 
     def check(self) -> None:
         super().check()

@@ -184,6 +184,11 @@ class Keeper(KeepsPrecision):
         """Whether models with these options support `reject_rate`."""
         return False
 
+    @classmethod
+    def calibrates(cls, options: Any) -> bool:
+        """Whether scores of models with these options are probabilities, calibrated across tasks."""
+        return False
+
     def fingerprint(self) -> dict[str, Any]:
         """Options that must be equal when a run is resumed."""
         return {option: value for option, value in self.options.to_dict().items() if option not in RESOLVED}

@@ -12,6 +12,9 @@ from .options import CovarianceOptions, LoraOptions
 from .views import ViewOptions
 
 
+VIEW_KINDS = {"flip": "mirror images", "crop": "crops", "crop_flip": "crops and mirror images"}
+
+
 @dataclass
 class ManyLooks(ViewOptions, CovarianceOptions):
     """Eight views of a training image, two of one to predict, and four depths."""
@@ -35,14 +38,12 @@ class ManyLooks(ViewOptions, CovarianceOptions):
 class SldaPp(FirstExpert, name="slda_pp"):
     """SLDA++: the recommended method. It rejects, unlearns, combines, continues, and says how sure it is.
 
-    Streaming linear discriminant analysis ([`GaussianRouter`]) of the [CLS] features of the last four layers, side by
-    side, taken with the first task's expert. Means and covariance are sums over eight views of each image, as few
-    images do not tell the covariance of 4 x `hidden_size` numbers. Scores are averaged over two views of an image to
-    predict, and calibrated: see [`hf_clpeft.methods.confidence`].
-
-    **Trains** a LoRA adapter on the first task, with a temporary head; with `adapt=False`, nothing. **Stores** it, and
-    for each task a mean per class and a factor of its covariance: 0.8 MB for four depths of a ViT-S. **Costs**
-    `test_views` forward passes per image: 2, or 1 with `test_views=1`.
+    Streaming linear discriminant analysis of the [CLS] features of the last four layers, side by side, taken with the
+    first task's expert. Means and covariance are sums over eight views of each image, as few images do not tell the
+    covariance of 4 x `hidden_size` numbers. Scores are averaged over two views of an image to predict, and calibrated
+    on training images that are left out in turn. **Trains** a LoRA adapter on the first task, with a temporary head;
+    with `adapt=False`, nothing. **Stores** it, and for each task a mean per class and a factor of its covariance: 0.8
+    MB for four depths of a ViT-S. **Costs** `test_views` forward passes per image: 2, or 1 with `test_views=1`.
 
     With `adapt=False`, features are those of the frozen backbone: a task takes a pass over its views, any task can be
     removed exactly, and models of different people can be combined. Adapted features are better if the first task is
@@ -75,4 +76,6 @@ class SldaPp(FirstExpert, name="slda_pp"):
     @classmethod
     def facts(cls, options: Any) -> dict[str, str]:
         none = {} if options.adapt else {"experts": ClosedForm.experts, "PEFT": "none"}
-        return super().facts(options) | none
+        kind = VIEW_KINDS.get(options.view_kind, "of a kind that the first task decides")
+        views = f"{options.views} of a training image, {options.test_views} of one to predict: {kind}"
+        return super().facts(options) | none | {"views": views}

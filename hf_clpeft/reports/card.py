@@ -94,6 +94,8 @@ def make_card(
         coverage="" if measured == len(rows) else f", on the {measured} of {len(rows)} tasks whose data were at hand",
         routed=method.independent,
         rejects=method.rejects(options),
+        calibrated=method.calibrates(options),
+        calibration_error=percent(summary["calibration_error"]) if "calibration_error" in summary else None,
         routing=percent(summary["routing_accuracy"]) if "routing_accuracy" in summary else None,
         license=_plain(config.license),
     )
