@@ -1,4 +1,4 @@
-"""SLDA++: linear discriminant analysis over many views and several depths, with the first task's expert.
+"""SLDA++: linear discriminant analysis over many views and several depths, after one expert (on arXiv 1909.01520).
 
 accelerate launch --quiet recipes/slda_pp.py                      # ViT-B/16, Split CIFAR-100
 accelerate launch --quiet recipes/slda_pp.py --benchmark digits   # offline, on what comes with the package

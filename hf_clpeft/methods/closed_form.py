@@ -77,6 +77,12 @@ class ClosedForm(ManyViews):
         if self.confidence is not None:
             self.confidence.check(len(self.config.tasks))
 
+    def state(self) -> dict[str, torch.Tensor]:
+        state, confidence = super().state(), self.confidence
+        if confidence is not None and len(confidence.losses) and not confidence.losses.any():  # nothing was measured
+            state = {name: tensor for name, tensor in state.items() if not name.startswith("confidence.")}
+        return state
+
     def load_state(self, tensors: dict[str, torch.Tensor]) -> None:
         if not tensors and self.confidence is not None:  # saved before confidence was measured
             for _ in self.config.tasks:

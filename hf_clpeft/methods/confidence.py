@@ -18,8 +18,8 @@ class Confidence(torch.nn.Module):
     >>> import torch
     >>> from hf_clpeft.methods.confidence import Confidence
 
-    >>> Confidence()(torch.tensor([[0.0, 0.0]])).exp()  # nothing was measured: scores are taken as they are
-    tensor([[0.5000, 0.5000]])
+    >>> Confidence()(torch.tensor([[3.0, 0.0]]))  # nothing was measured: scores are taken as they are
+    tensor([[3., 0.]])
 
     ```
     """
@@ -37,8 +37,8 @@ class Confidence(torch.nn.Module):
         return best_on_grid(self.losses.double().sum(dim=0).cpu())
 
     def forward(self, scores: torch.Tensor) -> torch.Tensor:
-        """Log-probabilities of classes, `(batch, classes)`, from their scores."""
-        return calibrate(scores, *self.fitted())
+        """Log-probabilities of classes, `(batch, classes)`, from their scores; the scores if nothing was measured."""
+        return calibrate(scores, *self.fitted()) if self.losses.any() else scores
 
     def add(self, losses: torch.Tensor) -> None:
         """Adds a task; see [`losses_on_grid`]."""

@@ -158,8 +158,14 @@ class Keeper(KeepsPrecision):
 
     def state(self) -> dict[str, torch.Tensor]:
         """State dict without experts, router and head: the content of `method.safetensors`."""
-        kept = self.state_dict(keep_vars=True).items()
-        return {name: tensor for name, tensor in kept if not name.startswith(ELSEWHERE)}
+        # Not by `state_dict` of the whole, which fails if another thread begins or ends a task meanwhile.
+        kept = {**dict(self._parameters), **dict(self._buffers)}
+        for name in self._non_persistent_buffers_set:
+            kept.pop(name, None)
+        for name, part in dict(self._modules).items():
+            if part is not None and not f"{name}.".startswith(ELSEWHERE):
+                kept |= part.state_dict(prefix=f"{name}.", keep_vars=True)
+        return {name: tensor for name, tensor in kept.items() if tensor is not None and not name.startswith(ELSEWHERE)}
 
     def load_state(self, tensors: dict[str, torch.Tensor]) -> None:
         """Inverse of [`~Method.state`]; raises `ValueError` on missing or unexpected tensors."""
