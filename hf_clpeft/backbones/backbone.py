@@ -1,8 +1,9 @@
 """The frozen vision backbone that all experts share: image features and the layers that adapters target."""
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -12,6 +13,7 @@ from ..config.model import BackboneConfig
 from .errors import BackboneError
 from .probe import Layout, prefix_obstacle, probe, prompt_obstacle
 from .transform import ImageTransform
+from .trunk import Hidden, Resume, Trunk
 
 
 if TYPE_CHECKING:
@@ -133,42 +135,93 @@ class Backbone(torch.nn.Module):
         """Number of layers of equal width; 1 if stages differ in width and cannot be truncated."""
         return self.layout.num_layers
 
-    def tokens(self, pixel_values: torch.Tensor, layers: int | None = None) -> torch.Tensor:
+    def tokens(
+        self, pixel_values: torch.Tensor, layers: int | None = None, trunk: Trunk | None = None
+    ) -> torch.Tensor:
         """Outputs of all tokens, after the final layer norm.
 
         Args:
             pixel_values (`torch.Tensor` of shape `(batch, channels, height, width)`): Normalised images.
             layers (`int`, *optional*): Run only the first `layers` layers.
+            trunk ([`Trunk`], *optional*): What passes over the same images share.
 
         Returns:
             `torch.Tensor` of shape `(batch, tokens, hidden_size)`, [CLS] first, in the backbone's dtype.
         """
-        model = self.model if layers is None else self._truncated(layers)
-        return model(pixel_values=pixel_values.to(self.model.dtype)).last_hidden_state
+        return self._run(pixel_values, layers, {}, trunk)
 
-    def forward(self, pixel_values: torch.Tensor, layers: int | Sequence[int] | None = None) -> torch.Tensor:
+    def forward(
+        self,
+        pixel_values: torch.Tensor,
+        layers: int | Sequence[int] | None = None,
+        trunk: Trunk | None = None,
+    ) -> torch.Tensor:
         """[CLS] features; mean-pooled outputs for models without such a token.
 
         Args:
             pixel_values (`torch.Tensor` of shape `(batch, channels, height, width)`): Normalised images.
             layers (`int` or sequence of `int`, *optional*): Run only the first `layers` layers. An increasing
                 sequence: concatenate the L2-normalised features after each of these layers, in one forward pass.
+            trunk ([`Trunk`], *optional*): What passes over the same images share.
 
         Returns:
             `torch.Tensor` of shape `(batch, hidden_size * number of layers taken)`, in the backbone's dtype.
         """
         if layers is None or isinstance(layers, int):
-            return self.pool(self.tokens(pixel_values, layers))
+            return self.pool(self.tokens(pixel_values, layers, trunk))
         *earlier, last = layers
         features: list[torch.Tensor] = []
-        model = self._truncated(last)  # a copy for this call, so hooks on its layers are not shared
-        stack: Any = model.get_submodule(self.layout.layers or "")
-        for i in earlier:
-            stack[i - 1] = _shallow_copy(stack[i - 1])
-            stack[i - 1].register_forward_hook(lambda *call: features.append(self._center(call[2])))
-        outputs = model(pixel_values=pixel_values.to(self.model.dtype)).last_hidden_state
-        features.append(self.pool(outputs))
+        taps: Taps = {i: lambda output: features.append(self._center(output)) for i in earlier}
+        features.append(self.pool(self._run(pixel_values, last, taps, trunk)))
         return torch.cat([torch.nn.functional.normalize(feature, dim=-1) for feature in features], dim=-1)
+
+    def below(self, pixel_values: torch.Tensor, trunk: Trunk) -> Hidden:
+        """Outputs of the whole trunk, which are computed unless `trunk` has them."""
+        hidden = trunk.find(pixel_values)
+        if hidden is None:
+            self._run(pixel_values, trunk.depth, {}, trunk)
+            hidden = trunk.find(pixel_values)
+        assert hidden is not None
+        return hidden
+
+    def depth_below(self, names: Iterable[str]) -> int:
+        """Number of first layers that an adapter leaves alone; 0 if passes cannot share them.
+
+        Args:
+            names (iterable of `str`): Names of the modules that it adapts.
+        """
+        place, numbers = f"{self.layout.layers}.", []
+        for name in names:
+            if not name.startswith(place):
+                return 0
+            numbers.append(int(name.removeprefix(place).split(".")[0]))
+        depth = min(numbers, default=0)
+        return depth if depth and self._splits else 0
+
+    def names_in(self, layers: Iterable[int], suffixes: Iterable[str]) -> list[str]:
+        """Names of the modules in some layers, as `LoraConfig.target_modules` takes them.
+
+        Args:
+            layers (iterable of `int`): Layers, from 1.
+            suffixes (iterable of `str`): What the names end with, for example `["q_proj", "v_proj"]`.
+
+        Raises:
+            [`BackboneError`]: The backbone has no layers to choose among, or none of them has such a module.
+        """
+        place = self.layout.layers
+        if place is None:
+            raise BackboneError(
+                f"The stages of {self.config.name_or_path} differ in width, so that expert_layers has no layers to "
+                "choose among; leave it out."
+            )
+        ends = tuple(f".{suffix}" for suffix in suffixes)
+        inside = tuple(f"{place}.{number - 1}." for number in layers)
+        names = [name for name, _ in self.model.named_modules() if name.startswith(inside) and name.endswith(ends)]
+        if not names:
+            raise BackboneError(
+                f"The layers of {self.config.name_or_path} have no module whose name ends with {sorted(suffixes)}."
+            )
+        return names
 
     def pool(self, outputs: torch.Tensor) -> torch.Tensor:
         """Pools outputs to one feature vector per image.
@@ -197,15 +250,44 @@ class Backbone(torch.nn.Module):
         pixels = torch.from_numpy(self.transform.resize(images)).to(self.device)
         return self(self.transform.normalize(pixels)).float().cpu().numpy()
 
-    def _center(self, output: torch.Tensor | tuple) -> torch.Tensor:
+    def _center(self, output: Any) -> torch.Tensor:
         """Features after an earlier layer, centred as the final layer norm would."""
         features = self.pool(output[0] if isinstance(output, tuple) else output)
         return features - features.mean(dim=-1, keepdim=True)
 
-    def _truncated(self, layers: int) -> torch.nn.Module:
-        """The model with only its first layers: shallow copies of the containers around them, with shared weights."""
+    def _run(self, pixel_values: torch.Tensor, layers: int | None, taps: "Taps", trunk: Trunk | None) -> torch.Tensor:
+        """Outputs of all tokens after the first `layers` layers; calls `taps` with outputs of layers before."""
+        if layers is None and (trunk is None or not trunk.depth):
+            return self.model(pixel_values=pixel_values.to(self.model.dtype)).last_hidden_state
+        last, hidden = layers or self.num_layers, None
+        if trunk is not None and trunk.depth:
+            hidden = trunk.find(pixel_values, min([last, *taps]))
+            shared = min(trunk.depth, last)
+            if hidden is None or hidden.layers < shared:
+                wanted = taps.get(shared)
+
+                def keep(output: Any) -> None:
+                    trunk.keep(pixel_values, Hidden.of(shared, output))
+                    if wanted is not None:
+                        wanted(output)
+
+                taps = {**taps, shared: keep}
+        model, stack = self._truncated(last, hidden)
+        for number, tap in taps.items():  # on copies for this call, so that hooks are not shared
+            position = number - (1 if hidden is None else hidden.layers)
+            stack[position] = _shallow_copy(stack[position])
+            stack[position].register_forward_hook(lambda module, args, output, tap=tap: tap(output))
+        # The embeddings of one image are enough where outputs of layers take their place.
+        images = pixel_values if hidden is None else pixel_values[:1]
+        return model(pixel_values=images.to(self.model.dtype)).last_hidden_state
+
+    def _truncated(self, layers: int, hidden: Hidden | None = None) -> tuple[torch.nn.Module, Any]:
+        """The model with only its first layers, those before `hidden` replaced by it, and the list of these layers.
+
+        Containers around the layers are shallow copies with shared weights.
+        """
         if self.layout.layers is None:
-            return self.model
+            return self.model, None
         path = self.layout.layers.split(".")
         model = container = _shallow_copy(self.model)
         for name in path[:-1]:
@@ -214,8 +296,27 @@ class Backbone(torch.nn.Module):
             container = inner
         stack = container.get_submodule(path[-1])
         assert isinstance(stack, torch.nn.ModuleList)
-        container._modules[path[-1]] = stack[:layers]
-        return model
+        kept = stack[:layers]
+        if hidden is not None:
+            kept = torch.nn.ModuleList([Resume(hidden), *stack[hidden.layers : layers]])
+        container._modules[path[-1]] = kept
+        return model, kept
+
+    @cached_property
+    def _splits(self) -> bool:
+        """Whether a pass that goes on after half of the layers gives what a whole pass does."""
+        generator = torch.Generator().manual_seed(0)
+        pixels = torch.randn(2, *self.input_shape, generator=generator).to(self.device)
+        trunk = Trunk(self.num_layers // 2)
+        try:
+            with torch.no_grad():
+                whole, resumed = self.tokens(pixels, trunk=trunk), self.tokens(pixels, trunk=trunk)
+        except Exception:  # an architecture may raise anything
+            return False
+        return torch.allclose(whole, resumed, rtol=1e-3, atol=1e-4)
+
+
+Taps = dict[int, Callable[[Any], None]]  # what is called with the output of a layer, by its number from 1
 
 
 def _shallow_copy(module: torch.nn.Module) -> torch.nn.Module:

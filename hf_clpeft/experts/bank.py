@@ -1,9 +1,8 @@
 """The bank of all experts of a model, which runs batches with different experts per image."""
 
 import hashlib
-import threading
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -11,19 +10,23 @@ from peft import PeftConfig, PeftModel, PeftType
 from safetensors.torch import save
 
 from ..backbones import Backbone
+from ..backbones.trunk import Hidden, Trunk
 from ..config.errors import ConfigError
+from .calls import is_called
 from .expert import ADAPTER, Expert, ExpertError, Seal
+from .guarded import Guarded
 from .lock import ReadWriteLock
 from .lora import LoraTable
 from .prefix import PrefixTable
 from .prompts import PromptTable
+from .sharing import shared, sharing
 from .stage import Stage
 
 
 FORMS = ("auto", "gathered", "stacked", "grouped")
 
 
-class ExpertBank(torch.nn.Module):
+class ExpertBank(Guarded):
     """All experts of a model on one backbone, run in mixed batches in which every image has its own experts.
 
     There are three exact forms, of which the bank chooses one:
@@ -76,16 +79,13 @@ class ExpertBank(torch.nn.Module):
         self.names: list[str] = []
         self.table: LoraTable | PromptTable | PrefixTable | None = None  # the experts, if they have a fused form
         self.slot: Stage | None = None  # the expert in training
-        self.lock = ReadWriteLock()
         self._configs: list[PeftConfig] = []
         self._sizes: list[int] = []  # parameters of each expert
+        self._depth = 0  # first layers that no expert of the bank adapts
         self._at_rest: list[Expert] = []  # the experts, if not
         self._stage: Stage | None = None  # runs these, one after another
         self._stage_lock = ReadWriteLock()
-        self._trained: tuple[str, int] | None = None  # name of what is trained, and thread id
-        self._learner = 0  # id of the thread that has reserved training
         self._pool: list[tuple[torch.Tensor, torch.Tensor]] = []  # trained tensors of a pool, and their values before
-        self._unreadable = ""  # why other threads may not read during training; empty if they may
         self._seal: Seal | None = None
 
     @property
@@ -97,6 +97,16 @@ class ExpertBank(torch.nn.Module):
     def num_parameters(self) -> int:
         """Number of parameters of all experts."""
         return sum(self._sizes)
+
+    @property
+    def depth(self) -> int:
+        """Number of first layers that no expert adapts, the one in training included; 0 without experts."""
+        depths = ([self._depth] if self.names else []) + ([] if self.slot is None else [self.slot.depth])
+        return min(depths, default=0)
+
+    def sharing(self) -> AbstractContextManager[Trunk]:
+        """Context manager: in this thread, passes over the same tensor of images run the layers below experts once."""
+        return sharing(self, self.depth)
 
     def train(self, mode: bool = True) -> "ExpertBank":
         """Sets the mode of the expert in the slot; all others stay in evaluation mode."""
@@ -118,27 +128,6 @@ class ExpertBank(torch.nn.Module):
 
     def __iter__(self) -> Iterator[Expert]:
         return (self[index] for index in range(len(self)))
-
-    @contextmanager
-    def reading(self) -> Iterator[None]:
-        """Context manager: no other thread modifies the bank until it exits.
-
-        Raises:
-            [`ExpertError`]: Another thread is training the pool, or other state of the method in place.
-        """
-        with self.lock.reading():
-            if self._unreadable and not torch.compiler.is_compiling():
-                self._refuse_strangers(self._unreadable)
-            yield
-
-    def refuse_readers(self, why: str) -> None:
-        """Waits for readers, then raises an error in other threads that read, until training is finished or abandoned.
-
-        Args:
-            why (`str`): Reason, for the error message.
-        """
-        with self.lock.writing():
-            self._unreadable = why
 
     # Adding and training experts
 
@@ -249,13 +238,14 @@ class ExpertBank(torch.nn.Module):
             [`ExpertError`]: Updates can only be added if they are plain LoRA on linear layers.
         """
         assert self.slot is not None
+        trunk = self._trunk
         if on_top_of is None:
-            return self.slot(pixel_values)
+            return self.slot(pixel_values, trunk=trunk)
         if not isinstance(self.table, LoraTable):
             raise ExpertError("Only experts that are plain LoRA on linear layers can be trained on top of others.")
         form = self.table.form_for(on_top_of, "auto")
         with self.reading(), self.table.selected(on_top_of, form, self._compute_dtype(), factors):
-            return self.slot(pixel_values)  # its twin has the hooks of the backbone
+            return self.slot(pixel_values, trunk=trunk)  # its twin has the hooks of the backbone
 
     def rescale(self, factors: torch.Tensor) -> None:
         """Multiplies the updates of all LoRA experts by factors; see [`~ExpertBank.under_training`]."""
@@ -269,32 +259,6 @@ class ExpertBank(torch.nn.Module):
         for tensor, before in self._pool:
             tensor.detach().copy_(before)
         self.keep_pool()
-
-    def claim(self, name: str) -> None:
-        """Marks an expert as trained by this thread, until it is finished or abandoned.
-
-        Raises:
-            [`ExpertError`]: Another thread is training.
-        """
-        with self.lock.writing():
-            self._refuse_strangers("one task is learnt at a time")
-            self._trained = name, threading.get_ident()
-
-    @contextmanager
-    def learning(self) -> Iterator[None]:
-        """Context manager: reserves training for this thread, and abandons an unfinished expert on exit.
-
-        Raises:
-            [`ExpertError`]: Another thread is training.
-        """
-        with self.lock.writing():
-            self._refuse_strangers("one task is learnt at a time")
-            self._learner = threading.get_ident()
-        try:
-            yield
-        finally:
-            self.abandon()
-            self._learner = 0
 
     def make_pool(self, names: Sequence[str], config: PeftConfig) -> None:
         """Fills an empty bank with new experts.
@@ -363,7 +327,25 @@ class ExpertBank(torch.nn.Module):
             `torch.Tensor` of shape `(batch, hidden_size)`.
         """
         with self.reading():
-            return self.backbone(pixel_values, layers)
+            return self.backbone(pixel_values, layers, self._trunk)
+
+    def each(self, pixel_values: torch.Tensor, selection: torch.Tensor) -> torch.Tensor:
+        """Features with each of several experts applied alone.
+
+        Args:
+            pixel_values (`torch.Tensor` of shape `(batch, 3, height, width)`): Normalised images.
+            selection (integer `torch.Tensor` of shape `(batch, N)`): Experts of each image.
+
+        Returns:
+            `torch.Tensor` of shape `(batch, N, hidden_size)`.
+        """
+        count = selection.shape[1]
+        images = pixel_values.repeat_interleave(count, dim=0)
+        with self.sharing() as trunk:
+            if trunk.depth and not is_called():
+                layers, tokens, wrapped = self.backbone.below(pixel_values, trunk)
+                trunk.keep(images, Hidden(layers, tokens.repeat_interleave(count, dim=0), wrapped))
+            return self(images, selection.flatten()).unflatten(0, (-1, count))
 
     def forward(
         self,
@@ -390,9 +372,10 @@ class ExpertBank(torch.nn.Module):
             if self.table is None or form == "grouped":
                 with self._stage_lock.writing():
                     return self._run_grouped(pixel_values, selection, layers)
+            trunk = self._trunk
             with self.table.selected(selection, form, self._compute_dtype()):
                 if readout == "cls":
-                    return self.backbone(pixel_values, layers)
+                    return self.backbone(pixel_values, layers, trunk)
                 tokens = self.backbone.tokens(pixel_values)
             length = self.table.members.shape[1] * (selection.shape[1] if selection.dim() == 2 else 1)
             return tokens[:, 1 : 1 + length].mean(dim=1)
@@ -402,15 +385,24 @@ class ExpertBank(torch.nn.Module):
     ) -> torch.Tensor:
         if selection.dim() == 2:
             raise ExpertError("Several experts for one image need LoRA, or prompts of one length.")
-        groups, order = [], []
+        groups, order, trunk = [], [], self._trunk
         for index in selection.unique().tolist():
             stage = self._stage
             if stage is None or stage.name != self.names[index]:
                 stage = self._put(self[index])
             rows = (selection == index).nonzero()[:, 0]
-            groups.append(stage(pixel_values[rows], layers).to(pixel_values.dtype))
+            images = pixel_values[rows]
+            if trunk is not None and trunk.depth:
+                known = self.backbone.below(pixel_values, trunk)
+                trunk.keep(images, known._replace(tokens=known.tokens[rows]))
+            groups.append(stage(images, layers, trunk).to(pixel_values.dtype))
             order.append(rows)
         return torch.cat(groups)[torch.cat(order).argsort()]
+
+    @property
+    def _trunk(self) -> Trunk | None:
+        """What the passes of this thread share now: nothing while a method inserts something of its own."""
+        return None if is_called() else shared(self)
 
     def _compute_dtype(self) -> torch.dtype:
         kind = self.backbone.device.type
@@ -435,6 +427,8 @@ class ExpertBank(torch.nn.Module):
             self._at_rest.append(expert)
         else:
             self.table.append(*self._pack(expert))
+        if stage is not None:  # experts of a table adapt the layers of the first
+            self._depth = min(self._depth, stage.depth) if self.names else stage.depth
         self.names.append(expert.name)
         self._configs.append(expert.config)
         self._sizes.append(expert.num_parameters)
@@ -465,12 +459,3 @@ class ExpertBank(torch.nn.Module):
         """Raises [`ExpertError`] if the weights of the backbone, which stages share, have changed."""
         if self._seal is not None:
             self._seal.check(who)
-
-    def _refuse_strangers(self, why: str) -> None:
-        """Raises [`ExpertError`] if another live thread is training."""
-        what, thread = self._trained or ("a task", self._learner)
-        if thread not in (0, threading.get_ident()) and thread in (other.ident for other in threading.enumerate()):
-            raise ExpertError(
-                f"Another thread is training {what} in this model, and {why}. Wait until it has finished the task, or "
-                "use another model, loaded from the same folder."
-            )

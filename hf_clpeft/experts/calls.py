@@ -42,6 +42,11 @@ def active_call(call: Call) -> Iterator[None]:
         _active.calls = outer
 
 
+def is_called() -> bool:
+    """Whether a call modifies outputs of layers in this thread."""
+    return bool(_active.calls)
+
+
 def attach_hook(layer: torch.nn.Module, key: str) -> None:
     """Attaches a forward hook that dispatches to the active calls by key, and does nothing without one.
 

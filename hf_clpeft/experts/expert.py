@@ -2,7 +2,7 @@
 
 import copy
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
@@ -233,19 +233,21 @@ def _make_config(values: dict) -> Any:
     return kind(**check_peft(values, defaults))
 
 
-def make_peft_config(arguments: dict, backbone: Backbone) -> PeftConfig:
+def make_peft_config(arguments: dict, backbone: Backbone, layers: Sequence[int] | None = None) -> PeftConfig:
     """Creates the PEFT configuration of a new expert.
 
     Args:
         arguments (`dict`): `peft_type` and the arguments of that configuration.
         backbone ([`Backbone`]): Provides default `target_modules`, and the name of the base model to save.
+        layers (sequence of `int`, *optional*): Layers that it adapts, from 1. Default: all.
 
     Returns:
         `peft.PeftConfig`
 
     Raises:
-        [`ExpertError`]: The technique is not supported, or an argument is unknown or out of range; see
-            [`~hf_clpeft.config.adapters.check_peft`].
+        [`ExpertError`]: The technique is not supported, cannot be limited to some layers, or an argument is unknown
+            or out of range; see [`~hf_clpeft.config.adapters.check_peft`].
+        [`BackboneError`]: The backbone has no layers to choose among.
 
     Example:
 
@@ -269,7 +271,24 @@ def make_peft_config(arguments: dict, backbone: Backbone) -> PeftConfig:
     config.revision = backbone.config.revision
     if not config.is_prompt_learning and getattr(config, "target_modules", None) is None:
         config.target_modules = set(backbone.find_query_value())
+    if layers is not None:
+        _limit(config, backbone, layers)
     return config
+
+
+def _limit(config: Any, backbone: Backbone, layers: Sequence[int]) -> None:
+    """Limits an adapter to some layers, from 1."""
+    if config.peft_type == PeftType.PREFIX_TUNING:
+        config.layers_to_transform, config.num_layers = [number - 1 for number in layers], len(layers)
+    elif config.is_prompt_learning:
+        raise ExpertError("Prompts go through all layers; expert_layers needs LoRA, prefixes, or the like.")
+    elif isinstance(config.target_modules, str):
+        raise ExpertError(
+            f"target_modules={config.target_modules!r} chooses modules by a pattern, and expert_layers chooses among "
+            "names: give a list of names, for example ['q_proj', 'v_proj'], or put the layers into the pattern."
+        )
+    else:  # by full names, as PEFT's layers_to_transform finds no layers in a model without a head
+        config.target_modules = set(backbone.names_in(layers, config.target_modules))
 
 
 def make_peft_model(backbone: Backbone, config: PeftConfig) -> PeftModel:

@@ -1,13 +1,16 @@
 """Runs one expert at a time as a plain PEFT model: for training, or if it has no fused form."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
-from peft import PeftConfig, PeftModel
+from peft import PeftConfig, PeftModel, PeftType
 from peft.tuners.tuners_utils import BaseTunerLayer
 
 from ..backbones import Backbone
+from ..backbones.trunk import Trunk
 from .expert import ADAPTER, Expert, make_peft_model
+from .prefix import layers_of
 from .twin import twin_of
 
 
@@ -75,13 +78,28 @@ class Stage(torch.nn.Module):
         ours, theirs = self.peft_model.peft_config[ADAPTER].to_dict(), config.to_dict()
         return all(value == theirs.get(name) for name, value in ours.items() if name not in _PROVENANCE)
 
-    def forward(self, pixel_values: torch.Tensor, layers: int | Sequence[int] | None = None) -> torch.Tensor:
+    def forward(
+        self,
+        pixel_values: torch.Tensor,
+        layers: int | Sequence[int] | None = None,
+        trunk: Trunk | None = None,
+    ) -> torch.Tensor:
         """Features with the expert applied; see [`Backbone.forward`]."""
-        return self.twin(pixel_values, layers)
+        return self.twin(pixel_values, layers, trunk)
 
     def _build(self, config: PeftConfig) -> None:
+        self.depth = 0  # first layers that the expert leaves alone
         self.peft_model = make_peft_model(self.twin, config).to(self.twin.device)
-        self.name = None
+        self.depth, self.name = self._find_depth(config), None
+
+    def _find_depth(self, config: Any) -> int:
+        if config.peft_type == PeftType.PREFIX_TUNING:
+            place, count = self.twin.layout.layers, self.twin.num_layers
+            return self.twin.depth_below(f"{place}.{number}" for number in layers_of(config, count))
+        if config.is_prompt_learning:
+            return 0
+        modules = self.peft_model.get_base_model().named_modules()
+        return self.twin.depth_below(name for name, module in modules if isinstance(module, BaseTunerLayer))
 
 
 # Fields that describe the origin of an adapter rather than its architecture.

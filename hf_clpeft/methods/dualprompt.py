@@ -17,7 +17,7 @@ from .heads import Heads
 from .layers import check_chosen, scaled
 from .learning import Batch, FeaturesOf
 from .method import Method
-from .options import QueryOptions
+from .options import ExpertLayerOptions, QueryOptions
 
 
 class DualPrompt(Method, name="dualprompt"):
@@ -41,14 +41,17 @@ class DualPrompt(Method, name="dualprompt"):
     heads: Heads
 
     @dataclass
-    class Config(QueryOptions):
+    class Config(QueryOptions, ExpertLayerOptions):
         general_length: int = field(default=5, metadata={"help": "Keys, and values, of a general prefix."})
         expert_length: int = field(default=20, metadata={"help": "Keys, and values, of an expert prefix."})
         general_layers: list[int] | None = field(
             default=None, metadata={"help": "Layers with general prefixes, from 1; default: the first 2 of every 12."}
         )
         expert_layers: list[int] | None = field(
-            default=None, metadata={"help": "Layers with expert prefixes; default: the next 3 of every 12."}
+            default=None,
+            metadata={
+                "help": "Layers with expert prefixes, from 1, or from -1 down; default: the next 3 of every 12."
+            },
         )
         pull: float = field(default=1.0, metadata={"help": "Weight of the loss that pulls a task's key to queries."})
 
@@ -56,8 +59,7 @@ class DualPrompt(Method, name="dualprompt"):
             super().__post_init__()
             lengths = {"general_length": (1, LARGEST_RANK), "expert_length": (1, LARGEST_RANK)}
             check_ranges(self, pull=(0, MOST), **lengths)
-            for option in ("general_layers", "expert_layers"):
-                check_chosen(option, getattr(self, option))
+            check_chosen("general_layers", self.general_layers)
 
         @property
         def peft(self) -> dict[str, Any]:
@@ -67,13 +69,12 @@ class DualPrompt(Method, name="dualprompt"):
     def __init__(self, backbone: Backbone, config: ContinualConfig):
         super().__init__(backbone, config)
         options, count = self.options, backbone.num_layers
-        for option in ("general_layers", "expert_layers"):
-            check_chosen(option, getattr(options, option), count)
+        check_chosen("general_layers", options.general_layers, count)
         general, last = scaled(2, count), scaled(5, count)
         self.general_layers = [i - 1 for i in options.general_layers or range(1, general + 1)]
         # A backbone of one or two layers has at least one of them with an expert prefix.
         after = range(general + 1, last + 1) or [min(general + 1, count)]
-        self.expert_layers = [i - 1 for i in options.expert_layers or after]
+        self.expert_layers = self.expert_layers or [*after]
         prepare_for_prefixes(backbone)
         self.router = KeyRouter(self.query_size, len(config.tasks), top_n=1)
         self.heads = Heads(backbone.hidden_size, shared=True)
@@ -98,8 +99,7 @@ class DualPrompt(Method, name="dualprompt"):
             torch.nn.init.normal_(self.general, std=0.02)
         self.general.requires_grad_()
         before = self.bank[-1] if len(self.bank) else None
-        peft = {**self.options.peft, "layers_to_transform": self.expert_layers}
-        self.bank.start(task.name, make_peft_config(peft, self.backbone))
+        self.bank.start(task.name, make_peft_config(self.options.peft, self.backbone, self.expert_layers))
         if before is not None:
             self.bank.adopt(before)
 

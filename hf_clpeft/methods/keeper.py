@@ -9,7 +9,7 @@ from ..backbones import Backbone
 from ..backbones.precision import KeepsPrecision
 from ..config import ConfigError, ContinualConfig, MethodOptions, TaskConfig
 from ..config.method import RESOLVED
-from ..experts import ExpertBank
+from ..experts import ExpertBank, make_peft_config
 from ..routing import Router, router_title
 from .heads import Heads
 from .state import ELSEWHERE, Snapshot, load_state
@@ -50,7 +50,10 @@ class Keeper(KeepsPrecision):
         self.config, self.options = config, config.method
         self.bank = ExpertBank(backbone)
         self.router = self.heads = None
-        self.query_layers = self._find_layers(getattr(self.options, "query_layers", None))
+        self.query_layers = self._find_layers("query_layers") or [backbone.num_layers]
+        self.expert_layers = self._find_layers("expert_layers")
+        if self.expert_layers is not None:
+            make_peft_config(self.options.peft, backbone, self.expert_layers)  # raises before anything is trained
         self.task: TaskConfig | None = None
         self.seed = 0
         self.before: Snapshot | None = None
@@ -208,10 +211,12 @@ class Keeper(KeepsPrecision):
             kept += [] if part is None else part.state_dict().values()
         return 4 * self.bank.num_parameters + sum(tensor.nbytes for tensor in kept)
 
-    def _find_layers(self, wanted: list[int] | None) -> list[int]:
-        """Resolves the option `query_layers`, in which -1 is the last layer, to indices from 1."""
-        count = self.backbone.num_layers
-        layers = [number + count + 1 if number < 0 else number for number in wanted or [count]]
+    def _find_layers(self, option: str) -> list[int] | None:
+        """Resolves an option of layers, in which -1 is the last one, to indices from 1; `None` if it is unset."""
+        count, wanted = self.backbone.num_layers, getattr(self.options, option, None)
+        if wanted is None:
+            return None
+        layers = [number + count + 1 if number < 0 else number for number in wanted]
         if layers != sorted(set(layers)) or not 1 <= layers[0] <= layers[-1] <= count:
-            raise ConfigError(f"query_layers={wanted}, but the backbone has {count} layers.")
+            raise ConfigError(f"{option}={wanted}, but the backbone has {count} layers.")
         return layers

@@ -1,4 +1,4 @@
-"""Which layers of a backbone get prefixes: those of the papers, in proportion to its depth."""
+"""Layers of a backbone that options choose, and those of the papers, in proportion to its depth."""
 
 from ..config import ConfigError
 
@@ -30,3 +30,9 @@ def check_chosen(option: str, chosen: list[int] | None, num_layers: int | None =
         raise ConfigError(f"{option}={chosen} must be layers from 1, rising.")
     if num_layers is not None and chosen[-1] > num_layers:
         raise ConfigError(f"{option}={chosen}, but the backbone has {num_layers} layers.")
+
+
+def check_layers(option: str, layers: list[int] | None) -> None:
+    """Raises [`ConfigError`] unless the layers of an option rise."""
+    if layers is not None and (not layers or 0 in layers or layers != sorted(set(layers))):
+        raise ConfigError(f"{option}={layers} must be layers from 1, or from -1 down, rising.")

@@ -63,6 +63,7 @@ class Method(Keeper):
         which_router, which_head (`str`): Router and head, if no option selects them.
         task ([`TaskConfig`], *optional*): The task that is being learnt.
         query_layers (`list[int]`): Layers whose features are concatenated as query features. Default: the last.
+        expert_layers (`list[int]`, *optional*): Layers that experts adapt, from 1. Default: all.
         seed (`int`): Seed for [`~Method.end`].
         before ([`Snapshot`], *optional*): State of method, options and configuration before the current task.
 
@@ -160,9 +161,7 @@ class Method(Keeper):
             return self.bank.frozen(pixels)
         if selection.dim() == 1 or not self.independent:
             return self.bank(pixels, selection)
-        count = selection.shape[1]
-        features = self.bank(pixels.repeat_interleave(count, dim=0), selection.flatten())
-        return features.unflatten(0, (-1, count))
+        return self.bank.each(pixels, selection)
 
     def classify(self, features: torch.Tensor, routing: Routing) -> torch.Tensor:
         """Computes the logits.
@@ -183,7 +182,7 @@ class Method(Keeper):
         read: Callable[[Any, torch.Tensor], torch.Tensor] | None = None,
         expert: int | None = None,
     ) -> ContinualOutput:
-        """Runs `query`, `route`, `read` and `classify`.
+        """Runs `query`, `route`, `read` and `classify`; the layers below all experts once.
 
         Args:
             pixels (`torch.Tensor` of shape `(batch, 3, height, width)`): Normalised images.
@@ -194,15 +193,16 @@ class Method(Keeper):
         Returns:
             [`ContinualOutput`]
         """
-        query = self.query(pixels) if query is None else query
-        with without_autocast(query.device):
-            routing = self.route(query.float())
-        if expert is not None:
-            routing = routing.sent_to(expert)
-        if read is None:
-            own: Any = self.read
-            read = partial(own, query=query) if self.reads_by_query else own
-        features = read(pixels, routing.selection) if self.reads else query
+        with self.bank.sharing():
+            query = self.query(pixels) if query is None else query
+            with without_autocast(query.device):
+                routing = self.route(query.float())
+            if expert is not None:
+                routing = routing.sent_to(expert)
+            if read is None:
+                own: Any = self.read
+                read = partial(own, query=query) if self.reads_by_query else own
+            features = read(pixels, routing.selection) if self.reads else query
         with without_autocast(features.device):
             logits = self.classify(features.float(), routing)
         return ContinualOutput(logits, routing.selection, routing.distances)
@@ -333,7 +333,7 @@ class Method(Keeper):
             head (`torch.nn.Linear`): For example from [`Heads.start`].
         """
         self._head = head.to(self.backbone.device)
-        self.bank.start(name, make_peft_config(self.options.peft, self.backbone))
+        self.bank.start(name, make_peft_config(self.options.peft, self.backbone, self.expert_layers))
 
     def expert_loss(self, pixels: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         """For use in [`~Method.loss`]: cross entropy per image, with the expert and the head being trained."""

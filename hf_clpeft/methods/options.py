@@ -5,13 +5,31 @@ from typing import Any
 
 from ..config import ConfigError, MethodOptions
 from ..config.adapters import LARGEST_RANK, check_peft
+from .layers import check_layers
 
 
 LARGEST_PROJECTION = 100_000  # random features; the router stores a square matrix of this size
 
 
 @dataclass
-class PeftOptions(MethodOptions):
+class ExpertLayerOptions(MethodOptions):
+    """Layers of the experts."""
+
+    expert_layers: list[int] | None = field(
+        default=None,
+        metadata={
+            "help": "Layers that experts adapt, from 1, or from -1 down; default: all. All passes over an image share "
+            "the layers below, as query features do."
+        },
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_layers("expert_layers", self.expert_layers)
+
+
+@dataclass
+class PeftOptions(ExpertLayerOptions):
     """Experts of any PEFT technique."""
 
     peft: dict[str, Any] = field(
@@ -24,7 +42,7 @@ class PeftOptions(MethodOptions):
 
 
 @dataclass
-class LoraOptions(MethodOptions):
+class LoraOptions(ExpertLayerOptions):
     """LoRA experts. `lora_alpha` defaults to `r`, so that updates are not scaled."""
 
     r: int = field(default=1, metadata={"help": "Rank of the LoRA adapters."})
@@ -71,9 +89,7 @@ class QueryOptions(MethodOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        layers = self.query_layers
-        if layers is not None and (not layers or 0 in layers or layers != sorted(set(layers))):
-            raise ConfigError(f"query_layers={layers} must be layers from 1, or from -1 down, rising.")
+        check_layers("query_layers", self.query_layers)
 
 
 @dataclass

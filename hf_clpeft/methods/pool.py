@@ -84,7 +84,8 @@ class Pool(Method, name="l2x"):
         self._head = self.heads.start(self.numbers).to(self.backbone.device)
         if not len(self.bank):
             self.router.reset_parameters()
-            self.bank.make_pool(self._names, make_peft_config(self.options.peft, self.backbone))
+            config = make_peft_config(self.options.peft, self.backbone, self.expert_layers)
+            self.bank.make_pool(self._names, config)
         self.bank.train_pool(self.router.keys)
 
     def loss(self, batch: Batch) -> torch.Tensor:

@@ -133,7 +133,12 @@ class PerTask(ManyViews):
 
     def alike(self) -> dict[str, Any]:
         options = self.options
-        own = {"technique": options.peft["peft_type"], "query_layers": self.query_layers, "router": options.router}
+        own = {
+            "technique": options.peft["peft_type"],
+            "expert_layers": self.expert_layers,
+            "query_layers": self.query_layers,
+            "router": options.router,
+        }
         if self.query_with_first:
             own["first task's expert"] = self.bank.digest(0) if len(self.bank) else None
         return own
@@ -154,6 +159,8 @@ def check_giver(method: Method, giver: Method) -> None:
         raise ConfigError(f"{method.name} cannot take experts of {giver.name}.")
     if giver.options.peft != method.options.peft:
         raise ConfigError(f"was made with peft={giver.options.peft!r}, not {method.options.peft!r}.")
+    if giver.expert_layers != method.expert_layers:
+        raise ConfigError(f"was made with expert_layers={giver.expert_layers}, not {method.expert_layers}.")
 
 
 class SX(PerTask, name="s_x"):
