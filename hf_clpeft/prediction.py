@@ -205,7 +205,7 @@ def classify(
         reject_rate, expert, top_k: See [`ContinualModel.predict`].
     """
     values = method.backbone.transform.normalize(torch.from_numpy(pixels).to(method.backbone.device))
-    with method.bank.reading():  # no other thread changes the model within a batch
+    with method.bank.reading(), method.bank.sharing():  # no other thread changes the model within a batch
         check_options(method, reject_rate=reject_rate, expert=expert)
         query = method.query(values)
         output = method(values, query, expert=None if expert is None else method.choose(expert))

@@ -75,10 +75,10 @@ PROMPT = {"peft_type": "PROMPT_TUNING", "num_virtual_tokens": 2}
 LORA = {"peft_type": "LORA", "r": 2}
 
 
-def told():
+def told(columns=slice(2, 5)):
     """The table's rows: name of the family, and what it says of LoRA, prompts and other sizes."""
     rows = [line.strip("|").split("|") for line in TABLE.read_text(encoding="utf-8").splitlines() if line[:1] == "|"]
-    return {row[0].strip(): tuple(cell.strip() for cell in row[2:5]) for row in rows[2:]}
+    return {row[0].strip(): tuple(cell.strip() for cell in row[columns]) for row in rows[2:]}
 
 
 def save(name, folder):
@@ -114,17 +114,18 @@ def attempt(work):
     return "yes"
 
 
-def check_like_peft(backbone, arguments):
+def check_like_peft(backbone, arguments, layers=None):
     """Every picture under its own expert is what PEFT makes of it with that adapter alone."""
     pixels = torch.randn(3, *backbone.input_shape, generator=torch.Generator().manual_seed(0))
-    alone = make_peft_model(copy.deepcopy(backbone), config := make_peft_config(arguments, backbone))
+    alone = make_peft_model(copy.deepcopy(backbone), config := make_peft_config(arguments, backbone, layers))
     bank = ExpertBank(backbone)
     for name in ("one", "two"):
         for parameter in bank.start(name, config).parameters():
             parameter.data += 0.1 * torch.randn_like(parameter) * parameter.requires_grad
         bank.finish(name)
-    with torch.no_grad():
-        mixed, frozen = bank(pixels, torch.tensor([1, 0, 1])), bank.frozen(pixels)
+    with torch.no_grad(), bank.sharing() as trunk:
+        frozen, mixed = bank.frozen(pixels), bank(pixels, torch.tensor([1, 0, 1]))
+        assert trunk.depth == (layers[0] - 1 if layers else 0)
         for number, rows in enumerate(([1], [0, 2])):
             bank[number].copy_to(alone)
             wanted = backbone.pool(alone(pixel_values=pixels).last_hidden_state)
@@ -155,6 +156,13 @@ def test_the_table_tells_the_truth(name, tmp_path):
             attempt(lambda: check_saved(tmp_path, name, FAMILIES[name][5])),
         )
     assert found == told()[name]
+
+
+@pytest.mark.parametrize("name", [name for name, (lora, *_) in told().items() if lora == "yes" and name != "timm"])
+def test_the_table_tells_which_families_have_experts_in_upper_layers(name, tmp_path):
+    save(name, tmp_path)
+    found = attempt(lambda: check_like_peft(load_backbone(str(tmp_path)), LORA, layers=[2]))
+    assert found == told(slice(6, 7))[name][0]
 
 
 def test_the_table_has_every_family_that_is_tried():

@@ -209,10 +209,10 @@ class Backbone(torch.nn.Module):
             [`BackboneError`]: The backbone has no layers to choose among, or none of them has such a module.
         """
         place = self.layout.layers
-        if place is None:
+        if place is None or not self._splits:
             raise BackboneError(
-                f"The stages of {self.config.name_or_path} differ in width, so that expert_layers has no layers to "
-                "choose among; leave it out."
+                f"{self.config.name_or_path} is not a stack of layers of one width, of which a pass can go on after "
+                "any, so that expert_layers has none to choose among; leave it out."
             )
         ends = tuple(f".{suffix}" for suffix in suffixes)
         inside = tuple(f"{place}.{number - 1}." for number in layers)

@@ -10,7 +10,7 @@ from peft import PeftConfig, PeftModel, PeftType
 from safetensors.torch import save
 
 from ..backbones import Backbone
-from ..backbones.trunk import Hidden, Trunk
+from ..backbones.trunk import Trunk
 from ..config.errors import ConfigError
 from .calls import is_called
 from .expert import ADAPTER, Expert, ExpertError, Seal
@@ -340,12 +340,25 @@ class ExpertBank(Guarded):
             `torch.Tensor` of shape `(batch, N, hidden_size)`.
         """
         count = selection.shape[1]
-        images = pixel_values.repeat_interleave(count, dim=0)
-        with self.sharing() as trunk:
-            if trunk.depth and not is_called():
-                layers, tokens, wrapped = self.backbone.below(pixel_values, trunk)
-                trunk.keep(images, Hidden(layers, tokens.repeat_interleave(count, dim=0), wrapped))
-            return self(images, selection.flatten()).unflatten(0, (-1, count))
+        rows = torch.arange(len(pixel_values), device=pixel_values.device).repeat_interleave(count)
+        with self.sharing():
+            return self(self.take(pixel_values, rows), selection.flatten()).unflatten(0, (-1, count))
+
+    def take(self, pixel_values: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        """Some of the images, which within [`~ExpertBank.sharing`] share the layers below experts with the others.
+
+        Args:
+            pixel_values (`torch.Tensor` of shape `(batch, 3, height, width)`): Normalised images.
+            rows (integer `torch.Tensor` of shape `(count,)`): Which ones, in any order and number.
+
+        Returns:
+            `torch.Tensor` of shape `(count, 3, height, width)`.
+        """
+        images, trunk = pixel_values[rows], self._trunk
+        if trunk is not None and trunk.depth:
+            below = self.backbone.below(pixel_values, trunk)
+            trunk.keep(images, below._replace(tokens=below.tokens[rows]))
+        return images
 
     def forward(
         self,
@@ -391,11 +404,7 @@ class ExpertBank(Guarded):
             if stage is None or stage.name != self.names[index]:
                 stage = self._put(self[index])
             rows = (selection == index).nonzero()[:, 0]
-            images = pixel_values[rows]
-            if trunk is not None and trunk.depth:
-                known = self.backbone.below(pixel_values, trunk)
-                trunk.keep(images, known._replace(tokens=known.tokens[rows]))
-            groups.append(stage(images, layers, trunk).to(pixel_values.dtype))
+            groups.append(stage(self.take(pixel_values, rows), layers, trunk).to(pixel_values.dtype))
             order.append(rows)
         return torch.cat(groups)[torch.cat(order).argsort()]
 

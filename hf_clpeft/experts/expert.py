@@ -289,6 +289,8 @@ def _limit(config: Any, backbone: Backbone, layers: Sequence[int]) -> None:
         )
     else:  # by full names, as PEFT's layers_to_transform finds no layers in a model without a head
         config.target_modules = set(backbone.names_in(layers, config.target_modules))
+        if getattr(config, "feedforward_modules", None):  # of IA3, and among these
+            config.feedforward_modules = set(backbone.names_in(layers, config.feedforward_modules))
 
 
 def make_peft_model(backbone: Backbone, config: PeftConfig) -> PeftModel:

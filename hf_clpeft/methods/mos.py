@@ -75,22 +75,25 @@ class Mos(PerTask, name="mos"):
         read: Callable[[Any, torch.Tensor], torch.Tensor] | None = None,
         expert: int | None = None,
     ) -> ContinualOutput:
-        query = self.query(pixels) if query is None else query
-        with without_autocast(query.device):
-            routing = self.route(query.float())
-            assert routing.scores is not None
-            prototypes = self.router.class_scores(routing.scores)
-        selection = (routing if expert is None else routing.sent_to(expert)).selection.clone()
-        logits, rows = torch.empty_like(prototypes), torch.arange(len(query), device=query.device)
-        for _ in range(self.options.hops if expert is None else 1):
-            # A feature cache expects all images; those whose expert stays the same cost it nothing.
-            features = self.read(pixels[rows], selection[rows]) if read is None else read(pixels, selection)[rows]
-            logits[rows] = self.heads(features, selection[rows])
-            asked, selection = selection, selection.clone()
-            selection[rows] = self.next_expert(logits[rows].argmax(dim=1), asked[rows], routing.scores[rows])
-            rows = (selection != asked).nonzero()[:, 0]
-            if not len(rows):
-                break
+        with self.bank.sharing():
+            query = self.query(pixels) if query is None else query
+            with without_autocast(query.device):
+                routing = self.route(query.float())
+                assert routing.scores is not None
+                prototypes = self.router.class_scores(routing.scores)
+            selection = (routing if expert is None else routing.sent_to(expert)).selection.clone()
+            logits, rows = torch.empty_like(prototypes), torch.arange(len(query), device=query.device)
+            for _ in range(self.options.hops if expert is None else 1):
+                if read is None:
+                    features = self.read(self.bank.take(pixels, rows), selection[rows])
+                else:  # a feature cache expects all images; those whose expert stays the same cost it nothing
+                    features = read(pixels, selection)[rows]
+                logits[rows] = self.heads(features, selection[rows])
+                asked, selection = selection, selection.clone()
+                selection[rows] = self.next_expert(logits[rows].argmax(dim=1), asked[rows], routing.scores[rows])
+                rows = (selection != asked).nonzero()[:, 0]
+                if not len(rows):
+                    break
         # As in the paper, the temperature of the class means falls with the number of tasks.
         mean = (logits.softmax(dim=1) + (self.router.num_owners * prototypes).softmax(dim=1)) / 2
         return ContinualOutput(mean.log(), asked, routing.distances)

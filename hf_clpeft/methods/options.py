@@ -11,7 +11,7 @@ from .layers import check_layers
 LARGEST_PROJECTION = 100_000  # random features; the router stores a square matrix of this size
 
 
-@dataclass
+@dataclass(kw_only=True)
 class ExpertLayerOptions(MethodOptions):
     """Layers of the experts."""
 

@@ -28,6 +28,7 @@ FROM_ZERO = (
     "save_steps",
     "seed",
     "dataloader_num_workers",
+    "trunk_cache_gb",
 )
 
 # May differ between a run and its resumption.
@@ -53,6 +54,7 @@ MAY_CHANGE = {
     "save_steps",
     "save_total_limit",
     "task_parallel",
+    "trunk_cache_gb",
 }
 
 
@@ -122,6 +124,13 @@ class ContinualTrainingArguments:
         metadata={
             "help": "Cache the resized training images of a task on disk if they take at most this many GB; else "
             "decode them again in every epoch. Default: no limit."
+        },
+    )
+    trunk_cache_gb: float = field(
+        default=10.0,
+        metadata={
+            "help": "With expert_layers, keep the outputs of the layers below on disk, up to this many GB a process, "
+            "so that these run once per image; 0 runs them in every epoch."
         },
     )
     forward_transfer: bool = field(

@@ -14,6 +14,7 @@ from ..model import ContinualModel
 from ..streams import TaskImages
 from .arguments import ContinualTrainingArguments
 from .features import TestFeatures, extract, extract_all
+from .trunk_cache import TrunkCaches
 
 
 BINS = 15  # of confidence
@@ -57,13 +58,20 @@ class Evaluator:
         model ([`ContinualModel`]): The model.
         accelerator (`accelerate.Accelerator`): Shards the images.
         args ([`ContinualTrainingArguments`]): Batch size and progress bars.
+        caches ([`TrunkCaches`], *optional*): Caches of the run.
 
     Attributes:
         before (`float`): [`~Evaluator.forwards_per_image`] when the model was last saved.
     """
 
-    def __init__(self, model: ContinualModel, accelerator: Accelerator, args: ContinualTrainingArguments):
-        self.model, self.accelerator, self.args = model, accelerator, args
+    def __init__(
+        self,
+        model: ContinualModel,
+        accelerator: Accelerator,
+        args: ContinualTrainingArguments,
+        caches: TrunkCaches | None = None,
+    ):
+        self.model, self.accelerator, self.args, self.caches = model, accelerator, args, caches
         self.before = 0.0
         self._tests: dict[str, TestFeatures] = {}
         self._recalled: set[str] = set()
@@ -109,7 +117,8 @@ class Evaluator:
         method = self.model.method
         if not method.query_layers:
             return torch.zeros(len(images), 0)
-        return extract_all(images, method.query, self.model, self.accelerator, self.args, desc=f"Querying {name}")
+        desc = f"Querying {name}"
+        return extract_all(images, method.query, self.model, self.accelerator, self.args, desc, caches=self.caches)
 
     def forwards_per_image(self) -> float:
         """Forward passes so far per test image, including query features; unaffected by an interruption."""
@@ -179,7 +188,7 @@ class Evaluator:
                 return read(pixels, experts[index].to(self.model.device), **more)
 
             desc = f"Evaluating {name}"
-            return extract(test.images, rows, features, self.model, self.accelerator, self.args, desc)
+            return extract(test.images, rows, features, self.model, self.accelerator, self.args, desc, self.caches)
 
         if not method.independent:
             test.forwards += len(selection)

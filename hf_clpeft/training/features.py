@@ -1,6 +1,7 @@
 """Feature extraction sharded over processes, and a cache of test features."""
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 
 import torch
 from accelerate import Accelerator
@@ -13,6 +14,7 @@ from ..streams.streamed import share_of
 from .arguments import ContinualTrainingArguments
 from .batches import on_device
 from .processes import TrainingError
+from .trunk_cache import TrunkCaches
 
 
 ABSENT = -1  # features that are not cached
@@ -27,6 +29,7 @@ def extract(
     accelerator: Accelerator,
     args: ContinualTrainingArguments,
     desc: str,
+    caches: TrunkCaches | None = None,
 ) -> torch.Tensor:
     """Extracts features of images, sharded over the processes and gathered.
 
@@ -39,6 +42,7 @@ def extract(
         accelerator (`accelerate.Accelerator`): Shards the images.
         args ([`ContinualTrainingArguments`]): Batch size and progress bars.
         desc (`str`): Label of the progress bar.
+        caches ([`TrunkCaches`], *optional*): Caches of the run.
 
     Returns:
         `torch.Tensor` of shape `(count, hidden_size)`, `float32`, on the CPU; the same on every process.
@@ -55,8 +59,10 @@ def extract(
     silent = args.disable_tqdm or not accelerator.is_main_process
     for batch in tqdm(loader, desc=desc, disable=silent, leave=False):
         pixel_values = model.backbone.transform.normalize(batch["pixels"])
-        with accelerator.autocast():
-            found = features_of(pixel_values, batch["index"].cpu())
+        index = batch["index"].cpu()
+        recalling = nullcontext() if caches is None else caches.recalling(images, pixel_values, index)
+        with accelerator.autocast(), recalling:
+            found = features_of(pixel_values, index)
         # Padding repeats the first image of a batch; writing by position keeps one copy.
         found, index = accelerator.gather((found.float(), batch["index"]))
         if features is None:
@@ -79,6 +85,7 @@ def extract_all(
     args: ContinualTrainingArguments,
     desc: str,
     views: Sequence[torch.Tensor | None] = (None,),
+    caches: TrunkCaches | None = None,
 ) -> torch.Tensor:
     """Features of all images, or of the given views of them; see [`extract`] and [`views_for_sums`]."""
 
@@ -86,7 +93,7 @@ def extract_all(
         seen = [features_of(augment(pixels, None if view is None else view[index])) for view in views]
         return seen[0] if len(seen) == 1 else torch.stack(seen, dim=1)
 
-    return extract(images, torch.arange(len(images)), of_views, model, accelerator, args, desc)
+    return extract(images, torch.arange(len(images)), of_views, model, accelerator, args, desc, caches)
 
 
 class TestFeatures:

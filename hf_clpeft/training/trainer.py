@@ -5,7 +5,7 @@ import json
 import math
 import shlex
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from copy import deepcopy
 
 import numpy as np
@@ -41,6 +41,7 @@ from .output import check_output
 from .parallel import LocalAccelerator, ParallelExperts, check_independent
 from .processes import Stop, any_process_stops, cpu_only, explaining_lost_processes, join_processes, same_everywhere
 from .steps import StepLoop, TrainingStopped, stopping_on_signals
+from .trunk_cache import TrunkCaches
 
 
 logger = get_logger(__name__)
@@ -99,7 +100,8 @@ class ContinualTrainer:
         if args.report_to != "none":
             self.accelerator.init_trackers(args.run_name, config=args.to_log())
         self.model = model.to(self.accelerator.device)
-        self.evaluator = Evaluator(self.model, self.accelerator, args)
+        self._caches = TrunkCaches(self.model.bank, args.trunk_cache_gb)
+        self.evaluator = Evaluator(self.model, self.accelerator, args, self._caches)
         if model.report is None:
             model.report = StreamReport(model.config.method.name, "stream", {})
             model.report.catch_up(model.config.tasks)
@@ -337,7 +339,7 @@ class ContinualTrainer:
 
         def features_of(features: Features, views: int = 1, kind: str = "none") -> tuple[torch.Tensor, torch.Tensor]:
             drawn = views_for_sums(len(stored), views, kind, seed)
-            return extract_all(stored, features, self.model, accelerator, self.args, desc, drawn), labels
+            return extract_all(stored, features, self.model, accelerator, self.args, desc, drawn, self._caches), labels
 
         return features_of
 
@@ -368,7 +370,10 @@ class ContinualTrainer:
 
         def loss_of(step: torch.nn.Module, batch: dict) -> torch.Tensor:
             pixels, query = augment(transform.normalize(batch["pixels"]), batch.get("view")), None
-            with accelerator.autocast():
+            recalling: AbstractContextManager[None] = nullcontext()
+            if isinstance(images, TaskImages) and "view" not in batch:
+                recalling = self._caches.recalling(images, pixels, batch["index"].cpu())
+            with accelerator.autocast(), recalling:
                 if queries is not None:
                     query = queries[batch["index"].cpu()].to(pixels.device)
                 elif method.trains_by_query:

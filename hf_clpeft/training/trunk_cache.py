@@ -1,0 +1,117 @@
+"""A cache of what the trunk gives for the images of a task, so that training and evaluation run it once per image."""
+
+import math
+import os
+import tempfile
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import datasets
+import numpy as np
+import torch
+
+from ..backbones.trunk import Hidden
+from ..config.text import get_logger
+from ..experts import ExpertBank
+from ..streams import TaskImages
+
+
+logger = get_logger(__name__)
+
+
+class TrunkCache:
+    """Outputs of the trunk for images, in a memory-mapped file without a name, which vanishes with the process.
+
+    Values keep their dtype, so that what is computed from them stays the same up to the order of sums.
+
+    Args:
+        count (`int`): Number of images.
+        like ([`Hidden`]): Outputs for some of them.
+
+    Raises:
+        `OSError`: The disk is full.
+    """
+
+    def __init__(self, count: int, like: Hidden):
+        folder = datasets.config.HF_DATASETS_CACHE  # where users expect large files, other than in a small /tmp
+        os.makedirs(folder, exist_ok=True)
+        self.layers, self.wrapped, shape = like.layers, like.wrapped, (count, *like.tokens.shape[1:])
+        size = self.bytes_for(count, like)
+        with tempfile.TemporaryFile(dir=folder) as file:
+            if hasattr(os, "posix_fallocate"):
+                os.posix_fallocate(file.fileno(), 0, size)  # a full disk is an error here, and a crash later
+            file.truncate(size)
+            bytes_ = torch.from_numpy(np.memmap(file, dtype=np.uint8, mode="r+", shape=(size,)))
+        self.tokens = bytes_.view(like.tokens.dtype).view(shape)
+        self.known = torch.zeros(count, dtype=torch.bool)
+
+    @staticmethod
+    def bytes_for(count: int, like: Hidden) -> int:
+        """Size of the file in bytes."""
+        return count * math.prod(like.tokens.shape[1:]) * like.tokens.element_size()
+
+    def read(self, index: torch.Tensor) -> Hidden | None:
+        """The outputs for images, on the CPU; `None` unless all of them are known."""
+        return Hidden(self.layers, self.tokens[index], self.wrapped) if self.known[index].all() else None
+
+    def write(self, index: torch.Tensor, hidden: Hidden) -> None:
+        """Keeps the outputs for images."""
+        self.tokens[index] = hidden.tokens.detach().to("cpu", self.tokens.dtype)
+        self.known[index] = True
+
+
+class TrunkCaches:
+    """The caches of a run, each for the images of one split, as long as these are in use.
+
+    Args:
+        bank ([`ExpertBank`]): Its experts decide how deep the trunk is; without one, nothing is cached.
+        limit_gb (`float`): Largest size of all caches together in GB (1e9 bytes); 0 for none.
+    """
+
+    def __init__(self, bank: ExpertBank, limit_gb: float):
+        self.bank, self.limit = bank, int(limit_gb * 1e9)
+        self._caches: weakref.WeakKeyDictionary[TaskImages, TrunkCache | None] = weakref.WeakKeyDictionary()
+
+    @contextmanager
+    def recalling(self, images: TaskImages, pixels: torch.Tensor, index: torch.Tensor) -> Iterator[None]:
+        """Context manager: passes over `pixels` start above the trunk if its outputs are known, else fill the cache.
+
+        Args:
+            images ([`TaskImages`]): Images of a split.
+            pixels (`torch.Tensor` of shape `(batch, 3, height, width)`): Some of them, normalised, not augmented.
+            index (integer `torch.Tensor` of shape `(batch,)`): Their indices, on the CPU.
+        """
+        with self.bank.sharing() as trunk:
+            cache = self._caches.get(images)
+            if cache is not None and cache.layers != trunk.depth:
+                del self._caches[images]
+                cache = None
+            hidden = None if cache is None else cache.read(index)
+            if hidden is not None:
+                tokens = hidden.tokens.to(pixels.device, non_blocking=True)
+                trunk.keep(pixels, hidden._replace(tokens=tokens))
+            yield
+            found = trunk.find(pixels) if hidden is None and trunk.depth else None
+            if found is not None:
+                cache = cache or self._make(images, found)
+                if cache is not None:
+                    cache.write(index, found)
+
+    def _make(self, images: TaskImages, like: Hidden) -> TrunkCache | None:
+        """A cache for images, unless it is too large; then that is said once."""
+        if images in self._caches:
+            return None
+        size = TrunkCache.bytes_for(len(images), like)
+        used = sum(cache.tokens.nbytes for cache in self._caches.values() if cache is not None)
+        self._caches[images] = None
+        if used + size > self.limit:
+            logger.info(
+                "The outputs of the trunk for %d images take %d MB, and are not cached.", len(images), size >> 20
+            )
+            return None
+        try:
+            self._caches[images] = TrunkCache(len(images), like)
+        except OSError as error:
+            logger.warning("The outputs of the trunk are computed anew in every epoch: no cache of them (%s).", error)
+        return self._caches[images]
