@@ -7,7 +7,7 @@ import torch
 
 from ..backbones.precision import without_autocast
 from ..config import ConfigError
-from .routing import Router, Routing
+from .routing import Router, Routing, count
 
 
 MOST_IMAGES = 2**40  # per class
@@ -74,6 +74,11 @@ class ClassRouter(Router, ABC):
         columns = {"prototypes": other.prototypes, "counts": other.counts, "classes": renumbered}
         self._append({**columns, "owners": other.owners + self.num_owners})
         self.merge_sums(other)
+
+    @property
+    def num_classes(self) -> int:
+        """One more than the highest class index."""
+        return self.once("classes", count)
 
     def why_not_removed(self, owner: int) -> str | None:
         return "the sums of its router hold the images of all tasks"
@@ -249,7 +254,7 @@ class ClassMeanRouter(ClassRouter):
     def class_scores(self, scores: torch.Tensor) -> torch.Tensor:
         # The mean of a class is the mean of its entries, weighted by their image counts.
         sums = self.prototypes * self.counts[:, None]
-        shape = (len(scores), int(self.classes.max()) + 1)
+        shape = (len(scores), self.num_classes)
         weighted = scores * sums.norm(dim=-1)
         norms = sums.new_zeros(shape[1], self.query_size).index_add(0, self.classes, sums).norm(dim=-1)
         return scores.new_zeros(shape).index_add(1, self.classes, weighted) / norms

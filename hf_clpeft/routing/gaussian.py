@@ -66,7 +66,7 @@ class GaussianRouter(ClassRouter):
         self.register_buffer("_whitening", nothing.clone(), persistent=False)
         self.register_buffer("_centres", nothing.clone(), persistent=False)
         self._sum, self._summed = torch.zeros(0, 0), 0  # over how many tasks
-        self._metrics: dict[int, Metric] = {}  # of the tasks
+        self._metrics: dict[int, tuple[torch.Tensor, Metric, torch.Tensor]] = {}  # of the tasks
 
     @property
     def num_features(self) -> int:
@@ -79,7 +79,7 @@ class GaussianRouter(ClassRouter):
         return -(distances**2) / 2
 
     def class_scores(self, scores: torch.Tensor) -> torch.Tensor:
-        return log_sum_exp(scores, self.classes)
+        return log_sum_exp(scores, self.classes, self.num_classes)
 
     def to_distances(self, scores: torch.Tensor) -> torch.Tensor:
         return (-2 * scores).sqrt()
@@ -123,7 +123,7 @@ class GaussianRouter(ClassRouter):
         scores = leave_one_out(
             flat.unflatten(0, residuals.shape[:2]), centres, len(self.classes) + entries, (1 - weight) / freedom, views
         )
-        return log_sum_exp(scores[kept], known), classes.cpu()[kept]
+        return log_sum_exp(scores[kept], known, int(known.max()) + 1), classes.cpu()[kept]
 
     def merge_sums(self, other: Self) -> None:
         if len(other.scatter):
@@ -217,22 +217,36 @@ class GaussianRouter(ClassRouter):
 
     def calibrated(self) -> list[bool] | None:
         pooled = self.num_owners - len(self.ranks)
-        return pooled * [False] + (self.thresholds[:, 0] > 0).tolist()
+        return pooled * [False] + self.once("thresholds", lambda thresholds: (thresholds[:, 0] > 0).tolist())
 
     def typicality(self, query: torch.Tensor, distances: torch.Tensor) -> torch.Tensor:
         """The p-value of the nearest task, by Mahalanobis distances to its classes under its own covariance."""
-        features = self._lift(query if query.dim() == 2 else query[:, 0]).cpu().double()
-        nearest, pooled = distances.argmin(dim=1).cpu(), self.num_owners - len(self.ranks)
-        owners, found = self.owners.cpu(), torch.zeros(len(features))
+        features = self._lift(query if query.dim() == 2 else query[:, 0])
+        # One copy to the CPU, where every task's images are measured with its own metric.
+        features, nearest = (
+            torch.cat([features, distances.argmin(dim=1)[:, None]], dim=1)
+            .cpu()
+            .split_with_sizes([self.num_features, 1], dim=1)
+        )
+        features, nearest, found = features.double(), nearest[:, 0].long(), torch.zeros(len(features))
         for owner in nearest.unique().tolist():
-            means = self._means[self.owners == owner].cpu().double()
             if owner not in self._metrics:
-                block = self.factors.split(self.ranks.tolist())[owner - pooled].cpu().double()
-                freedom = int(self.counts[self.owners == owner].sum()) - int((owners == owner).sum())
-                self._metrics[owner] = self._metric(block, self.rests[owner - pooled].cpu().double(), freedom)
-            far = self._metrics[owner].squared(features[nearest == owner][:, None] - means).amin(dim=1)
-            found[nearest == owner] = p_values(far.sqrt(), self.thresholds[owner - pooled].cpu().double())
-        return found.to(distances)
+                self._metrics[owner] = self._metric_of(owner)
+            means, metric, thresholds = self._metrics[owner]
+            far = metric.squared(features[nearest == owner][:, None] - means).amin(dim=1)
+            found[nearest == owner] = p_values(far.sqrt(), thresholds)
+        return found.to(distances, non_blocking=True)
+
+    def _metric_of(self, owner: int) -> tuple[torch.Tensor, Metric, torch.Tensor]:
+        """Means, metric and thresholds of a task, `float64`, on the CPU."""
+        own, place = (self.owners == owner).cpu(), owner - (self.num_owners - len(self.ranks))
+        block, rest = self.factors.split(self.ranks.tolist())[place].cpu().double(), self.rests[place].cpu().double()
+        freedom = int(self.counts.cpu()[own].sum()) - int(own.sum())
+        return (
+            self._means.cpu()[own].double(),
+            self._metric(block, rest, freedom),
+            self.thresholds[place].cpu().double(),
+        )
 
     def _fit_thresholds(self, features: torch.Tensor, entries: torch.Tensor) -> torch.Tensor:
         """Thresholds of shape `(100,)`, from distances of images held out of means and covariance."""
@@ -295,12 +309,13 @@ class GaussianRouter(ClassRouter):
         return torch.nn.functional.normalize(query.to(self.prototypes), dim=-1)
 
 
-def log_sum_exp(scores: torch.Tensor, groups: torch.Tensor) -> torch.Tensor:
+def log_sum_exp(scores: torch.Tensor, groups: torch.Tensor, count: int) -> torch.Tensor:
     """Log-sum-exp over groups of columns.
 
     Args:
         scores (`torch.Tensor` of shape `(batch, columns)`): May hold −inf.
-        groups (integer `torch.Tensor` of shape `(columns,)`): Group of each column; every group from 0 on has one.
+        groups (integer `torch.Tensor` of shape `(columns,)`): Group of each column.
+        count (`int`): Number of groups.
 
     Returns:
         `torch.Tensor` of shape `(batch, groups)`.
@@ -311,13 +326,13 @@ def log_sum_exp(scores: torch.Tensor, groups: torch.Tensor) -> torch.Tensor:
     >>> import torch
     >>> from hf_clpeft.routing.gaussian import log_sum_exp
 
-    >>> log_sum_exp(torch.tensor([[0.0, 0.0, -torch.inf]]), torch.tensor([0, 0, 1])).exp()
+    >>> log_sum_exp(torch.tensor([[0.0, 0.0, -torch.inf]]), torch.tensor([0, 0, 1]), count=2).exp()
     tensor([[2., 0.]])
 
     ```
     """
     groups = groups.expand_as(scores)
-    largest = scores.new_full((len(scores), int(groups.max()) + 1), -torch.inf)
+    largest = scores.new_full((len(scores), count), -torch.inf)
     largest = largest.scatter_reduce(1, groups, scores, reduce="amax")
     finite = largest.nan_to_num(neginf=0.0)
     sums = torch.zeros_like(largest).scatter_add(1, groups, (scores - finite.gather(1, groups)).exp())

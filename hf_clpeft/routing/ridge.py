@@ -63,7 +63,7 @@ class LinearRidgeRouter(ClassRouter):
 
     def class_scores(self, scores: torch.Tensor) -> torch.Tensor:
         # The regression is linear in its targets, and those of a class are the sum over its entries.
-        return scores.new_zeros(len(scores), int(self.classes.max()) + 1).index_add(1, self.classes, scores)
+        return scores.new_zeros(len(scores), self.num_classes).index_add(1, self.classes, scores)
 
     def to_distances(self, scores: torch.Tensor) -> torch.Tensor:
         return (1 - scores).clamp(min=0)
@@ -106,7 +106,8 @@ class LinearRidgeRouter(ClassRouter):
 
     def _add(self, hidden: torch.Tensor, targets: torch.Tensor) -> None:
         self._add_gram(mean_square(hidden))
-        self.penalty = self.penalty.new_tensor(choose_penalty(hidden.cpu().double(), targets.cpu().double()))
+        penalty = choose_penalty(hidden.cpu().double(), targets.cpu().double())
+        self.penalty = torch.tensor(penalty).to(self.penalty)
 
     def _merge(self, other: Self) -> None:
         self._add_gram(other.gram.to(self.gram))

@@ -156,7 +156,7 @@ class StepLoop:
     def _complete(self, batch: dict[str, torch.Tensor], share: Share) -> None:
         """Adds the weights and the augmentations of a batch."""
         length, device = len(batch["label"]), self.accelerator.device
-        batch["weight"] = share.weights(length, self.accelerator.num_processes).to(device)
+        batch["weight"] = share.weights(length, self.accelerator.num_processes).to(device, non_blocking=True)
         views = draw_views(share.total, self.args.augmentation, device)
         if views is not None:
             batch["view"] = share.own(views, length)

@@ -362,6 +362,7 @@ class ContinualTrainer:
         made_with = {**self._made_with(), **trained_on, "model": self._state()}
         loop = StepLoop(method, images, accelerator, args, checkpoints, made_with, self._step)
         numbers = self._numbers(task).to(accelerator.device)
+        queries = None if queries is None else queries.to(accelerator.device)
         assert method.task is not None
         desc = f"Training {task.name} ({method.task.title})"
         bar = tqdm(total=loop.num_steps, desc=desc, disable=not self._shows, leave=False)
@@ -370,7 +371,7 @@ class ContinualTrainer:
             pixels, query = augment(transform.normalize(batch["pixels"]), batch.get("view")), None
             with accelerator.autocast():
                 if queries is not None:
-                    query = queries[batch["index"].cpu()].to(pixels.device)
+                    query = queries[batch["index"]]
                 elif method.trains_by_query:
                     with torch.no_grad():
                         query = method.query(pixels)
@@ -381,8 +382,9 @@ class ContinualTrainer:
             self._step = progress.logged
             self.callbacks("on_step_end", self.model, progress.step, loop.num_steps)
             if self._step % args.logging_steps == 0:
-                bar.set_postfix(loss=f"{loss.item():.3f}")
-                self._log({"train/loss": loss.item()})
+                value = loss.item()
+                bar.set_postfix(loss=f"{value:.3f}")
+                self._log({"train/loss": value})
 
         loop.run(loss_of, after_step, self.stop)
         bar.close()
