@@ -165,8 +165,14 @@ def _brief(value: Any) -> str:
     return text if len(text) <= 100 else f"{text[:100]}…"
 
 
-def best_device() -> torch.device:
+def best_device(name: str | None = None) -> torch.device:
     """The accelerator of this machine, such as `cuda` or `mps`; the CPU if there is none.
+
+    Args:
+        name (`str`, *optional*): Another device to use, for example `"cpu"` or `"cuda:1"`.
+
+    Raises:
+        [`ConfigError`]: This machine has no such device.
 
     Example:
 
@@ -180,7 +186,16 @@ def best_device() -> torch.device:
     """
     # `current_accelerator` alone returns `cuda` on any machine with a CUDA build of torch.
     accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    return accelerator or torch.device("cpu")
+    best = accelerator or torch.device("cpu")
+    if name is None:
+        return best
+    try:
+        torch.ones(1).to(name).cpu()  # on "meta", which every machine knows, there is nothing to copy
+        return torch.device(name)
+    except (AssertionError, NotImplementedError, RuntimeError) as error:
+        raise ConfigError(
+            f"device={_brief(name)} is not a device that this machine has; it has {best.type}. Leave it out for that."
+        ) from error
 
 
 def read_batches(images: Any, batch_size: int, show_progress_bar: bool = False) -> Iterator[Iterable[PIL.Image.Image]]:

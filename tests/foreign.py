@@ -15,6 +15,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_aliasing
 from torch.utils._pytree import tree_leaves, tree_map
 
+from hf_clpeft.backbones import precision
+
 
 DEVICE = torch.device("meta")
 aten = torch.ops.aten
@@ -87,6 +89,7 @@ class ForeignDevice(TorchDispatchMode):
         autocasts = torch.is_autocast_enabled
         with pytest.MonkeyPatch.context() as patch, self:
             patch.setattr(torch, "is_autocast_enabled", lambda kind="cpu": kind != DEVICE.type and autocasts(kind))
+            patch.setattr(precision, "WITH_FLOAT64", {DEVICE.type})
             patch.setattr("accelerate.Accelerator.device", property(lambda self: DEVICE))
             patch.setattr(torch, "tensor", partial(_tensor, torch.tensor))
             yield self

@@ -5,7 +5,7 @@ from typing import ClassVar, Self
 
 import torch
 
-from ..backbones.precision import without_autocast
+from ..backbones.precision import for_sums, without_autocast
 from ..config import ConfigError
 from .routing import Router, Routing, count
 
@@ -57,9 +57,10 @@ class ClassRouter(Router, ABC):
         self.register_buffer("classes", torch.zeros(0, dtype=torch.int64))
 
     def learn(self, features: torch.Tensor, classes: torch.Tensor, seed: int = 0) -> None:
-        features = features.detach().cpu().double()
+        place = self.place(features.numel())
+        features = features.detach().to(place, torch.float64)
         features = features if features.dim() == 3 else features[:, None]
-        numbers, entries = classes.cpu().unique(return_inverse=True)
+        numbers, entries = classes.to(place).unique(return_inverse=True)
         counts = torch.bincount(entries)
         normalized = torch.nn.functional.normalize(features, dim=-1)
         sums = normalized.new_zeros(len(numbers), self.query_size).index_add(0, entries, normalized.mean(dim=1))
@@ -74,6 +75,10 @@ class ClassRouter(Router, ABC):
         columns = {"prototypes": other.prototypes, "counts": other.counts, "classes": renumbered}
         self._append({**columns, "owners": other.owners + self.num_owners})
         self.merge_sums(other)
+
+    def place(self, count: int = 0) -> torch.device:
+        """Where sums over so many features are computed in `float64`; see [`for_sums`]."""
+        return for_sums(self.prototypes.device, count + self.prototypes.shape[1] ** 2)
 
     @property
     def num_classes(self) -> int:

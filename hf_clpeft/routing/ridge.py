@@ -89,11 +89,11 @@ class LinearRidgeRouter(ClassRouter):
     def derive(self) -> None:
         if not len(self.moments):
             return
-        gram = self.gram.cpu().double()
+        gram = self.gram.to(self.place(self.gram.numel()), torch.float64, copy=True)
         # With fewer images than features, the Gram matrix is singular up to rounding, which must not be fitted.
         rounding = torch.finfo(self.gram.dtype).eps * gram.trace().item()
         gram.diagonal().add_(max(self.penalty.item(), rounding))
-        self._weights = torch.linalg.solve(gram, self.moments.cpu().double().T).T.to(self.gram)
+        self._weights = torch.linalg.solve(gram, self.moments.to(gram).T).T.to(self.gram)
 
     # How features are lifted, and which sums are kept besides moments
 
@@ -106,8 +106,8 @@ class LinearRidgeRouter(ClassRouter):
 
     def _add(self, hidden: torch.Tensor, targets: torch.Tensor) -> None:
         self._add_gram(mean_square(hidden))
-        penalty = choose_penalty(hidden.cpu().double(), targets.cpu().double())
-        self.penalty = torch.tensor(penalty).to(self.penalty)
+        exact = hidden.to(self.place(hidden.numel()), torch.float64)
+        self.penalty = torch.tensor(choose_penalty(exact, targets.to(exact))).to(self.penalty)
 
     def _merge(self, other: Self) -> None:
         self._add_gram(other.gram.to(self.gram))

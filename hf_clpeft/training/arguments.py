@@ -59,6 +59,7 @@ MAY_CHANGE = {
     "save_steps",
     "save_total_limit",
     "task_parallel",
+    "torch_compile",
 }
 
 
@@ -92,7 +93,9 @@ class ContinualTrainingArguments:
     )
     learning_rate: float = field(default=5e-3, metadata={"help": "Learning rate of the adapter."})
     head_learning_rate: float = field(default=2e-3, metadata={"help": "Learning rate of the head."})
-    optim: Literal["adamw", "sgd"] = field(default="adamw", metadata={"help": "AdamW, or SGD with momentum 0.9."})
+    optim: Literal["adamw", "sgd"] = field(
+        default="adamw", metadata={"help": "AdamW, fused on a CUDA GPU; or SGD with momentum 0.9."}
+    )
     weight_decay: float = field(default=0.0, metadata={"help": "Weight decay of the adapter and the head."})
     lr_scheduler_type: Literal[
         "linear",
@@ -107,7 +110,15 @@ class ContinualTrainingArguments:
     max_grad_norm: float = field(default=1.0, metadata={"help": "Maximum gradient norm for clipping; 0 disables it."})
     gradient_accumulation_steps: int = field(default=1, metadata={"help": "Batches per optimizer step."})
     mixed_precision: Literal["no", "bf16", "fp16"] | None = field(
-        default=None, metadata={"help": "Mixed precision; default: that of `accelerate launch`."}
+        default=None,
+        metadata={
+            "help": "Mixed precision; default: that of `accelerate launch`, else bf16 on a CUDA GPU that has it. "
+            "There, float32 is TF32 in the backbone, but never in routers and heads."
+        },
+    )
+    torch_compile: bool = field(
+        default=False,
+        metadata={"help": "Compile the backbone and its experts with torch.compile, for training and evaluation."},
     )
     augmentation: Literal["none", "flip", "crop", "crop_flip"] = field(
         default="none",

@@ -96,7 +96,8 @@ class StepLoop:
         groups = step.groups
         optimizer: torch.optim.Optimizer
         if args.optim == "adamw":
-            optimizer = torch.optim.AdamW(groups, weight_decay=args.weight_decay)
+            fused = True if accelerator.device.type == "cuda" else None
+            optimizer = torch.optim.AdamW(groups, weight_decay=args.weight_decay, fused=fused)
         else:
             optimizer = torch.optim.SGD(groups, momentum=0.9, weight_decay=args.weight_decay)
         self.batches = make_batches(images, args, accelerator)

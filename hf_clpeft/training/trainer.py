@@ -11,9 +11,11 @@ from copy import deepcopy
 import numpy as np
 import torch
 from accelerate import Accelerator
+from accelerate.state import is_initialized
 from accelerate.utils import DataLoaderConfiguration, set_seed
 from tqdm.auto import tqdm
 
+from ..backbones.precision import go_fast
 from ..backbones.views import augment, views_for_sums
 from ..config import ConfigError
 from ..config.hub_errors import HubError
@@ -84,10 +86,11 @@ class ContinualTrainer:
     ):
         args = self.args = args or ContinualTrainingArguments()
         self.callbacks = CallbackList(callbacks)
-        join_processes(args.ddp_timeout)
+        precision = go_fast(join_processes(args.ddp_timeout).device)
+        precision = None if is_initialized() else precision  # a process keeps that of its first trainer
         self.accelerator = Accelerator(
             cpu=cpu_only(),
-            mixed_precision=args.mixed_precision,
+            mixed_precision=args.mixed_precision or precision,
             gradient_accumulation_steps=args.gradient_accumulation_steps,
             log_with=None if args.report_to == "none" else args.report_to,
             project_dir=args.output_dir,
@@ -99,6 +102,9 @@ class ContinualTrainer:
         if args.report_to != "none":
             self.accelerator.init_trackers(args.run_name, config=args.to_log())
         self.model = model.to(self.accelerator.device)
+        if args.torch_compile:
+            model.backbone.compile()
+            model.bank.compile()
         self.evaluator = Evaluator(self.model, self.accelerator, args)
         if model.report is None:
             model.report = StreamReport(model.config.method.name, "stream", {})
@@ -359,6 +365,8 @@ class ContinualTrainer:
         if len(task.classes) == 1:
             return  # with a single class, the loss is always zero
         args, method, transform = self.args, self.model.method, self.model.backbone.transform
+        if args.torch_compile and method.bank.slot is not None:
+            method.bank.slot.compile()
         made_with = {**self._made_with(), **trained_on, "model": self._state()}
         loop = StepLoop(method, images, accelerator, args, checkpoints, made_with, self._step)
         numbers = self._numbers(task).to(accelerator.device)
