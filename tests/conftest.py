@@ -46,7 +46,9 @@ from hf_clpeft.reports.plots import plot_report
 
 
 BACKBONE = "hf-clpeft/vit-tiny-glyphs"
-SLOW = "every_method processes recipes kill training compare checkpoints demo".split()  # files, the slowest first
+SLOW = (
+    "every_method foreign_device processes recipes kill training compare checkpoints demo".split()
+)  # files, the slowest first
 _modules = 0  # that were imported when garbage was last looked for
 disable_progress_bars()
 

@@ -334,7 +334,7 @@ def test_more_combinations_of_tokens_come_nearer():
     exact = torch.einsum("btx,bty->bxy", tokens, tokens)
     errors = []
     for count in (1, 4, 16):
-        rows = combine_tokens(tokens, range(64), count)
+        rows = combine_tokens(tokens, torch.arange(64), count)
         assert rows.shape == (64, count, 4)
         errors.append(float((rows.mT @ rows - exact).norm()))
     assert errors[0] > 1.5 * errors[1] > 100 * errors[2]

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterable
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -96,7 +97,7 @@ class ImageTransform:
         if self.processor.do_normalize:
             # Processors default to three channels, also those of greyscale backbones.
             mean, std = (
-                torch.tensor(numbers[: self.channels], dtype=torch.float32, device=pixels.device).view(-1, 1, 1)
+                _by_channel(tuple(numbers[: self.channels]), pixels.device)
                 for numbers in (self.processor.image_mean, self.processor.image_std)
             )
             values = (values - mean) / std
@@ -130,3 +131,9 @@ class ImageTransform:
                 settings[name] = {key: number for key, number in value.items() if number is not None}
         kind = {"kind": type(self.processor).__name__, "channels": self.channels}
         return {name: value for name, value in settings.items() if value is not None} | kind
+
+
+@lru_cache(maxsize=64)
+def _by_channel(numbers: tuple[float, ...], device: torch.device) -> torch.Tensor:
+    """Numbers that stay on the device: a copy with every batch would make the CPU wait."""
+    return torch.tensor(numbers, dtype=torch.float32, device=device).view(-1, 1, 1)

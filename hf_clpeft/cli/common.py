@@ -20,6 +20,8 @@ AsJson = Annotated[bool, typer.Option("--json", "--as-json", help="Print JSON.")
 Token = Annotated[str | None, typer.Option(help="Access token; default: the one saved by `hf auth login`.")]
 BackbonePath = Annotated[str | None, typer.Option("--backbone", help="Repo or folder of the backbone, if moved.")]
 
+Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...; default: a GPU if there is one.")]
+
 
 def show(values: dict | list[dict], as_json: bool, title: str = "") -> None:
     """Prints a mapping as lines, a list of mappings as a table, or either as JSON."""
@@ -41,11 +43,12 @@ def quieten() -> None:
     disable_progress_bars(transfers=not sys.stderr.isatty())
 
 
-def load_model(repo: str, backbone: str | None, token: str | None) -> "ContinualModel":
-    """Loads the [`ContinualModel`] of a command's arguments."""
+def load_model(repo: str, backbone: str | None, token: str | None, device: str | None) -> "ContinualModel":
+    """Loads the [`ContinualModel`] of a command's arguments to a device."""
     from ..config.repos import split_revision
     from ..model import ContinualModel
+    from ..prediction import best_device
 
     quieten()
-    name, revision = split_revision(repo)
-    return ContinualModel.from_pretrained(name, backbone=backbone, revision=revision, token=token)
+    place, (name, revision) = best_device(device), split_revision(repo)
+    return ContinualModel.from_pretrained(name, backbone=backbone, revision=revision, token=token).to(place)

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from .common import AsJson, BackbonePath, Overwrite, Repo, Token, load_model, show
+from .common import AsJson, BackbonePath, Device, Overwrite, Repo, Token, load_model, show
 
 
 def export(
@@ -17,11 +17,12 @@ def export(
     as_json: AsJson = False,
     backbone: BackbonePath = None,
     token: Token = None,
+    device: Device = None,
 ) -> None:
     """Export one expert as a plain PEFT adapter, or merged into the backbone as a plain transformers classifier."""
     from ..export import export_adapter, export_merged
 
-    model = load_model(repo, backbone, token)
+    model = load_model(repo, backbone, token, device)
     (export_merged if merge else export_adapter)(model, task, output, overwrite)
     what = "transformers image classifier" if merge else "PEFT adapter"
     then = f'pipeline("image-classification", "{output}")' if merge else f'PeftModel.from_pretrained(vit, "{output}")'

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from .common import AsJson, BackbonePath, Repo, Token, load_model, show
+from .common import AsJson, BackbonePath, Device, Repo, Token, load_model, show
 
 
 def predict(
@@ -26,13 +26,12 @@ def predict(
     ] = None,
     top_k: Annotated[int, typer.Option(min=1, help="Likeliest classes and nearest experts in the JSON.")] = 1,
     token: Token = None,
+    device: Device = None,
 ) -> None:
     """Classify pictures: label, score, and expert of each."""
     from dataclasses import asdict
 
-    from ..prediction import best_device
-
-    model = load_model(repo, backbone, token).to(best_device())
+    model = load_model(repo, backbone, token, device)
     predictions = model.predict(
         images,
         batch_size=batch_size,

@@ -153,9 +153,9 @@ class LoraTable(ExpertTable):
         owners = torch.zeros(len(self.rows), dtype=torch.int64, device=self.rows.device)
         owners[self.members[: len(self)]] = torch.arange(len(self), device=owners.device)[:, None]
         down, up = self._parts(self.rows)
-        by_layer = factors.reshape(len(self), -1).expand(-1, len(self.sites))[owners]
-        widths = torch.tensor([site.up.stop - site.up.start for site in self.sites.values()], device=owners.device)
-        return torch.cat([down, up * by_layer.repeat_interleave(widths, dim=1)], dim=1)
+        by_layer = factors.reshape(len(self), -1).expand(-1, len(self.sites))[owners].split(1, dim=1)
+        ups = [up[:, site.up] * factor for site, factor in zip(self.sites.values(), by_layer, strict=True)]
+        return torch.cat([down, *ups], dim=1)
 
     def selected(
         self, selection: torch.Tensor, form: str, dtype: torch.dtype, factors: torch.Tensor | None = None

@@ -31,14 +31,23 @@ class Confidence(torch.nn.Module):
         super().__init__()
         self.register_buffer("losses", torch.zeros(0, GRID, dtype=torch.float32))  # of each task; zeros: not measured
         self.register_buffer("origins", torch.zeros(0, dtype=torch.int64))  # the first task that each was beside
+        self._known: tuple[torch.Tensor, tuple[tuple[float, float], bool]] | None = None
 
     def fitted(self) -> tuple[float, float]:
         """The temperature, above 0, and the share, in [0, 1]."""
-        return best_on_grid(self.losses.double().sum(dim=0).cpu())
+        return self._fit()[0]
 
     def forward(self, scores: torch.Tensor) -> torch.Tensor:
         """Log-probabilities of classes, `(batch, classes)`, from their scores; the scores if nothing was measured."""
-        return calibrate(scores, *self.fitted()) if self.losses.any() else scores
+        fitted, measured = self._fit()
+        return calibrate(scores, *fitted) if measured else scores
+
+    def _fit(self) -> tuple[tuple[float, float], bool]:
+        """What [`~Confidence.fitted`] returns, and whether anything was measured; read once, as it waits for a GPU."""
+        if self._known is None or self._known[0] is not self.losses:
+            losses = self.losses.cpu().double().sum(dim=0)
+            self._known = self.losses, (best_on_grid(losses), bool(losses.any()))
+        return self._known[1]
 
     def add(self, losses: torch.Tensor) -> None:
         """Adds a task; see [`losses_on_grid`]."""

@@ -50,18 +50,18 @@ class Ease(AllExperts, name="ease"):
         self.register_buffer("means", torch.zeros(0, 0, backbone.hidden_size))  # (entries, experts, hidden_size)
 
     def classify(self, features: torch.Tensor, routing: Routing) -> torch.Tensor:
-        owners, classes = (index.to(features.device) for index in _entries(self.config.tasks))
-        num_experts = self.means.shape[1]
+        own, num_experts = _entries(self.config.tasks), self.means.shape[1]
+        weights = torch.full((len(own[0]), num_experts, 1), self.options.alpha / max(1, num_experts - 1))
+        weights[torch.arange(len(weights)), own[0]] = 1.0
+        owners, classes, weights = (tensor.to(features.device, non_blocking=True) for tensor in (*own, weights))
         # Side by side, in the order of the bank; zero where an expert has not read an image.
         place = routing.selection[..., None].expand_as(features)
         beside = features.new_zeros(len(features), num_experts, features.shape[-1])
         beside = beside.scatter(1, place, normalize(features, dim=-1))
-        weights = features.new_full((len(owners), num_experts, 1), self.options.alpha / max(1, num_experts - 1))
-        weights[torch.arange(len(owners)), owners] = 1.0
         scores = beside.flatten(1) @ (normalize(self.means.to(features), dim=-1) * weights).flatten(1).T
         known = (routing.selection[..., None] == owners).any(dim=1)  # whether the expert of its own task was selected
         scores = scores.masked_fill(~known, -torch.inf)
-        logits = scores.new_full((len(scores), int(classes.max()) + 1), -torch.inf)
+        logits = scores.new_full((len(scores), len(self.config.classes)), -torch.inf)
         return logits.scatter_reduce(1, classes.expand_as(scores), scores, "amax")
 
     def end(self, features_of: FeaturesOf) -> None:

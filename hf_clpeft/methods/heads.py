@@ -6,6 +6,9 @@ from ..backbones.precision import KeepsPrecision, in_float32
 from ..config import TaskConfig
 
 
+MOST_AT_ONCE = 2**24  # numbers of the rows that are gathered for a part of a batch
+
+
 class Heads(KeepsPrecision):
     """Linear classifier whose rows belong to the tasks that trained them.
 
@@ -44,6 +47,7 @@ class Heads(KeepsPrecision):
         self.biases = torch.nn.ParameterList()
         self.classes: list[list[int]] = []  # class indices of each task's rows
         self.single: list[bool] = []  # whether the task had a single class
+        self._placed: tuple[tuple[torch.device, bool], list[torch.Tensor]] | None = None  # see `_place`
 
     @property
     def num_classes(self) -> int:
@@ -96,6 +100,7 @@ class Heads(KeepsPrecision):
                     self.weights[task] = _fixed(self.weights[task][kept])
                     self.biases[task] = _fixed(self.biases[task][kept])
                     self.classes[task] = [numbers[row] for row in kept]
+        self._placed = None
         self.weights.append(_fixed(weight))
         self.biases.append(_fixed(bias))
         self.classes.append(list(classes))
@@ -166,6 +171,7 @@ class Heads(KeepsPrecision):
             task (`int`): Index of the task.
             number (`dict[int, int]`): Maps old to new indices of the remaining classes.
         """
+        self._placed = None
         kept = [i for i in range(len(self.classes)) if i != task]
         self.weights = torch.nn.ParameterList([self.weights[i] for i in kept])
         self.biases = torch.nn.ParameterList([self.biases[i] for i in kept])
@@ -183,18 +189,47 @@ class Heads(KeepsPrecision):
         Returns:
             `torch.Tensor` of shape `(batch, num_classes)`, `float32`: −inf for classes without an applicable row.
         """
-        logits = features.new_full((len(features), self.num_classes), -torch.inf)
-        every = torch.arange(len(features), device=features.device)
-        together = every
-        if self.shared and any(self.single):
-            together = every[~torch.tensor(self.single, device=features.device)[owners]]
-        for task in range(len(self.classes)) if self.shared else owners.unique().tolist():
-            rows = together if self.shared and not self.single[task] else every[owners == task]
-            columns = torch.tensor(self.classes[task], dtype=torch.int64, device=features.device)
-            logits[rows[:, None], columns] = torch.nn.functional.linear(
-                features[rows], self.weights[task], self.biases[task]
-            )
-        return logits
+        # Without reading on the CPU which tasks the images were routed to: a GPU would have to be waited for.
+        where = features.device, self.shared
+        if self._placed is None or self._placed[0] != where:
+            self._placed = where, self._place(features.device)
+        columns, *rows = self._placed[1]
+        found = self._shared(features, owners, *rows) if self.shared else self._per_task(features, owners, *rows)
+        logits = features.new_full((len(features), self.num_classes + 1), -torch.inf)  # the last one is of no class
+        columns = columns.expand_as(found) if self.shared else columns[owners]
+        return logits.scatter_reduce(1, columns, found, "amax")[:, :-1]
+
+    def _place(self, device: torch.device) -> list[torch.Tensor]:
+        """What [`~Heads.forward`] needs on a device: the class of every row, and rows by task or what selects them."""
+        if self.shared:
+            owners = [task if self.single[task] else -1 for task, numbers in enumerate(self.classes) for _ in numbers]
+            flat = [number for numbers in self.classes for number in numbers]
+            lists: list[list] = [flat, owners, self.single]
+            return [torch.tensor(numbers).to(device, non_blocking=True) for numbers in lists]
+        # Tasks with fewer rows than others get rows of no class.
+        most = max(map(len, self.classes), default=0)
+        padded = [[*numbers, *[self.num_classes] * (most - len(numbers))] for numbers in self.classes]
+        columns = torch.tensor(padded, dtype=torch.int64).to(device, non_blocking=True)
+        return [columns, *(torch.nn.utils.rnn.pad_sequence([*rows], True) for rows in (self.weights, self.biases))]
+
+    def _shared(
+        self, features: torch.Tensor, owners: torch.Tensor, row_owners: torch.Tensor, single: torch.Tensor
+    ) -> torch.Tensor:
+        rows = zip(self.weights, self.biases, strict=True)
+        found = torch.cat([torch.nn.functional.linear(features, weight, bias) for weight, bias in rows], dim=1)
+        if not any(self.single):
+            return found
+        wanted = torch.where(single[owners], owners, -1)
+        return found.masked_fill(row_owners != wanted[:, None], -torch.inf)
+
+    def _per_task(
+        self, features: torch.Tensor, owners: torch.Tensor, weights: torch.Tensor, biases: torch.Tensor
+    ) -> torch.Tensor:
+        at_once = max(1, MOST_AT_ONCE // max(1, weights[0].numel()))
+        parts = zip(features.split(at_once), owners.split(at_once), strict=True)
+        # Not a matrix product, whose rounding would depend on the number of rows of other tasks.
+        found = [(weights[tasks] * rows[:, None]).sum(dim=-1) + biases[tasks] for rows, tasks in parts]
+        return torch.cat(found)
 
 
 def _fixed(rows: torch.Tensor) -> torch.nn.Parameter:

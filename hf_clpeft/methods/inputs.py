@@ -37,7 +37,7 @@ def second_moments(
         finally:
             for hook in hooks:
                 hook.remove()
-        seeds = [seed + number for number in checksums(pixels)]
+        seeds = checksums(pixels) + seed
         rows = [combine_tokens(tokens.float(), seeds, combinations) for tokens in inputs]
         shapes[:] = [row.shape[1:] for row in rows]
         return torch.cat([row.flatten(1) for row in rows], dim=1)
@@ -51,7 +51,7 @@ def second_moments(
     return matrices
 
 
-def combine_tokens(tokens: torch.Tensor, seeds: Sequence[int], count: int) -> torch.Tensor:
+def combine_tokens(tokens: torch.Tensor, seeds: torch.Tensor, count: int) -> torch.Tensor:
     """Random combinations z of the tokens x of each image, with E Σ z zᵀ = Σ x xᵀ.
 
     Tokens get random signs, and are then mixed by rows of a Hadamard matrix, which are orthogonal: with as many rows
@@ -59,7 +59,7 @@ def combine_tokens(tokens: torch.Tensor, seeds: Sequence[int], count: int) -> to
 
     Args:
         tokens (`torch.Tensor` of shape `(batch, tokens, width)`): Tokens of each image.
-        seeds (sequence of `int`): Seed of each image.
+        seeds (`int64` `torch.Tensor` of shape `(batch,)`): Seed of each image.
         count (`int`): Number of combinations; at most the next power of two of the number of tokens is used.
 
     Returns:
@@ -74,7 +74,7 @@ def combine_tokens(tokens: torch.Tensor, seeds: Sequence[int], count: int) -> to
     >>> from hf_clpeft.methods.inputs import combine_tokens
 
     >>> tokens = torch.randn(1, 5, 3)
-    >>> few, all = (combine_tokens(tokens, [0], count)[0] for count in (2, 8))
+    >>> few, all = (combine_tokens(tokens, torch.tensor([0]), count)[0] for count in (2, 8))
     >>> len(few), torch.allclose(all.T @ all, tokens[0].T @ tokens[0], atol=1e-5)
     (2, True)
 
@@ -86,12 +86,21 @@ def combine_tokens(tokens: torch.Tensor, seeds: Sequence[int], count: int) -> to
     while len(hadamard) < size:
         hadamard = torch.cat([torch.cat([hadamard, hadamard], dim=1), torch.cat([hadamard, -hadamard], dim=1)])
     mixed = hadamard[:count, :number] / min(count, size) ** 0.5
-    signs = torch.stack(
-        [2 * torch.randint(2, (number,), generator=torch.Generator().manual_seed(seed)) - 1 for seed in seeds]
-    )
-    return (mixed * signs[:, None]).to(tokens) @ tokens
+    signs = random_signs(seeds, number).to(tokens)
+    return (mixed.to(tokens, non_blocking=True) * signs[:, None]) @ tokens
 
 
-def checksums(pixels: torch.Tensor) -> list[int]:
-    """An integer per image, which depends on its pixels alone."""
-    return pixels.float().contiguous().view(torch.int32).flatten(1).sum(dim=1, dtype=torch.int64).tolist()
+def random_signs(seeds: torch.Tensor, count: int) -> torch.Tensor:
+    """Signs that are drawn on the device of their seeds: 1 and −1, of shape `(len(seeds), count)`.
+
+    Source: the mixing function of SplitMix64, Steele et al., "Fast splittable pseudorandom number generators", 2014.
+    """
+    state = (seeds[:, None] * count + torch.arange(1, count + 1, device=seeds.device)) * -0x61C8864680B583EB
+    for shift, factor in ((30, -0x40A7B892E31B1A47), (27, -0x6B2FB644ECCEEE15)):
+        state = (state ^ (state >> shift & (1 << 64 - shift) - 1)) * factor
+    return 1 - 2 * (state >> 31 & 1 ^ state & 1)
+
+
+def checksums(pixels: torch.Tensor) -> torch.Tensor:
+    """An integer per image, which depends on its pixels alone; of shape `(batch,)`."""
+    return pixels.float().contiguous().view(torch.int32).flatten(1).sum(dim=1, dtype=torch.int64)

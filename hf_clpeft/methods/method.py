@@ -344,7 +344,7 @@ class Method(Keeper):
         """Maps class indices of the model to class indices of the current task."""
         row_of = torch.full((len(self.classes),), -1)
         row_of[self.numbers] = torch.arange(len(self.numbers))
-        return row_of.to(labels.device)[labels]
+        return row_of.to(labels.device, non_blocking=True)[labels]
 
     def costs(self) -> tuple[int, int]:
         """Numbers of trainable parameters of the current task: those of its experts, and those of its head."""

@@ -46,4 +46,4 @@ def mix(
     """
     own = selection[:, :, None] == owners  # entries of each expert's task
     log_probabilities = logits[:, :, classes].masked_fill(~own, -torch.inf).log_softmax(dim=-1)
-    return log_sum_exp(log_probabilities.logsumexp(dim=1) + ROUTER_WEIGHT * scores, classes)
+    return log_sum_exp(log_probabilities.logsumexp(dim=1) + ROUTER_WEIGHT * scores, classes, logits.shape[2])

@@ -5,9 +5,9 @@ from typing import ClassVar, Self
 
 import torch
 
-from ..backbones.precision import without_autocast
+from ..backbones.precision import for_sums, without_autocast
 from ..config import ConfigError
-from .routing import Router, Routing
+from .routing import Router, Routing, count
 
 
 MOST_IMAGES = 2**40  # per class
@@ -57,9 +57,10 @@ class ClassRouter(Router, ABC):
         self.register_buffer("classes", torch.zeros(0, dtype=torch.int64))
 
     def learn(self, features: torch.Tensor, classes: torch.Tensor, seed: int = 0) -> None:
-        features = features.detach().cpu().double()
+        place = self.place(features.numel())
+        features = features.detach().to(place, torch.float64)
         features = features if features.dim() == 3 else features[:, None]
-        numbers, entries = classes.cpu().unique(return_inverse=True)
+        numbers, entries = classes.to(place).unique(return_inverse=True)
         counts = torch.bincount(entries)
         normalized = torch.nn.functional.normalize(features, dim=-1)
         sums = normalized.new_zeros(len(numbers), self.query_size).index_add(0, entries, normalized.mean(dim=1))
@@ -74,6 +75,15 @@ class ClassRouter(Router, ABC):
         columns = {"prototypes": other.prototypes, "counts": other.counts, "classes": renumbered}
         self._append({**columns, "owners": other.owners + self.num_owners})
         self.merge_sums(other)
+
+    def place(self, count: int = 0) -> torch.device:
+        """Where sums over so many features are computed in `float64`; see [`for_sums`]."""
+        return for_sums(self.prototypes.device, count + self.prototypes.shape[1] ** 2)
+
+    @property
+    def num_classes(self) -> int:
+        """One more than the highest class index."""
+        return self.once("classes", count)
 
     def why_not_removed(self, owner: int) -> str | None:
         return "the sums of its router hold the images of all tasks"
@@ -249,7 +259,7 @@ class ClassMeanRouter(ClassRouter):
     def class_scores(self, scores: torch.Tensor) -> torch.Tensor:
         # The mean of a class is the mean of its entries, weighted by their image counts.
         sums = self.prototypes * self.counts[:, None]
-        shape = (len(scores), int(self.classes.max()) + 1)
+        shape = (len(scores), self.num_classes)
         weighted = scores * sums.norm(dim=-1)
         norms = sums.new_zeros(shape[1], self.query_size).index_add(0, self.classes, sums).norm(dim=-1)
         return scores.new_zeros(shape).index_add(1, self.classes, weighted) / norms

@@ -120,7 +120,7 @@ def shrink(covariance: torch.Tensor, freedom: int, dimensions: int | None = None
     """
     width = len(covariance)
     weight, scale = shrinkage(covariance.trace(), (covariance**2).sum(), freedom, dimensions or width)
-    return (1 - weight) * covariance + weight * scale * torch.eye(width, dtype=covariance.dtype)
+    return (1 - weight) * covariance + weight * scale * torch.eye(width).to(covariance)
 
 
 def shrinkage(trace: torch.Tensor, squares: torch.Tensor, freedom: int, dimensions: int) -> tuple[float, torch.Tensor]:
@@ -173,7 +173,7 @@ def leave_one_out(
     parts = torch.cat([residuals / residuals.shape[1] ** 0.5, (mean / others.sqrt())[:, None]], dim=1) * share**0.5
     values, vectors = torch.linalg.eigh(parts @ parts.mT)
     gain = vectors @ torch.diag_embed(1 / (1 - values.clamp(max=1 - 1e-6))) @ vectors.mT
-    far, rows = parts @ centres.T, torch.arange(len(owns))
+    far, rows = parts @ centres.T, torch.arange(len(owns), device=owns.device)
     scores = torch.zeros(len(owns), len(centres)).to(centres)
     for view in residuals[:, :views].unbind(dim=1):
         place, own = centres[owns] + view, view + mean / others

@@ -6,7 +6,7 @@ import torch
 
 from .classes import ClassRouter
 from .covariance import factorize, leave_one_out, mean_square, shrink, shrinkage, unpack_triangle
-from .routing import State
+from .routing import State, count
 from .typicality import PERCENT, Metric, cross_fit, fit_thresholds, p_values
 
 
@@ -66,7 +66,7 @@ class GaussianRouter(ClassRouter):
         self.register_buffer("_whitening", nothing.clone(), persistent=False)
         self.register_buffer("_centres", nothing.clone(), persistent=False)
         self._sum, self._summed = torch.zeros(0, 0), 0  # over how many tasks
-        self._metrics: dict[int, Metric] = {}  # of the tasks
+        self._metrics: dict[int, tuple[torch.Tensor, Metric, torch.Tensor]] = {}  # of the tasks
 
     @property
     def num_features(self) -> int:
@@ -79,7 +79,7 @@ class GaussianRouter(ClassRouter):
         return -(distances**2) / 2
 
     def class_scores(self, scores: torch.Tensor) -> torch.Tensor:
-        return log_sum_exp(scores, self.classes)
+        return log_sum_exp(scores, self.classes, self.num_classes)
 
     def to_distances(self, scores: torch.Tensor) -> torch.Tensor:
         return (-2 * scores).sqrt()
@@ -104,31 +104,33 @@ class GaussianRouter(ClassRouter):
     def leave_one_out(
         self, features: torch.Tensor, classes: torch.Tensor, views: int = 1
     ) -> tuple[torch.Tensor, torch.Tensor] | None:
-        numbers, entries = classes.cpu().unique(return_inverse=True)
-        known, counts = torch.cat([self.classes.cpu(), numbers]), entries.bincount()
+        place = self.place(features.numel())
+        numbers, entries = classes.to(place).unique(return_inverse=True)
+        known, counts = torch.cat([self.classes.to(place), numbers]), entries.bincount()
         kept = counts[entries] > 1
         if type(self).scores is not GaussianRouter.scores or len(known.unique()) < 2 or not kept.any():
             return None
-        lifted = self._lift(features if features.dim() == 3 else features[:, None]).cpu().double()
+        lifted = self._lift(features if features.dim() == 3 else features[:, None]).to(place, torch.float64)
         sums = lifted.new_zeros(len(numbers), self.num_features).index_add(0, entries, lifted.mean(dim=1))
         means = sums / counts[:, None]
         residuals = lifted - means[entries, None]
         freedom = max(1, int(self.counts.sum() + counts.sum()) - len(known))
-        covariance = (self.sum_up() + mean_square(residuals)) / freedom
+        covariance = (self.sum_up().to(place) + mean_square(residuals)) / freedom
         triangle = torch.linalg.cholesky(shrink(covariance, freedom, self.query_size))
         weight, _ = shrinkage(covariance.trace(), (covariance**2).sum(), freedom, self.query_size)
-        centres = torch.cat([self._means.cpu().double().reshape(-1, self.num_features), means])
+        centres = torch.cat([self._means.to(means).reshape(-1, self.num_features), means])
         centres = torch.linalg.solve_triangular(triangle, centres.T, upper=False).T
         flat = torch.linalg.solve_triangular(triangle, residuals.flatten(0, 1).T, upper=False).T
         scores = leave_one_out(
             flat.unflatten(0, residuals.shape[:2]), centres, len(self.classes) + entries, (1 - weight) / freedom, views
         )
-        return log_sum_exp(scores[kept], known), classes.cpu()[kept]
+        return log_sum_exp(scores[kept], known, count(known)).cpu(), classes.to(place)[kept].cpu()
 
     def merge_sums(self, other: Self) -> None:
         if len(other.scatter):
             # Tasks with one sum for all come first: those that are here join them.
-            self.scatter, self._summed = (self.sum_up() + other.scatter.cpu().double()).to(self.scatter), 0
+            total = self.sum_up()
+            self.scatter, self._summed = (total + other.scatter.to(total)).to(self.scatter), 0
             for name in ("factors", "ranks", "rests", "thresholds"):
                 setattr(self, name, getattr(self, name)[:0])
         self._append({name: getattr(other, name) for name in ("factors", "ranks", "rests", "thresholds")})
@@ -217,26 +219,39 @@ class GaussianRouter(ClassRouter):
 
     def calibrated(self) -> list[bool] | None:
         pooled = self.num_owners - len(self.ranks)
-        return pooled * [False] + (self.thresholds[:, 0] > 0).tolist()
+        return pooled * [False] + self.once("thresholds", lambda thresholds: (thresholds[:, 0] > 0).tolist())
 
     def typicality(self, query: torch.Tensor, distances: torch.Tensor) -> torch.Tensor:
         """The p-value of the nearest task, by Mahalanobis distances to its classes under its own covariance."""
-        features = self._lift(query if query.dim() == 2 else query[:, 0]).cpu().double()
-        nearest, pooled = distances.argmin(dim=1).cpu(), self.num_owners - len(self.ranks)
-        owners, found = self.owners.cpu(), torch.zeros(len(features))
+        features = self._lift(query if query.dim() == 2 else query[:, 0])
+        # One copy to the CPU, where every task's images are measured with its own metric.
+        features, nearest = (
+            torch.cat([features, distances.argmin(dim=1)[:, None]], dim=1)
+            .cpu()
+            .split_with_sizes([self.num_features, 1], dim=1)
+        )
+        features, nearest, found = features.double(), nearest[:, 0].long(), torch.zeros(len(features))
         for owner in nearest.unique().tolist():
-            means = self._means[self.owners == owner].cpu().double()
             if owner not in self._metrics:
-                block = self.factors.split(self.ranks.tolist())[owner - pooled].cpu().double()
-                freedom = int(self.counts[self.owners == owner].sum()) - int((owners == owner).sum())
-                self._metrics[owner] = self._metric(block, self.rests[owner - pooled].cpu().double(), freedom)
-            far = self._metrics[owner].squared(features[nearest == owner][:, None] - means).amin(dim=1)
-            found[nearest == owner] = p_values(far.sqrt(), self.thresholds[owner - pooled].cpu().double())
-        return found.to(distances)
+                self._metrics[owner] = self._metric_of(owner)
+            means, metric, thresholds = self._metrics[owner]
+            far = metric.squared(features[nearest == owner][:, None] - means).amin(dim=1)
+            found[nearest == owner] = p_values(far.sqrt(), thresholds)
+        return found.to(distances, non_blocking=True)
+
+    def _metric_of(self, owner: int) -> tuple[torch.Tensor, Metric, torch.Tensor]:
+        """Means, metric and thresholds of a task, `float64`, on the CPU."""
+        own, place = (self.owners == owner).cpu(), owner - (self.num_owners - len(self.ranks))
+        block, rest = self.factors.split(self.ranks.tolist())[place].cpu().double(), self.rests[place].cpu().double()
+        freedom = int(self.counts.cpu()[own].sum()) - int(own.sum())
+        return (
+            self._means.cpu()[own].double(),
+            self._metric(block, rest, freedom),
+            self.thresholds[place].cpu().double(),
+        )
 
     def _fit_thresholds(self, features: torch.Tensor, entries: torch.Tensor) -> torch.Tensor:
         """Thresholds of shape `(100,)`, from distances of images held out of means and covariance."""
-        count = int(entries.max()) + 1
 
         def distances(fitted: torch.Tensor, held_out: torch.Tensor) -> torch.Tensor:
             known, places = entries[fitted].unique(return_inverse=True)
@@ -247,7 +262,7 @@ class GaussianRouter(ClassRouter):
             metric = self._metric(factor, rest, len(fitted) - len(known))
             return metric.squared(features[held_out, :1] - means).amin(dim=1).sqrt()
 
-        values = cross_fit(entries, distances) if len(entries) > count else torch.zeros(0)
+        values = cross_fit(entries, distances) if len(entries) > count(entries) else torch.zeros(0)
         values = values[values.isfinite()]
         return torch.from_numpy(fit_thresholds(values.double().numpy())) if len(values) > 1 else torch.zeros(PERCENT)
 
@@ -263,22 +278,23 @@ class GaussianRouter(ClassRouter):
         self._metrics = {}
         whitening = torch.linalg.inv(self._factor()).T
         self._whitening = whitening.to(self.prototypes)
-        self._centres = (self.prototypes.cpu().double() @ whitening).to(self.prototypes)
+        self._centres = (self.prototypes.to(whitening) @ whitening).to(self.prototypes)
 
     def _factor(self) -> torch.Tensor:
-        """Cholesky factor of the shrunk covariance, `float64`, on the CPU."""
+        """Cholesky factor of the shrunk covariance, `float64`; see [`~ClassRouter.place`]."""
         freedom = max(1, int(self.counts.sum()) - len(self.counts))
         return torch.linalg.cholesky(shrink(self.sum_up() / freedom, freedom, self.query_size))
 
     def sum_up(self) -> torch.Tensor:
-        """The scatter matrix of all tasks, `float64`, on the CPU; added up in their order, for the same bits."""
+        """The scatter matrix of all tasks, `float64`; added up in their order, for the same bits."""
+        place, width = self.place(), self.num_features
         if not self._summed:
-            width = self.num_features
-            self._sum = self.scatter.cpu().double() if len(self.scatter) else torch.zeros(width, width).double()
+            self._sum = self.scatter.double() if len(self.scatter) else torch.zeros(width, width).double()
+        self._sum = self._sum.to(place)
         blocks = self.factors.split(self.ranks.tolist())
         for factor, rest in zip(blocks[self._summed :], self.rests[self._summed :], strict=True):
-            factor = factor.cpu().double()
-            self._sum = self._sum + factor.T @ factor + rest.cpu().double().diag()
+            factor = factor.to(self._sum)
+            self._sum = self._sum + factor.T @ factor + rest.to(self._sum).diag()
         self._summed = len(blocks)
         return self._sum
 
@@ -295,12 +311,13 @@ class GaussianRouter(ClassRouter):
         return torch.nn.functional.normalize(query.to(self.prototypes), dim=-1)
 
 
-def log_sum_exp(scores: torch.Tensor, groups: torch.Tensor) -> torch.Tensor:
+def log_sum_exp(scores: torch.Tensor, groups: torch.Tensor, count: int) -> torch.Tensor:
     """Log-sum-exp over groups of columns.
 
     Args:
         scores (`torch.Tensor` of shape `(batch, columns)`): May hold −inf.
-        groups (integer `torch.Tensor` of shape `(columns,)`): Group of each column; every group from 0 on has one.
+        groups (integer `torch.Tensor` of shape `(columns,)`): Group of each column.
+        count (`int`): Number of groups.
 
     Returns:
         `torch.Tensor` of shape `(batch, groups)`.
@@ -311,13 +328,13 @@ def log_sum_exp(scores: torch.Tensor, groups: torch.Tensor) -> torch.Tensor:
     >>> import torch
     >>> from hf_clpeft.routing.gaussian import log_sum_exp
 
-    >>> log_sum_exp(torch.tensor([[0.0, 0.0, -torch.inf]]), torch.tensor([0, 0, 1])).exp()
+    >>> log_sum_exp(torch.tensor([[0.0, 0.0, -torch.inf]]), torch.tensor([0, 0, 1]), count=2).exp()
     tensor([[2., 0.]])
 
     ```
     """
     groups = groups.expand_as(scores)
-    largest = scores.new_full((len(scores), int(groups.max()) + 1), -torch.inf)
+    largest = scores.new_full((len(scores), count), -torch.inf)
     largest = largest.scatter_reduce(1, groups, scores, reduce="amax")
     finite = largest.nan_to_num(neginf=0.0)
     sums = torch.zeros_like(largest).scatter_add(1, groups, (scores - finite.gather(1, groups)).exp())

@@ -77,8 +77,9 @@ class KldaRouter(GaussianRouter):
         targets = torch.nn.functional.one_hot(entries).to(lifted)
         means = targets.T @ lifted.mean(dim=1) / targets.sum(dim=0)[:, None]
         self._append({"means": means})
-        residuals = (lifted - means[entries, None]).cpu().double()
-        self.add_scatter(lifted.cpu().double(), residuals, entries.cpu())
+        place = self.place(lifted.numel())
+        lifted, means, entries = lifted.to(place, torch.float64), means.to(place, torch.float64), entries.to(place)
+        self.add_scatter(lifted, lifted - means[entries, None], entries)
         self.derive()
 
     def leave_one_out(
@@ -104,8 +105,8 @@ class KldaRouter(GaussianRouter):
         self._metrics = {}
         if not len(self.means):
             return
-        factor, means = self._factor(), self.means.cpu().double()
-        centres = torch.linalg.solve_triangular(factor, means.T, upper=False).T
+        factor = self._factor()
+        centres = torch.linalg.solve_triangular(factor, self.means.to(factor).T, upper=False).T
         self._cholesky, self._centres = factor.to(self.means), centres.to(self.means)
 
     def _whiten(self, query: torch.Tensor) -> torch.Tensor:

@@ -90,7 +90,8 @@ class LowRankRidgeRouter(RidgeRouter):
 
     def _add(self, hidden: torch.Tensor, targets: torch.Tensor) -> None:
         held_out = len(hidden) // 5 * targets.shape[1]
-        errors = held_out * penalty_errors(hidden.double(), targets.double())
+        exact = hidden.to(self.place(hidden.numel()), torch.float64)
+        errors = held_out * penalty_errors(exact, targets.to(exact))
         self.errors = self.errors + errors.to(self.errors)
         for images in (hidden.flatten(0, 1) / hidden.shape[1] ** 0.5).split(ROWS_AT_ONCE):
             self._add_columns(images.T.double())

@@ -150,7 +150,7 @@ class PrototypeRouter(Router):
         return self.prototypes, self.owners
 
     def calibrated(self) -> list[bool] | None:
-        return (self.thresholds < FARTHEST).any(dim=1).tolist()
+        return self.once("thresholds", lambda thresholds: (thresholds < FARTHEST).any(dim=1).tolist())
 
     def typicality(self, query: torch.Tensor, distances: torch.Tensor) -> torch.Tensor:
         """The largest of the p-values of all tasks: an image must be typical of none to be rejected."""

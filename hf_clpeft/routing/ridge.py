@@ -63,7 +63,7 @@ class LinearRidgeRouter(ClassRouter):
 
     def class_scores(self, scores: torch.Tensor) -> torch.Tensor:
         # The regression is linear in its targets, and those of a class are the sum over its entries.
-        return scores.new_zeros(len(scores), int(self.classes.max()) + 1).index_add(1, self.classes, scores)
+        return scores.new_zeros(len(scores), self.num_classes).index_add(1, self.classes, scores)
 
     def to_distances(self, scores: torch.Tensor) -> torch.Tensor:
         return (1 - scores).clamp(min=0)
@@ -89,11 +89,11 @@ class LinearRidgeRouter(ClassRouter):
     def derive(self) -> None:
         if not len(self.moments):
             return
-        gram = self.gram.cpu().double()
+        gram = self.gram.to(self.place(self.gram.numel()), torch.float64, copy=True)
         # With fewer images than features, the Gram matrix is singular up to rounding, which must not be fitted.
         rounding = torch.finfo(self.gram.dtype).eps * gram.trace().item()
         gram.diagonal().add_(max(self.penalty.item(), rounding))
-        self._weights = torch.linalg.solve(gram, self.moments.cpu().double().T).T.to(self.gram)
+        self._weights = torch.linalg.solve(gram, self.moments.to(gram).T).T.to(self.gram)
 
     # How features are lifted, and which sums are kept besides moments
 
@@ -106,7 +106,8 @@ class LinearRidgeRouter(ClassRouter):
 
     def _add(self, hidden: torch.Tensor, targets: torch.Tensor) -> None:
         self._add_gram(mean_square(hidden))
-        self.penalty = self.penalty.new_tensor(choose_penalty(hidden.cpu().double(), targets.cpu().double()))
+        exact = hidden.to(self.place(hidden.numel()), torch.float64)
+        self.penalty = torch.tensor(choose_penalty(exact, targets.to(exact))).to(self.penalty)
 
     def _merge(self, other: Self) -> None:
         self._add_gram(other.gram.to(self.gram))

@@ -89,7 +89,7 @@ def cross_fit(
 
     ```
     """
-    order = torch.randperm(len(entries), generator=torch.Generator().manual_seed(seed))
+    entries, order = entries.cpu(), torch.randperm(len(entries), generator=torch.Generator().manual_seed(seed))
     order = order[entries[order].argsort(stable=True)]
     folds = torch.empty_like(order)
     folds[order] = torch.arange(len(order)) % FOLDS

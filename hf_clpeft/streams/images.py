@@ -59,9 +59,9 @@ class TaskImages(torch.utils.data.Dataset):
             "index": torch.from_numpy(index),
         }
 
-    def loader(self, batch_sampler: Iterable[list[int]], num_workers: int = 0) -> torch.utils.data.DataLoader:
-        """A `DataLoader` of the batches whose indices `batch_sampler` yields."""
-        options: Any = {"batch_sampler": batch_sampler, "num_workers": num_workers}
+    def loader(self, batch_sampler: Iterable[list[int]], **options: Any) -> torch.utils.data.DataLoader:
+        """A `DataLoader` of the batches whose indices `batch_sampler` yields, with its options."""
+        options["batch_sampler"] = batch_sampler
         return torch.utils.data.DataLoader(self, collate_fn=_identity, **options)
 
 

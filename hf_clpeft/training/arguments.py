@@ -1,10 +1,13 @@
 """Training arguments: everything but the method and the stream."""
 
 import os
+import shutil
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
+
+import torch
 
 from ..config.checks import MOST, check_ranges, check_types
 from ..config.errors import ConfigError
@@ -30,6 +33,9 @@ FROM_ZERO = (
     "dataloader_num_workers",
     "trunk_cache_gb",
 )
+WORKERS = 2  # processes that read resized images for a GPU, by default
+ENOUGH_BATCHES = 16  # fewer are read before workers have started
+ENOUGH_MEMORY = 2**30  # bytes; containers often have less, and then a worker crashes
 
 # May differ between a run and its resumption.
 MAY_CHANGE = {
@@ -54,6 +60,7 @@ MAY_CHANGE = {
     "save_steps",
     "save_total_limit",
     "task_parallel",
+    "torch_compile",
     "trunk_cache_gb",
 }
 
@@ -88,7 +95,9 @@ class ContinualTrainingArguments:
     )
     learning_rate: float = field(default=5e-3, metadata={"help": "Learning rate of the adapter."})
     head_learning_rate: float = field(default=2e-3, metadata={"help": "Learning rate of the head."})
-    optim: Literal["adamw", "sgd"] = field(default="adamw", metadata={"help": "AdamW, or SGD with momentum 0.9."})
+    optim: Literal["adamw", "sgd"] = field(
+        default="adamw", metadata={"help": "AdamW, fused on a CUDA GPU; or SGD with momentum 0.9."}
+    )
     weight_decay: float = field(default=0.0, metadata={"help": "Weight decay of the adapter and the head."})
     lr_scheduler_type: Literal[
         "linear",
@@ -103,7 +112,15 @@ class ContinualTrainingArguments:
     max_grad_norm: float = field(default=1.0, metadata={"help": "Maximum gradient norm for clipping; 0 disables it."})
     gradient_accumulation_steps: int = field(default=1, metadata={"help": "Batches per optimizer step."})
     mixed_precision: Literal["no", "bf16", "fp16"] | None = field(
-        default=None, metadata={"help": "Mixed precision; default: that of `accelerate launch`."}
+        default=None,
+        metadata={
+            "help": "Mixed precision; default: that of `accelerate launch`, else bf16 on a CUDA GPU that has it. "
+            "There, float32 is TF32 in the backbone, but never in routers and heads."
+        },
+    )
+    torch_compile: bool = field(
+        default=False,
+        metadata={"help": "Compile the backbone and its experts with torch.compile, for training and evaluation."},
     )
     augmentation: Literal["none", "flip", "crop", "crop_flip"] = field(
         default="none",
@@ -191,8 +208,12 @@ class ContinualTrainingArguments:
     )
     run_name: str = field(default="hf_clpeft", metadata={"help": "Project name in the tracker."})
     logging_steps: int = field(default=10, metadata={"help": "Optimizer steps between logged losses."})
-    dataloader_num_workers: int = field(
-        default=0, metadata={"help": "Worker processes that prefetch cached images; 0 reads them in the main one."}
+    dataloader_num_workers: int | None = field(
+        default=None,
+        metadata={
+            "help": "Worker processes that prefetch cached images; 0 reads them in the main one. Default: 2 for a "
+            "CUDA GPU, if there are batches enough, else 0."
+        },
     )
     disable_tqdm: bool = field(
         default=False, metadata={"help": "Disable progress bars and the table after each task."}
@@ -219,6 +240,26 @@ class ContinualTrainingArguments:
         """Optimizer steps of a task whose images make so many batches in an epoch."""
         return self.num_train_epochs * -(-num_batches // self.gradient_accumulation_steps)
 
+    def loading(self, num_batches: int, device: torch.device) -> dict[str, Any]:
+        """Options of [`TaskImages.loader`] for so many batches that go to a device.
+
+        Example:
+
+        ```py
+        >>> import torch
+        >>> from hf_clpeft import ContinualTrainingArguments
+
+        >>> ContinualTrainingArguments().loading(num_batches=1_000, device=torch.device("cpu"))
+        {'num_workers': 0, 'pin_memory': False}
+
+        ```
+        """
+        gpu, workers = device.type == "cuda", self.dataloader_num_workers
+        if workers is None:
+            worth = num_batches >= ENOUGH_BATCHES and shared_memory() >= ENOUGH_MEMORY
+            workers = min(WORKERS, os.cpu_count() or 1) if gpu and worth else 0
+        return {"num_workers": workers, "pin_memory": gpu}
+
     def decisive(self) -> dict:
         """The arguments that determine the result of training."""
         return {name: value for name, value in vars(self).items() if name not in MAY_CHANGE}
@@ -226,3 +267,19 @@ class ContinualTrainingArguments:
     def to_log(self) -> dict:
         """The arguments for logs and trackers, without the token and empty values."""
         return {name: value for name, value in vars(self).items() if name != "hub_token" and value is not None}
+
+
+def shared_memory() -> int:
+    """Bytes that are free to hand batches from worker processes to the main one.
+
+    Example:
+
+    ```py
+    >>> from hf_clpeft.training.arguments import shared_memory
+
+    >>> shared_memory() >= 0
+    True
+
+    ```
+    """
+    return shutil.disk_usage("/dev/shm").free if os.path.isdir("/dev/shm") else 0

@@ -100,7 +100,7 @@ class CachedBatches:
     def __init__(self, images: TaskImages, args: ContinualTrainingArguments, accelerator: Accelerator):
         place = (accelerator.process_index, accelerator.num_processes)
         self._order = EpochBatches(len(images), args.train_batch_size, args.seed, *place)
-        loader = images.loader(self._order, args.dataloader_num_workers)
+        loader = images.loader(self._order, **args.loading(len(self._order), accelerator.device))
         self._loader = on_device(loader, accelerator)
 
     def __len__(self) -> int:
@@ -131,7 +131,8 @@ class StreamedBatches:
     def read(self, epoch: int, start: int, position: dict | None) -> Iterator[tuple[dict[str, torch.Tensor], Share]]:
         """Yields the batches of an epoch from `start` on, at `position`, each with this process's share."""
         self._positions = {start: position}
-        loader = torch.utils.data.DataLoader(_IterableBatches(self._epoch(epoch, start, position)), batch_size=None)
+        batches, pin = _IterableBatches(self._epoch(epoch, start, position)), self._accelerator.device.type == "cuda"
+        loader = torch.utils.data.DataLoader(batches, batch_size=None, pin_memory=pin)
         for number, batch in enumerate(on_device(loader, self._accelerator), start + 1):
             yield batch, self._shares.pop(number)
 
@@ -184,7 +185,7 @@ def on_device(loader: torch.utils.data.DataLoader, accelerator: Accelerator) -> 
         return accelerator.prepare(loader)
     # No RNG synchronisation, which would advance this process's generators.
     unsharded = {"num_processes": 1, "process_index": 0, "dispatch_batches": False, "rng_types": []}
-    return prepare_data_loader(loader, accelerator.device, put_on_device=True, **unsharded)
+    return prepare_data_loader(loader, accelerator.device, put_on_device=True, non_blocking=True, **unsharded)
 
 
 class _IterableBatches(torch.utils.data.IterableDataset):

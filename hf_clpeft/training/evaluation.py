@@ -184,8 +184,9 @@ class Evaluator:
         def compute(rows: torch.Tensor, experts: torch.Tensor) -> torch.Tensor:
             def features(pixels: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
                 read: Any = method.read
-                more = {"query": test.query[index].to(self.model.device)} if method.reads_by_query else {}
-                return read(pixels, experts[index].to(self.model.device), **more)
+                given = {"query": test.query} if method.reads_by_query else {}
+                more = {name: tensor[index].to(pixels.device, non_blocking=True) for name, tensor in given.items()}
+                return read(pixels, experts[index].to(pixels.device, non_blocking=True), **more)
 
             desc = f"Evaluating {name}"
             return extract(test.images, rows, features, self.model, self.accelerator, self.args, desc, self.caches)

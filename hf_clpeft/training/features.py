@@ -51,23 +51,25 @@ def extract(
     position[rows] = torch.arange(len(rows))
     features: torch.Tensor | None = None
     order, size = rows.tolist(), args.eval_batch_size
-    shares = []
+    shares: list[list[list[int]]] = []  # of each batch, the rows of every process
     for batch in (order[start : start + size] for start in range(0, len(order), size)):
-        own, most = (share_of(batch, rank, accelerator.num_processes) for rank in (accelerator.process_index, 0))
-        shares.append(own + batch[:1] * (len(most) - len(own)))  # padded, as gather needs equal lengths
-    loader = on_device(images.loader(shares, args.dataloader_num_workers), accelerator)
+        parts = [share_of(batch, rank, accelerator.num_processes) for rank in range(accelerator.num_processes)]
+        # Padded, as gather needs equal lengths.
+        shares.append([part + batch[:1] * (len(parts[0]) - len(part)) for part in parts])
+    own = [share[accelerator.process_index] for share in shares]
+    loader = on_device(images.loader(own, **args.loading(len(own), accelerator.device)), accelerator)
     silent = args.disable_tqdm or not accelerator.is_main_process
-    for batch in tqdm(loader, desc=desc, disable=silent, leave=False):
+    for share, index, batch in zip(shares, own, tqdm(loader, desc=desc, disable=silent, leave=False), strict=True):
         pixel_values = model.backbone.transform.normalize(batch["pixels"])
-        index = batch["index"].cpu()
-        recalling = nullcontext() if caches is None else caches.recalling(images, pixel_values, index)
+        places = torch.tensor(index)
+        recalling = nullcontext() if caches is None else caches.recalling(images, pixel_values, places)
         with accelerator.autocast(), recalling:
-            found = features_of(pixel_values, index)
+            found = features_of(pixel_values, places)
         # Padding repeats the first image of a batch; writing by position keeps one copy.
-        found, index = accelerator.gather((found.float(), batch["index"]))
+        found = accelerator.gather(found.float())
         if features is None:
             features = torch.full((len(rows), *found.shape[1:]), torch.nan, dtype=torch.float32)
-        features[position[index.cpu()]] = found.cpu()
+        features[position[sum(share, [])]] = found.cpu()  # the only time that a batch waits for the device
     assert features is not None
     if features.isnan().any():
         raise TrainingError(

@@ -157,5 +157,5 @@ class _OnDevice:
         while batch is not None:
             following = next(batches, None)
             self.accelerator.last_batch = following is None
-            yield {name: tensor.to(self.accelerator.device) for name, tensor in batch.items()}
+            yield {name: tensor.to(self.accelerator.device, non_blocking=True) for name, tensor in batch.items()}
             batch = following

@@ -96,7 +96,8 @@ class StepLoop:
         groups = step.groups
         optimizer: torch.optim.Optimizer
         if args.optim == "adamw":
-            optimizer = torch.optim.AdamW(groups, weight_decay=args.weight_decay)
+            fused = True if accelerator.device.type == "cuda" else None
+            optimizer = torch.optim.AdamW(groups, weight_decay=args.weight_decay, fused=fused)
         else:
             optimizer = torch.optim.SGD(groups, momentum=0.9, weight_decay=args.weight_decay)
         self.batches = make_batches(images, args, accelerator)
@@ -156,7 +157,7 @@ class StepLoop:
     def _complete(self, batch: dict[str, torch.Tensor], share: Share) -> None:
         """Adds the weights and the augmentations of a batch."""
         length, device = len(batch["label"]), self.accelerator.device
-        batch["weight"] = share.weights(length, self.accelerator.num_processes).to(device)
+        batch["weight"] = share.weights(length, self.accelerator.num_processes).to(device, non_blocking=True)
         views = draw_views(share.total, self.args.augmentation, device)
         if views is not None:
             batch["view"] = share.own(views, length)

@@ -11,9 +11,11 @@ from copy import deepcopy
 import numpy as np
 import torch
 from accelerate import Accelerator
+from accelerate.state import is_initialized
 from accelerate.utils import DataLoaderConfiguration, set_seed
 from tqdm.auto import tqdm
 
+from ..backbones.precision import go_fast
 from ..backbones.views import augment, views_for_sums
 from ..config import ConfigError
 from ..config.hub_errors import HubError
@@ -85,10 +87,11 @@ class ContinualTrainer:
     ):
         args = self.args = args or ContinualTrainingArguments()
         self.callbacks = CallbackList(callbacks)
-        join_processes(args.ddp_timeout)
+        precision = go_fast(join_processes(args.ddp_timeout).device)
+        precision = None if is_initialized() else precision  # a process keeps that of its first trainer
         self.accelerator = Accelerator(
             cpu=cpu_only(),
-            mixed_precision=args.mixed_precision,
+            mixed_precision=args.mixed_precision or precision,
             gradient_accumulation_steps=args.gradient_accumulation_steps,
             log_with=None if args.report_to == "none" else args.report_to,
             project_dir=args.output_dir,
@@ -100,7 +103,11 @@ class ContinualTrainer:
         if args.report_to != "none":
             self.accelerator.init_trackers(args.run_name, config=args.to_log())
         self.model = model.to(self.accelerator.device)
-        self._caches = TrunkCaches(self.model.bank, args.trunk_cache_gb)
+        if args.torch_compile:
+            model.backbone.compile()
+            model.bank.compile()
+        chosen = getattr(model.config.method, "expert_layers", None) is not None
+        self._caches = TrunkCaches(model.bank, args.trunk_cache_gb if chosen else 0)
         self.evaluator = Evaluator(self.model, self.accelerator, args, self._caches)
         if model.report is None:
             model.report = StreamReport(model.config.method.name, "stream", {})
@@ -361,9 +368,12 @@ class ContinualTrainer:
         if len(task.classes) == 1:
             return  # with a single class, the loss is always zero
         args, method, transform = self.args, self.model.method, self.model.backbone.transform
+        if args.torch_compile and method.bank.slot is not None:
+            method.bank.slot.compile()
         made_with = {**self._made_with(), **trained_on, "model": self._state()}
         loop = StepLoop(method, images, accelerator, args, checkpoints, made_with, self._step)
         numbers = self._numbers(task).to(accelerator.device)
+        queries = None if queries is None else queries.to(accelerator.device)
         assert method.task is not None
         desc = f"Training {task.name} ({method.task.title})"
         bar = tqdm(total=loop.num_steps, desc=desc, disable=not self._shows, leave=False)
@@ -372,10 +382,10 @@ class ContinualTrainer:
             pixels, query = augment(transform.normalize(batch["pixels"]), batch.get("view")), None
             recalling: AbstractContextManager[None] = nullcontext()
             if isinstance(images, TaskImages) and "view" not in batch:
-                recalling = self._caches.recalling(images, pixels, batch["index"].cpu())
+                recalling = self._caches.recalling(images, pixels, batch["index"])
             with accelerator.autocast(), recalling:
                 if queries is not None:
-                    query = queries[batch["index"].cpu()].to(pixels.device)
+                    query = queries[batch["index"]]
                 elif method.trains_by_query:
                     with torch.no_grad():
                         query = method.query(pixels)
@@ -386,8 +396,9 @@ class ContinualTrainer:
             self._step = progress.logged
             self.callbacks("on_step_end", self.model, progress.step, loop.num_steps)
             if self._step % args.logging_steps == 0:
-                bar.set_postfix(loss=f"{loss.item():.3f}")
-                self._log({"train/loss": loss.item()})
+                value = loss.item()
+                bar.set_postfix(loss=f"{value:.3f}")
+                self._log({"train/loss": value})
 
         loop.run(loss_of, after_step, self.stop)
         bar.close()

@@ -80,9 +80,13 @@ class TrunkCaches:
         Args:
             images ([`TaskImages`]): Images of a split.
             pixels (`torch.Tensor` of shape `(batch, 3, height, width)`): Some of them, normalised, not augmented.
-            index (integer `torch.Tensor` of shape `(batch,)`): Their indices, on the CPU.
+            index (integer `torch.Tensor` of shape `(batch,)`): Their indices.
         """
         with self.bank.sharing() as trunk:
+            if not (trunk.depth and self.limit):
+                yield
+                return
+            index = index.cpu()
             cache = self._caches.get(images)
             if cache is not None and cache.layers != trunk.depth:
                 del self._caches[images]
@@ -92,7 +96,7 @@ class TrunkCaches:
                 tokens = hidden.tokens.to(pixels.device, non_blocking=True)
                 trunk.keep(pixels, hidden._replace(tokens=tokens))
             yield
-            found = trunk.find(pixels) if hidden is None and trunk.depth else None
+            found = trunk.find(pixels) if hidden is None else None
             if found is not None:
                 cache = cache or self._make(images, found)
                 if cache is not None:
