@@ -3,8 +3,9 @@
 Why: what views differ in surely does not matter, while images of a class may differ in what tells it from others. The
 scatter of a task is that of its images, each the mean over its views, plus that of views around these means, which
 counts `loudness` times here. And oracle approximating shrinkage, which takes features for Gaussian, may be too bold:
-its weight is taken `caution` times. On held-out training images of all four benchmarks 4 was as good as 2 and better
-than 1, and a caution of 3 better than 1 where there are many classes.
+its weight is taken `caution` times. On held-out training images (three splits, one seed) a loudness of 2 earned
+0.9, 0.9, 0.3 and −0.4 points on CIFAR-10, Split Tiny ImageNet, Caltech-101 and PACS, and 4 less; a caution of 3 on
+top −0.9, 0.4, 0.2 and −0.3.
 """
 
 from dataclasses import dataclass, field
@@ -41,7 +42,7 @@ class LouderViews(METHODS["slda_pp"], name="louder_views"):
     @dataclass
     class Config(METHODS["slda_pp"].Config):
         loudness: float = field(
-            default=4.0, metadata={"help": "Weight of the scatter of views around the mean of their image."}
+            default=2.0, metadata={"help": "Weight of the scatter of views around the mean of their image."}
         )
         caution: float = field(default=1.0, metadata={"help": "Factor of the weight of shrinkage."})
 
