@@ -109,6 +109,7 @@ def test_every_method_learns_without_waiting_and_answers_as_on_the_cpu(name, str
 
 @pytest.mark.parametrize("name", [name for name in ROUTERS if name != "keys"])
 def test_sums_on_the_gpu_are_those_of_the_cpu(name):
+    torch.set_float32_matmul_precision("highest")
     generator = torch.Generator().manual_seed(0)
     centres = torch.randn(6, 24, generator=generator)
     routers = [ROUTERS[name](query_size=24) for _ in range(2)]
