@@ -15,6 +15,7 @@ from hf_clpeft.training import evaluation, features
 from hf_clpeft.training.steps import StepLoop
 
 
+pytestmark = pytest.mark.filterwarnings("ignore:.*to a meta parameter")  # which is none: the copy is done
 BATCH = 4
 
 

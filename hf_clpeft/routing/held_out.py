@@ -5,6 +5,7 @@ from copy import deepcopy
 import torch
 from torch.nn.functional import cross_entropy
 
+from ..backbones.precision import without_autocast
 from .classes import ClassRouter
 from .confidence import TEMPERATURES
 
@@ -36,7 +37,8 @@ def held_out_scores(
     learner = deepcopy(router)
     learner.measures = False
     learner.learn(features[fitted], classes[fitted])
-    scores = learner.class_scores(learner.scores(features[held_out, 0].to(learner.prototypes))).cpu().double()
+    with without_autocast(learner.prototypes.device):
+        scores = learner.class_scores(learner.scores(features[held_out, 0].to(learner.prototypes))).cpu().double()
     return (scores, classes[held_out]) if len(learner.classes.unique()) > 1 else None
 
 

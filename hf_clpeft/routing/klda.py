@@ -5,6 +5,7 @@ from typing import Self
 
 import torch
 
+from ..backbones.precision import in_float32
 from .gaussian import GaussianRouter
 from .ridge import check_same_draw
 
@@ -117,6 +118,7 @@ class KldaRouter(GaussianRouter):
     def _means(self) -> torch.Tensor:
         return self.means
 
+    @in_float32
     def _lift(self, features: torch.Tensor) -> torch.Tensor:
         features = torch.nn.functional.normalize(features.to(self.frequencies), dim=-1)
         return math.sqrt(2 / self.kernel_features) * torch.cos(features @ self.frequencies + self.phases)

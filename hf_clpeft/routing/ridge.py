@@ -4,6 +4,7 @@ from typing import ClassVar, Self
 
 import torch
 
+from ..backbones.precision import in_float32
 from ..config import ConfigError
 from .classes import ClassRouter
 from .covariance import mean_square
@@ -167,6 +168,7 @@ class RidgeRouter(LinearRidgeRouter):
         projection = (self.query_size, self.projection_size if entries else 0)
         return {"projection": projection, **super().shapes(entries)}
 
+    @in_float32
     def _lift(self, features: torch.Tensor) -> torch.Tensor:
         return torch.relu(features.to(self.projection) @ self.projection)
 
