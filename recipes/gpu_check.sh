@@ -32,9 +32,9 @@ part() {  # name, seconds it may take, command
     failed=$((failed + (status != 0)))
 }
 
-part tests 160 "$python" -m pytest --noconftest -p no:cacheprovider --quiet tests/test_cuda.py
-part throughput 90 "$python" recipes/throughput.py --model vit_b16 --dtypes bfloat16 --batch_sizes 128 \
-    --techniques lora --num_experts 100 1000 --max_peft_experts 0 --output_dir "$work/throughput"
+part tests 130 "$python" -m pytest --noconftest -p no:cacheprovider --quiet tests/test_cuda.py
+part throughput 110 "$python" recipes/throughput.py --model vit_b16 --dtypes bfloat16 --batch_sizes 128 \
+    --techniques lora --num_experts 100 1000 --max_peft_experts 0 --warmup 2 --repeats 7 --output_dir "$work/throughput"
 part compiled 80 "$python" recipes/s_lora.py --benchmark digits --torch_compile --num_train_epochs 2 \
     --output_dir "$work/compiled"
 part digits 100 "$python" recipes/compare.py --config recipes/configs/digits.yaml --seeds 0 --benchmarks digits \

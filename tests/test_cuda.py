@@ -3,6 +3,8 @@
 from contextlib import contextmanager
 from dataclasses import fields
 from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,6 +21,7 @@ from hf_clpeft import (
 )
 from hf_clpeft.backbones import precision
 from hf_clpeft.export import export_merged
+from hf_clpeft.reports import report
 from hf_clpeft.streams.images import open_image
 from hf_clpeft.training import evaluation, features
 from hf_clpeft.training.steps import StepLoop
@@ -70,6 +73,11 @@ def watching():
         yield
 
 
+@pytest.fixture(autouse=True)
+def _no_pictures(monkeypatch):
+    monkeypatch.setattr(report, "plot_report", lambda *args: Path(args[4]).touch())
+
+
 @pytest.fixture(scope="module")
 def stream():
     return load_benchmark("digits", max_train_samples_per_task=64, max_test_samples_per_task=32)[:2]
@@ -118,7 +126,7 @@ def test_sums_on_the_gpu_are_those_of_the_cpu(name):
         classes = torch.arange(2 * task, 2 * task + 2).repeat(60)
         queries = centres[classes] + torch.randn(120, 24, generator=generator)
         for router in routers:
-            router.configure(s_lora(**{"projection_size": 50}))
+            router.configure(SimpleNamespace(**SMALL))
             router.learn(queries, classes)
     queries = centres.repeat(20, 1) + torch.randn(120, 24, generator=generator)
     here, there = (router(queries.to(router.prototypes.device)) for router in routers)

@@ -55,7 +55,7 @@ def watching(device):
 def learn(name, stream, device):
     """Learns two tasks on the foreign device, and returns what the batches of the second have waited for."""
     sizes = {"num_train_epochs": 1, "train_batch_size": BATCH, "eval_batch_size": BATCH, "logging_steps": 1000}
-    trainer = make_trainer(options_of(name), **sizes)
+    trainer = make_trainer(options_of(name), augmentation="crop_flip", **sizes)
     trainer.learn_stream(stream[:1])  # whatever is read once, and not with every batch, is known now
     with watching(device) as waits:
         trainer.learn_stream(stream)

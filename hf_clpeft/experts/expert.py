@@ -383,9 +383,9 @@ class Seal:
     def _checksum(self) -> dict[str, tuple[torch.dtype, int]]:
         """Integer sums of the bits of each weight, which do not depend on order or device."""
         weights = {path: getattr(module, name).detach() for path, (module, name) in self._tensors.items()}
-        # All sums are queued before the first is read, so that the device is synchronised once.
-        sums = {path: _sum_of_bits(weight) for path, weight in weights.items()}
-        return {path: (weight.dtype, int(sums[path])) for path, weight in weights.items()}
+        # Read together, so that a GPU is waited for once.
+        sums = torch.stack([_sum_of_bits(weight) for weight in weights.values()]).tolist()
+        return {path: (weight.dtype, found) for (path, weight), found in zip(weights.items(), sums, strict=True)}
 
 
 def _sum_of_bits(weight: torch.Tensor) -> torch.Tensor:
