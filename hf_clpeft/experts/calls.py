@@ -59,6 +59,21 @@ def attach_to_attention(layer: torch.nn.Module, key: str) -> None:
             intercept(layer, partial(_dispatch_states, key))
 
 
+@contextmanager
+def same_calls(calls: tuple[Call, ...]) -> Iterator[None]:
+    """Context manager: exactly these calls are active, whatever the thread; see [`active_calls`]."""
+    outer, _active.calls = _active.calls, calls
+    try:
+        yield
+    finally:
+        _active.calls = outer
+
+
+def active_calls() -> tuple[Call, ...]:
+    """The calls that are active in this thread."""
+    return _active.calls
+
+
 def _dispatch(key: str, layer: torch.nn.Module, args: tuple, output: Any) -> Any:
     for call in _active.calls:
         updated = call.update(key, args, output)

@@ -38,6 +38,7 @@ MAY_CHANGE = {
     "eval_batch_size",
     "experts_from",
     "forward_transfer",
+    "gradient_checkpointing",
     "hub_model_id",
     "hub_private_repo",
     "hub_revision",
@@ -102,6 +103,13 @@ class ContinualTrainingArguments:
     gradient_accumulation_steps: int = field(default=1, metadata={"help": "Batches per optimizer step."})
     mixed_precision: Literal["no", "bf16", "fp16"] | None = field(
         default=None, metadata={"help": "Mixed precision; default: that of `accelerate launch`."}
+    )
+    gradient_checkpointing: bool = field(
+        default=False,
+        metadata={
+            "help": "Save memory in training: compute the activations inside the layers of the backbone again in the "
+            "backward pass, which takes a third more time."
+        },
     )
     augmentation: Literal["none", "flip", "crop", "crop_flip"] = field(
         default="none",
