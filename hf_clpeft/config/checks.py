@@ -92,7 +92,8 @@ def check_types(config: object) -> None:
 
     ```
     """
-    hints = _hints_of(type(config))
+    kind: Any = type(config)
+    hints = _hints_of(kind)
     for name in (each.name for each in fields(config)):  # type: ignore[arg-type]
         value, hint = getattr(config, name), hints[name]
         if not fits(value, hint):
@@ -102,7 +103,7 @@ def check_types(config: object) -> None:
 
 
 @lru_cache(maxsize=256)
-def _hints_of(kind: type) -> dict[str, Any]:
+def _hints_of(kind: Any) -> dict[str, Any]:
     return get_type_hints(kind)
 
 

@@ -51,7 +51,7 @@ def set_checkpointing(backbone: Backbone, enabled: bool) -> None:
     for layer in layers:
         vars(layer).pop("forward", None)
         if enabled:
-            layer.forward = partial(_checkpointed, layer.forward)  # type: ignore[method-assign]
+            layer.forward = partial(_checkpointed, layer.forward)
 
 
 def _checkpointed(forward: Callable, *args: Any, **options: Any) -> Any:
