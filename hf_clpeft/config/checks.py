@@ -14,7 +14,7 @@ from .errors import ConfigError
 
 MOST = 2**31 - 1  # upper bound of counts and rates
 LONGEST_NAME = 96  # characters of a task's name
-LARGEST_JSON = 16 * 2**20  # bytes; a model of 20,000 tasks needs less
+LARGEST_JSON = 8 * 2**20  # bytes; a model of 15,000 tasks needs less
 DEEPEST_JSON = 20  # nested mappings and lists
 LARGEST_INTEGER = 2**63 - 1
 
