@@ -76,8 +76,8 @@ class ContinualModel(torch.nn.Module):
         Args:
             name_or_path (`str`): Repo id or folder of the backbone.
             method ([`MethodOptions`]): Options of a method, for example `s_lora(r=4)` or `Mine.Config()`.
-            options: `revision`, `image_size`, `dtype`, `attn_implementation`, `token`, `cache_dir`,
-                `local_files_only`; see [`load_backbone`].
+            options: `revision`, `image_size`, `dtype`, `attn_implementation`, `quantization_config`, `token`,
+                `cache_dir`, `local_files_only`; see [`load_backbone`].
 
         Returns:
             [`ContinualModel`]
@@ -308,6 +308,7 @@ class ContinualModel(torch.nn.Module):
         revision: str | None = None,
         dtype: str | torch.dtype = "float32",
         attn_implementation: str | None = None,
+        quantization_config: Any = None,
         **hub_options: Any,
     ) -> "ContinualModel":
         """Loads a model from a folder or the Hub. Only safetensors and JSON are read.
@@ -320,6 +321,8 @@ class ContinualModel(torch.nn.Module):
             revision (`str`, *optional*): Branch, tag or commit of the repo, for example `"task-003"`.
             dtype (`str` or `torch.dtype`, *optional*, defaults to `"float32"`): Dtype of the backbone's weights.
             attn_implementation (`str`, *optional*): Attention implementation, as in `transformers`.
+            quantization_config (*optional*): Quantises the backbone; see [`load_backbone`]. It is not saved with a
+                model: pass it again to predict as in training.
             hub_options: `token`, `cache_dir`, `local_files_only`.
 
         Returns:
@@ -342,8 +345,9 @@ class ContinualModel(torch.nn.Module):
         if isinstance(backbone, Backbone):
             check_backbone(backbone, config.backbone, processor, name_or_path)
         else:
-            options = {"dtype": dtype, "attn_implementation": attn_implementation, **hub_options}
-            backbone = load_saved_backbone(config.backbone, processor, backbone, name_or_path, **options)
+            hub_options |= {"dtype": dtype, "attn_implementation": attn_implementation}
+            hub_options |= {"quantization_config": quantization_config}
+            backbone = load_saved_backbone(config.backbone, processor, backbone, name_or_path, **hub_options)
         model = cls(backbone, config)
         model.origin = f"{name_or_path}@{revision}" if revision else str(name_or_path)
         model.report, model.unchanged = load_files(folder, model.method)

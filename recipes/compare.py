@@ -9,7 +9,7 @@ benchmark under `methods` of the benchmark. `method` names the method where the 
 `experts_from` another entry whose experts are taken over, not trained again, `tuned_as` another method whose learning
 rates hold where the method has none of its own. `imports` lists Python files to run first, which define methods that
 are not in the package; `base` other files, on top of which this one stands; `undrawn` methods that the pictures leave
-out. A seed decides the order of classes (0 keeps the data set's own), the draw of weights and that of batches.
+out; `along` a column of the CSV along which families are drawn as lines. A seed decides the order of classes (0 keeps the data set's own), the draw of weights and that of batches.
 
 Results go into the CSV run by run. What stands there already is not run again, and a run that was killed goes on after
 its last task, so the same command finishes the table. A run that fails says why and costs its own cell and those of
@@ -54,7 +54,7 @@ from hf_clpeft.training.recipe import command_line, learn, open_model
 
 GROUPS = (StreamArguments, BackboneArguments, ContinualTrainingArguments)
 RATES = ("learning_rate", "head_learning_rate")
-FAMILIES = {"families": dict[str, list[str]], "references": list[str], "undrawn": list[str]}
+FAMILIES = {"families": dict[str, list[str]], "references": list[str], "undrawn": list[str], "along": str}
 MORE_MEASURES = ("backward_transfer", "calibration_error")  # in the CSV alone
 IMAGES_COUNTED = 4  # of each task, whose forward passes are counted
 COMMON = {f.name for group in GROUPS for f in fields(group)}
@@ -140,7 +140,7 @@ def check_keys(path: str, config: dict, needed: set[str], others: set[str]) -> N
                 raise OptionError(f"{path}: {name}: {entry}={options!r} must be a mapping of options.")
     for name, kind in FAMILIES.items():
         if name in config and not fits(config[name], kind):
-            raise OptionError(f"{path}: {name}={config[name]!r} must have lists of methods.")
+            raise OptionError(f"{path}: {name}={config[name]!r} must be a name, or have lists of methods.")
 
 
 def read_yaml(path: Path, above: tuple[Path, ...] = ()) -> dict:
@@ -464,7 +464,7 @@ def main():
     table = make_table(rows, [run.key for run in runs], command_for(args), families)
     results.with_suffix(".md").write_text(table, encoding="utf-8")
     shown = [row for row in rows if row["method"] not in config.get("undrawn", ())]
-    paths = draw(shown, results.with_suffix(""), families, config.get("references", ()))
+    paths = draw(shown, results.with_suffix(""), families, config.get("references", ()), config.get("along", ""))
     print(table)
     print(f"results: {results}    table: {results.with_suffix('.md')}    pictures: {paths[0]}, ...")
     print(f"next, another seed: {command_line()} --seeds {max(int(row['seed']) for row in rows) + 1}")

@@ -200,9 +200,10 @@ def draw(
     stem: Path,
     families: Mapping[str, list[str]] = MappingProxyType({}),
     references: Sequence[str] = (),
+    along: str = "",
 ) -> list[Path]:
     """All plots of a table: with families, a row of panels for each, and in all panels those methods that others are
-    compared with. Gives their paths.
+    compared with; and, each family as a line, accuracy `along` a column of the CSV. Gives their paths.
     """
     groups = grouped(rows)
     curves, points, bars, ends = {}, {}, {}, {}
@@ -221,6 +222,10 @@ def draw(
         plot_grid(curves, families, references, paths[0], "tasks learnt", "accuracy on the tasks so far")
         paths.append(stem.with_name(f"{stem.name}_accuracy.png"))
         plot_dots(ends, families, references, paths[-1], "average accuracy after the last task")
+        if along:
+            paths.append(stem.with_name(f"{stem.name}_{along}.png"))
+            lines = {benchmark: lines_of(of, families, along) for benchmark, of in groups.items()}
+            plot_series(lines, paths[-1], along.replace("_", " "), "average accuracy")
     else:
         plot_series(curves, paths[0], "tasks learnt", "accuracy on the tasks so far")
         paths.append(stem.with_name(f"{stem.name}_parameters.png"))
@@ -237,6 +242,20 @@ def draw(
         continual = [found[0] for found in of.values() if not np.isnan(curve_of(found[0], num_tasks(of))).any()]
         plot_comparison([report_of(row) for row in continual], paths[-1])
     return paths
+
+
+def lines_of(
+    of: dict[str, list[dict]], families: Mapping[str, list[str]], column: str
+) -> dict[str, tuple[list[float], np.ndarray]]:
+    """Average accuracies of the methods of each family, of shape `(seeds, methods)`, along a column of the CSV."""
+    lines = {}
+    for title, names in families.items():
+        found = [of[name] for name in names if len(of.get(name, [])) == max(map(len, of.values()))]
+        found.sort(key=lambda rows: statistics.mean(values_of(rows, column)))
+        if found:
+            accuracies = np.array([values_of(rows, "average_accuracy") for rows in found]).T
+            lines[title] = [statistics.mean(values_of(rows, column)) for rows in found], accuracies
+    return lines
 
 
 def report_of(row: dict) -> StreamReport:

@@ -138,6 +138,16 @@ def random_experts(backbone: Backbone, setting: Setting, count: int) -> list[Exp
     ]
 
 
+def peft_with(backbone: Backbone, experts: list[Expert]) -> PeftModel:
+    """All experts as adapters of one PEFT model, which changes the backbone."""
+    peft_model = PeftModel(backbone.model, copy.deepcopy(experts[0].config), adapter_name=experts[0].name)
+    for expert in experts[1:]:
+        peft_model.add_adapter(expert.name, copy.deepcopy(expert.config))
+    for expert in experts:
+        set_peft_model_state_dict(peft_model, expert.tensors, adapter_name=expert.name)
+    return peft_model.eval()
+
+
 def predictors(backbone: Backbone, setting: Setting, args: ThroughputArguments) -> dict[str, Callable]:
     """Every system as a function of nothing that runs one batch without gradients."""
     dtype, device = getattr(torch, setting.dtype), backbone.device
@@ -161,12 +171,7 @@ def predictors(backbone: Backbone, setting: Setting, args: ThroughputArguments) 
         run = torch.compile(bank, fullgraph=True) if compiled and form != "grouped" else bank
         systems[f"bank, {form}"] = lambda run=run: run(images, selection)
     if setting.technique == "lora" and setting.num_experts <= args.max_peft_experts:
-        peft_model = PeftModel(fresh().model, copy.deepcopy(experts[0].config), adapter_name=experts[0].name)
-        for expert in experts[1:]:
-            peft_model.add_adapter(expert.name, copy.deepcopy(expert.config))
-        for expert in experts:
-            set_peft_model_state_dict(peft_model, expert.tensors, adapter_name=expert.name)
-        peft_model.eval()
+        peft_model = peft_with(fresh(), experts)
         names = [experts[index].name for index in selection.tolist()]
         systems["PEFT, adapter_names="] = lambda: peft_model(pixel_values=images, adapter_names=names)
 
@@ -294,6 +299,18 @@ def name_of(device: torch.device) -> str:
     return f"{device.type}, {torch.backends.cpu.get_cpu_capability()}"
 
 
+def environment_of(model: str, backbone: Backbone) -> dict:
+    """Columns of every row: what was measured, on which machine, with which versions."""
+    return {
+        "model": model,
+        "weights": backbone.config.weight_hash[:12],
+        "seed": 0,
+        "device": name_of(backbone.device),
+        "threads": torch.get_num_threads(),
+        **library_versions(),
+    }
+
+
 def main():
     (args,) = OptionParser((ThroughputArguments,)).read()
     if args.threads:
@@ -301,15 +318,7 @@ def main():
     torch.manual_seed(0)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     backbone = make_backbone(args.model).to(device)
-    environment = {
-        "model": args.model,
-        "weights": backbone.config.weight_hash[:12],
-        "seed": 0,
-        "device": name_of(device),
-        "threads": torch.get_num_threads(),
-        "repeats": args.repeats,
-        **library_versions(),
-    }
+    environment = {**environment_of(args.model, backbone), "repeats": args.repeats}
     folder, rows = Path(args.output_dir), []
     folder.mkdir(parents=True, exist_ok=True)
     for setting in settings(args):

@@ -111,9 +111,9 @@ def _one_backbone():
             kept[key] = build(config, folder, shape, name)
         return kept[key]
 
-    def load_once(folder, config, attention, name):
-        if folder != bundled:
-            return load(folder, config, attention, name)
+    def load_once(folder, config, attention, name, **quantized):
+        if folder != bundled or quantized:
+            return load(folder, config, attention, name, **quantized)
         key = attention, config.to_json_string()
         if key not in kept:
             kept[key] = load(folder, config, attention, name)

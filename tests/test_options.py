@@ -8,7 +8,9 @@ from typing import get_args, get_type_hints
 
 import pytest
 from compare import CompareArguments, plan, read_config
+from memory import MemoryArguments
 from pretrain_glyphs import GlyphArguments
+from serving import ServingArguments
 from sweep import points_of
 from throughput import ThroughputArguments
 from tune_learning_rates import TuningArguments
@@ -20,7 +22,14 @@ from hf_clpeft.training.parsing import OptionParser, read_yaml
 
 
 GROUPS = (StreamArguments, BackboneArguments, ContinualTrainingArguments, RunArguments)
-PROGRAMS = (CompareArguments, GlyphArguments, ThroughputArguments, TuningArguments)
+PROGRAMS = (
+    CompareArguments,
+    GlyphArguments,
+    MemoryArguments,
+    ServingArguments,
+    ThroughputArguments,
+    TuningArguments,
+)
 REQUIRED = {CompareArguments: ["--config", "x.yaml"], GlyphArguments: ["--output_dir", "x"]}
 
 

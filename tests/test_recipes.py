@@ -11,6 +11,9 @@ from dataclasses import fields
 from pathlib import Path
 
 import pytest
+import torch
+from serving import systems_of
+from throughput import Setting, make_backbone, random_experts
 
 from hf_clpeft import METHODS, ConfigError, ContinualTrainingArguments, load_benchmark as load
 from hf_clpeft.reports.report import PLOT_NAME
@@ -126,6 +129,38 @@ def test_throughput_of_every_system_is_measured(tmp_path, run_here, monkeypatch)
         f"bank, {form}" for form in ("stacked", "gathered", "grouped")
     }
     assert all(float(row["images_per_second"]) > 0 for row in rows) and (tmp_path / "throughput.png").is_file()
+
+
+def test_latency_of_every_system_is_measured(tmp_path, run_here):
+    options = ["--num_experts", "2", "3", "--clients", "1", "4", "--requests", "6", "--rounds", "2"]
+    run_here("serving.py", "--output_dir", tmp_path, *options, "--max_single_experts", "2")
+    with (tmp_path / "serving.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    singles = ["PEFT, adapter_names=", "PEFT, one adapter at a time", "merged, swapped in"]
+    assert [row["system"] for row in rows] == 2 * ["bank", *singles] + 2 * ["bank"]
+    assert all(float(row["p99_ms"]) >= float(row["p50_ms"]) > 0 and row["requests"] == "6" for row in rows)
+
+
+def test_every_served_system_gives_the_same_features():
+    backbone = make_backbone("tiny")
+    experts = random_experts(backbone, Setting("predict", "lora", 2, 3, 1, "float32", "off"), 3)
+    requests = [(torch.randn(3, 64, 64), expert) for expert in (2, 0, 1, 2)]
+    with torch.no_grad():
+        first, *others = (system(requests) for system in systems_of(backbone, experts, singles=True).values())
+    assert len(others) == 3
+    for features in others:
+        torch.testing.assert_close(features, first, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux")
+def test_gradient_checkpointing_takes_less_memory_in_the_recipe(tmp_path):
+    for checkpointing in ("off", "on"):
+        only = ["--only", "train", "S-X: one expert", checkpointing]
+        done = run("memory.py", "--output_dir", tmp_path, "--num_experts", "2", "--batch_size", "128", *only)
+        assert done.returncode == 0, done.stderr[-2000:]
+    with (tmp_path / "memory.csv").open() as file:
+        peaks = [float(row["peak_mb"]) for row in csv.DictReader(file)]
+    assert len(peaks) == 2 and 0 < peaks[1] < peaks[0]
 
 
 def test_every_option_has_a_help_text(run_here):

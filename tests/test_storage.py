@@ -255,7 +255,7 @@ BROKEN = {
     ),
     "10 MB of configuration": (
         edit_config(lambda config: config["versions"].update(padding="x" * 10_000_000)),
-        "config.json has 10,00.,... bytes; at most 4,194,304",
+        "config.json has 10,00.,... bytes; at most 8,388,608",
     ),
     "no JSON": (lambda folder: (folder / "config.json").write_text("{"), "config.json is not valid JSON"),
     "JSON list": (lambda folder: (folder / "config.json").write_text("[]"), "does not hold a mapping"),

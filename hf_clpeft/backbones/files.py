@@ -178,7 +178,10 @@ def _check_config(values: Any, name: str, key: str = "") -> None:
     if isinstance(values, dict):
         for inner, value in values.items():
             if inner == "quantization_config" and value:
-                raise BackboneError(f"The backbone {name!r} is quantised; use the original checkpoint.")
+                raise BackboneError(
+                    f"The backbone {name!r} is quantised; use the original checkpoint, with quantization_config= to "
+                    "quantise it as it is loaded."
+                )
             if inner.endswith("attn_implementation") and isinstance(value, str) and not value.isidentifier():
                 raise BackboneError(f"The backbone {name!r} needs code from the Hub, {inner}={value[:60]!r}.")
             _check_config(value, name, str(inner))

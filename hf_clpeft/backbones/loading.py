@@ -1,5 +1,6 @@
 """Loads a checkpoint as a frozen backbone: first a dry run on the meta device, then the weights, all or nothing."""
 
+import copy
 import hashlib
 import inspect
 from pathlib import Path
@@ -20,6 +21,7 @@ from .transform import ImageTransform
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
     from transformers.image_processing_utils import BaseImageProcessor
+    from transformers.utils.quantization_config import QuantizationConfigMixin
 
 MAX_TENSOR_BYTES = 4 * 2**30  # for one image
 MAX_PATCHES = 2**14  # 2,048 px in patches of 16
@@ -32,6 +34,7 @@ def load_backbone(
     dtype: str | torch.dtype = "float32",
     attn_implementation: str | None = None,
     processor: "BaseImageProcessor | None" = None,
+    quantization_config: "QuantizationConfigMixin | None" = None,
     **hub_options: Any,
 ) -> Backbone:
     """Loads and freezes a vision model of `transformers`.
@@ -49,6 +52,10 @@ def load_backbone(
         attn_implementation (`str`, *optional*): Attention implementation, as in `transformers`.
         processor (`transformers.BaseImageProcessor`, *optional*): Replaces the image processor of the checkpoint; a
             saved model passes the one that it was trained with.
+        quantization_config (`transformers.TorchAoConfig`, `transformers.BitsAndBytesConfig` or the like, *optional*):
+            Quantises the weights, as in `transformers`. Like `dtype`, it is a choice of every load: the weight hash is
+            that of the checkpoint before, and experts stay in full precision, so a model may be trained and run with
+            different ones. What it predicts then differs by their rounding.
         hub_options: `token`, `cache_dir`, `local_files_only`.
 
     Returns:
@@ -56,7 +63,8 @@ def load_backbone(
 
     Raises:
         [`BackboneError`]: There is no such checkpoint, it has no safetensors or lacks weights, needs custom code, does
-            not take RGB or greyscale images, has random features, or does not support `image_size`.
+            not take RGB or greyscale images, has random features, is quantised itself, or does not support
+            `image_size` or `quantization_config`.
 
     Example:
 
@@ -90,9 +98,14 @@ def load_backbone(
     layout = _build_on_meta(config, folder, (channels, size, size), name_or_path)
     model: Any = _load_weights(folder, config, attn_implementation, name_or_path)
     weight_hash = hash_weights(model)
-    interpolate_positions(model, size)
     dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
-    return Backbone(model.to(dtype), processor, BackboneConfig(name_or_path, size, weight_hash, commit), layout)
+    if quantization_config is not None:
+        chosen = {"quantization_config": quantization_config, "dtype": dtype}
+        model = _load_weights(folder, copy.deepcopy(config), attn_implementation, name_or_path, **chosen)
+    interpolate_positions(model, size)
+    if quantization_config is None:  # what is quantised has its dtype already
+        model.to(dtype)
+    return Backbone(model, processor, BackboneConfig(name_or_path, size, weight_hash, commit), layout)
 
 
 def hash_weights(model: torch.nn.Module) -> str:
@@ -205,7 +218,7 @@ def _build_on_meta(config: "PretrainedConfig", folder: Path, shape: tuple[int, i
 
 
 def _load_weights(
-    folder: Path, config: "PretrainedConfig", attn_implementation: str | None, name: str
+    folder: Path, config: "PretrainedConfig", attn_implementation: str | None, name: str, **quantized: Any
 ) -> "PreTrainedModel":
     from transformers.models.auto import MODEL_MAPPING
 
@@ -214,12 +227,12 @@ def _load_weights(
         model, loaded = model_class.from_pretrained(
             str(folder),
             config=config,
-            dtype=torch.float32,
             output_loading_info=True,
             use_safetensors=True,  # a pickle could run code
             local_files_only=True,
             trust_remote_code=False,
             attn_implementation=attn_implementation,
+            **{"dtype": torch.float32, **quantized},
             **_without_pooler(model_class),
         )
     except Exception as error:  # transformers may raise anything, such as RuntimeError on shapes

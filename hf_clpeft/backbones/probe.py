@@ -196,6 +196,7 @@ def to_meta(module: torch.nn.Module) -> torch.nn.Module:
     for name, value in vars(twin).items():
         if "_hooks" in name and isinstance(value, dict):
             twin.__dict__[name] = type(value)()
+    twin.__dict__.pop("forward", None)  # one that was put around the module's own would run the module itself
     twin._parameters = {
         name: None if parameter is None else torch.nn.Parameter(parameter.to("meta"), requires_grad=False)
         for name, parameter in module._parameters.items()

@@ -4,6 +4,7 @@ import json
 import math
 import re
 from dataclasses import fields
+from functools import lru_cache
 from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
@@ -13,7 +14,7 @@ from .errors import ConfigError
 
 MOST = 2**31 - 1  # upper bound of counts and rates
 LONGEST_NAME = 96  # characters of a task's name
-LARGEST_JSON = 4 * 2**20  # bytes; a model of 5,000 tasks needs less
+LARGEST_JSON = 8 * 2**20  # bytes; a model of 15,000 tasks needs less
 DEEPEST_JSON = 20  # nested mappings and lists
 LARGEST_INTEGER = 2**63 - 1
 
@@ -91,13 +92,24 @@ def check_types(config: object) -> None:
 
     ```
     """
-    hints = get_type_hints(type(config))
+    kind: Any = type(config)
+    hints = _hints_of(kind)
     for name in (each.name for each in fields(config)):  # type: ignore[arg-type]
         value, hint = getattr(config, name), hints[name]
         if not fits(value, hint):
             shown = repr(value) if len(repr(value)) <= 80 else f"{repr(value)[:77]}..."
             raise ConfigError(f"{name}={shown} must be {_describe(hint)}.")
         _check_values(value, name)
+
+
+@lru_cache(maxsize=256)
+def _hints_of(kind: Any) -> dict[str, Any]:
+    return get_type_hints(kind)
+
+
+@lru_cache(maxsize=256)
+def _parts_of(hint: Any) -> tuple[Any, tuple]:
+    return get_origin(hint), get_args(hint)
 
 
 def check_ranges(config: object, **ranges: tuple[float, float]) -> None:
@@ -143,7 +155,7 @@ def fits(value: object, hint: Any) -> bool:
 
     ```
     """
-    origin, arguments = get_origin(hint), get_args(hint)
+    origin, arguments = _parts_of(hint)
     if origin is Literal:
         return value in arguments
     if origin in (UnionType, Union):  # a union with a Literal is a typing.Union

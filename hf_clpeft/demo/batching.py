@@ -5,6 +5,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
+from dataclasses import dataclass
 from queue import SimpleQueue
 from typing import Any, TypeVar
 
@@ -44,11 +45,24 @@ class Batcher:
         self._waiting: SimpleQueue = SimpleQueue()
         threading.Thread(target=self._work, name="batcher", daemon=True).start()
 
+    def submit(self, handle: Callable[[Sequence], Sequence[T]], item: Any) -> "Future[T]":
+        """Queues a request.
+
+        Args:
+            handle (callable): Gets the items of all requests with an equal `handle` in a batch, and returns the result
+                of each.
+            item: What is requested.
+
+        Returns:
+            `concurrent.futures.Future`: Its result, or the exception of `handle`.
+        """
+        future: Future[T] = Future()
+        self._waiting.put((handle, item, future))
+        return future
+
     def run(self, function: Callable[[], T]) -> T:
         """Runs a function on the worker thread, between two batches. Returns its result, or raises its exception."""
-        future: Future = Future()
-        self._waiting.put((function, None, future))
-        return future.result()
+        return self.submit(lambda items: [function()], None).result()
 
     def predict(self, model: ContinualModel, images: Iterable[PIL.Image.Image], **options: Any) -> list[Prediction]:
         """Classifies a visitor's images, in batches shared with other visitors.
@@ -65,12 +79,9 @@ class Batcher:
             [`ConfigError`]: The options do not fit the model. Other visitors are not affected.
         """
         check_options(model.method, **options)
-        job = (model, tuple(sorted(options.items())))
-        futures: list[Future] = []
-        for image in images:  # queued one by one, so that hundreds of images do not block other visitors
-            pixels = model.backbone.transform.resize([image])
-            futures.append(Future())
-            self._waiting.put((job, pixels, futures[-1]))
+        handle, resize = _Classifier(model, tuple(sorted(options.items()))), model.backbone.transform.resize
+        # Queued one by one, so that hundreds of images do not block other visitors.
+        futures = [self.submit(handle, resize([image])) for image in images]
         return [future.result() for future in futures]
 
     def _work(self) -> None:
@@ -89,21 +100,29 @@ class Batcher:
             del requests  # do not hold a visitor's data while idle
 
 
-def _answer(requests: Sequence[tuple[Any, np.ndarray | None, Future]]) -> None:
+@dataclass(frozen=True)
+class _Classifier:
+    """Classifies images with one model and one set of options."""
+
+    model: ContinualModel
+    options: tuple[tuple[str, Any], ...]
+
+    def __call__(self, pixels: Sequence[np.ndarray]) -> list[Prediction]:
+        return classify(self.model.method, np.concatenate(pixels), **dict(self.options))
+
+
+def _answer(requests: Sequence[tuple[Callable, Any, Future]]) -> None:
     groups = defaultdict(list)
-    for job, pixels, future in requests:
-        if pixels is None:
-            _resolve([future], lambda job=job: [job()])
-        else:
-            groups[job].append((pixels, future))
-    for (model, options), group in groups.items():
-        pixels, futures = zip(*group, strict=True)
-        _resolve(futures, lambda m=model, p=pixels, o=options: classify(m.method, np.concatenate(p), **dict(o)))
+    for handle, item, future in requests:
+        groups[handle].append((item, future))
+    for handle, group in groups.items():
+        items, futures = zip(*group, strict=True)
+        _resolve(futures, handle, items)
 
 
-def _resolve(futures: Sequence[Future], compute: Callable) -> None:
+def _resolve(futures: Sequence[Future], handle: Callable, items: Sequence) -> None:
     try:
-        results = compute()
+        results = handle(items)
     except BaseException as error:  # raised again in the waiting threads
         _fail(futures, error)
         return

@@ -12,7 +12,7 @@ from safetensors.torch import save
 from ..backbones import Backbone
 from ..backbones.trunk import Trunk
 from ..config.errors import ConfigError
-from .calls import is_called
+from .calls import active_calls
 from .expert import ADAPTER, Expert, ExpertError, Seal
 from .guarded import Guarded
 from .lock import ReadWriteLock
@@ -80,7 +80,7 @@ class ExpertBank(Guarded):
         self.table: LoraTable | PromptTable | PrefixTable | None = None  # the experts, if they have a fused form
         self.slot: Stage | None = None  # the expert in training
         self._configs: list[PeftConfig] = []
-        self._sizes: list[int] = []  # parameters of each expert
+        self._sizes: dict[str, int] = {}  # parameters of each expert
         self._depth = 0  # first layers that no expert of the bank adapts
         self._at_rest: list[Expert] = []  # the experts, if not
         self._stage: Stage | None = None  # runs these, one after another
@@ -96,7 +96,7 @@ class ExpertBank(Guarded):
     @property
     def num_parameters(self) -> int:
         """Number of parameters of all experts."""
-        return sum(self._sizes)
+        return sum(self._sizes.values())
 
     @property
     def depth(self) -> int:
@@ -131,22 +131,29 @@ class ExpertBank(Guarded):
 
     # Adding and training experts
 
-    def extend(self, experts: Iterable[Expert]) -> None:
+    def extend(self, experts: Iterable[Expert], count: int | None = None) -> None:
         """Adds trained experts, after checking that each fits the backbone.
+
+        Args:
+            experts (iterable of [`Expert`]): The experts.
+            count (`int`, *optional*): Their number, to read them one by one. Default: all are read before.
 
         Raises:
             [`ExpertError`]: One does not fit, or differs from the others in more than its rank or prompt length.
         """
-        experts = list(experts)
+        if count is None:
+            experts = list(experts)
+            count = len(experts)
         with self.lock.writing():
-            for count, expert in enumerate(experts):
+            total = len(self) + count
+            for number, expert in enumerate(experts):
                 if self.table is None:
                     if self._stage is None or not self._stage.takes(expert.config):
                         expert.check_fits(self.backbone)  # allocates no memory for one that does not
                     self._put(expert)
                 self._keep(expert, self._stage)
-                if count == 0:
-                    self.reserve(len(self) - 1 + len(experts))
+                if number == 0:
+                    self.reserve(total)
             self._check_seal("An expert that was loaded")
             if self.table is not None:
                 self._stage = None  # only needed to check the first expert
@@ -312,7 +319,7 @@ class ExpertBank(Guarded):
             self._stage = None
             if self._trained is not None and self._trained[0] == name:
                 self.abandon()
-            del self.names[index], self._configs[index], self._sizes[index]
+            del self.names[index], self._configs[index], self._sizes[name]
 
     # Forward passes
 
@@ -411,7 +418,7 @@ class ExpertBank(Guarded):
     @property
     def _trunk(self) -> Trunk | None:
         """What the passes of this thread share now: nothing while a method inserts something of its own."""
-        return None if is_called() else shared(self)
+        return None if active_calls() else shared(self)
 
     def _compute_dtype(self) -> torch.dtype:
         kind = self.backbone.device.type
@@ -421,7 +428,7 @@ class ExpertBank(Guarded):
 
     def _keep(self, expert: Expert, stage: Stage | None) -> None:
         """Adds an expert to the bank. The first one, loaded on the stage, determines the kind of table."""
-        if expert.name in self.names:
+        if expert.name in self._sizes:
             raise ExpertError(f"The bank has an expert {expert.name!r} already; give this one another name.")
         if not self.names:
             assert stage is not None
@@ -440,7 +447,7 @@ class ExpertBank(Guarded):
             self._depth = min(self._depth, stage.depth) if self.names else stage.depth
         self.names.append(expert.name)
         self._configs.append(expert.config)
-        self._sizes.append(expert.num_parameters)
+        self._sizes[expert.name] = expert.num_parameters
 
     def _pack(self, expert: Expert) -> tuple[torch.Tensor, float]:
         assert self.table is not None

@@ -42,11 +42,6 @@ def active_call(call: Call) -> Iterator[None]:
         _active.calls = outer
 
 
-def is_called() -> bool:
-    """Whether a call modifies outputs of layers in this thread."""
-    return bool(_active.calls)
-
-
 def attach_hook(layer: torch.nn.Module, key: str) -> None:
     """Attaches a forward hook that dispatches to the active calls by key, and does nothing without one.
 
@@ -62,6 +57,21 @@ def attach_to_attention(layer: torch.nn.Module, key: str) -> None:
     with hooks_lock:
         if not any(getattr(known, "func", None) is _dispatch_states for known in updates_of(layer)):
             intercept(layer, partial(_dispatch_states, key))
+
+
+@contextmanager
+def same_calls(calls: tuple[Call, ...]) -> Iterator[None]:
+    """Context manager: exactly these calls are active, whatever the thread; see [`active_calls`]."""
+    outer, _active.calls = _active.calls, calls
+    try:
+        yield
+    finally:
+        _active.calls = outer
+
+
+def active_calls() -> tuple[Call, ...]:
+    """The calls that are active in this thread."""
+    return _active.calls
 
 
 def _dispatch(key: str, layer: torch.nn.Module, args: tuple, output: Any) -> Any:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel, PeftType
 from peft.tuners.lora import LoraLayer
+from torch.nn.functional import embedding
 
 from ..backbones import Backbone
 from .calls import active_call, attach_hook
@@ -176,8 +177,8 @@ class LoraTable(ExpertTable):
             down, up = (part.to(dtype) for part in self._parts(rows))
             weights = scales.new_zeros(len(components), len(rows)).scatter_add(1, components, scales)
             return active_call(_Updating(self, down, up, weights[:, None, None].to(dtype)))
-        down, up = self._parts(rows[components])
-        return active_call(_Updating(self, down.to(dtype), (up * scales[..., None]).to(dtype)))
+        down, up = self._parts(embedding(components, rows))  # several times as fast as rows[components] on a CPU
+        return active_call(_Updating(self, down.to(dtype), up.mul_(scales[..., None]).to(dtype)))
 
     def _parts(self, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The columns of A, and those of B."""

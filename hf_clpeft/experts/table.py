@@ -62,6 +62,15 @@ class ExpertTable(KeepsPrecision):
         self.members, self.scales = self.members[: self._count].clone(), self.scales[: self._used].clone()
         self.rows = torch.nn.Parameter(self.rows.detach()[: self._used].clone(), self.rows.requires_grad)
 
+    def tensors(self) -> list[torch.Tensor]:
+        """Everything that holds experts. What belongs to one of them stays the same while others are added."""
+        return [self.rows, self.scales, self.members]
+
+    def clear_spare(self) -> None:
+        """Zeroes what is beyond the experts of the table, as if none had been added there."""
+        with torch.no_grad():
+            self.rows[self._used :], self.scales[self._used :], self.members[self._count :] = 0, 0, 0
+
     def append(self, components: torch.Tensor, scale: float = 1.0) -> None:
         """Adds an expert.
 

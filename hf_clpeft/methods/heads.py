@@ -48,11 +48,7 @@ class Heads(KeepsPrecision):
         self.classes: list[list[int]] = []  # class indices of each task's rows
         self.single: list[bool] = []  # whether the task had a single class
         self._placed: tuple[tuple[torch.device, bool], list[torch.Tensor]] | None = None  # see `_place`
-
-    @property
-    def num_classes(self) -> int:
-        """One more than the highest class index."""
-        return 1 + max((number for classes in self.classes for number in classes), default=-1)
+        self.num_classes = 0  # one more than the highest class index
 
     def start(self, classes: list[int]) -> torch.nn.Linear:
         """A layer for the next task to train. Existing rows of a shared head are copied, all others start at zero.
@@ -93,18 +89,23 @@ class Heads(KeepsPrecision):
                 f"weight {tuple(weight.shape)} and bias {tuple(bias.shape)} are no rows of width {self.hidden_size} "
                 f"for {len(classes)} classes."
             )
-        if self.shared and not single:
-            for task, numbers in enumerate(self.classes):
-                kept = [row for row, number in enumerate(numbers) if number not in set(classes)]
-                if len(kept) < len(numbers) and not self.single[task]:
-                    self.weights[task] = _fixed(self.weights[task][kept])
-                    self.biases[task] = _fixed(self.biases[task][kept])
-                    self.classes[task] = [numbers[row] for row in kept]
+        if self.shared and not single and any(number < self.num_classes for number in classes):  # else all are new
+            self._drop(set(classes))
+        self.num_classes = max([self.num_classes, *(1 + number for number in classes)])
         self._placed = None
         self.weights.append(_fixed(weight))
         self.biases.append(_fixed(bias))
         self.classes.append(list(classes))
         self.single.append(single)
+
+    def _drop(self, trained: set[int]) -> None:
+        """Drops the rows of classes of a shared head that are trained again."""
+        for task, numbers in enumerate(self.classes):
+            if not (self.single[task] or trained.isdisjoint(numbers)):
+                kept = [row for row, number in enumerate(numbers) if number not in trained]
+                self.weights[task] = _fixed(self.weights[task][kept])
+                self.biases[task] = _fixed(self.biases[task][kept])
+                self.classes[task] = [numbers[row] for row in kept]
 
     def to_tensors(self, tasks: list[TaskConfig]) -> dict[str, torch.Tensor]:
         """State dict: weight, bias and class indices by task name."""
@@ -125,7 +126,7 @@ class Heads(KeepsPrecision):
         Raises:
             `ValueError`: A tensor is missing, unexpected, or does not match.
         """
-        tensors, written = dict(tensors), set()
+        tensors, written, known = dict(tensors), set(), set(range(num_classes))
         for task in tasks:
             names = [f"{task.name}.{part}" for part in ("weight", "bias", "classes")]
             try:
@@ -133,7 +134,7 @@ class Heads(KeepsPrecision):
                 if [tensor.dtype for tensor in (weight, bias, classes)] != [torch.float32, torch.float32, torch.int64]:
                     raise ValueError("rows are float32, and the numbers of their classes int64.")
                 numbers = classes.tolist()
-                if len(set(numbers)) < len(numbers) or not set(numbers) <= set(range(num_classes)):
+                if len(set(numbers)) < len(numbers) or not known.issuperset(numbers):
                     raise ValueError(f"classes {numbers[:20]} are not among the {num_classes} of the model.")
                 self.write(weight, bias, numbers, single=len(task.classes) == 1)
                 written |= set(numbers)
@@ -177,6 +178,7 @@ class Heads(KeepsPrecision):
         self.biases = torch.nn.ParameterList([self.biases[i] for i in kept])
         self.classes = [[number[old] for old in self.classes[i]] for i in kept]
         self.single = [self.single[i] for i in kept]
+        self.num_classes = 1 + max((row for rows in self.classes for row in rows), default=-1)
 
     @in_float32
     def forward(self, features: torch.Tensor, owners: torch.Tensor) -> torch.Tensor:

@@ -225,7 +225,9 @@ class Method(Keeper):
         self.before = None  # else snapshots would form a chain
         with self.bank.lock.writing():
             freeze(self.state())
-            self.before = Snapshot(self, self.options, self.config)
+            # Experts of other tasks do not change, and are too many to be copied for each new one.
+            others = self.bank.table if self.independent and not self.remade else None
+            self.before = Snapshot(self, self.options, self.config, kept=() if others is None else others.tensors())
         self.bank.claim(task.name)
         self.task, self.seed = task, seed
         try:
@@ -256,6 +258,8 @@ class Method(Keeper):
         assert self.before is not None
         with self.bank.lock.writing():
             self.before.restore()
+            if self.bank.table is not None:
+                self.bank.table.clear_spare()
             self.bank.abandon()
 
     @contextmanager

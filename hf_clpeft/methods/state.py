@@ -1,6 +1,6 @@
 """State of a module: loaded from untrusted tensors, and snapshots to roll back to."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import torch
 
@@ -97,6 +97,8 @@ class Snapshot:
     Args:
         module (`torch.nn.Module`): The module, with all submodules except [`Stage`]s.
         others (objects, *optional*): Other objects.
+        kept (iterable of `torch.Tensor`, *optional*): Tensors of the module whose values do not change, so that they
+            are not copied.
 
     Example:
 
@@ -115,16 +117,17 @@ class Snapshot:
     ```
     """
 
-    def __init__(self, module: torch.nn.Module, *others: object):
+    def __init__(self, module: torch.nn.Module, *others: object, kept: Iterable[torch.Tensor] = ()):
         parts = list(_parts(module))
         attributes = [vars(thing) for thing in (*parts, *others)]
         filled = [value for values in attributes for value in values.values() if type(value) in (dict, list)]
         self._filled = [(value, value.copy()) for value in [*attributes, *filled]]
+        not_copied = set(map(id, kept))
         tensors = [tensor for part in parts for tensor in (*part._parameters.values(), *part._buffers.values())]
         self._tensors = [
             (tensor, tensor.detach().to("cpu", copy=True), tensor.requires_grad)
             for tensor in tensors
-            if tensor is not None
+            if tensor is not None and id(tensor) not in not_copied
         ]
 
     def restore(self) -> None:

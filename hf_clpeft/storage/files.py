@@ -1,6 +1,7 @@
 """The files in a model's folder, and checks before they are read."""
 
 import atexit
+import os
 import shutil
 from pathlib import Path
 from tempfile import mkdtemp
@@ -153,8 +154,17 @@ def check_names(names: list[str], config: ContinualConfig, where: str | Path) ->
 
 def _names_in(folder: Path) -> list[str]:
     """Paths that may belong to a model: files at the top level, and everything in the folders of experts and sums."""
-    paths = [path for path in folder.glob("*") if path.is_file()]
+    names = [entry.name for entry in _entries(folder) if entry.is_file()]
     for part in (EXPERTS_FOLDER, SUMS_FOLDER):
-        for path in folder.glob(f"{part}/*"):
-            paths += path.iterdir() if path.is_dir() else [path]
-    return [path.relative_to(folder).as_posix() for path in paths]
+        for entry in _entries(folder / part):
+            inside = [f"{entry.name}/{name}" for name in os.listdir(entry)] if entry.is_dir() else [entry.name]
+            names += [f"{part}/{name}" for name in inside]
+    return names
+
+
+def _entries(folder: Path) -> list[os.DirEntry]:
+    """What is in a folder, if it is one; without a `Path` for each of thousands of experts."""
+    if not folder.is_dir():
+        return []
+    with os.scandir(folder) as entries:
+        return list(entries)

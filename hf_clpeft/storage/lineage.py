@@ -35,7 +35,8 @@ def difference(config: ContinualConfig, there: ContinualConfig) -> str | None:
     if config.method.name != there.method.name:
         return f"one of the method {there.method.name}"
     known = {task.name: task for task in config.tasks}
-    forgotten = [task.name for task in there.tasks if task.name not in [*known, *config.removed]]
+    gone = set(config.removed)
+    forgotten = [task.name for task in there.tasks if task.name not in known and task.name not in gone]
     if forgotten:
         return f"one that has learnt {', '.join(forgotten[:3])}, which this one has not"
     method = METHODS.get(config.method.name)

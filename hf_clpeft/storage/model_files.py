@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save
 from ..config import CONFIG_NAME, ConfigError, ContinualConfig, HfClpeftError
 from ..config.checks import read_json
 from ..experts import Expert
-from ..experts.naming import rename_old_keys
+from ..experts.naming import renamer_for
 from ..methods import Method, make_method
 from ..reports.card import CARD_NAME, make_card
 from ..reports.report import METRICS_NAME, REPORT_FILES, StreamReport
@@ -136,7 +136,7 @@ def load_files(folder: str | Path, method: Method) -> tuple[StreamReport | None,
             f"{config.expert_names[:5]}."
         )
     experts = (Expert.load(name, folder / EXPERTS_FOLDER / name) for name in names)
-    method.bank.extend(rename_old_keys(expert, method.backbone) for expert in experts)
+    method.bank.extend(map(renamer_for(method.backbone), experts), len(names))
     _read_parts(method, folder)
     method.check()
     hashes = {name: {path: config.files[path] for path in expert_files(name)} for name in names}

@@ -45,6 +45,7 @@ MAY_CHANGE = {
     "eval_batch_size",
     "experts_from",
     "forward_transfer",
+    "gradient_checkpointing",
     "hub_model_id",
     "hub_private_repo",
     "hub_revision",
@@ -121,6 +122,13 @@ class ContinualTrainingArguments:
     torch_compile: bool = field(
         default=False,
         metadata={"help": "Compile the backbone and its experts with torch.compile, for training and evaluation."},
+    )
+    gradient_checkpointing: bool = field(
+        default=False,
+        metadata={
+            "help": "Save memory in training: compute the activations inside the layers of the backbone again in the "
+            "backward pass, which takes a third more time."
+        },
     )
     augmentation: Literal["none", "flip", "crop", "crop_flip"] = field(
         default="none",

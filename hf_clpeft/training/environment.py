@@ -29,6 +29,7 @@ def describe_environment(
             logger.warning("The tasks that are learnt already were learnt with %s.", told)
     return {
         "backbone": vars(model.config.backbone),
+        "quantization": _quantization_of(model),
         "seed": args.seed,
         "arguments": arguments,
         "pictures": pictures if isinstance(pictures, dict) else {},
@@ -37,3 +38,9 @@ def describe_environment(
         "num_processes": accelerator.num_processes,
         "mixed_precision": accelerator.mixed_precision,
     }
+
+
+def _quantization_of(model: ContinualModel) -> dict | None:
+    """How the backbone is quantised, if it is."""
+    chosen = getattr(getattr(model.backbone.model, "config", None), "quantization_config", None)
+    return None if chosen is None else chosen.to_dict()

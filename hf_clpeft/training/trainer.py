@@ -20,6 +20,7 @@ from ..backbones.views import augment, views_for_sums
 from ..config import ConfigError
 from ..config.hub_errors import HubError
 from ..config.text import get_logger
+from ..experts.checkpointing import set_checkpointing
 from ..hub.outbox import Outbox
 from ..hub.push import PushTarget
 from ..methods.learning import Features, FeaturesOf
@@ -103,6 +104,7 @@ class ContinualTrainer:
         if args.report_to != "none":
             self.accelerator.init_trackers(args.run_name, config=args.to_log())
         self.model = model.to(self.accelerator.device)
+        set_checkpointing(model.backbone, args.gradient_checkpointing)
         if args.torch_compile:
             model.backbone.compile()
             model.bank.compile()

@@ -56,7 +56,7 @@ class AgainstOthers(METHODS["s_lora_mix"], name="against_others"):
         router = self.router
         stranger = routing.selection[:, :, None] != router.owners
         logs = torch.stack(judged, dim=1)[:, :, router.classes].masked_fill(stranger, -torch.inf)
-        return log_sum_exp(logs.logsumexp(dim=1) + ROUTER_WEIGHT * routing.scores, router.classes)
+        return log_sum_exp(logs.logsumexp(dim=1) + ROUTER_WEIGHT * routing.scores, router.classes, router.num_classes)
 
     def accept(self, giver):
         Method.accept(self, giver)  # which says that experts of other methods have no such row

@@ -32,7 +32,7 @@ class LouderRouter(GaussianRouter):
         covariance = self.sum_up() / freedom
         weight, scale = shrinkage(covariance.trace(), (covariance**2).sum(), freedom, self.query_size)
         weight = min(1.0, self.caution * weight)
-        target = scale * torch.eye(self.query_size, dtype=covariance.dtype)
+        target = scale * torch.eye(self.query_size, dtype=covariance.dtype, device=covariance.device)
         return torch.linalg.cholesky((1 - weight) * covariance + weight * target)
 
 
