@@ -37,7 +37,7 @@ class Visitor:
         metrics = {"width": width, "height": 1000, "deviceScaleFactor": 1, "mobile": width < 500}
         self.driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
         self.driver.get(f"{page}?__theme={theme}")
-        self.wait("#picture input[type=file]")
+        self.wait("#picture")
 
     def wait(self, selector, text="", seconds=60):
         """The first element of that kind with that text, as soon as there is one."""
@@ -99,6 +99,9 @@ class Visitor:
             stroke.move_by_offset(next_x - x, next_y - y)
         stroke.release().perform()
 
+    def all(self, selector):
+        return self.driver.find_elements("css selector", selector)
+
     def overflow(self):
         """How many pixels of the page cannot be seen without scrolling sideways."""
         return self.driver.execute_script("return document.documentElement.scrollWidth - window.innerWidth")
@@ -121,8 +124,11 @@ def test_an_uploaded_picture_finds_its_class_and_expert(page, visitor):
     visitor.open(page)
     visitor.give("#picture", EXAMPLES / "digit-7.png")
     assert visitor.read("#verdict .verdict", "7").startswith("7")
-    assert "The route is" in visitor.read("#verdict .verdict ~ p", "expert of 6, 7")
-    assert visitor.wait("#distances svg")
+    assert "The route is" in visitor.read("#verdict .verdict ~ p", "expert of Task 4 6, 7")
+    assert [step.text.split("\n")[0] for step in visitor.all("#verdict .route li")][2:] == ["Task 4", "7"]
+    assert visitor.wait("#distances .chosen").text.startswith("Task 4 6, 7")
+    visitor.wait("#experts li", "Task 4")
+    assert len(visitor.all("#experts li")) == 3
     assert not visitor.outside()
 
 
@@ -131,8 +137,20 @@ def test_a_drawn_digit_is_read(page, visitor):
     visitor.press("Draw a digit")
     visitor.draw((0, -80), (0, -40), (0, 0), (0, 40), (0, 80))
     visitor.press("Which digit is it?")
-    assert "expert of 0, 1" in visitor.read("#verdict .verdict ~ p", "expert")
+    assert "expert of Task 1 0, 1" in visitor.read("#verdict .verdict ~ p", "expert")
     assert visitor.read("#verdict .verdict", "%").startswith("1")
+
+
+def test_a_first_example_is_there_and_answered(page, visitor):
+    visitor.open(page)
+    assert visitor.read("#verdict .verdict", "0").startswith("0")
+
+
+def test_a_phone_shows_the_answer_directly_below_the_picture(page, visitor):
+    visitor.open(page, 390)
+    visitor.wait("#verdict .verdict")
+    given, found, others = (visitor.wait(f"#{name}").rect for name in ("given", "found", "others"))
+    assert given["y"] + given["height"] <= found["y"] < 700 and found["y"] + found["height"] <= others["y"]
 
 
 def test_the_slider_goes_back_in_time(page, visitor):
@@ -144,9 +162,11 @@ def test_the_slider_goes_back_in_time(page, visitor):
     slider = visitor.wait("#step input[type=range]")
     for _ in range(3):
         slider.send_keys("\ue012")  # the left arrow
-    visitor.driver.execute_script("arguments[0].dispatchEvent(new Event('pointerup', {bubbles: true}))", slider)
     visitor.wait("#tasks", "After task 2 of 5")
-    assert len(visitor.driver.find_elements("css selector", "#tasks .later")) == 3
+    assert len(visitor.all("#tasks .later")) == 3
+    number = visitor.wait("#step input[type=number]")
+    number.send_keys("\ue009a\ue0004\ue007")  # all of it is overwritten, then Enter
+    visitor.wait("#tasks", "After task 4 of 5")
 
 
 def test_a_class_taught_from_five_pictures_is_recognised(page, visitor, letters):

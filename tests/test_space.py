@@ -45,7 +45,7 @@ def test_the_app_starts_from_its_folder_and_the_wheel(wheel, tmp_path):
         try:
             client = _client(f"http://127.0.0.1:{port}/", app)
             seven = bundled_folder(DIGITS_MODEL) / "examples" / "digit-7.png"
-            assert client.predict(handle_file(str(seven)), "nearest", "", api_name="/predict")[3]["label"] == "7"
+            assert client.predict(handle_file(str(seven)), "", api_name="/predict")[3]["label"] == "7"
             assert "/teach" not in client.view_api(return_format="dict", print_info=False)["named_endpoints"]
         finally:
             app.terminate()

@@ -1,0 +1,79 @@
+"""The demo's lessons: what visitors teach is theirs alone, and is what they are told."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+from conftest import EXAMPLES
+from gradio_client.exceptions import AppError
+from PIL import Image
+from test_pictures import archive_of
+
+from hf_clpeft import ContinualModel
+from hf_clpeft.demo.pictures import VisitorError
+from hf_clpeft.demo.teaching import sort_pictures
+
+
+def test_a_taught_class_is_recognised_and_every_old_answer_stays(ask, letters, digits):
+    outcome, key, archive = ask("/teach", "letter A", list(letters[:5]), "")
+    assert "Learnt <b><bdi>letter A</bdi></b> (5 pictures) as task-005" in outcome and "10 of 10 answers" in outcome
+    for letter in letters[5:8]:
+        assert ask("/predict", letter, key)[3]["label"] == "letter A"
+        assert ask("/predict", letter, "")[3]["label"] != "letter A"  # nobody else's model has changed
+    shutil.unpack_archive(archive, "taught")
+    taught = ContinualModel.from_pretrained("taught")
+    assert taught.predict(EXAMPLES) == digits.predict(EXAMPLES)
+    assert taught.config.classes[-1] == "letter A"
+    with pytest.raises(AppError, match="knows 'letter A' already"):
+        ask("/teach", "letter A", list(letters[:5]), key)
+    outcome, _, _ = ask("/teach", "letter X", [letters[8]] * 3, key)
+    assert "task-006" in outcome
+
+
+def test_folders_in_an_archive_are_classes_that_are_trained(ask, letters):
+    members = {f"set/{'A' if 'A-' in p.name else 'X'}/{i}.png": p.read_bytes() for i, p in enumerate(letters)}
+    archive_of(members | {f"set/X/{i}.png": letters[8].read_bytes() for i in range(20, 22)}, "letters.zip")
+    outcome, key, _ = ask("/teach", "", [Path("letters.zip")], "")
+    assert "<b><bdi>A</bdi></b> (8 pictures), <b><bdi>X</bdi></b> (3 pictures)" in outcome
+    assert ask("/predict", letters[8], key)[3]["label"] == "X"
+
+
+def test_a_taught_model_is_pushed_with_the_visitors_own_token_only(ask, letters, hub, monkeypatch):
+    _, key, _ = ask("/teach", "letter A", list(letters[:3]), "")
+    monkeypatch.setenv("HF_TOKEN", "hf_bob")  # of whoever runs the server
+    for token, key_, message in (("", key, "your own token"), ("hf_alice", "", "Teach a class first")):
+        with pytest.raises(AppError, match=message):
+            ask("/push", "alice/letters", token, key_)
+    with pytest.raises(AppError) as refused:
+        ask("/push", "alice/letters", "hf_wrong", key)
+    assert "hf_wrong" not in str(refused.value)
+    assert "alice/letters" in ask("/push", "alice/letters", "hf_alice", key)
+    assert ContinualModel.from_pretrained("alice/letters").config.classes[-1] == "letter A"
+
+
+def pictures(count, folder=""):
+    return [(f"{folder}{i}.png", Image.new("RGB", (8, 8))) for i in range(count)]
+
+
+@pytest.mark.parametrize(
+    "name, uploads, message",
+    [
+        ("cat", [], "no picture yet"),
+        ("cat", pictures(2), "'cat' has 2 pictures; give 3 or more"),
+        ("", pictures(3), "a name of 1 to 40 letters"),
+        ("<script>", pictures(3), "a name of 1 to 40 letters"),
+        ("7", pictures(3), "knows '7' already"),
+        ("cat", pictures(201), "at most 200"),
+        ("", [item for i in range(21) for item in pictures(3, f"class {i}/")], "63 pictures of 21 classes"),
+        ("cat", [*pictures(3), ("x.svg", VisitorError("x.svg is an SVG drawing"))], "SVG drawing"),
+    ],
+)
+def test_what_cannot_be_taught_says_why(name, uploads, message):
+    with pytest.raises(VisitorError, match=message):
+        sort_pictures(name, uploads, known=["7"])
+
+
+def test_pictures_to_teach_from_fit_into_memory():
+    big = Image.new("1", (20_000, 20_000))
+    with pytest.raises(VisitorError, match="more than 800 megapixels together"):
+        sort_pictures("cat", [(f"{number}.png", big) for number in range(3)], known=[])
