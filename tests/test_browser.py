@@ -1,7 +1,9 @@
 """The demo as people meet it: in Chromium, on wide and narrow screens, light and dark, with the network closed."""
 
 import json
+import os
 import shutil
+import subprocess
 import time
 from pathlib import Path
 
@@ -14,6 +16,7 @@ CHROMIUM, DRIVER = shutil.which("chromium") or shutil.which("google-chrome"), sh
 pytestmark = pytest.mark.skipif(not (CHROMIUM and DRIVER), reason="needs Chromium and its driver")
 
 EXAMPLES = bundled_folder(DIGITS_MODEL) / "examples"
+TABS = ("Try it", "Many pictures", "Look inside", "Teach it")
 FLAGS = """
     --headless=new --no-sandbox --disable-gpu --enable-unsafe-swiftshader --no-first-run --disable-quic
     --disable-background-networking --disable-component-update --disable-sync
@@ -37,7 +40,7 @@ class Visitor:
         metrics = {"width": width, "height": 1000, "deviceScaleFactor": 1, "mobile": width < 500}
         self.driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
         self.driver.get(f"{page}?__theme={theme}")
-        self.wait("#picture")
+        self.wait("#picture img")  # the first example, which would come after what a hasty visitor gives
 
     def wait(self, selector, text="", seconds=60):
         """The first element of that kind with that text, as soon as there is one."""
@@ -84,7 +87,7 @@ class Visitor:
         raise AssertionError(f"no button {text!r}")
 
     def give(self, selector, *paths):
-        for old in self.driver.find_elements("css selector", f"{selector} button[aria-label='Remove Image']"):
+        for old in self.all(f"{selector} button[aria-label='Remove Image']"):
             old.click()
         self.wait(f"{selector} input[type=file]").send_keys("\n".join(map(str, paths)))
 
@@ -102,6 +105,16 @@ class Visitor:
     def all(self, selector):
         return self.driver.find_elements("css selector", selector)
 
+    def barriers(self):
+        """What axe finds on the page that is critical or serious for people with disabilities."""
+        run = "axe.run({resultTypes: ['violations']}).then(arguments[arguments.length - 1])"
+        return [
+            (found["id"], found["impact"], node["html"][:200])
+            for found in self.driver.execute_async_script(run)["violations"]
+            for node in found["nodes"]
+            if found["impact"] in ("critical", "serious")
+        ]
+
     def overflow(self):
         """How many pixels of the page cannot be seen without scrolling sideways."""
         return self.driver.execute_script("return document.documentElement.scrollWidth - window.innerWidth")
@@ -111,6 +124,17 @@ class Visitor:
         messages = (json.loads(entry["message"])["message"] for entry in self.driver.get_log("performance"))
         urls = (m["params"]["request"]["url"] for m in messages if m["method"] == "Network.requestWillBeSent")
         return [url for url in urls if not url.startswith(("http://127.0.0.1", "data:", "blob:"))]
+
+
+def axe():
+    """Source of axe-core: of the file that AXE_CORE names, or of `npm install --global axe-core`."""
+    path = os.environ.get("AXE_CORE")
+    if path is None and shutil.which("npm"):
+        root = subprocess.run(["npm", "root", "--global"], capture_output=True, text=True).stdout.strip()
+        path = Path(root, "axe-core", "axe.min.js")
+    if path is None or not Path(path).is_file():
+        pytest.skip("needs axe-core: npm install --global axe-core, or set AXE_CORE to its axe.min.js")
+    return Path(path).read_text(encoding="utf-8")
 
 
 @pytest.fixture(scope="module")
@@ -196,9 +220,53 @@ def test_everything_fits_on_the_screen(page, visitor, width, theme):
     visitor.open(page, width, theme)
     visitor.give("#picture", EXAMPLES / "digit-7.png")
     visitor.wait("#verdict .verdict", "7")
-    for tab in ("Try it", "Many pictures", "Look inside", "Teach it"):
+    for tab in TABS:
         visitor.press(tab, "button[role=tab]")
         if tab == "Look inside":
             visitor.wait("#tasks", "After task")
         time.sleep(0.5)
         assert visitor.overflow() <= 0, tab
+
+
+@pytest.mark.parametrize("theme", ["light", "dark"])
+@pytest.mark.parametrize("width", [1280, 390])
+def test_nothing_on_any_tab_keeps_people_with_disabilities_out(page, visitor, width, theme):
+    source = axe()
+    visitor.open(page, width, theme)
+    visitor.driver.set_script_timeout(60)
+    visitor.wait("#experts li")
+    visitor.driver.execute_script(source)
+    for tab in TABS:
+        visitor.press(tab, "button[role=tab]")
+        if tab == "Many pictures":
+            visitor.give("[role=tabpanel]:not([style*=none])", *EXAMPLES.glob("digit-[3-5].png"))
+            visitor.press("Classify")
+            visitor.wait("#predictions td", "digit-4.png")
+        if tab == "Look inside":
+            visitor.wait("#tasks", "After task")
+        time.sleep(0.5)
+        assert visitor.barriers() == [], tab
+
+
+def test_what_changes_is_said_and_charts_can_be_read_aloud(page, visitor):
+    visitor.open(page)
+    visitor.wait("#verdict .verdict")
+    visitor.wait("#verdict[aria-live=polite]")
+    assert (
+        visitor.wait("#distances ol").get_attribute("aria-label") == "Distance to the nearest prototype of each task"
+    )
+    visitor.press("Look inside", "button[role=tab]")
+    visitor.wait("#answer[aria-live=polite]")
+    said = visitor.wait("#plane svg[role=img]").get_attribute("aria-label")
+    assert "100 points" in said and "Your picture is nearest to Task 1" in said
+
+
+def test_the_keyboard_is_enough(page, visitor):
+    visitor.open(page)
+    visitor.wait("#verdict .verdict", "0")
+    visitor.all(".gallery-item")[7].send_keys("\ue007")  # Enter
+    visitor.read("#verdict .verdict", "7")
+    visitor.wait("button[role=tab][aria-selected=true]").send_keys("\ue004")  # Tab
+    chosen = visitor.driver.switch_to.active_element
+    chosen.send_keys("\ue007")
+    visitor.wait("button[role=tab][aria-selected=true]", "Many pictures")

@@ -80,7 +80,7 @@ def test_a_model_whose_pictures_go_to_no_expert_is_shown_with_its_classes(tmp_pa
     answers, texts, model = show(ncm(), tmp_path)
     assert answers[0].endswith("<p></p>") and not answers[2]
     assert answers[7].count("<circle") == 4 and "Task 2 (class 2, class 3)" in answers[7]
-    assert "### Class means on the plane in which they spread most" in texts
+    assert "## Class means on the plane in which they spread most" in texts
     assert any(text.startswith("The class_means router weighs") for text in texts)
 
 
@@ -122,5 +122,5 @@ def test_a_gaussian_router_measures_distances_to_classes(tmp_path):
     assert "the nearest class is" in views.verdict(found, model, 0.05)
     page = build_demo(str(tmp_path), teaching=True).get_config_file()
     texts = [part["props"].get("value") for part in page["components"] if part["type"] == "markdown"]
-    assert "### Distance to classes, in order of learning" in texts
+    assert "## Distance to classes, in order of learning" in texts
     assert any(text.startswith("The gaussian router weighs") for text in texts)

@@ -11,6 +11,7 @@ from starlette.middleware import Middleware
 from ..backbones.bundled import DIGITS_MODEL, bundled_folder
 from ..model import ContinualModel
 from . import views
+from .access import SPEAK, THEME
 from .components import Files, Folder, NeverFetch, Picture, Step, canvas, take_brush, textbox
 from .handlers import Handlers, keep
 from .models import Models
@@ -22,13 +23,8 @@ FILE_TYPES = [f".{name.lower()}" for name in (*FORMATS, "JPG", "TIF", "ZIP")]
 VISITORS = 64  # requests handled concurrently
 SHARED: dict[str, Any] = {"concurrency_limit": VISITORS}
 HIDDEN: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
-SPEAK = """() => {  // screen readers say what changes there
-    for (const id of ['verdict', 'answer', 'outcome'])
-        document.getElementById(id)?.setAttribute('aria-live', 'polite');
-}"""
-SYSTEM_FONTS = ("ui-sans-serif", "system-ui", "sans-serif")  # no request to a font server
 LAUNCH: dict[str, Any] = {
-    "theme": gr.themes.Soft(primary_hue="blue", font=SYSTEM_FONTS, font_mono=("ui-monospace", "monospace")),
+    "theme": THEME,
     "css_paths": Path(__file__).with_name("page.css"),
     "footer_links": ["api", "settings"],
     "run_history": False,
@@ -130,12 +126,12 @@ def _try_it(handlers: Handlers, key: gr.Textbox, examples: Sequence[Path], drawi
         with gr.Column(min_width=300):
             likeliest = gr.Label(num_top_classes=5, label="Likeliest classes", show_heading=False)
             shown = views.has_choice(model)
-            gr.Markdown("### What the nearest experts say", visible=shown)
+            gr.Markdown("## What the nearest experts say", visible=shown)
             side_by_side = gr.HTML(label="Answers of the nearest experts", elem_id="experts", visible=shown)
             answers = gr.JSON(visible=False)
         with gr.Column(min_width=300):
             to = f" to {views.landmarks(model)}" if model.router is not None else ""
-            gr.Markdown(f"### Distance{to}, in order of learning", visible=model.method.routes)
+            gr.Markdown(f"## Distance{to}, in order of learning", visible=model.method.routes)
             distances = gr.HTML(label="Distances", elem_id="distances", visible=model.method.routes)
     with gr.Accordion("As JSON", open=False):
         details = gr.JSON(label="Prediction", show_label=False)
@@ -178,11 +174,11 @@ def _look_inside(handlers: Handlers, key: gr.Textbox, picture: Picture, tab: gr.
         with gr.Column(min_width=300, scale=2):
             shown = model.router is not None and len(model.router.points()[0]) > 0
             what = views.landmarks(model).replace("classes", "class means").capitalize()
-            gr.Markdown(f"### {what} on the plane in which they spread most", visible=shown)
+            gr.Markdown(f"## {what} on the plane in which they spread most", visible=shown)
             plane = gr.HTML(label="Map", visible=shown, elem_id="plane")
-    gr.Markdown("### Accuracy on each task after each task")
+    gr.Markdown("## Accuracy on each task after each task")
     matrix = gr.HTML(label="Accuracy matrix")
-    gr.Markdown("### Where the test pictures of each task went")
+    gr.Markdown("## Where the test pictures of each task went")
     routing = gr.HTML(label="Routing")
     gr.on(
         [tab.select, step.change, key.change],
