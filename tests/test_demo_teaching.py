@@ -65,12 +65,18 @@ def pictures(count, folder=""):
         ("7", pictures(3), "knows '7' already"),
         ("cat", pictures(201), "at most 200"),
         ("", [item for i in range(21) for item in pictures(3, f"class {i}/")], "63 pictures of 21 classes"),
-        ("cat", [*pictures(3), ("x.svg", VisitorError("x.svg is an SVG drawing"))], "SVG drawing"),
+        ("cat", [*pictures(2), ("x.svg", VisitorError("x.svg is an SVG drawing"))], "2 pictures.*SVG drawing"),
     ],
 )
 def test_what_cannot_be_taught_says_why(name, uploads, message):
     with pytest.raises(VisitorError, match=message):
         sort_pictures(name, uploads, known=["7"])
+
+
+def test_what_is_no_picture_is_left_out_and_said(ask, letters):
+    archive_of({**{f"A/{p.name}": p.read_bytes() for p in letters[:3]}, "A/big.png": bytes(21 * 2**20)}, "letters.zip")
+    outcome, _, _ = ask("/teach", "", [Path("letters.zip")], "")
+    assert "(3 pictures)" in outcome and "A/big.png has more than 20 MB, so it was left out" in outcome
 
 
 def test_pictures_to_teach_from_fit_into_memory():

@@ -229,11 +229,11 @@ class Handlers:
             A summary, as HTML; the key of the new model; and the model as a zip archive.
         """
         known = self.models.get(key).config.classes
-        classes = sort_pictures(name or "", read_uploads(files or []), known)
+        classes, left_out = sort_pictures(name or "", read_uploads(files or []), known)
         lesson = teach(self.models, key, classes, self.examples, lambda share, text: progress(share, desc=text))
         progress(0.95, desc="Packing the model")
         archive = shutil.make_archive(str(lesson.folder), "zip", lesson.folder)
-        return views.lesson(lesson, classes), lesson.key, archive
+        return views.lesson(lesson, classes, left_out), lesson.key, archive
 
     @friendly
     def add_drawing(self, drawing: bytes | str | None, files: list[str] | None) -> list[str]:

@@ -49,7 +49,7 @@ class Lesson:
 
 def sort_pictures(
     name: str, uploads: Iterable[tuple[str, PIL.Image.Image | VisitorError]], known: Sequence[str]
-) -> dict[str, list[PIL.Image.Image]]:
+) -> tuple[dict[str, list[PIL.Image.Image]], list[str]]:
     """Groups uploaded pictures by class: the name of their folder, else the given name.
 
     Args:
@@ -58,10 +58,10 @@ def sort_pictures(
         known (sequence of `str`): Classes that the model knows.
 
     Returns:
-        `dict[str, list[PIL.Image.Image]]`: Pictures by class.
+        Pictures by class; and why other files were left out.
 
     Raises:
-        [`VisitorError`]: A picture or a name is invalid, or there are too few or too many.
+        [`VisitorError`]: A name is invalid, or there are too few or too many pictures.
 
     Example:
 
@@ -70,16 +70,19 @@ def sort_pictures(
     >>> from hf_clpeft.demo.teaching import sort_pictures
 
     >>> pictures = [(f"pets/cat/{i}.png", Image.new("RGB", (8, 8))) for i in range(3)]
-    >>> list(sort_pictures("", pictures, known=["dog"]))
-    ['cat']
+    >>> classes, left_out = sort_pictures("", pictures, known=["dog"])
+    >>> list(classes), left_out
+    (['cat'], [])
 
     ```
     """
     classes: dict[str, list[PIL.Image.Image]] = {}
+    left_out: list[str] = []
     pixels = 0
     for path, picture in uploads:
         if isinstance(picture, VisitorError):
-            raise picture
+            left_out.append(str(picture))
+            continue
         pixels += picture.width * picture.height
         if pixels > MOST_PIXELS:
             raise VisitorError(
@@ -88,7 +91,7 @@ def sort_pictures(
         label = " ".join((Path(path).parent.name or name).split())
         classes.setdefault(label, []).append(picture)
     if not classes:
-        raise VisitorError(f"There is no picture yet: add {FEWEST} or more, ideally five.")
+        raise VisitorError(" ".join([f"There is no picture yet: add {FEWEST} or more, ideally five.", *left_out[:3]]))
     for label, pictures in classes.items():
         if not re.fullmatch(r"[\w .,'()&+-]{1,40}", label):
             raise VisitorError(
@@ -98,14 +101,15 @@ def sort_pictures(
         if label in known:
             raise VisitorError(f"The model knows {label!r} already. Give the new class another name.")
         if len(pictures) < FEWEST:
-            raise VisitorError(f"{label!r} has {len(pictures)} pictures; give {FEWEST} or more, ideally five.")
+            few = f"{label!r} has {len(pictures)} pictures; give {FEWEST} or more, ideally five."
+            raise VisitorError(" ".join([few, *left_out[:3]]))
     count = sum(map(len, classes.values()))
     if count > MOST_PICTURES or len(classes) > MOST_CLASSES:
         raise VisitorError(
             f"These are {count} pictures of {len(classes)} classes; at most {MOST_PICTURES} of {MOST_CLASSES} can be "
             "taught here at once. Take fewer, or train on your own machine with ContinualTrainer."
         )
-    return classes
+    return classes, left_out
 
 
 def refusal(model: ContinualModel) -> str | None:

@@ -313,14 +313,15 @@ def learnt(model: ContinualModel, step: int) -> str:
     return f'<p>After task {step} of {len(tasks)}:</p><ol class="tasks" tabindex=0 aria-label="Tasks">{items}</ol>'
 
 
-def lesson(found: Lesson, classes: dict[str, list]) -> str:
+def lesson(found: Lesson, classes: dict[str, list], left_out: Sequence[str] = ()) -> str:
     """The result of teaching, as HTML."""
     names = ", ".join(f"<b>{bdi(label)}</b> ({len(pictures)} pictures)" for label, pictures in classes.items())
     text = f"<p>Learnt {names} as {found.task} in {found.seconds:.0f} seconds. "
     text += "Old experts, prototypes and head rows are bit-identical. "
     if found.answers:
         text += f"{found.unchanged} of {found.answers} answers to the example pictures are bit-identical, too. "
-    return text + "From now on you use your own model, which no other visitor sees.</p>"
+    skipped = "".join(f"<p>Left out: {bdi(reason)}</p>" for reason in left_out)
+    return text + "From now on you use your own model, which no other visitor sees.</p>" + skipped
 
 
 def link(url: str) -> str:
