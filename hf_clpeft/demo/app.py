@@ -223,10 +223,11 @@ def _teach_it(handlers: Handlers, key: gr.Textbox, drawing: bool) -> Dependency:
             archive = gr.File(label="Your model", interactive=False)
             with gr.Accordion("Push it to the Hub", open=False):
                 repo_id = textbox("Repo", example="me/my-digits", placeholder="me/my-digits")
-                token = textbox("Your token with write access", example="hf_...", type="password")
+                token = textbox("Your token with write access", example="hf_...", type="password", elem_id="token")
                 push = gr.Button("Push")
                 pushed = gr.HTML(label="Pushed", min_height=30)
-    push.click(handlers.push, [repo_id, token, key], pushed, api_name="push")
+    pushing = push.click(handlers.push, [repo_id, token, key], pushed, api_name="push")
+    pushing.then(lambda: "", None, token, **HIDDEN)  # nobody who comes to this screen later shall find it
     return learn.click(handlers.teach, [name, pictures, key], [outcome, key, archive], api_name="teach")
 
 
