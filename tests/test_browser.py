@@ -58,6 +58,12 @@ class Visitor:
         seen = [element.text for element in self.driver.find_elements("css selector", selector)]
         raise AssertionError(f"no {selector} with {text!r} in {seconds} s, but {seen}")
 
+    def gone(self, selector, text, seconds=60):
+        end = time.monotonic() + seconds
+        while any(text in element.text for element in self.all(selector)):
+            assert time.monotonic() < end, f"{selector} still has {text!r}"
+            time.sleep(0.2)
+
     def read(self, selector, text):
         """What stands there, once it can be seen and has that text in it: pages are drawn anew as answers come in."""
         from selenium.common.exceptions import StaleElementReferenceException
@@ -200,11 +206,28 @@ def test_a_class_taught_from_five_pictures_is_recognised(page, visitor, letters)
     visitor.give("#lessons", *letters[:5])
     visitor.wait("#lessons", letters[4].name[:5])
     visitor.press("Teach", "button.primary")
-    assert "10 of 10 answers" in visitor.read("#outcome", "Learnt letter A")
+    assert "5 of your 5 pictures would be recognised" in visitor.read("#outcome", "Learnt letter A")
+    assert "0 of 10 answers" in visitor.read("#outcome", "No old weight has changed")
     visitor.press("Try it", "button[role=tab]")
     visitor.give("#picture", letters[6])
     visitor.read("#verdict .verdict", "letter A")
     assert not visitor.outside()
+
+    visitor.driver.refresh()
+    visitor.wait("#picture img")
+    visitor.wait("#distances li", "Task 6")
+    visitor.give("#picture", letters[6])
+    visitor.read("#verdict .verdict", "letter A")
+    visitor.press("Teach it", "button[role=tab]")
+    visitor.read("#outcome", "It knows 11 classes, lastly letter A")
+    visitor.press("Go back to the model")
+    visitor.press("Try it", "button[role=tab]")
+    visitor.gone("#distances li", "Task 6")
+    time.sleep(2)
+    visitor.driver.refresh()
+    visitor.read("#verdict .verdict", "0")
+    time.sleep(2)
+    visitor.gone("#distances li", "Task 6", 1)
 
 
 def test_what_is_no_picture_gets_a_friendly_word(page, visitor):

@@ -87,7 +87,7 @@ def test_no_request_makes_the_server_read_or_fetch_what_was_not_uploaded(page, p
         "predict_files": [[payload], ""],
         "scan_drawing": [drawing],
     }
-    for endpoint, data in (calls | {"teach": ["cat", [payload] * 3, ""]}).items():
+    for endpoint, data in (calls | {"teach": ["cat", [payload] * 3, ""], "give_back": [payload]}).items():
         address, call = f"{page}gradio_api/call/{endpoint}", json.dumps({"data": data}).encode()
         request = urllib.request.Request(address, call, {"Content-Type": "application/json"})
         event = json.load(urllib.request.urlopen(request, timeout=60))["event_id"]
@@ -111,6 +111,7 @@ def requests_of(picture):
         "look_inside": [2, picture, ""],
         "teach": ["cat", None, ""],  # refused for want of pictures
         "add_drawing": [drawing, [picture]],
+        "give_back": [picture],
         "push": ["alice/x", "hf_wrong", ""],  # and of a model
     }
 

@@ -3,6 +3,7 @@
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 from conftest import EXAMPLES
 from gradio_client.exceptions import AppError
@@ -11,12 +12,13 @@ from test_pictures import archive_of
 
 from hf_clpeft import ContinualModel
 from hf_clpeft.demo.pictures import VisitorError
-from hf_clpeft.demo.teaching import sort_pictures
+from hf_clpeft.demo.teaching import leave_one_out, sort_pictures, teach
 
 
 def test_a_taught_class_is_recognised_and_every_old_answer_stays(ask, letters, digits):
     outcome, key, archive = ask("/teach", "letter A", list(letters[:5]), "")
-    assert "Learnt <b><bdi>letter A</bdi></b> (5 pictures) as task-005" in outcome and "10 of 10 answers" in outcome
+    assert "Learnt <b><bdi>letter A</bdi></b> (5 pictures)" in outcome and "<b>5 of your 5 pictures</b>" in outcome
+    assert "No old weight has changed; 0 of 10 answers to the examples have." in outcome
     for letter in letters[5:8]:
         assert ask("/predict", letter, key)[3]["label"] == "letter A"
         assert ask("/predict", letter, "")[3]["label"] != "letter A"  # nobody else's model has changed
@@ -26,8 +28,8 @@ def test_a_taught_class_is_recognised_and_every_old_answer_stays(ask, letters, d
     assert taught.config.classes[-1] == "letter A"
     with pytest.raises(AppError, match="knows 'letter A' already"):
         ask("/teach", "letter A", list(letters[:5]), key)
-    outcome, _, _ = ask("/teach", "letter X", [letters[8]] * 3, key)
-    assert "task-006" in outcome
+    _, key, _ = ask("/teach", "letter X", [letters[8]] * 3, key)
+    assert "Task 7" in ask("/look_inside", 7, None, key)[0]
 
 
 def test_folders_in_an_archive_are_classes_that_are_trained(ask, letters):
@@ -71,6 +73,54 @@ def pictures(count, folder=""):
 def test_what_cannot_be_taught_says_why(name, uploads, message):
     with pytest.raises(VisitorError, match=message):
         sort_pictures(name, uploads, known=["7"])
+
+
+def test_a_lesson_that_fails_says_so_and_what_helps(ask):
+    noise = np.random.default_rng(0)
+    for number in range(4):  # digits are what is nearest to each of them
+        digit = np.asarray(Image.open(EXAMPLES[2 * number]).convert("RGB"), dtype=float)
+        blurred = np.clip(digit + noise.normal(0, 4, digit.shape), 0, 255).astype(np.uint8)
+        Image.fromarray(blurred).save(f"{number}.png")
+    outcome, _, _ = ask("/teach", "not a thing", [Path(f"{number}.png") for number in range(4)], "")
+    assert "Taught <b>" in outcome and "<b>0 of your 4 pictures</b>" in outcome and "More pictures help" in outcome
+
+
+def test_leaving_one_out_is_what_a_new_picture_meets(handlers, letters):
+    images = [Image.open(path).convert("RGB") for path in letters[:8]]
+    tried, recognised = leave_one_out(handlers.models.served, {"A": images}, 0.05)
+    found = 0
+    for number, image in enumerate(images):
+        others = [*images[:number], *images[number + 1 :]]
+        lesson = teach(handlers.models, "", {"A": others})
+        (answer,) = handlers.models.batcher.predict(handlers.models.get(lesson.key), [image], reject_rate=0.05)
+        found += answer.label == "A"
+    assert (tried, recognised) == (8, found)
+
+
+def test_a_downloaded_model_can_be_given_back(ask, letters):
+    _, key, archive = ask("/teach", "letter A", list(letters[:5]), "")
+    outcome, again = ask("/give_back", Path(archive))
+    assert again not in ("", key) and "It knows 11 classes, lastly <bdi>letter A</bdi>" in outcome
+    assert ask("/predict", letters[6], again)[3] == ask("/predict", letters[6], key)[3]
+
+
+def test_what_was_not_downloaded_here_is_not_taken(ask, letters, saved):
+    other = shutil.make_archive("other", "zip", saved)
+    archive_of({"../../evil.json": b"{}"}, "outside.zip")
+    archive_of({"config.json": b"{"}, "broken.zip")
+    Path("no.zip").write_bytes(b"nothing")
+    for name, message in (
+        (other, "does not begin with the same tasks"),
+        ("outside.zip", "was not made by this page"),
+        ("broken.zip", "config.json"),
+        ("no.zip", "is no archive of a model"),
+    ):
+        with pytest.raises(AppError, match=message):
+            ask("/give_back", Path(name))
+
+
+def test_a_model_is_recalled_only_while_it_is_there(handlers):
+    assert handlers.recall("gone") == handlers.recall(None) == ("", "")
 
 
 def test_what_is_no_picture_is_left_out_and_said(ask, letters):

@@ -5,14 +5,13 @@ from pathlib import Path
 from typing import Any
 
 import gradio as gr
-from gradio.events import Dependency
 from starlette.middleware import Middleware
 
 from ..backbones.bundled import DIGITS_MODEL, bundled_folder
 from ..model import ContinualModel
 from . import views
 from .access import SPEAK, THEME
-from .components import Files, Folder, NeverFetch, Picture, Step, canvas, take_brush, textbox
+from .components import Archive, Files, Folder, NeverFetch, Picture, Step, canvas, take_brush, textbox
 from .handlers import Handlers, keep
 from .models import Models
 from .pictures import FORMATS, LARGEST_ARCHIVE
@@ -91,8 +90,11 @@ def build_demo(
                 gr.Markdown(reason)
         elif teaching:
             with gr.Tab("Teach it"):
-                taught = _teach_it(handlers, key, drawing)
-                taught.success(lambda key: _last(models.get(key)), key, step, **HIDDEN)
+                outcome = _teach_it(handlers, key, drawing)
+            saved = gr.BrowserState("", storage_key="hf-clpeft-model")
+            demo.load(handlers.recall, saved, [outcome, key], **HIDDEN)
+            # An empty text would not be written over the key of a model that the visitor has left.
+            key.change(lambda key: (_last(models.get(key)), key or "none"), key, [step, saved], **HIDDEN)
         if examples:
             demo.load(lambda: keep(examples[0].read_bytes(), examples[0].name), None, picture, **HIDDEN)
         demo.load(fn=None, js=SPEAK)
@@ -193,7 +195,7 @@ def _look_inside(handlers: Handlers, key: gr.Textbox, picture: Picture, tab: gr.
     return step
 
 
-def _teach_it(handlers: Handlers, key: gr.Textbox, drawing: bool) -> Dependency:
+def _teach_it(handlers: Handlers, key: gr.Textbox, drawing: bool) -> gr.HTML:
     with gr.Row(equal_height=False):
         with gr.Column(min_width=300):
             gr.Markdown(
@@ -221,6 +223,8 @@ def _teach_it(handlers: Handlers, key: gr.Textbox, drawing: bool) -> Dependency:
         with gr.Column(min_width=300):
             outcome = gr.HTML(label="Outcome", elem_id="outcome", min_height=90)
             archive = gr.File(label="Your model", interactive=False)
+            returned = Archive("Give back a model that you downloaded", file_types=[".zip"], elem_id="returned")
+            forget = gr.Button("Go back to the model as it was")
             with gr.Accordion("Push it to the Hub", open=False):
                 repo_id = textbox("Repo", example="me/my-digits", placeholder="me/my-digits")
                 token = textbox("Your token with write access", example="hf_...", type="password", elem_id="token")
@@ -228,7 +232,10 @@ def _teach_it(handlers: Handlers, key: gr.Textbox, drawing: bool) -> Dependency:
                 pushed = gr.HTML(label="Pushed", min_height=30)
     pushing = push.click(handlers.push, [repo_id, token, key], pushed, api_name="push")
     pushing.then(lambda: "", None, token, **HIDDEN)  # nobody who comes to this screen later shall find it
-    return learn.click(handlers.teach, [name, pictures, key], [outcome, key, archive], api_name="teach")
+    returned.upload(handlers.give_back, returned, [outcome, key], api_name="give_back")
+    forget.click(lambda: ("", "", None), None, [outcome, key, archive], **HIDDEN)
+    learn.click(handlers.teach, [name, pictures, key], [outcome, key, archive], api_name="teach")
+    return outcome
 
 
 def _last(model: ContinualModel) -> Step:

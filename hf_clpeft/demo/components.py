@@ -63,6 +63,21 @@ class Files(gr.File):
         return [_example("digit.png"), _example("more.zip")]
 
 
+class Archive(gr.UploadButton):
+    """One file, as its path."""
+
+    is_template = True
+    async_move_resource_to_block_cache = _never_fetch
+
+    def preprocess(self, payload: Any) -> str | None:
+        """The path."""
+        return None if payload is None else _path_of(payload)
+
+    def example_payload(self) -> dict:
+        """Example for the API docs."""
+        return _example("model.zip")
+
+
 class Folder(gr.UploadButton):
     """The files of a folder, as their paths."""
 

@@ -27,6 +27,8 @@ from .charts import thumbnail
 from .drawing import scan
 from .models import Models
 from .pictures import VisitorError, open_picture, read_uploads
+from .queries import query_of
+from .returning import take_back
 from .teaching import sort_pictures, teach
 
 
@@ -199,7 +201,7 @@ class Handlers:
             image = open_picture(picture)
             (found,) = self.models.batcher.predict(model, [image], top_k=2, **self._reject(model))
             answer = views.answer(found, model)
-            query = self.models.batcher.run(lambda: views.query_of(model, image))
+            query = self.models.batcher.run(lambda: query_of(model, image))
         return (
             views.learnt(now, step),
             views.accuracy_table(now, step),
@@ -230,7 +232,9 @@ class Handlers:
         """
         known = self.models.get(key).config.classes
         classes, left_out = sort_pictures(name or "", read_uploads(files or []), known)
-        lesson = teach(self.models, key, classes, self.examples, lambda share, text: progress(share, desc=text))
+        lesson = teach(
+            self.models, key, classes, self.examples, self.reject_rate, lambda share, text: progress(share, desc=text)
+        )
         progress(0.95, desc="Packing the model")
         archive = shutil.make_archive(str(lesson.folder), "zip", lesson.folder)
         return views.lesson(lesson, classes, left_out), lesson.key, archive
@@ -249,6 +253,27 @@ class Handlers:
         png = io.BytesIO()
         self.scan_drawing(drawing).save(png, "PNG")
         return [*(files or []), keep(png.getvalue(), f"drawing-{len(files or []) + 1}.png")]
+
+    @friendly
+    def give_back(self, archive: str | None) -> tuple[str, str]:
+        """Give back a model that you taught and downloaded, to go on with it.
+
+        Args:
+            archive: The downloaded zip archive.
+
+        Returns:
+            What it is, as HTML; and its key.
+        """
+        if not archive:
+            raise VisitorError("Choose the archive that you downloaded here.")
+        key = take_back(self.models, archive)
+        return views.own_model(self.models.get(key)), key
+
+    @friendly
+    def recall(self, key: str | None) -> tuple[str, str]:
+        """A visitor's own model after a reload: the words for it, and its key; empty if it is not there any more."""
+        key = key or ""
+        return (views.own_model(self.models.get(key)), key) if self.models.has(key) else ("", "")
 
     @friendly
     def push(self, repo_id: str | None, token: str | None, key: str | None) -> str:

@@ -1,5 +1,6 @@
 """Learns a new task from a visitor's pictures, on a copy of the model, while others are being served."""
 
+import copy
 import re
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -18,9 +19,11 @@ from ..training import ContinualTrainer, ContinualTrainingArguments, TrainerCall
 from ..training.progress import disable_progress_bars
 from .models import Models
 from .pictures import VisitorError
+from .queries import query_of
 
 
 FEWEST, MOST_PICTURES, MOST_CLASSES, MOST_SECONDS = 3, 200, 20, 180
+MOST_TRIED = 40  # pictures that are left out, one at a time
 MOST_PIXELS = 800_000_000  # of all pictures together, as they are all in memory
 STEPS, MOST_EPOCHS, BATCH = 100, 60, 16
 HEAD_LEARNING_RATE = 1e-2  # high, as a new row must outweigh the old ones within few steps
@@ -35,16 +38,20 @@ class Lesson:
         folder (`Path`): Folder of the new model.
         task (`str`): Name of the new task.
         seconds (`float`): Duration.
-        answers (`int`): Number of predictions for old pictures that were compared.
-        unchanged (`int`): How many of them are bit-identical.
+        tried (`int`): Number of the given pictures that were left out, one at a time.
+        recognised (`int`): How many of them would be recognised by what the others teach; see [`leave_one_out`].
+        answers (`int`): Number of answers to old pictures that were compared.
+        changed (`int`): How many of them have another label now.
     """
 
     key: str
     folder: Path
     task: str
     seconds: float
+    tried: int
+    recognised: int
     answers: int
-    unchanged: int
+    changed: int
 
 
 def sort_pictures(
@@ -138,6 +145,7 @@ def teach(
     key: str | None,
     classes: dict[str, list[PIL.Image.Image]],
     old_pictures: Sequence[PIL.Image.Image] = (),
+    reject_rate: float = 0.05,
     progress: Callable[[float, str], None] = lambda share, text: None,
 ) -> Lesson:
     """Trains a copy of a model on one more task.
@@ -147,6 +155,7 @@ def teach(
         key (`str`): Key of the model.
         classes (`dict[str, list[PIL.Image.Image]]`): Pictures by class.
         old_pictures (sequence of `PIL.Image.Image`): Pictures whose predictions are compared before and after.
+        reject_rate (`float`, *optional*, defaults to 0.05): As for [`ContinualModel.predict`].
         progress (callable): Called with the progress, from 0 to 1, and a description.
 
     Returns:
@@ -197,9 +206,49 @@ def teach(
     new_key = models.add(folder)
     new = models.get(new_key)
     _check_unchanged(models, old, new)
-    before, after = (models.batcher.predict(m, old_pictures) for m in (old, new))
-    unchanged = sum(was == now for was, now in zip(before, after, strict=True))
-    return Lesson(new_key, folder, task, time.monotonic() - start, len(before), unchanged)
+    options = {"reject_rate": reject_rate} if old.can_reject else {}
+    before, after = (models.batcher.predict(m, old_pictures, **options) for m in (old, new))
+    changed = sum(was.label != now.label for was, now in zip(before, after, strict=True))
+    tried, recognised = models.batcher.run(lambda: leave_one_out(old, classes, reject_rate))
+    return Lesson(new_key, folder, task, time.monotonic() - start, tried, recognised, len(before), changed)
+
+
+@torch.no_grad()
+def leave_one_out(
+    model: ContinualModel, classes: dict[str, list[PIL.Image.Image]], reject_rate: float
+) -> tuple[int, int]:
+    """How many of a lesson's pictures would find their class if it were taught from all the others alone.
+
+    A picture finds it if it is routed to the new task, is not rejected, and is nearest to the mean of its own class
+    there. Experts are not trained again.
+
+    Args:
+        model ([`ContinualModel`]): The model before the lesson.
+        classes (`dict[str, list[PIL.Image.Image]]`): Pictures by class.
+        reject_rate (`float`): As for [`ContinualModel.predict`].
+
+    Returns:
+        Number of pictures tried, at most `MOST_TRIED`; and how many of them find their class.
+    """
+    assert model.router is not None
+    pictures = [(number, picture) for number, own in enumerate(classes.values()) for picture in own]
+    labels = torch.tensor([number for number, _ in pictures])
+    queries = torch.cat([query_of(model, picture) for _, picture in pictures])
+    points = torch.nn.functional.normalize(queries, dim=-1).cpu()
+    tried = list(range(0, len(pictures), -(-len(pictures) // MOST_TRIED)))
+    recognised = 0
+    for left_out in tried:
+        others = torch.arange(len(pictures)) != left_out
+        router = copy.deepcopy(model.router)
+        router.learn(queries[others], labels[others])
+        routing = router(queries[left_out : left_out + 1])
+        own = int(routing.selection.flatten()[0]) == router.num_owners - 1
+        if own and model.can_reject:
+            own = float(router.typicality(queries[left_out : left_out + 1], routing.distances)) >= reject_rate
+        means = torch.stack([points[others & (labels == number)].mean(dim=0) for number in range(len(classes))])
+        nearest = int(torch.cdist(points[left_out : left_out + 1], means).argmin())
+        recognised += own and nearest == int(labels[left_out])
+    return len(tried), recognised
 
 
 def _check_unchanged(models: Models, old: ContinualModel, new: ContinualModel) -> None:

@@ -22,6 +22,12 @@ from .teaching import Lesson
 
 NONE = "Not recognised"
 UNSURE, LIKELY = 0.5, 0.8  # below these confidences, words say so
+WELL = 0.8  # share of a lesson's own pictures, below which it has not succeeded
+ADVICE = (
+    "More pictures help, above all from other sides and in other light; or other classes beside it, each in a folder "
+    "of a zip archive, so that they are weighed against each other."
+)
+OWN = "From now on you use your own model, which no other visitor sees, also after this page is reloaded."
 FEWEST_MEASURED = 20  # test pictures that a measured share needs
 
 
@@ -293,14 +299,6 @@ def _points(model: ContinualModel) -> np.ndarray:
     return model.router.points()[0].detach().float().cpu().numpy()
 
 
-def query_of(model: ContinualModel, image: PIL.Image.Image) -> torch.Tensor:
-    """Query features of one picture, of shape `(1, query_size)`; of several views the first."""
-    pixels = torch.from_numpy(model.backbone.transform.resize([image])).to(model.device)
-    with torch.no_grad():
-        query = model.method.query(model.backbone.transform.normalize(pixels))
-    return query if query.dim() == 2 else query[:, 0]
-
-
 def learnt(model: ContinualModel, step: int) -> str:
     """The tasks that a model had learnt after `step` tasks, as HTML."""
     tasks = model.config.tasks
@@ -314,14 +312,24 @@ def learnt(model: ContinualModel, step: int) -> str:
 
 
 def lesson(found: Lesson, classes: dict[str, list], left_out: Sequence[str] = ()) -> str:
-    """The result of teaching, as HTML."""
+    """The result of teaching, as HTML: what was learnt, how well, what it changed, and what would help."""
     names = ", ".join(f"<b>{bdi(label)}</b> ({len(pictures)} pictures)" for label, pictures in classes.items())
-    text = f"<p>Learnt {names} as {found.task} in {found.seconds:.0f} seconds. "
-    text += "Old experts, prototypes and head rows are bit-identical. "
+    well = found.recognised >= WELL * found.tried
+    text = f"<p>{'Learnt' if well else 'Taught'} {names} in {found.seconds:.0f} seconds. "
+    text += f"<b>{found.recognised} of your {found.tried} pictures</b> would be recognised "
+    text += "if each were new, and the model had seen only the others. "
+    text += "</p>" if well else f"That is few. {ADVICE}</p>"
     if found.answers:
-        text += f"{found.unchanged} of {found.answers} answers to the example pictures are bit-identical, too. "
-    skipped = "".join(f"<p>Left out: {bdi(reason)}</p>" for reason in left_out)
-    return text + "From now on you use your own model, which no other visitor sees.</p>" + skipped
+        text += f"<p>No old weight has changed; {found.changed} of {found.answers} answers to the examples have.</p>"
+    else:
+        text += "<p>No old weight has changed. Answers may have, where a picture is nearer to the new class.</p>"
+    text += "".join(f"<p>Left out: {bdi(reason)}</p>" for reason in left_out)
+    return text + f"<p>{OWN}</p>"
+
+
+def own_model(model: ContinualModel) -> str:
+    """Says that a visitor uses a model of their own, as HTML."""
+    return f"<p>{OWN} It knows {len(model.config.classes)} classes, lastly {bdi(model.config.classes[-1])}.</p>"
 
 
 def link(url: str) -> str:
