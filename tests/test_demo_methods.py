@@ -5,13 +5,13 @@ import torch
 from conftest import SEVEN, make_trainer, pattern_dataset
 from PIL import Image
 
-from hf_clpeft import METHODS, ConfigError, Method, TaskStream, ncm, s_lora, s_lora_mix, sequential_lora
+from hf_clpeft import METHODS, Method, TaskStream, ncm, s_lora, s_lora_mix, sequential_lora
 from hf_clpeft.config.method import OPTIONS
 from hf_clpeft.demo import views
 from hf_clpeft.demo.app import build_demo
 from hf_clpeft.demo.handlers import Handlers
 from hf_clpeft.demo.models import Models
-from hf_clpeft.demo.teaching import teach
+from hf_clpeft.demo.teaching import refusal, teach
 
 
 @pytest.mark.parametrize("learnt", ["l2p"], indirect=True)
@@ -102,7 +102,7 @@ def test_experts_that_no_picture_chooses_are_not_told(tmp_path):
     assert not any("Distance" in text for text in texts)
 
 
-def test_a_mixed_model_says_who_judged_and_cannot_be_taught(tmp_path):
+def test_a_mixed_model_says_who_judged_and_can_be_taught(tmp_path):
     make_trainer(s_lora_mix(mix=2), tmp_path).learn_stream(
         TaskStream.class_incremental(pattern_dataset(), num_tasks=2)
     )
@@ -110,8 +110,19 @@ def test_a_mixed_model_says_who_judged_and_cannot_be_taught(tmp_path):
     (found,) = models.served.predict(pattern_dataset()["test"][0]["image"], top_k=5)
     assert "Classified by the router and the experts of <b>Task" in views.verdict(found, models.served, 0.05)
     assert views.point_map(models.served, models.served) is not None
-    with pytest.raises(ConfigError, match="weighs the classes of all tasks against each other"):
-        teach(models, "", {"new": [Image.new("RGB", (32, 32))] * 5})
+    red = [Image.new("RGB", (32, 32), (250, 3 * shade, 3 * shade)) for shade in range(5)]
+    old = [row["image"] for row in pattern_dataset()["test"]]
+    lesson = teach(models, "", {"red": red}, old)
+    assert (lesson.tried, lesson.answers) == (5, len(old)) and lesson.changed <= 1
+    assert models.get(lesson.key).predict(Image.new("RGB", (32, 32), (250, 7, 7)))[0].label == "red"
+
+
+@pytest.mark.parametrize("router, learns", [("prototypes", True), ("gaussian", True), ("ridge", False)])
+def test_lessons_are_for_routers_that_keep_what_they_know_of_old_classes(tmp_path, router, learns):
+    stream = TaskStream.class_incremental(pattern_dataset(), num_tasks=2)
+    make_trainer(s_lora(router=router), tmp_path, num_train_epochs=1).learn_stream(stream)
+    reason = refusal(Models(str(tmp_path)).served)
+    assert reason is None if learns else reason.startswith(f"The {router} router weighs")
 
 
 def test_a_gaussian_router_measures_distances_to_classes(tmp_path):
@@ -123,4 +134,3 @@ def test_a_gaussian_router_measures_distances_to_classes(tmp_path):
     page = build_demo(str(tmp_path), teaching=True).get_config_file()
     texts = [part["props"].get("value") for part in page["components"] if part["type"] == "markdown"]
     assert "## Distance to classes, in order of learning" in texts
-    assert any(text.startswith("The gaussian router weighs") for text in texts)

