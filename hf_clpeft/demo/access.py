@@ -28,6 +28,7 @@ SPEAK = """() => {
         document.querySelectorAll('.gallery-item:not([aria-label])').forEach(
             (button) => button.setAttribute('aria-label',
                 'Example ' + (1 + [...button.parentNode.children].indexOf(button))));
+        document.querySelectorAll('#picture img:not([alt])').forEach((image) => image.alt = 'Your picture');
         // a name that a plain div may not have, and one that hides what stands on the button
         document.querySelectorAll('div.empty[aria-label]').forEach((empty) => empty.removeAttribute('aria-label'));
         document.querySelectorAll('button[aria-label][aria-dropeffect]').forEach(
