@@ -48,6 +48,19 @@ def test_a_route_says_how_often_it_was_right(ask, digits):
     assert f"Of {came.sum()} test pictures that came to this expert, {100 * came[3] / came.sum():.0f} %" in verdict
 
 
+@pytest.mark.parametrize("second, said", [(1.02, "a close call"), (1.1, "fairly clear"), (2.0, "clear")])
+def test_the_words_for_a_route_are_measured_on_test_pictures(digits, second, said):
+    digits = copy.copy(digits)
+    digits.report = copy.deepcopy(digits.report)
+    digits.report.route_margins = [[20, 11], [40, 30], [100, 99]]
+    found = Prediction("7", 0.9, "task-003", 1.0, None, {"7": 0.9, "1": 0.1}, {"task-003": 1.0, "task-000": second})
+    shares = {"a close call": "Of 20", "fairly clear": "Of 40", "clear": "Of 100"}
+    share = {"a close call": 55, "fairly clear": 75, "clear": 99}[said]
+    verdict = views.verdict(found, digits, 0.05)
+    assert f"The route is {said}:" in verdict
+    assert f"{shares[said]} test pictures with such a route, {share} % came right." in verdict
+
+
 def test_the_nearest_experts_answer_side_by_side(ask, digits):
     cards, said = ask("/compare_experts", SEVEN, "")
     nearest = list(digits.predict(SEVEN, top_k=3)[0].experts)

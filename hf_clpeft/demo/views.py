@@ -14,6 +14,7 @@ from ..config.text import percent
 from ..model import ContinualModel
 from ..prediction import Prediction
 from ..reports.card import describe
+from ..reports.report import margin_bins
 from .charts import Plane, bars, heat_table, map_of, thumbnail
 from .names import Name, bdi, expert_names, task_names
 from .pictures import VisitorError
@@ -28,6 +29,7 @@ ADVICE = (
     "of a zip archive, so that they are weighed against each other."
 )
 OWN = "From now on you use your own model, which no other visitor sees, also after this page is reloaded."
+CLEAR = ("a close call", "fairly clear", "clear")
 FEWEST_MEASURED = 20  # test pictures that a measured share needs
 
 
@@ -113,13 +115,18 @@ def _route(prediction: Prediction, model: ContinualModel) -> list[str]:
         also = "the router and " if router is not None and router.knows_classes else ""
         return [f"Classified by {also}the experts {'of ' * bool(_tasks_own(model))}{selected} together."]
     assert prediction.expert is not None
-    sentences = [f"Classified by the expert of {names[prediction.expert].html()}."]
+    who = "The nearest expert is that" if prediction.label is None else "Classified by the expert"
+    sentences = [f"{who} of {names[prediction.expert].html()}."]
     if router is not None and others and others[0][1] > 0:
         margin = 1 - nearest[1] / others[0][1]
-        sure = "clear" if margin >= 0.2 else "a close call" if margin < 0.05 else "fairly clear"
+        (place,) = margin_bins(np.array([[nearest[1], others[0][1]]])).tolist()
         sentences.append(
-            f"The route is {sure}: the nearest {router.landmark} is {percent(margin, 0)} nearer than any other task's."
+            f"The route is {CLEAR[place]}: the nearest {router.landmark} is {percent(margin, 0)} nearer than any "
+            "other task's."
         )
+        count, right = model.report.route_margins[place] if model.report and model.report.route_margins else (0, 0)
+        if count >= FEWEST_MEASURED:
+            sentences.append(f"Of {count} test pictures with such a route, {percent(right / count, 0)} came right.")
     came, own = _came_to(model, prediction.expert)
     if came >= FEWEST_MEASURED:
         sentences.append(f"Of {came} test pictures that came to this expert, {percent(own / came, 0)} were its own.")
