@@ -40,14 +40,16 @@ from PIL import Image as PILImage
 
 from hf_clpeft import TrainerCallback
 from hf_clpeft.backbones import loading
-from hf_clpeft.backbones.bundled import bundled_folder
+from hf_clpeft.backbones.bundled import DIGITS_MODEL, bundled_folder
 from hf_clpeft.reports import report
 from hf_clpeft.reports.plots import plot_report
 
 
 BACKBONE = "hf-clpeft/vit-tiny-glyphs"
+EXAMPLES = sorted((bundled_folder(DIGITS_MODEL) / "examples").glob("*.png"))
+SEVEN = EXAMPLES[7]
 SLOW = (
-    "every_method foreign_device processes recipes kill training compare checkpoints demo".split()
+    "every_method foreign_device processes recipes kill training compare checkpoints demo_methods demo".split()
 )  # files, the slowest first
 _modules = 0  # that were imported when garbage was last looked for
 disable_progress_bars()
@@ -264,7 +266,6 @@ def page():
     """The demo of the bundled digits, served on this machine; also checks that nobody else was asked for anything."""
     import socket
 
-    from hf_clpeft.backbones.bundled import DIGITS_MODEL
     from hf_clpeft.demo import LAUNCH, build_demo
 
     outside, connect = [], socket.socket.connect
@@ -281,6 +282,41 @@ def page():
     demo.close()
     socket.socket.connect = connect
     assert not outside
+
+
+@pytest.fixture(scope="session")
+def ask(page):
+    """Calls an endpoint of the demo; paths become uploads."""
+    from gradio_client import Client, handle_file
+
+    # Without TLS to speak, its client need not load certificates for every request.
+    client = Client(page, verbose=False, ssl_verify=False)
+
+    def call(endpoint, *arguments):
+        def upload(value):
+            if isinstance(value, Path):
+                return handle_file(str(value))
+            return [upload(item) for item in value] if isinstance(value, list) else value
+
+        return client.predict(*map(upload, arguments), api_name=endpoint)
+
+    call.client = client
+    return call
+
+
+@pytest.fixture(scope="session")
+def digits():
+    from hf_clpeft import ContinualModel
+
+    return ContinualModel.from_pretrained(DIGITS_MODEL)
+
+
+@pytest.fixture(scope="session")
+def handlers():
+    from hf_clpeft.demo.handlers import Handlers
+    from hf_clpeft.demo.models import Models
+
+    return Handlers(Models(DIGITS_MODEL))
 
 
 @pytest.fixture(scope="session")

@@ -1,7 +1,9 @@
 """The demo as people meet it: in Chromium, on wide and narrow screens, light and dark, with the network closed."""
 
 import json
+import os
 import shutil
+import subprocess
 import time
 from pathlib import Path
 
@@ -14,6 +16,7 @@ CHROMIUM, DRIVER = shutil.which("chromium") or shutil.which("google-chrome"), sh
 pytestmark = pytest.mark.skipif(not (CHROMIUM and DRIVER), reason="needs Chromium and its driver")
 
 EXAMPLES = bundled_folder(DIGITS_MODEL) / "examples"
+TABS = ("Try it", "Many pictures", "Look inside", "Teach it")
 FLAGS = """
     --headless=new --no-sandbox --disable-gpu --enable-unsafe-swiftshader --no-first-run --disable-quic
     --disable-background-networking --disable-component-update --disable-sync
@@ -37,7 +40,7 @@ class Visitor:
         metrics = {"width": width, "height": 1000, "deviceScaleFactor": 1, "mobile": width < 500}
         self.driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
         self.driver.get(f"{page}?__theme={theme}")
-        self.wait("#picture input[type=file]")
+        self.wait("#picture img")  # the first example, which would come after what a hasty visitor gives
 
     def wait(self, selector, text="", seconds=60):
         """The first element of that kind with that text, as soon as there is one."""
@@ -54,6 +57,12 @@ class Visitor:
             time.sleep(0.1)
         seen = [element.text for element in self.driver.find_elements("css selector", selector)]
         raise AssertionError(f"no {selector} with {text!r} in {seconds} s, but {seen}")
+
+    def gone(self, selector, text, seconds=60):
+        end = time.monotonic() + seconds
+        while any(text in element.text for element in self.all(selector)):
+            assert time.monotonic() < end, f"{selector} still has {text!r}"
+            time.sleep(0.2)
 
     def read(self, selector, text):
         """What stands there, once it can be seen and has that text in it: pages are drawn anew as answers come in."""
@@ -84,7 +93,7 @@ class Visitor:
         raise AssertionError(f"no button {text!r}")
 
     def give(self, selector, *paths):
-        for old in self.driver.find_elements("css selector", f"{selector} button[aria-label='Remove Image']"):
+        for old in self.all(f"{selector} button[aria-label='Remove Image']"):
             old.click()
         self.wait(f"{selector} input[type=file]").send_keys("\n".join(map(str, paths)))
 
@@ -99,6 +108,19 @@ class Visitor:
             stroke.move_by_offset(next_x - x, next_y - y)
         stroke.release().perform()
 
+    def all(self, selector):
+        return self.driver.find_elements("css selector", selector)
+
+    def barriers(self):
+        """What axe finds on the page that is critical or serious for people with disabilities."""
+        run = "axe.run({resultTypes: ['violations']}).then(arguments[arguments.length - 1])"
+        return [
+            (found["id"], found["impact"], node["html"][:200])
+            for found in self.driver.execute_async_script(run)["violations"]
+            for node in found["nodes"]
+            if found["impact"] in ("critical", "serious")
+        ]
+
     def overflow(self):
         """How many pixels of the page cannot be seen without scrolling sideways."""
         return self.driver.execute_script("return document.documentElement.scrollWidth - window.innerWidth")
@@ -108,6 +130,17 @@ class Visitor:
         messages = (json.loads(entry["message"])["message"] for entry in self.driver.get_log("performance"))
         urls = (m["params"]["request"]["url"] for m in messages if m["method"] == "Network.requestWillBeSent")
         return [url for url in urls if not url.startswith(("http://127.0.0.1", "data:", "blob:"))]
+
+
+def axe():
+    """Source of axe-core: of the file that AXE_CORE names, or of `npm install --global axe-core`."""
+    path = os.environ.get("AXE_CORE")
+    if path is None and shutil.which("npm"):
+        root = subprocess.run(["npm", "root", "--global"], capture_output=True, text=True).stdout.strip()
+        path = Path(root, "axe-core", "axe.min.js")
+    if path is None or not Path(path).is_file():
+        pytest.skip("needs axe-core: npm install --global axe-core, or set AXE_CORE to its axe.min.js")
+    return Path(path).read_text(encoding="utf-8")
 
 
 @pytest.fixture(scope="module")
@@ -121,8 +154,11 @@ def test_an_uploaded_picture_finds_its_class_and_expert(page, visitor):
     visitor.open(page)
     visitor.give("#picture", EXAMPLES / "digit-7.png")
     assert visitor.read("#verdict .verdict", "7").startswith("7")
-    assert "The route is" in visitor.read("#verdict .verdict ~ p", "expert of 6, 7")
-    assert visitor.wait("#distances svg")
+    assert "The route is" in visitor.read("#verdict .verdict ~ p", "expert of Task 4 6, 7")
+    assert [step.text.split("\n")[0] for step in visitor.all("#verdict .route li")][2:] == ["Task 4", "7"]
+    assert visitor.wait("#distances .chosen").text.startswith("Task 4 6, 7")
+    visitor.wait("#experts li", "Task 4")
+    assert len(visitor.all("#experts li")) == 3
     assert not visitor.outside()
 
 
@@ -131,8 +167,20 @@ def test_a_drawn_digit_is_read(page, visitor):
     visitor.press("Draw a digit")
     visitor.draw((0, -80), (0, -40), (0, 0), (0, 40), (0, 80))
     visitor.press("Which digit is it?")
-    assert "expert of 0, 1" in visitor.read("#verdict .verdict ~ p", "expert")
+    visitor.read("#verdict .route li:last-child b", "1")
     assert visitor.read("#verdict .verdict", "%").startswith("1")
+
+
+def test_a_first_example_is_there_and_answered(page, visitor):
+    visitor.open(page)
+    assert visitor.read("#verdict .verdict", "0").startswith("0")
+
+
+def test_a_phone_shows_the_answer_directly_below_the_picture(page, visitor):
+    visitor.open(page, 390)
+    visitor.wait("#verdict .verdict")
+    given, found, others = (visitor.wait(f"#{name}").rect for name in ("given", "found", "others"))
+    assert given["y"] + given["height"] <= found["y"] < 700 and found["y"] + found["height"] <= others["y"]
 
 
 def test_the_slider_goes_back_in_time(page, visitor):
@@ -144,9 +192,11 @@ def test_the_slider_goes_back_in_time(page, visitor):
     slider = visitor.wait("#step input[type=range]")
     for _ in range(3):
         slider.send_keys("\ue012")  # the left arrow
-    visitor.driver.execute_script("arguments[0].dispatchEvent(new Event('pointerup', {bubbles: true}))", slider)
     visitor.wait("#tasks", "After task 2 of 5")
-    assert len(visitor.driver.find_elements("css selector", "#tasks .later")) == 3
+    assert len(visitor.all("#tasks .later")) == 3
+    number = visitor.wait("#step input[type=number]")
+    number.send_keys("\ue009a\ue0004\ue007")  # all of it is overwritten, then Enter
+    visitor.wait("#tasks", "After task 4 of 5")
 
 
 def test_a_class_taught_from_five_pictures_is_recognised(page, visitor, letters):
@@ -156,11 +206,28 @@ def test_a_class_taught_from_five_pictures_is_recognised(page, visitor, letters)
     visitor.give("#lessons", *letters[:5])
     visitor.wait("#lessons", letters[4].name[:5])
     visitor.press("Teach", "button.primary")
-    assert "10 of 10 answers" in visitor.read("#outcome", "Learnt letter A")
+    assert "4 of your 5 pictures would be recognised" in visitor.read("#outcome", "Learnt letter A")
+    assert "0 of 10 answers" in visitor.read("#outcome", "No old weight has changed")
     visitor.press("Try it", "button[role=tab]")
     visitor.give("#picture", letters[6])
     visitor.read("#verdict .verdict", "letter A")
     assert not visitor.outside()
+
+    visitor.driver.refresh()
+    visitor.wait("#picture img")
+    visitor.wait("#distances li", "Task 6")
+    visitor.give("#picture", letters[6])
+    visitor.read("#verdict .verdict", "letter A")
+    visitor.press("Teach it", "button[role=tab]")
+    visitor.read("#outcome", "It knows 11 classes, lastly letter A")
+    visitor.press("Go back to the model")
+    visitor.press("Try it", "button[role=tab]")
+    visitor.gone("#distances li", "Task 6")
+    time.sleep(2)
+    visitor.driver.refresh()
+    visitor.read("#verdict .verdict", "0")
+    time.sleep(2)
+    visitor.gone("#distances li", "Task 6", 1)
 
 
 def test_what_is_no_picture_gets_a_friendly_word(page, visitor):
@@ -176,9 +243,53 @@ def test_everything_fits_on_the_screen(page, visitor, width, theme):
     visitor.open(page, width, theme)
     visitor.give("#picture", EXAMPLES / "digit-7.png")
     visitor.wait("#verdict .verdict", "7")
-    for tab in ("Try it", "Many pictures", "Look inside", "Teach it"):
+    for tab in TABS:
         visitor.press(tab, "button[role=tab]")
         if tab == "Look inside":
             visitor.wait("#tasks", "After task")
         time.sleep(0.5)
         assert visitor.overflow() <= 0, tab
+
+
+@pytest.mark.parametrize("theme", ["light", "dark"])
+@pytest.mark.parametrize("width", [1280, 390])
+def test_nothing_on_any_tab_keeps_people_with_disabilities_out(page, visitor, width, theme):
+    source = axe()
+    visitor.open(page, width, theme)
+    visitor.driver.set_script_timeout(60)
+    visitor.wait("#experts li")
+    visitor.driver.execute_script(source)
+    for tab in TABS:
+        visitor.press(tab, "button[role=tab]")
+        if tab == "Many pictures":
+            visitor.give("[role=tabpanel]:not([style*=none])", *EXAMPLES.glob("digit-[3-5].png"))
+            visitor.press("Classify")
+            visitor.wait("#predictions td", "digit-4.png")
+        if tab == "Look inside":
+            visitor.wait("#tasks", "After task")
+        time.sleep(0.5)
+        assert visitor.barriers() == [], tab
+
+
+def test_what_changes_is_said_and_charts_can_be_read_aloud(page, visitor):
+    visitor.open(page)
+    visitor.wait("#verdict .verdict")
+    visitor.wait("#verdict[aria-live=polite]")
+    assert (
+        visitor.wait("#distances ol").get_attribute("aria-label") == "Distance to the nearest prototype of each task"
+    )
+    visitor.press("Look inside", "button[role=tab]")
+    visitor.wait("#answer[aria-live=polite]")
+    said = visitor.wait("#plane svg[role=img]").get_attribute("aria-label")
+    assert "100 points" in said and "Your picture is nearest to Task 1" in said
+
+
+def test_the_keyboard_is_enough(page, visitor):
+    visitor.open(page)
+    visitor.wait("#verdict .verdict", "0")
+    visitor.all(".gallery-item")[7].send_keys("\ue007")  # Enter
+    visitor.read("#verdict .verdict", "7")
+    visitor.wait("button[role=tab][aria-selected=true]").send_keys("\ue004")  # Tab
+    chosen = visitor.driver.switch_to.active_element
+    chosen.send_keys("\ue007")
+    visitor.wait("button[role=tab][aria-selected=true]", "Many pictures")

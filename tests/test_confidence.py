@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from hf_clpeft import ConfigError, ContinualModel, TaskStream, combine, slda, slda_pp
 from hf_clpeft.methods.confidence import Confidence
 from hf_clpeft.metrics import calibration_error
+from hf_clpeft.reports.report import StreamReport, margin_bins
 from hf_clpeft.routing import ROUTERS, GaussianRouter
 from hf_clpeft.routing.confidence import SHARES, TEMPERATURES, best_on_grid, calibrate, losses_on_grid
 from hf_clpeft.routing.covariance import leave_one_out
@@ -183,3 +184,18 @@ def test_adapted_features_belong_to_the_first_task(stream, tmp_path):
     model.remove(model.config.tasks[-1].name)
     with pytest.raises(ConfigError, match="their first task's expert differs"):
         combine([tmp_path / "0", tmp_path / "1"])
+
+
+def test_a_report_says_how_often_routes_were_right_by_how_clear_they_were(learnt):
+    """The counts are those of the model's own predictions."""
+    margins, counts = learnt.report.route_margins, np.zeros((3, 2), dtype=int)
+    for task in learnt.stream:
+        for found in learnt.model.predict([image for image, *_ in task.test], top_k=len(learnt.model.bank)):
+            (place,) = margin_bins(np.array([list(found.experts.values())]))
+            counts[place] += [1, found.expert == task.name]
+    assert margins == counts.tolist() and sum(margins[2]) > 20
+    values = learnt.report.to_dict()
+    assert StreamReport.from_dict(values, learnt.model.config.tasks).route_margins == margins
+    for wrong in ([[1, 1]], [[1], [1], [1]]):
+        with pytest.raises(ConfigError, match="metrics.json cannot be used"):
+            StreamReport.from_dict({**values, "route_margins": wrong}, learnt.model.config.tasks)

@@ -5,14 +5,14 @@ from pathlib import Path
 from typing import Any
 
 import gradio as gr
-from gradio.events import Dependency
 from starlette.middleware import Middleware
 
 from ..backbones.bundled import DIGITS_MODEL, bundled_folder
 from ..model import ContinualModel
 from . import views
-from .components import Files, Folder, NeverFetch, Picture, Step, canvas, take_brush, textbox
-from .handlers import NEAREST, TABLE, Handlers
+from .access import SPEAK, THEME
+from .components import Archive, Files, Folder, NeverFetch, Picture, Step, canvas, take_brush, textbox
+from .handlers import Handlers, keep
 from .models import Models
 from .pictures import FORMATS, LARGEST_ARCHIVE
 from .teaching import FEWEST, refusal
@@ -21,9 +21,9 @@ from .teaching import FEWEST, refusal
 FILE_TYPES = [f".{name.lower()}" for name in (*FORMATS, "JPG", "TIF", "ZIP")]
 VISITORS = 64  # requests handled concurrently
 SHARED: dict[str, Any] = {"concurrency_limit": VISITORS}
-SYSTEM_FONTS = ("ui-sans-serif", "system-ui", "sans-serif")  # no request to a font server
+HIDDEN: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
 LAUNCH: dict[str, Any] = {
-    "theme": gr.themes.Soft(primary_hue="blue", font=SYSTEM_FONTS, font_mono=("ui-monospace", "monospace")),
+    "theme": THEME,
     "css_paths": Path(__file__).with_name("page.css"),
     "footer_links": ["api", "settings"],
     "run_history": False,
@@ -79,36 +79,32 @@ def build_demo(
         key = textbox("Key", example="", value="", visible=False)
         gr.HTML(views.introduction(models.served, source))
         with gr.Tab("Try it"):
-            picture, expert = _try_it(handlers, key, examples, drawing)
+            picture = _try_it(handlers, key, examples, drawing)
         with gr.Tab("Many pictures"):
             _many_pictures(handlers, key)
         with gr.Tab("Look inside") as tab:
-            step, plane = _look_inside(handlers, key, picture, tab)
+            step = _look_inside(handlers, key, picture, tab)
         reason = refusal(models.served)
         if teaching and reason is not None:
             with gr.Tab("Teach it"):
                 gr.Markdown(reason)
         elif teaching:
             with gr.Tab("Teach it"):
-                taught = _teach_it(handlers, key, drawing)
-                taught.success(
-                    lambda key: _updated(models.get(key)),
-                    key,
-                    [expert, step, plane],
-                    api_visibility="private",
-                    show_progress="hidden",
-                )
+                outcome = _teach_it(handlers, key, drawing)
+            saved = gr.BrowserState("", storage_key="hf-clpeft-model")
+            demo.load(handlers.recall, saved, [outcome, key], **HIDDEN)
+            # An empty text would not be written over the key of a model that the visitor has left.
+            key.change(lambda key: (_last(models.get(key)), key or "none"), key, [step, saved], **HIDDEN)
+        if examples:
+            demo.load(lambda: keep(examples[0].read_bytes(), examples[0].name), None, picture, **HIDDEN)
+        demo.load(fn=None, js=SPEAK)
     return demo
 
 
-def _try_it(
-    handlers: Handlers, key: gr.Textbox, examples: Sequence[Path], drawing: bool
-) -> tuple[Picture, gr.Dropdown]:
+def _try_it(handlers: Handlers, key: gr.Textbox, examples: Sequence[Path], drawing: bool) -> Picture:
     model = handlers.models.served
-    method, landmark = model.method, "" if model.router is None else model.router.landmark
-    of_tasks = method.expert_of(0) is not None
-    with gr.Row(equal_height=False):
-        with gr.Column(min_width=300):
+    with gr.Row(equal_height=False, elem_id="try"):
+        with gr.Column(min_width=300, elem_id="given"):
             picture = Picture(
                 sources=["upload", "clipboard", "webcam"],
                 label="Picture",
@@ -117,114 +113,89 @@ def _try_it(
                 buttons=["fullscreen"],
                 elem_id="picture",
             )
+        with gr.Column(min_width=300, elem_id="others"):
+            if examples:
+                gr.Examples([[str(path)] for path in examples], picture, label="Examples", api_visibility="private")
             if drawing:
                 with gr.Accordion("Draw a digit instead", open=False) as pad:
                     drawn = canvas("pad")
                     draw = gr.Button("Which digit is it?", variant="primary")
                 pad.expand(fn=None, js=take_brush("pad"))
                 draw.click(handlers.scan_drawing, drawn, picture, api_name="scan_drawing", **SHARED)
-            if examples:
-                gr.Examples([[str(path)] for path in examples], picture, label="Examples", api_visibility="private")
-            expert = gr.Dropdown(
-                _choices(model),
-                value=NEAREST,
-                label="Expert",
-                info="Choose another one to see its prediction.",
-                allow_custom_value=True,  # experts taught later are not in this list
-                visible=method.routes and of_tasks,
-            )
-        with gr.Column(min_width=300):
+        with gr.Column(min_width=300, elem_id="found"):
             verdict = gr.HTML(label="Verdict", elem_id="verdict", min_height=90)
+    with gr.Row(equal_height=False):
+        with gr.Column(min_width=300):
             likeliest = gr.Label(num_top_classes=5, label="Likeliest classes", show_heading=False)
-            one = f"the nearest {landmark} of each task" if of_tasks else f"each expert's {landmark}"
-            what = one if landmark else "each expert"
-            gr.Markdown(f"#### Distance to {what}", visible=method.routes)
-            distances = gr.BarPlot(
-                x="expert",
-                y="distance",
-                color="part",
-                color_map={"chosen": "#2563eb", "others": "#94a3b8"},
-                colors_in_legend=[],
-                x_title=" ",
-                y_title=" ",
-                x_label_angle=0 if of_tasks else -45,  # a pool has many
-                y_lim=[0, 1.5 if landmark in ("prototype", "key") else None],  # one scale, if distances are bounded
-                height=280,
-                buttons=[],
-                label="Distances",
-                show_label=False,
-                visible=method.routes,
-                elem_id="distances",
-            )
-            with gr.Accordion("As JSON", open=False):
-                details = gr.JSON(label="Prediction", show_label=False)
-    gr.on(
-        [picture.change, expert.input, key.change],
+            shown = views.has_choice(model)
+            gr.Markdown("## What the nearest experts say", visible=shown)
+            side_by_side = gr.HTML(label="Answers of the nearest experts", elem_id="experts", visible=shown)
+            answers = gr.JSON(visible=False)
+        with gr.Column(min_width=300):
+            to = f" to {views.landmarks(model)}" if model.router is not None else ""
+            gr.Markdown(f"## Distance{to}, in order of learning", visible=model.method.routes)
+            distances = gr.HTML(label="Distances", elem_id="distances", visible=model.method.routes)
+    with gr.Accordion("As JSON", open=False):
+        details = gr.JSON(label="Prediction", show_label=False)
+    found = gr.on(
+        [picture.change, key.change],
         handlers.predict,
-        [picture, expert, key],
+        [picture, key],
         [verdict, likeliest, distances, details],
         api_name="predict",
         show_progress="minimal",
         **SHARED,
     )
-    return picture, expert
+    found.success(
+        handlers.compare_experts,
+        [picture, key],
+        [side_by_side, answers],
+        api_name="compare_experts",
+        show_progress="hidden",
+        **SHARED,
+    )
+    return picture
 
 
 def _many_pictures(handlers: Handlers, key: gr.Textbox) -> None:
     files = Files(file_count="multiple", file_types=FILE_TYPES, label="Pictures, or zip archives of pictures")
     classify = gr.Button("Classify", variant="primary")
-    widths: list[str | int] = ["17%", "15%", "10%", "12%", "12%", "13%", "21%"]
-    table = gr.Dataframe(headers=TABLE, label="Predictions", interactive=False, wrap=True, column_widths=widths)
+    table = gr.HTML(label="Predictions", elem_id="predictions")
     sheet = gr.File(label="The same as CSV", interactive=False)
     classify.click(handlers.predict_files, [files, key], [table, sheet], api_name="predict_files", **SHARED)
 
 
-def _look_inside(handlers: Handlers, key: gr.Textbox, picture: Picture, tab: gr.Tab) -> tuple[Step, gr.ScatterPlot]:
+def _look_inside(handlers: Handlers, key: gr.Textbox, picture: Picture, tab: gr.Tab) -> Step:
     model = handlers.models.served
     steps = len(model.config.tasks)
     step = Step(1, steps, value=steps, step=1, label="The model as it was after task", elem_id="step")
     with gr.Row(equal_height=False):
         with gr.Column(min_width=300):
+            answer = gr.HTML(label="Its answer to your picture", elem_id="answer")
             learnt = gr.HTML(label="Tasks", elem_id="tasks")
-            answer = gr.Label(label="Its answer to your picture", num_top_classes=3)
         with gr.Column(min_width=300, scale=2):
-            landmark = "" if model.router is None else model.router.landmark
-            what = "Class means" if landmark == "class" else f"{landmark.capitalize()}s"
             shown = model.router is not None and len(model.router.points()[0]) > 0
-            gr.Markdown(f"#### {what} on the plane in which they spread most", visible=shown)
-            plane = gr.ScatterPlot(
-                x="x",
-                y="y",
-                color="prototypes of",
-                color_map=views.colours(model),
-                color_title=" ",
-                x_title=" ",
-                y_title=" ",
-                tooltip=["prototypes of"],
-                height=460,
-                buttons=[],
-                label="Prototypes",
-                show_label=False,
-                visible=shown,
-                elem_id="plane",
-            )
-    gr.Markdown("#### Accuracy on each task after each task")
+            what = views.landmarks(model).replace("classes", "class means").capitalize()
+            gr.Markdown(f"## {what} on the plane in which they spread most", visible=shown)
+            plane = gr.HTML(label="Map", visible=shown, elem_id="plane")
+    gr.Markdown("## Accuracy on each task after each task")
     matrix = gr.HTML(label="Accuracy matrix")
-    gr.Markdown("#### Where the test pictures of each task went")
+    gr.Markdown("## Where the test pictures of each task went")
     routing = gr.HTML(label="Routing")
     gr.on(
-        [tab.select, step.release, key.change],
+        [tab.select, step.change, key.change],
         handlers.look_inside,
         [step, picture, key],
         [learnt, matrix, routing, plane, answer],
         api_name="look_inside",
-        show_progress="minimal",
+        show_progress="hidden",
+        trigger_mode="always_last",  # the slider passes many values while it is dragged
         **SHARED,
     )
-    return step, plane
+    return step
 
 
-def _teach_it(handlers: Handlers, key: gr.Textbox, drawing: bool) -> Dependency:
+def _teach_it(handlers: Handlers, key: gr.Textbox, drawing: bool) -> gr.HTML:
     with gr.Row(equal_height=False):
         with gr.Column(min_width=300):
             gr.Markdown(
@@ -252,25 +223,22 @@ def _teach_it(handlers: Handlers, key: gr.Textbox, drawing: bool) -> Dependency:
         with gr.Column(min_width=300):
             outcome = gr.HTML(label="Outcome", elem_id="outcome", min_height=90)
             archive = gr.File(label="Your model", interactive=False)
+            returned = Archive("Give back a model that you downloaded", file_types=[".zip"], elem_id="returned")
+            forget = gr.Button("Go back to the model as it was")
             with gr.Accordion("Push it to the Hub", open=False):
                 repo_id = textbox("Repo", example="me/my-digits", placeholder="me/my-digits")
-                token = textbox("Your token with write access", example="hf_...", type="password")
+                token = textbox("Your token with write access", example="hf_...", type="password", elem_id="token")
                 push = gr.Button("Push")
                 pushed = gr.HTML(label="Pushed", min_height=30)
-    push.click(handlers.push, [repo_id, token, key], pushed, api_name="push")
-    return learn.click(handlers.teach, [name, pictures, key], [outcome, key, archive], api_name="teach")
+    pushing = push.click(handlers.push, [repo_id, token, key], pushed, api_name="push")
+    pushing.then(lambda: "", None, token, **HIDDEN)  # nobody who comes to this screen later shall find it
+    returned.upload(handlers.give_back, returned, [outcome, key], api_name="give_back")
+    forget.click(lambda: ("", "", None), None, [outcome, key, archive], **HIDDEN)
+    learn.click(handlers.teach, [name, pictures, key], [outcome, key, archive], api_name="teach")
+    return outcome
 
 
-def _choices(model: ContinualModel) -> list[tuple[str, str]]:
-    named = views.titles(model).items()
-    return [("the nearest, as routed", NEAREST), *((f"{title} ({name})", name) for name, title in named)]
-
-
-def _updated(model: ContinualModel) -> tuple[gr.Dropdown, Step, gr.ScatterPlot]:
-    """Updates of the components that list tasks, after a visitor has taught one."""
+def _last(model: ContinualModel) -> Step:
+    """Moves the slider to the last task, after a visitor has taught one."""
     steps = len(model.config.tasks)
-    return (
-        gr.Dropdown(_choices(model), value=NEAREST),
-        Step(maximum=steps, value=steps),
-        gr.ScatterPlot(color_map=views.colours(model)),
-    )
+    return Step(maximum=steps, value=steps)

@@ -1,5 +1,6 @@
 """The endpoints of the page and its API, one method each."""
 
+import csv
 import functools
 import html
 import inspect
@@ -13,7 +14,6 @@ from pathlib import Path
 from typing import Any, ParamSpec, TypeVar, get_type_hints
 
 import gradio as gr
-import pandas as pd
 import PIL.Image
 from gradio.processing_utils import save_bytes_to_cache
 from gradio.utils import get_upload_folder
@@ -21,14 +21,19 @@ from gradio.utils import get_upload_folder
 from ..config.checks import fits
 from ..config.errors import HfClpeftError
 from ..model import ContinualModel
+from ..prediction import Prediction
 from . import views
+from .charts import thumbnail
 from .drawing import scan
 from .models import Models
 from .pictures import VisitorError, open_picture, read_uploads
+from .queries import query_of
+from .returning import take_back
 from .teaching import sort_pictures, teach
 
 
-NEAREST = "nearest"
+DRAWING = "drawing.png"  # a name by which drawings are known
+COMPARED = 3  # experts
 P = ParamSpec("P")
 R = TypeVar("R")
 TABLE = ["picture", "answer", "score", "expert", "distance", "typicality", "problem"]
@@ -71,37 +76,57 @@ class Handlers:
 
     @friendly
     def predict(
-        self, picture: str | None, expert: str | None = NEAREST, key: str | None = ""
-    ) -> tuple[str, dict[str, float] | None, dict, dict | None]:
-        """Classify one picture. Its expert is the one with the nearest prototype, unless another is named.
+        self, picture: str | None, key: str | None = ""
+    ) -> tuple[str, dict[str, float] | None, str, dict | None]:
+        """Classify one picture. Its expert is the one with the nearest prototype.
 
         Args:
             picture: The picture: PNG, JPEG, WebP, GIF, BMP or TIFF.
-            expert: "nearest", or the name of a task, such as "task-002".
             key: Key of a model that you taught; empty for the served one.
 
         Returns:
-            The prediction and its routing, as HTML; the five likeliest classes; the distance to the nearest
-            prototype of every task; and all of it as JSON.
+            The prediction and its route, as HTML; the five likeliest classes, if it was recognised; the distance to
+            the nearest prototype of every task, as HTML; and all of it as JSON.
         """
         if not picture:  # the visitor removed it
-            return "", None, gr.skip(), None
-        model = self.models.get(key)
-        options: dict[str, Any] = {"top_k": max(5, len(model.bank)), **self._reject(model)}
-        if expert and expert != NEAREST:
-            options["expert"] = expert
-        (found,) = self.models.batcher.predict(model, [open_picture(picture)], **options)
+            return "", None, "", None
+        model, image = self.models.get(key), open_picture(picture)
+        # Drawings are never quite like scans, and are refused far too often.
+        reject = {} if Path(picture).name == DRAWING else self._reject(model)
+        options: dict[str, Any] = {"top_k": max(5, len(model.bank)), **reject}
+        (found,) = self.models.batcher.predict(model, [image], **options)
         details = asdict(found)
         details["classes"] = dict(list(found.classes.items())[:5])
         return (
-            views.verdict(found, model, self.reject_rate, chosen="expert" in options),
-            details["classes"],
+            views.verdict(found, model, self.reject_rate, image),
+            None if found.label is None else details["classes"],
             views.distance_bars(found, model),
             details,
         )
 
     @friendly
-    def scan_drawing(self, drawing: bytes | str | None) -> PIL.Image.Image:
+    def compare_experts(self, picture: str | None, key: str | None = "") -> tuple[str, dict | None]:
+        """What each of the three nearest experts says of a picture.
+
+        Args:
+            picture: The picture.
+            key: Key of a model that you taught; empty for the served one.
+
+        Returns:
+            Their answers side by side, as HTML; and as JSON, by the name of the expert.
+        """
+        model = self.models.get(key)
+        if not picture or not views.has_choice(model):
+            return "", None
+        image = open_picture(picture)
+        (found,) = self.models.batcher.predict(model, [image], top_k=COMPARED)
+        ask = functools.partial(self.models.batcher.predict, model, [image], top_k=2)
+        answers = {name: ask(expert=name)[0] for name in found.experts}
+        said = {name: {"label": one.label, "score": one.score} for name, one in answers.items()}
+        return views.comparison(answers, model), said
+
+    @friendly
+    def scan_drawing(self, drawing: bytes | str | None) -> str:
         """Downsample a drawn digit like the digits of the training data.
 
         Args:
@@ -112,7 +137,7 @@ class Handlers:
         """
         if not drawing:
             raise VisitorError("There is nothing on the canvas yet: draw a digit first.")
-        return scan(open_picture(drawing, "the drawing"))
+        return keep(_png(scan(open_picture(drawing, "the drawing"))), DRAWING)
 
     def _reject(self, model: ContinualModel) -> dict:
         return {"reject_rate": self.reject_rate} if model.can_reject else {}
@@ -120,7 +145,7 @@ class Handlers:
     # Many pictures
 
     @friendly
-    def predict_files(self, files: list[str] | None, key: str | None = "") -> tuple[pd.DataFrame, str]:
+    def predict_files(self, files: list[str] | None, key: str | None = "") -> tuple[str, str]:
         """Classify many pictures, each routed to its own expert, in shared batches.
 
         Args:
@@ -128,68 +153,63 @@ class Handlers:
             key: Key of a model that you taught; empty for the served one.
 
         Returns:
-            A table with one row per picture, and the same as a CSV file.
+            A table with one row per picture, as HTML; and the same as a CSV file.
         """
         if not files:
             raise VisitorError("Add pictures, or a zip archive of pictures, first.")
         model = self.models.get(key)
-        rows: list[list] = []
+        rows: list[list] = []  # name, thumbnail, prediction or problem
+        options = {"top_k": 2, **self._reject(model)}
         waiting: list[list] = []  # rows whose pictures are being classified
-        options = self._reject(model)
 
         def read() -> Iterator[PIL.Image.Image]:
             for name, image in read_uploads(files):
-                rows.append([name, "", None, "", None, None, ""])
                 if isinstance(image, VisitorError):
-                    rows[-1][-1] = str(image)
+                    rows.append([name, None, image])
                 else:
+                    rows.append([name, thumbnail(image), None])
                     waiting.append(rows[-1])
                     yield image
 
         images = read()
         while found := self.models.batcher.predict(model, islice(images, 32), **options):
             for row, answer in zip(waiting, found, strict=True):
-                row[1:6] = (
-                    answer.label or views.NONE,
-                    round(answer.score, 4),
-                    answer.expert,
-                    round(answer.distance, 4),
-                    answer.typicality,
-                )
+                row[2] = answer
             waiting.clear()
-        table = pd.DataFrame(rows, columns=TABLE)
-        return table, _keep(table.to_csv(index=False).encode(), "predictions.csv")
+        sheet = io.StringIO(newline="")
+        csv.writer(sheet).writerows([TABLE, *(_cells(name, found) for name, _, found in rows)])
+        return views.file_table(rows, model), keep(sheet.getvalue().encode(), "predictions.csv")
 
     # Look inside
 
     @friendly
     def look_inside(
         self, step: float, picture: str | None = None, key: str | None = ""
-    ) -> tuple[str, str, str, dict | None, dict[str, float] | None]:
+    ) -> tuple[str, str, str, str | None, str]:
         """The model as it was after a task: its accuracy, its prototypes, and its prediction for a picture.
 
         Args:
             step: Number of tasks learnt.
-            picture: A picture to classify with that model, and to add to the scatter plot; optional.
+            picture: A picture to classify with that model, and to add to the map; optional.
             key: Key of a model that you taught; empty for the served one.
 
         Returns:
-            Its tasks, accuracy matrix and routing, in percent, as HTML; its prototypes in a 2D projection; its
+            As HTML: its tasks; its accuracy matrix and its routing, in percent; a map of its prototypes; and its
             prediction for the picture.
         """
         now = self.models.get(key)
         step = int(step) if math.isfinite(step) else 0
-        model, query, answer = self.models.after(key, step), None, None
+        model, query, answer = self.models.after(key, step), None, ""
         if picture:
             image = open_picture(picture)
-            (found,) = self.models.batcher.predict(model, [image], top_k=5, **self._reject(model))
-            answer = found.classes if found.label is not None else {views.NONE: 1.0}
-            query = self.models.batcher.run(lambda: views.query_of(model, image))
+            (found,) = self.models.batcher.predict(model, [image], top_k=2, **self._reject(model))
+            answer = views.answer(found, model)
+            query = self.models.batcher.run(lambda: query_of(model, image))
         return (
             views.learnt(now, step),
-            views.accuracy_table(now.report, step),
-            views.routing_table(now.report),
-            views.prototype_points(model, query),
+            views.accuracy_table(now, step),
+            views.routing_table(now, step),
+            views.point_map(now, model, query),
             answer,
         )
 
@@ -214,11 +234,13 @@ class Handlers:
             A summary, as HTML; the key of the new model; and the model as a zip archive.
         """
         known = self.models.get(key).config.classes
-        classes = sort_pictures(name or "", read_uploads(files or []), known)
-        lesson = teach(self.models, key, classes, self.examples, lambda share, text: progress(share, desc=text))
+        classes, left_out = sort_pictures(name or "", read_uploads(files or []), known)
+        lesson = teach(
+            self.models, key, classes, self.examples, self.reject_rate, lambda share, text: progress(share, desc=text)
+        )
         progress(0.95, desc="Packing the model")
         archive = shutil.make_archive(str(lesson.folder), "zip", lesson.folder)
-        return views.lesson(lesson, classes), lesson.key, archive
+        return views.lesson(lesson, classes, left_out), lesson.key, archive
 
     @friendly
     def add_drawing(self, drawing: bytes | str | None, files: list[str] | None) -> list[str]:
@@ -231,9 +253,29 @@ class Handlers:
         Returns:
             The pictures with the drawing.
         """
-        png = io.BytesIO()
-        self.scan_drawing(drawing).save(png, "PNG")
-        return [*(files or []), _keep(png.getvalue(), f"drawing-{len(files or []) + 1}.png")]
+        drawn = Path(self.scan_drawing(drawing)).read_bytes()
+        return [*(files or []), keep(drawn, f"drawing-{len(files or []) + 1}.png")]
+
+    @friendly
+    def give_back(self, archive: str | None) -> tuple[str, str]:
+        """Give back a model that you taught and downloaded, to go on with it.
+
+        Args:
+            archive: The downloaded zip archive.
+
+        Returns:
+            What it is, as HTML; and its key.
+        """
+        if not archive:
+            raise VisitorError("Choose the archive that you downloaded here.")
+        key = take_back(self.models, archive)
+        return views.own_model(self.models.get(key)), key
+
+    @friendly
+    def recall(self, key: str | None) -> tuple[str, str]:
+        """A visitor's own model after a reload: the words for it, and its key; empty if it is not there any more."""
+        key = key or ""
+        return (views.own_model(self.models.get(key)), key) if self.models.has(key) else ("", "")
 
     @friendly
     def push(self, repo_id: str | None, token: str | None, key: str | None) -> str:
@@ -257,6 +299,20 @@ class Handlers:
         return views.link(url)
 
 
-def _keep(content: bytes, name: str) -> str:
+def _png(image: PIL.Image.Image) -> bytes:
+    file = io.BytesIO()
+    image.save(file, "PNG")
+    return file.getvalue()
+
+
+def _cells(name: str, found: Prediction | VisitorError) -> list:
+    """A row of the CSV file."""
+    if isinstance(found, VisitorError):
+        return [name, "", "", "", "", "", found]
+    label = views.NONE if found.label is None else found.label
+    return [name, label, round(found.score, 4), found.expert, round(found.distance, 4), found.typicality, ""]
+
+
+def keep(content: bytes, name: str) -> str:
     """Saves a file to gradio's cache, which is served, and deleted after an hour."""
     return save_bytes_to_cache(content, name, get_upload_folder())

@@ -86,6 +86,10 @@ class Models:
             shutil.rmtree(old.parent, ignore_errors=True)
         return key
 
+    def has(self, key: str | None) -> bool:
+        """Whether a taught model is still there."""
+        return key in self._folders
+
     def folder(self, key: str | None) -> Path | None:
         """Folder of a taught model; `None` for the served one."""
         return self._folders.get(key or "")
@@ -116,7 +120,7 @@ class Models:
         tag = model.config.tasks[step - 1].name
         if not key and tag in self._tags:
             past = self.load(self.source, revision=tag)
-            if _history(past) == _history(model)[:step]:  # not on another branch, or after a task was removed
+            if history(past) == history(model)[:step]:  # not on another branch, or after a task was removed
                 return past
         past = self.load(self._folders[key]) if key else self.load(self.source, self.revision)
         for task in reversed(model.config.tasks[step:]):
@@ -146,6 +150,6 @@ class Models:
         return model
 
 
-def _history(model: ContinualModel) -> list[tuple]:
+def history(model: ContinualModel) -> list[tuple]:
     """What identifies a model's history, from fields that old models have, too."""
     return [(task.name, task.classes, task.domain) for task in model.config.tasks]

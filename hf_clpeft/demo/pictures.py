@@ -180,12 +180,10 @@ def _members(path: Path) -> dict[zipfile.ZipInfo, str]:
             raise VisitorError(f"{path.name} is locked with a password; {again}, without one.")
         if entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):  # others unpack unbounded
             raise VisitorError(f"{path.name} uses an unusual compression; {again}, with the default settings.")
-        if entry.file_size > LARGEST_FILE:
-            raise VisitorError(f"{name} in {path.name} has more than {LARGEST_FILE // 2**20} MB; leave it out.")
         members[entry] = str(place)
     if not members:
         raise VisitorError(f"{path.name} has no pictures in it; choose another file.")
-    if sum(entry.file_size for entry in members) > LARGEST_ARCHIVE:
+    if sum(entry.file_size for entry in members if entry.file_size <= LARGEST_FILE) > LARGEST_ARCHIVE:
         raise VisitorError(f"{path.name} unpacks to more than {LARGEST_ARCHIVE // 2**20} MB; make it smaller first.")
     return members
 
@@ -210,6 +208,8 @@ def _attempt(read: Callable[..., PIL.Image.Image], *arguments: Any) -> PIL.Image
 
 
 def _open_member(archive: zipfile.ZipFile, entry: zipfile.ZipInfo, name: str) -> PIL.Image.Image:
+    if entry.file_size > LARGEST_FILE:
+        raise VisitorError(f"{name} has more than {LARGEST_FILE // 2**20} MB, so it was left out; make it smaller.")
     try:
         with archive.open(entry) as file:
             data = file.read(entry.file_size)  # the size may be forged, so never read to the end

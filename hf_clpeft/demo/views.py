@@ -1,24 +1,36 @@
-"""Renders predictions and models as HTML, tables and plots."""
+"""Renders predictions and models as HTML."""
 
-from collections import Counter
 from collections.abc import Sequence
 from html import escape
+from math import ceil
+from typing import Any
 
 import numpy as np
 import PIL.Image
 import torch
 
+from ..config.errors import ConfigError
 from ..config.text import percent
 from ..model import ContinualModel
 from ..prediction import Prediction
 from ..reports.card import describe
-from ..reports.report import StreamReport
+from ..reports.report import margin_bins
+from .charts import Plane, bars, heat_table, map_of, thumbnail
+from .names import Name, bdi, expert_names, task_names
+from .pictures import VisitorError
 from .teaching import Lesson
 
 
-NONE = "none of my tasks"
-PICTURE = "your picture"
-PALETTE = ("#3b82f6", "#f59e0b", "#10b981", "#8b5cf6", "#06b6d4", "#84cc16", "#d946ef", "#a16207", "#64748b")
+NONE = "Not recognised"
+UNSURE, LIKELY = 0.5, 0.8  # below these confidences, words say so
+WELL = 0.8  # share of a lesson's own pictures, below which it has not succeeded
+ADVICE = (
+    "More pictures help, above all from other sides and in other light; or other classes beside it, each in a folder "
+    "of a zip archive, so that they are weighed against each other."
+)
+OWN = "From now on you use your own model, which no other visitor sees, also after this page is reloaded."
+CLEAR = ("a close call", "fairly clear", "clear")
+FEWEST_MEASURED = 20  # test pictures that a measured share needs
 
 
 def introduction(model: ContinualModel, source: str) -> str:
@@ -27,201 +39,304 @@ def introduction(model: ContinualModel, source: str) -> str:
     return (
         '<div id="intro"><h1>Which expert takes your picture?</h1>'
         f"<p>A frozen vision transformer has learnt {len(config.classes)} classes in {len(config.tasks)} tasks, one "
-        f"after another, with {escape(config.method.name)}: {escape(experts)}. <code>{escape(source)}</code></p></div>"
+        f"after another, with {bdi(config.method.name)}: {escape(experts)}. <code>{bdi(source)}</code></p></div>"
     )
 
 
-def colours(model: ContinualModel) -> dict[str, str]:
-    """A colour per expert for its prototypes, and another one for the visitor's picture."""
-    names = titles(model).values()
-    return {**{name: PALETTE[i % len(PALETTE)] for i, name in enumerate(names)}, PICTURE: "#ef4444"}
-
-
-def titles(model: ContinualModel) -> dict[str, str]:
-    """A unique title per expert: its task's domain or classes, or its name in a pool. Per task, where none reads."""
-    named = {task.name: task.title for task in model.config.tasks}
-    titles = {name: named.get(name, name) for name in (model.bank.names if model.method.reads else named)}
-    count = Counter(titles.values())
-    taken, unique = {PICTURE}, {}
-    for name, title in titles.items():
-        while title in taken or count[title] > 1:
-            title += f" ({name})"
-        unique[name] = title
-        taken.add(title)
-    return unique
-
-
-def verdict(prediction: Prediction, model: ContinualModel, reject_rate: float, chosen: bool = False) -> str:
-    """The prediction and its routing in a few sentences, as HTML.
+def verdict(
+    prediction: Prediction, model: ContinualModel, reject_rate: float, image: PIL.Image.Image | None = None
+) -> str:
+    """The prediction, the route that led to it, and how far to trust both, as HTML.
 
     Args:
         prediction ([`Prediction`]): Including the distances of all experts.
         model ([`ContinualModel`]): The model that made it.
         reject_rate (`float`): As passed to [`ContinualModel.predict`].
-        chosen (`bool`, *optional*, defaults to `False`): Whether the visitor chose the expert.
+        image (`PIL.Image.Image`, *optional*): The picture, to be drawn where its route begins.
 
     Returns:
         `str`: HTML, with untrusted names escaped.
     """
-    label = escape(prediction.label if prediction.label is not None else NONE)
-    score = "" if prediction.label is None else f"<small>{percent(prediction.score, 0)}</small>"
-    sentences = _route(prediction, model, chosen) if model.method.routes and prediction.experts else []
+    sentences = _route(prediction, model) if model.method.routes and prediction.experts else []
     if prediction.typicality is not None:
         share = percent(prediction.typicality, 0) if prediction.typicality else "Under 1 %"
-        landmarks = "prototypes" if model.router is None or model.router.landmark == "prototype" else "classes"
-        sentences.append(f"{share} of a task's own pictures are at least as far from its {landmarks} as this one.")
+        own = f"{share} of a task's own pictures are at least as far from its {landmarks(model)} as this one."
+        sentences.append(own)
     if prediction.label is None:
         sentences.append(
-            f"That is less than {percent(reject_rate, 0)}, so it is rejected as out-of-distribution; the likeliest "
-            f"class would have been {escape(next(iter(prediction.classes)))}."
+            f"That is less than {percent(reject_rate, 0)}, so no answer is given; the likeliest class would have been "
+            f"{bdi(next(iter(prediction.classes)))}."
         )
-    return f'<div class="verdict"><b>{label}</b> {score}</div><p>{" ".join(sentences)}</p>'
+        answer = f"<b>{NONE}</b> <small>unlike anything learnt</small>"
+    else:
+        answer = f"<b>{bdi(prediction.label)}</b> <small>{_confidence(prediction, model)}</small>"
+        sentences += _measured(prediction, model)
+    strip = _strip(prediction, model, image)
+    return f'<div class="verdict">{answer}</div>{strip}<p>{" ".join(sentences)}</p>'
 
 
-def _route(prediction: Prediction, model: ContinualModel, chosen: bool) -> list[str]:
-    """Who classified a picture, and how clear that was."""
-    method, router, names = model.method, model.router, titles(model)
+def _alone(prediction: Prediction, model: ContinualModel) -> bool:
+    """Whether an expert that knows a single class has given it, without anything to weigh it against."""
+    tasks = {task.name: task for task in model.config.tasks}
+    if prediction.expert not in tasks or model.method.num_selected > 1 or model.method.heads is None:
+        return False
+    return len(model.config.classes) > len(tasks[prediction.expert].classes) == 1
+
+
+def _confidence(prediction: Prediction, model: ContinualModel) -> str:
+    if _alone(prediction, model):
+        return "the only class of its task"
+    number = percent(prediction.score, 0)
+    if prediction.score >= LIKELY:
+        return number
+    if prediction.score >= UNSURE or len(prediction.classes) < 2:
+        return f"{number}, probably"
+    return f"{number}, unsure: perhaps {bdi(list(prediction.classes)[1])}"
+
+
+def _measured(prediction: Prediction, model: ContinualModel) -> list[str]:
+    """How often answers as sure as this one were right on test pictures, if that was measured."""
+    report = model.report
+    if report is None or not report.reliability or _alone(prediction, model):
+        return []
+    place = min(max(ceil(prediction.score * len(report.reliability)), 1), len(report.reliability)) - 1
+    count, _, right = report.reliability[place]
+    if count < FEWEST_MEASURED:
+        return []
+    return [f"Of {count:.0f} test pictures answered about as surely, {percent(right / count, 0)} were answered right."]
+
+
+def _route(prediction: Prediction, model: ContinualModel) -> list[str]:
+    """Who classified a picture, how clear that was, and how often that expert was the right one."""
+    method, router, names = model.method, model.router, expert_names(model)
     nearest, *others = prediction.experts.items()
-    if method.num_selected > 1 and not chosen:
-        selected = [f"<b>{escape(names[name])}</b>" for name in list(prediction.experts)[: method.num_selected]]
+    if method.num_selected > 1:
+        selected = ", ".join(names[name].html() for name in list(prediction.experts)[: method.num_selected])
         also = "the router and " if router is not None and router.knows_classes else ""
-        of_tasks = "" if method.expert_of(0) is None else "of "
-        return [f"Classified by {also}the experts {of_tasks}{', '.join(selected)} together."]
+        return [f"Classified by {also}the experts {'of ' * bool(_tasks_own(model))}{selected} together."]
     assert prediction.expert is not None
-    sentences = [f"Classified by the expert of <b>{escape(names[prediction.expert])}</b>."]
-    if chosen and nearest[0] != prediction.expert:
-        sentences.append(f"Routing alone would have chosen {escape(names[nearest[0]])}.")
-    elif router is not None and others and others[0][1] > 0:
+    who = "The nearest expert is that" if prediction.label is None else "Classified by the expert"
+    sentences = [f"{who} of {names[prediction.expert].html()}."]
+    if router is not None and others and others[0][1] > 0:
         margin = 1 - nearest[1] / others[0][1]
-        sure = "clear" if margin >= 0.2 else "a close call" if margin < 0.05 else "fairly clear"
+        (place,) = margin_bins(np.array([[nearest[1], others[0][1]]])).tolist()
         sentences.append(
-            f"The route is {sure}: the nearest {router.landmark} is {percent(margin, 0)} nearer than any other task's."
+            f"The route is {CLEAR[place]}: the nearest {router.landmark} is {percent(margin, 0)} nearer than any "
+            "other task's."
         )
+        count, right = model.report.route_margins[place] if model.report and model.report.route_margins else (0, 0)
+        if count >= FEWEST_MEASURED:
+            sentences.append(f"Of {count} test pictures with such a route, {percent(right / count, 0)} came right.")
+    came, own = _came_to(model, prediction.expert)
+    if came >= FEWEST_MEASURED:
+        sentences.append(f"Of {came} test pictures that came to this expert, {percent(own / came, 0)} were its own.")
     return sentences
 
 
-def distance_bars(prediction: Prediction, model: ContinualModel) -> dict:
-    """Data of a bar plot: experts in the order learnt, their distances, and whether they were chosen."""
-    names = titles(model)
-    rows = [
-        [names[name], prediction.experts[name], "chosen" if name == prediction.expert else "others"]
-        for name in model.bank.names
-        if name in prediction.experts
-    ]
-    return _plot({"expert": "nominal", "distance": "quantitative", "part": "nominal"}, rows, "bar")
+def _tasks_own(model: ContinualModel) -> bool:
+    """Whether every task has an expert of its own."""
+    return model.method.expert_of(0) is not None
 
 
-def _plot(columns: dict[str, str], rows: list[list], mark: str) -> dict:
-    """Plot data as gradio makes it of a pandas frame; pandas would take longer than the model."""
-    return {"columns": list(columns), "data": rows, "datatypes": columns, "mark": mark}
+def _came_to(model: ContinualModel, expert: str) -> tuple[int, int]:
+    """How many test pictures were routed to an expert, and how many of them were of its task; zeros if unmeasured."""
+    report, names = model.report, [task.name for task in model.config.tasks]
+    if report is None or expert not in names or report.tasks != names or not np.any(report.routing_confusion):
+        return 0, 0
+    confusion = np.array(report.routing_confusion)
+    if confusion.shape != (len(names), len(names)):
+        return 0, 0
+    place = names.index(expert)
+    return int(confusion[:, place].sum()), int(confusion[place, place])
 
 
-def heat_table(values: np.ndarray, rows: Sequence[str], columns: Sequence[str], corner: str) -> str:
-    """A heat map of values in [0, 1] as an HTML table.
+def _strip(prediction: Prediction, model: ContinualModel, image: PIL.Image.Image | None) -> str:
+    """Picture → nearest prototype → expert → label, as HTML."""
+    steps = []
+    if image is not None:
+        steps.append(f"<span>{_image(thumbnail(image, 64))}</span>your picture")
+    if model.method.routes and prediction.expert is not None and model.method.num_selected == 1:
+        name = expert_names(model)[prediction.expert].html()
+        if model.router is not None:
+            steps.append(f"<i>{prediction.distance:.2f}</i>to its nearest {escape(model.router.landmark)}")
+        steps.append(f"<span>{name}</span>its expert")
+    steps.append(f"<b>{bdi(prediction.label) if prediction.label is not None else '?'}</b>the answer")
+    return f'<ol class="route" aria-label="The route">{"".join(f"<li>{step}</li>" for step in steps)}</ol>'
+
+
+def distance_bars(prediction: Prediction, model: ContinualModel) -> str:
+    """The distances to all experts in order of learning, as HTML; empty if nothing is routed."""
+    if not model.method.routes:
+        return ""
+    rows = [(name, prediction.experts[key]) for key, name in expert_names(model).items() if key in prediction.experts]
+    keys = [key for key in expert_names(model) if key in prediction.experts]
+    chosen = list(prediction.experts)[: model.method.num_selected]
+    landmark = "" if model.router is None else f" to the nearest {model.router.landmark}"
+    what = f"Distance{landmark} of each {'task' if _tasks_own(model) else 'expert'}"
+    return bars(rows, [keys.index(key) for key in chosen if key in keys], what)
+
+
+def landmarks(model: ContinualModel) -> str:
+    """What distances are measured to, such as "prototypes"."""
+    landmark = "prototype" if model.router is None else model.router.landmark
+    return "classes" if landmark == "class" else f"{landmark}s"
+
+
+def has_choice(model: ContinualModel) -> bool:
+    """Whether any of several experts could be asked alone."""
+    if not model.method.routes or len(model.bank) < 2:
+        return False
+    try:
+        model.method.choose(model.bank.names[0])
+    except ConfigError:
+        return False
+    return True
+
+
+def comparison(answers: dict[str, Prediction], model: ContinualModel) -> str:
+    """What several experts say of one picture, side by side, as HTML.
 
     Args:
-        values (array of shape `(rows, columns)`): In [0, 1]; NaN leaves a cell empty.
-        rows (sequence of `str`): Titles of the rows.
-        columns (sequence of `str`): Titles of the columns.
-        corner (`str`): What rows and columns are, for the top left cell.
+        answers (`dict[str, Prediction]`): By the name of the expert, the nearest first.
+        model ([`ContinualModel`]): The model.
 
     Returns:
-        `str`: HTML, with titles escaped.
-
-    Example:
-
-    ```py
-    >>> import numpy as np
-    >>> from hf_clpeft.demo.views import heat_table
-
-    >>> "<td style='--v:75'>75</td>" in heat_table(np.array([[0.75]]), ["<b>"], ["cats"], "after")
-    True
-
-    ```
+        `str`: HTML, with untrusted names escaped.
     """
-    head = "".join(f"<th>{escape(text)}</th>" for text in columns)
-    body = "".join(
-        f"<tr><th>{escape(text)}</th>"
-        + "".join("<td></td>" if np.isnan(v) else f"<td style='--v:{100 * v:.0f}'>{100 * v:.0f}</td>" for v in row)
-        + "</tr>"
-        for text, row in zip(rows, values, strict=True)
+    names = expert_names(model)
+    cards = "".join(
+        f"<li><span>{names[key].html()}</span><b>{bdi(next(iter(found.classes)))}</b>"
+        f"<small>{_confidence(found, model)}<br>"
+        f"{found.distance:.2f} away{'' if place else ', the nearest'}</small></li>"
+        for place, (key, found) in enumerate(answers.items())
     )
-    return f'<div class="heat"><table><tr><th>{escape(corner)}</th>{head}</tr>{body}</table></div>'
+    return f'<ol class="cards" aria-label="Answers of the nearest experts">{cards}</ol>'
 
 
-def accuracy_table(report: StreamReport | None, step: int) -> str:
+def answer(prediction: Prediction, model: ContinualModel) -> str:
+    """A prediction in one line, as HTML."""
+    if prediction.label is None:
+        return f"<p>Its answer to your picture: <b>{NONE}</b>, unlike anything learnt.</p>"
+    return f"<p>Its answer to your picture: <b>{bdi(prediction.label)}</b>, {_confidence(prediction, model)}.</p>"
+
+
+def file_table(rows: Sequence[Sequence[Any]], model: ContinualModel) -> str:
+    """Predictions for many pictures, as HTML.
+
+    Args:
+        rows (sequence of `(str, str, Prediction)`): Name of each file; its thumbnail; and the prediction, or why there
+            is none.
+        model ([`ContinualModel`]): The model that made them.
+
+    Returns:
+        `str`: HTML, with untrusted names escaped.
+    """
+    names = expert_names(model)
+    body = "".join(
+        f"<tr><td>{_image(small)}</td><td>{bdi(file)}</td>{_cells(found, model, names)}</tr>"
+        for file, small, found in rows
+    )
+    heads = "".join(f"<th scope=col>{text}</th>" for text in ("Picture", "File", "Answer", "Confidence", "Expert"))
+    table = f"<table><thead><tr>{heads}</tr></thead><tbody>{body}</tbody></table>"
+    return f'<div class="files" role=region tabindex=0 aria-label="Predictions">{table}</div>'
+
+
+def _image(address: str | None) -> str:
+    return f'<img src="{address}" alt="">' if address else ""
+
+
+def _cells(found: Prediction | VisitorError, model: ContinualModel, names: dict[str, Name]) -> str:
+    if isinstance(found, VisitorError):
+        return f'<td colspan=3 class="problem">{bdi(str(found))}</td>'
+    label = NONE if found.label is None else f"<b>{bdi(found.label)}</b>"
+    sure = "" if found.label is None else _confidence(found, model)
+    expert = "" if found.expert is None else names[found.expert].html() if found.expert in names else bdi(found.expert)
+    return f"<td>{label}</td><td>{sure}</td><td>{expert}</td>"
+
+
+def accuracy_table(model: ContinualModel, step: int) -> str:
     """The accuracy matrix up to a task, as HTML."""
+    report = model.report
     if report is None or not report.tasks:
         return "<p>No accuracy was measured while this model was trained.</p>"
-    matrix = np.array(report.accuracy_matrix, dtype=float)[:step, :step]
-    return heat_table(matrix, report.titles[:step], report.titles[:step], "after \\ on, %")
+    matrix, names = np.array(report.accuracy_matrix, dtype=float)[:step, :step], task_names(model)[:step]
+    return heat_table(matrix, names, names, "After \\ on task, %")
 
 
-def routing_table(report: StreamReport | None) -> str:
-    """The routing confusion after the last measured task, as HTML."""
+def routing_table(model: ContinualModel, step: int) -> str:
+    """The routing confusion, which is measured after the last task, as HTML."""
+    report = model.report
     if report is None or not np.any(report.routing_confusion):
         return "<p>Routing was not measured for this model.</p>"
+    if step < len(model.config.tasks):
+        return f"<p>This was measured after task {len(model.config.tasks)}: move the slider there to see it.</p>"
     confusion = np.array(report.routing_confusion, dtype=float)
     sums = confusion.sum(axis=1, keepdims=True)
     share = np.divide(confusion, sums, out=np.full_like(confusion, np.nan), where=sums > 0)
-    return heat_table(share, report.titles, report.experts, "of \\ to, %")
+    rows, columns = task_names(model), list(expert_names(model).values())
+    if len(columns) != share.shape[1]:  # of a method whose experts are not those of its report
+        columns = [Name(text, "", text) for text in report.experts]
+    return heat_table(share, rows, columns, "Of \\ to task, %")
 
 
-def prototype_points(model: ContinualModel, query: torch.Tensor | None = None) -> dict | None:
-    """Prototypes and a picture's query features, projected on the first two principal components.
+def point_map(now: ContinualModel, past: ContinualModel, query: torch.Tensor | None = None) -> str | None:
+    """Prototypes and a picture's query features, on the plane in which those of the whole model spread most, as HTML.
 
     Args:
-        model ([`ContinualModel`]): The model.
-        query (`torch.Tensor` of shape `(1, hidden_size)`, *optional*): Query features of the picture.
+        now ([`ContinualModel`]): The model after its last task, to which the plane is fitted.
+        past ([`ContinualModel`]): The same model after a task, whose points are shown.
+        query (`torch.Tensor` of shape `(1, query_size)`, *optional*): Query features of the picture.
 
     Returns:
-        `dict`: Data of a scatter plot; `None` for fewer than two points, or without a router of the titled experts.
+        `str`: SVG in HTML; `None` for fewer than two points, or without a router of the named experts.
     """
-    if model.router is None:
+    if now.router is None or past.router is None:
         return None
-    names, (vectors, numbers) = list(titles(model).values()), model.router.points()
-    if len(vectors) < 2 or int(numbers.max()) >= len(names):
+    every, (vectors, numbers) = _points(now), past.router.points()
+    names = list(expert_names(past).values())
+    if len(every) < 2 or not len(vectors) or int(numbers.max()) >= len(names):
         return None
-    owners = [names[number] for number in numbers.tolist()]
-    points = vectors.detach().float().cpu().numpy()
-    centre = points.mean(axis=0)
-    _, _, axes = np.linalg.svd(points - centre, full_matrices=False)
-    axes = axes[:2] * np.sign(axes[:2].sum(axis=1, keepdims=True))  # so that a new point cannot flip the plot
-    if query is not None:
-        points = np.concatenate([points, torch.nn.functional.normalize(query, dim=-1).float().cpu().numpy()])
-        owners = [*owners, PICTURE]
-    plane = (points - centre) @ axes.T
-    rows = [[float(x), float(y), owner] for (x, y), owner in zip(plane, owners, strict=True)]
-    return _plot({"x": "quantitative", "y": "quantitative", "prototypes of": "nominal"}, rows, "point")
+    shown = vectors.detach().float().cpu().numpy()
+    picture = shown[:0] if query is None else torch.nn.functional.normalize(query, dim=-1).float().cpu().numpy()
+    return map_of(Plane.of(every), shown, numbers.cpu().numpy(), names, picture)
 
 
-def query_of(model: ContinualModel, image: PIL.Image.Image) -> torch.Tensor:
-    """Query features of one picture, of shape `(1, query_size)`; of several views the first."""
-    pixels = torch.from_numpy(model.backbone.transform.resize([image])).to(model.device)
-    with torch.no_grad():
-        query = model.method.query(model.backbone.transform.normalize(pixels))
-    return query if query.dim() == 2 else query[:, 0]
+def _points(model: ContinualModel) -> np.ndarray:
+    assert model.router is not None
+    return model.router.points()[0].detach().float().cpu().numpy()
 
 
 def learnt(model: ContinualModel, step: int) -> str:
     """The tasks that a model had learnt after `step` tasks, as HTML."""
     tasks = model.config.tasks
     items = "".join(
-        f"<li{'' if i < step else ' class=later'}><b>{escape(task.name)}</b> {escape(task.title)}"
-        f"{f' · {task.num_train_images} pictures' if task.num_train_images else ''}</li>"
-        for i, task in enumerate(tasks)
+        f"<li{'' if i < step else ' class=later'}>{name.html()}"
+        f"{f' · {task.num_train_images} pictures' if task.num_train_images else ''}"
+        f"{'' if i < step else ' <em>not yet learnt</em>'}</li>"
+        for i, (task, name) in enumerate(zip(tasks, task_names(model), strict=True))
     )
-    return f'<p>After task {step} of {len(tasks)}:</p><ol class="tasks">{items}</ol>'
+    return f'<p>After task {step} of {len(tasks)}:</p><ol class="tasks" tabindex=0 aria-label="Tasks">{items}</ol>'
 
 
-def lesson(found: Lesson, classes: dict[str, list]) -> str:
-    """The result of teaching, as HTML."""
-    names = ", ".join(f"<b>{escape(label)}</b> ({len(pictures)} pictures)" for label, pictures in classes.items())
-    text = f"<p>Learnt {names} as {found.task} in {found.seconds:.0f} seconds. "
-    text += "Old experts, prototypes and head rows are bit-identical. "
+def lesson(found: Lesson, classes: dict[str, list], left_out: Sequence[str] = ()) -> str:
+    """The result of teaching, as HTML: what was learnt, how well, what it changed, and what would help."""
+    names = ", ".join(f"<b>{bdi(label)}</b> ({len(pictures)} pictures)" for label, pictures in classes.items())
+    well = found.recognised >= WELL * found.tried
+    text = f"<p>{'Learnt' if well else 'Taught'} {names} in {found.seconds:.0f} seconds. "
+    text += f"<b>{found.recognised} of your {found.tried} pictures</b> would be recognised "
+    text += "if each were new, and the model had seen only the others. "
+    text += "</p>" if well else f"That is few. {ADVICE}</p>"
     if found.answers:
-        text += f"{found.unchanged} of {found.answers} answers to the example pictures are bit-identical, too. "
-    return text + "From now on you use your own model, which no other visitor sees.</p>"
+        text += f"<p>No old weight has changed; {found.changed} of {found.answers} answers to the examples have.</p>"
+    else:
+        text += "<p>No old weight has changed. Answers may have, where a picture is nearer to the new class.</p>"
+    text += "".join(f"<p>Left out: {bdi(reason)}</p>" for reason in left_out)
+    return text + f"<p>{OWN}</p>"
+
+
+def own_model(model: ContinualModel) -> str:
+    """Says that a visitor uses a model of their own, as HTML."""
+    return f"<p>{OWN} It knows {len(model.config.classes)} classes, lastly {bdi(model.config.classes[-1])}.</p>"
 
 
 def link(url: str) -> str:

@@ -23,6 +23,7 @@ REPORT_FILES = (METRICS_NAME, MATRIX_NAME, PLOT_NAME)
 
 
 # Fields of StreamReport with one value per task.
+MARGINS = (0.05, 0.2)
 COSTS = (
     "expert_parameters",
     "head_parameters",
@@ -31,6 +32,33 @@ COSTS = (
     "seconds",
     "untrained_accuracy",
 )
+
+
+def margin_bins(distances: np.ndarray) -> np.ndarray:
+    """How clear each route is: 0 for a close call, 1 for a fairly clear one, 2 for a clear one.
+
+    A route is a close call if the nearest expert is less than 5 % nearer than the next one, and clear from 20 % on.
+
+    Args:
+        distances (array of shape `(images, experts)`): From a router, of two experts or more.
+
+    Returns:
+        Integer array of shape `(images,)`; −1 where distances are not positive, so that no share can be said.
+
+    Example:
+
+    ```py
+    >>> import numpy as np
+    >>> from hf_clpeft.reports.report import margin_bins
+
+    >>> margin_bins(np.array([[1.0, 0.99], [0.9, 1.0], [0.5, 1.0], [0.0, 0.0]])).tolist()
+    [0, 1, 2, -1]
+
+    ```
+    """
+    nearest, second = np.partition(distances, 1, axis=1)[:, :2].T
+    margins = 1 - nearest / np.where(second > 0, second, 1)
+    return np.where(second > 0, np.digitize(margins, MARGINS), -1)
 
 
 @dataclass
@@ -55,6 +83,9 @@ class StreamReport:
             after the last task; for a pool, the selection histogram of each task. Zeros where not measured.
         reliability (`list[list[float]]`): Of 15 bins of confidence, the number of test images of all measured tasks,
             the sum of their confidences, and the number of those that were right, after the last task.
+        route_margins (`list[list[int]]`): Of routes by how clear they are, in the bins of [`margin_bins`], the number
+            of test images, and of those that came to their own task's expert, after the last task; empty if experts
+            do not belong to tasks.
         expert_parameters (`list[float]`): Trained parameters of each task's expert.
         head_parameters (`list[float]`): Trained parameters of each task's head rows.
         stored_bytes (`list[float]`): Bytes added by each task: expert, head rows, prototypes.
@@ -89,6 +120,7 @@ class StreamReport:
     experts: list[str] = field(default_factory=list)
     routing_confusion: list[list[int]] = field(default_factory=list)
     reliability: list[list[float]] = field(default_factory=list)
+    route_margins: list[list[int]] = field(default_factory=list)
     expert_parameters: list[float] = field(default_factory=list)
     head_parameters: list[float] = field(default_factory=list)
     stored_bytes: list[float] = field(default_factory=list)
@@ -113,6 +145,7 @@ class StreamReport:
         for cost in COSTS:
             getattr(self, cost).append(costs.get(cost, {} if cost == "seconds" else math.nan))
         self.experts, self.routing_confusion, self.oracle_accuracy, self.reliability = [], [], [], []
+        self.route_margins = []
 
     def catch_up(self, tasks: list[TaskConfig]) -> None:
         """Adds rows of NaN for those of a model's tasks that were learnt without a trainer."""
@@ -121,7 +154,7 @@ class StreamReport:
             self.add_task(task.name, task.title)
         if unknown:  # the routing metrics are outdated
             self.experts, self.routing_confusion, self.oracle_accuracy = list(self.titles), [], []
-            self.reliability = []
+            self.reliability, self.route_margins = [], []
 
     def remove_task(self, name: str) -> None:
         """Removes a task's row and column, and resets the metrics of the model with that task."""
@@ -132,7 +165,7 @@ class StreamReport:
             del row[j]
         self.accuracy_matrix[-1:] = [[math.nan] * len(self.tasks)] * bool(self.tasks)
         self.experts, self.routing_confusion, self.oracle_accuracy = list(self.titles), [], []
-        self.reliability = []
+        self.reliability, self.route_margins = [], []
 
     def measured(self) -> list[int]:
         """Indices of the tasks that were evaluated after the last one was learnt."""
@@ -184,6 +217,8 @@ class StreamReport:
                 raise ConfigError(f"its lists are not all {len(tasks)} tasks long.")
             if {len(row) for row in report.routing_confusion} - {len(report.experts)}:
                 raise ConfigError(f"its routing_confusion has no column for each of {len(report.experts)} experts.")
+            if report.route_margins and np.shape(report.route_margins) != (len(MARGINS) + 1, 2):
+                raise ConfigError(f"its route_margins are not {len(MARGINS) + 1} pairs.")
             report.summary()
         except (TypeError, ValueError, AttributeError) as error:
             raise ConfigError(f"{METRICS_NAME} cannot be used: {error}") from error

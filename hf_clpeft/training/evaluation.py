@@ -11,6 +11,7 @@ from accelerate import Accelerator
 
 from ..methods import ContinualOutput
 from ..model import ContinualModel
+from ..reports.report import margin_bins
 from ..streams import TaskImages
 from .arguments import ContinualTrainingArguments
 from .features import TestFeatures, extract, extract_all
@@ -30,12 +31,14 @@ class TaskEvaluation(NamedTuple):
             counts for several.
         reliability (array of shape `(15, 3)`): Of each bin of confidence, the number of images, the sum of their
             confidences, and the number of images that were right.
+        margins (array of shape `(3, 2)`, *optional*): See [`StreamReport`]; `None` if experts do not belong to tasks.
     """
 
     accuracy: float
     oracle_accuracy: float
     routed: np.ndarray
     reliability: np.ndarray
+    margins: np.ndarray | None
 
 
 def reliability_of(logits: torch.Tensor, wanted: torch.Tensor) -> np.ndarray:
@@ -49,6 +52,19 @@ def reliability_of(logits: torch.Tensor, wanted: torch.Tensor) -> np.ndarray:
     places = (confidence * BINS).ceil().long().clamp(1, BINS) - 1
     columns = torch.stack([torch.ones_like(confidence), confidence, (likeliest == wanted).double()], dim=1)
     return torch.zeros(BINS, 3).double().index_add(0, places, columns).numpy()
+
+
+def margins_of(distances: torch.Tensor | None, right: torch.Tensor) -> np.ndarray | None:
+    """Routes by how clear they are, `(3, 2)`: how many, and how many right; `None` without a choice.
+
+    Args:
+        distances (`torch.Tensor` of shape `(images, experts)`, *optional*): From the router.
+        right (boolean `torch.Tensor` of shape `(images,)`): Whether each image came to the expert of its task.
+    """
+    if distances is None or distances.shape[1] < 2:
+        return None
+    bins = margin_bins(distances.cpu().double().numpy())
+    return np.stack([np.bincount(bins[kept], minlength=3)[:3] for kept in (bins >= 0, (bins >= 0) & right.numpy())], 1)
 
 
 class Evaluator:
@@ -160,7 +176,10 @@ class Evaluator:
             chosen = chosen.reshape(len(chosen), -1)[:, 0]  # the nearest of several
         counts = np.bincount(chosen.flatten().numpy())
         oracle_accuracy = math.nan if oracle is None else accuracy(oracle)
-        result = TaskEvaluation(accuracy(output), oracle_accuracy, counts, reliability_of(output.logits, wanted))
+        own = None if owner is None or not (method.routes and method.independent) else method.expert_of(owner)
+        margins = None if own is None else margins_of(output.distances, chosen == own)
+        reliability = reliability_of(output.logits, wanted)
+        result = TaskEvaluation(accuracy(output), oracle_accuracy, counts, reliability, margins)
         test.drop_unused()
         return result
 

@@ -3,6 +3,8 @@
 Settings, all optional:
 
 - `CL_REPO_ID`, `CL_REVISION`: the model and its branch, tag or commit; default: the digits that come with hf_clpeft
+- `CL_BACKBONE`: repo id of its backbone, if it was trained with one in a local folder
+- `HF_TOKEN`, a secret: a token that may read these, if they are private
 - `ALLOW_TEACHING=1`: let visitors teach new classes, each on a model of their own
 
 Pictures in a folder `examples` beside this file are offered to visitors who have none at hand.
@@ -12,12 +14,14 @@ import os
 from pathlib import Path
 
 from hf_clpeft.backbones.bundled import DIGITS_MODEL
-from hf_clpeft.demo import LAUNCH, build_demo
+from hf_clpeft.demo import LAUNCH
+from hf_clpeft.demo.setup import build_or_explain
 
 
-demo = build_demo(
+demo = build_or_explain(
     os.environ.get("CL_REPO_ID") or DIGITS_MODEL,
-    revision=os.environ.get("CL_REVISION"),
+    revision=os.environ.get("CL_REVISION") or None,
+    backbone=os.environ.get("CL_BACKBONE") or None,
     examples=sorted(Path(__file__).with_name("examples").glob("*.*")) or None,
     teaching=os.environ.get("ALLOW_TEACHING") == "1",
 )
