@@ -9,7 +9,8 @@ benchmark under `methods` of the benchmark. `method` names the method where the 
 `experts_from` another entry whose experts are taken over, not trained again, `tuned_as` another method whose learning
 rates hold where the method has none of its own. `imports` lists Python files to run first, which define methods that
 are not in the package; `base` other files, on top of which this one stands; `undrawn` methods that the pictures leave
-out; `along` a column of the CSV along which families are drawn as lines. A seed decides the order of classes (0 keeps the data set's own), the draw of weights and that of batches.
+out; `along` a column of the CSV along which families are drawn as lines. A seed decides the order of classes (0 keeps
+the data set's own), the draw of weights and that of batches.
 
 Results go into the CSV run by run. What stands there already is not run again, and a run that was killed goes on after
 its last task, so the same command finishes the table. A run that fails says why and costs its own cell and those of
