@@ -91,7 +91,7 @@ def heat_table(values: np.ndarray, rows: Sequence[Name], columns: Sequence[Name]
     )
     kind = f'class="heat{" many" if len(columns) > FEW else ""}" style="--n:{len(columns)}"'
     where = f'{kind} role=region tabindex=0 aria-label="{escape(corner)}"'
-    return f"<div {where}><table><tr><th scope=col>{escape(corner)}</th>{head}</tr>{body}</table></div>"
+    return f"<div {where}><table><tr><th scope=col class=corner>{escape(corner)}</th>{head}</tr>{body}</table></div>"
 
 
 class Plane(NamedTuple):
