@@ -141,7 +141,8 @@ def check_keys(path: str, config: dict, needed: set[str], others: set[str]) -> N
                 raise OptionError(f"{path}: {name}: {entry}={options!r} must be a mapping of options.")
     for name, kind in FAMILIES.items():
         if name in config and not fits(config[name], kind):
-            raise OptionError(f"{path}: {name}={config[name]!r} must be a name, or have lists of methods.")
+            shape = "be the name of a column" if kind is str else "have lists of methods"
+            raise OptionError(f"{path}: {name}={config[name]!r} must {shape}.")
 
 
 def read_yaml(path: Path, above: tuple[Path, ...] = ()) -> dict:

@@ -1,7 +1,10 @@
 """Experts in upper layers: what they compute, what passes share with them, and what is cached."""
 
+import csv
+import runpy
 import threading
 from dataclasses import fields
+from pathlib import Path
 
 import pytest
 import torch
@@ -185,3 +188,13 @@ def test_experts_of_other_layers_are_not_taken_over(stream, tmp_path):
     make_trainer(s_lora(expert_layers=[-1]), tmp_path / "one", num_train_epochs=1).learn(stream[0])
     with pytest.raises(ConfigError, match="expert_layers"):
         make_trainer(s_lora(expert_layers=[-2, -1]), tmp_path / "two", experts_from=str(tmp_path / "one"))
+
+
+def test_the_recipe_counts_the_passes(tmp_path, monkeypatch, capsys):
+    arguments = ["--model", "tiny", "--batch_size", "4", "--warmup", "0", "--repeats", "1", "--output_dir", "speed"]
+    monkeypatch.setattr("sys.argv", ["upper_layers.py", *arguments])
+    monkeypatch.chdir(tmp_path)
+    runpy.run_path(str(Path(__file__).parents[1] / "recipes" / "upper_layers.py"), run_name="__main__")
+    rows = list(csv.DictReader(Path("speed/upper_layers.csv").read_text().splitlines()))
+    predicted = [float(row["forwards"]) for row in rows if row["mode"] == "predict"]
+    assert predicted == [2, 1.333, 1, 4, 2] and [float(row["forwards"]) for row in rows[5:]] == [1, 1, 0.333]
