@@ -277,9 +277,9 @@ def measure(run: Run) -> dict:
     (stream_options, backbone_options, training_options), _ = split_options(run)
     stream: TaskStream = StreamArguments(**stream_options).load()
     backbone = BackboneArguments(**backbone_options)
-    training = ContinualTrainingArguments(
-        **{"disable_tqdm": True, "resume_from_checkpoint": "auto", **training_options, "output_dir": run.folder}
-    )
+    # Runs share the cores, and cached images are read faster than workers start.
+    own = {"disable_tqdm": True, "resume_from_checkpoint": "auto", "dataloader_num_workers": 0}
+    training = ContinualTrainingArguments(**{**own, **training_options, "output_dir": run.folder})
     method = make_method(run)
     report = learn(stream, backbone, training, method)
     forwards = forwards_per_image(open_model(backbone, training, method), stream)

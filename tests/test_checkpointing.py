@@ -96,3 +96,8 @@ def test_experts_of_other_images_are_not_taken_in_the_backward_pass():
         first.backward()
         gradients.append(bank.table.rows.grad)
     torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-5, atol=1e-6)
+
+
+def test_it_is_not_compiled():
+    with pytest.raises(ConfigError, match="leave out one of them"):
+        ContinualTrainingArguments(gradient_checkpointing=True, torch_compile=True)

@@ -236,6 +236,10 @@ class ContinualTrainingArguments:
             raise ConfigError("output_dir is empty; pass a folder, or . for the current one.")
         if self.cache_size_gb is not None and not 0 < self.cache_size_gb <= MOST:
             raise ConfigError(f"cache_size_gb={self.cache_size_gb} must be more than 0.")
+        if self.gradient_checkpointing and self.torch_compile:
+            raise ConfigError(
+                "torch_compile cannot compile layers that gradient_checkpointing runs twice; leave out one of them."
+            )
         if self.report_to != "none" and find_spec(self.report_to) is None:
             raise ConfigError(f"report_to={self.report_to!r} is not installed; run `pip install {self.report_to}`.")
 
