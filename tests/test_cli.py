@@ -1,5 +1,6 @@
 """The command `hf-clpeft`, as a user types it."""
 
+import csv
 import json
 import re
 import subprocess
@@ -54,6 +55,39 @@ def test_predict_agrees_with_the_library_and_the_pipeline(saved, learnt, picture
     table = run("predict", saved, *pictures)
     assert "{" not in table
     assert all(name in table for name in ("label", "score", "expert", "distance", pictures[0]))
+
+
+def test_predict_takes_folders_patterns_and_lists_and_goes_on_after_what_it_cannot_read(saved, pictures):
+    Path("more/deep").mkdir(parents=True)
+    for place, name in zip(("more", "more/deep", "."), pictures, strict=False):
+        Path(name).rename(Path(place, name))
+    Path("more/broken.png").write_bytes(b"\x89PNG")
+    Path("more/notes.txt").write_text("no picture")
+    wanted = [f"more/{pictures[0]}", f"more/deep/{pictures[1]}", pictures[2]]
+    done = run("predict", saved, "more", pictures[2], "--format", "jsonl", "--batch-size", "1", fails=True)
+    rows = [json.loads(line) for line in done.stdout.splitlines()]
+    assert sorted(row["image"] for row in rows) == sorted(wanted) and done.exit_code == 1
+    assert "broken.png" in done.stderr and "notes.txt" not in done.stderr
+    assert len(json.loads(run("predict", saved, "more/**/[0-9]*.png", "--json"))) == 2
+    lines = "\n".join([*wanted, "nowhere.png"])
+    listed = CliRunner().invoke(cli.app, ["predict", str(saved), "-", "--format", "csv", "--top-k", "2"], input=lines)
+    table = list(csv.DictReader(listed.stdout.splitlines()))
+    assert [row["image"] for row in table] == wanted and "nowhere.png" in listed.stderr and listed.exit_code == 1
+    assert float(table[0]["classes 1 value"]) >= float(table[0]["classes 2 value"])
+    for source in ("nowhere", "more/*.gif", str(saved / "experts")):
+        assert run("predict", saved, source, fails=True).exit_code == 2
+    assert json.loads(run("predict", saved, wanted[0], "--json"))[0]["label"] == table[0]["label"]
+
+
+def test_predict_sorts_pictures_and_replaces_none(saved, learnt, pictures):
+    for _ in range(2):
+        run("predict", saved, *pictures, "--copy_to", "sorted")
+    rows = json.loads(run("predict", saved, *pictures, "--json"))
+    for row in rows:
+        first = Path("sorted", row["label"], row["image"])
+        assert first.read_bytes() == Path(row["image"]).read_bytes()
+        assert first.with_stem(f"{first.stem} 2").is_file()
+    assert len(list(Path("sorted").rglob("*.png"))) == 2 * len(rows)
 
 
 def test_info_says_what_was_learnt_without_downloading_weights(hub, learnt):

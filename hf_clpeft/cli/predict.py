@@ -1,18 +1,37 @@
 """`hf-clpeft predict`: classifies pictures."""
 
 import sys
+from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from .common import AsJson, BackbonePath, Device, Repo, Token, load_model, show
+from ..config.text import one_line
+from .common import BackbonePath, Device, Repo, Token, load_model
+from .rows import Format, write_rows
+from .sorting import Sorter
+from .sources import find_pictures
+
+
+if TYPE_CHECKING:
+    from ..model import ContinualModel
+
+MOST_NAMED = 20  # files that cannot be read
+WIDEST = 30  # characters of a name in the table
 
 
 def predict(
     repo: Repo,
-    images: Annotated[list[Path], typer.Argument(help="Pictures.", exists=True, dir_okay=False)],
-    as_json: AsJson = False,
+    images: Annotated[
+        list[str], typer.Argument(help="Pictures, folders, patterns, or - for a list of paths on stdin.")
+    ],
+    form: Annotated[Format, typer.Option("--format", help="How to print, row by row.")] = Format.table,
+    as_json: Annotated[bool, typer.Option("--json", "--as-json", help="Short for --format json.")] = False,
+    copy_to: Annotated[
+        Path | None, typer.Option("--copy-to", "--copy_to", help="Copy pictures to a folder per class in this one.")
+    ] = None,
     backbone: BackbonePath = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Pictures per forward pass.")] = 32,
     reject_rate: Annotated[
@@ -24,23 +43,63 @@ def predict(
             "withheld by mistake.",
         ),
     ] = None,
-    top_k: Annotated[int, typer.Option(min=1, help="Likeliest classes and nearest experts in the JSON.")] = 1,
+    top_k: Annotated[int, typer.Option(min=1, help="Likeliest classes and nearest experts in CSV and JSON.")] = 1,
     token: Token = None,
     device: Device = None,
 ) -> None:
-    """Classify pictures: label, score, and expert of each."""
+    """Classify pictures: label, score, and expert of each. Goes on after those that cannot be read, and names them."""
+    paths = find_pictures(images)
+    model = load_model(repo, backbone, token, device)
+    bad: list[str] = []
+    rows = _classified(model, paths, batch_size, {"reject_rate": reject_rate, "top_k": top_k}, bad)
+    if copy_to is not None:
+        rows = _sorted(rows, Sorter(copy_to, model.config.classes))
+    labels, experts = model.config.classes, model.bank.names
+    widths = {"label": _widest(["label", *labels]), "score": 5, "expert": _widest(["expert", *experts]), "distance": 8}
+    if model.can_reject:
+        widths["typicality"] = 10
+    write_rows(rows, Format.json if as_json else form, {**widths, "image": 5})
+    if bad:
+        print(*_summary(bad), sep="\n", file=sys.stderr)
+        raise typer.Exit(1)
+
+
+def _classified(
+    model: "ContinualModel", paths: Iterator[Path], batch_size: int, options: dict, bad: list[str]
+) -> Iterator[dict]:
+    """Rows of the pictures that can be read; what is wrong with the others is added to `bad`."""
     from dataclasses import asdict
 
-    model = load_model(repo, backbone, token, device)
-    predictions = model.predict(
-        images,
-        batch_size=batch_size,
-        reject_rate=reject_rate,
-        top_k=top_k,
-        show_progress_bar=sys.stderr.isatty() and len(images) > batch_size,
-    )
-    rows = [{"image": str(path), **asdict(found)} for path, found in zip(images, predictions, strict=True)]
-    if not as_json:
-        hidden = {"classes", "experts"} if model.can_reject else {"classes", "experts", "typicality"}
-        rows = [{name: value for name, value in row.items() if name not in hidden} for row in rows]
-    show(rows, as_json)
+    from tqdm.auto import tqdm
+
+    from ..backbones.pictures import PictureError, open_image
+
+    with tqdm(desc="Predicting", unit="image", disable=not sys.stderr.isatty() or sys.stdout.isatty()) as bar:
+        while batch := list(islice(paths, batch_size)):
+            pictures = {}
+            for number, path in enumerate(batch):
+                try:
+                    pictures[number] = open_image(path)
+                except PictureError as error:
+                    bad.append(one_line(error))
+            found = model.predict(list(pictures.values()), batch_size=batch_size, **options) if pictures else []
+            for number, prediction in zip(pictures, found, strict=True):
+                yield {"image": str(batch[number]), **asdict(prediction)}
+            bar.update(len(batch))
+
+
+def _sorted(rows: Iterator[dict], sorter: Sorter) -> Iterator[dict]:
+    for row in rows:
+        sorter.copy(Path(row["image"]), row["label"])
+        yield row
+
+
+def _widest(names: list[str]) -> int:
+    return min(WIDEST, max(map(len, names)))
+
+
+def _summary(bad: list[str]) -> list[str]:
+    if len(bad) == 1:
+        return [f"error: {bad[0]}"]
+    more = [f"... and {len(bad) - MOST_NAMED} more"] if len(bad) > MOST_NAMED else []
+    return [f"error: {len(bad)} pictures cannot be read:", *bad[:MOST_NAMED], *more]
