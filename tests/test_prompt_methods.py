@@ -73,11 +73,11 @@ def test_layers_are_those_of_the_paper_in_proportion_to_the_depth():
         (5, 13),
     ]
     method = ContinualModel.from_backbone("hf-clpeft/vit-tiny-glyphs", dualprompt()).method
-    assert (method.general_layers, method.expert_layers) == ([0], [1, 2])
+    assert (method.general_layers, method.expert_layers) == ([1], [2, 3])
     method = ContinualModel.from_backbone("hf-clpeft/vit-tiny-glyphs", dualprompt(expert_layers=[4, 6])).method
-    assert (method.general_layers, method.expert_layers) == ([0], [3, 5])
+    assert (method.general_layers, method.expert_layers) == ([1], [4, 6])
     method = small_model(dualprompt()).method
-    assert (method.general_layers, method.expert_layers) == ([0], [1])
+    assert (method.general_layers, method.expert_layers) == ([1], [2])
     assert ContinualModel.from_backbone("hf-clpeft/vit-tiny-glyphs", coda_prompt()).method.layers == [0, 1, 2]
 
 
@@ -87,14 +87,14 @@ def test_layers_are_those_of_the_paper_in_proportion_to_the_depth():
         (dualprompt, {"general_length": 0}, "general_length"),
         (dualprompt, {"expert_length": 5000}, "expert_length"),
         (dualprompt, {"pull": -1.0}, "pull"),
-        (dualprompt, {"general_layers": []}, r"general_layers=\[\] must be layers from 1, rising"),
-        (dualprompt, {"expert_layers": [3, 2]}, r"expert_layers=\[3, 2\] must be layers from 1, rising"),
-        (dualprompt, {"expert_layers": [0, 1]}, r"must be layers from 1, rising"),
+        (dualprompt, {"general_layers": []}, r"general_layers=\[\] must be layers from 1"),
+        (dualprompt, {"expert_layers": [3, 2]}, r"expert_layers=\[3, 2\] must be layers from 1"),
+        (dualprompt, {"expert_layers": [0, 1]}, r"must be layers from 1"),
         (dualprompt, {"expert_layers": [9]}, r"expert_layers=\[9\], but the backbone has 2 layers"),
         (coda_prompt, {"components": 0}, "components"),
         (coda_prompt, {"prefix_length": 0}, "prefix_length"),
         (coda_prompt, {"orthogonality": -0.1}, "orthogonality"),
-        (coda_prompt, {"layers": [1, 1]}, r"layers=\[1, 1\] must be layers from 1, rising"),
+        (coda_prompt, {"layers": [1, 1]}, r"layers=\[1, 1\] must be layers from 1"),
         (coda_prompt, {"layers": [3]}, r"layers=\[3\], but the backbone has 2 layers"),
     ],
 )

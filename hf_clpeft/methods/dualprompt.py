@@ -71,7 +71,7 @@ class DualPrompt(Method, name="dualprompt"):
         options, count = self.options, backbone.num_layers
         check_chosen("general_layers", options.general_layers, count)
         general, last = scaled(2, count), scaled(5, count)
-        self.general_layers = [i - 1 for i in options.general_layers or range(1, general + 1)]
+        self.general_layers = options.general_layers or [*range(1, general + 1)]
         # A backbone of one or two layers has at least one of them with an expert prefix.
         after = range(general + 1, last + 1) or [min(general + 1, count)]
         self.expert_layers = self.expert_layers or [*after]
@@ -130,4 +130,4 @@ class DualPrompt(Method, name="dualprompt"):
         raise ConfigError(f"is of the method {self.name}, whose general prefixes were trained by all of its tasks")
 
     def _general(self) -> dict[int, torch.Tensor]:
-        return dict(zip(self.general_layers, self.general, strict=True))
+        return {number - 1: prefix for number, prefix in zip(self.general_layers, self.general, strict=True)}

@@ -227,6 +227,15 @@ class Heads(KeepsPrecision):
     def _per_task(
         self, features: torch.Tensor, owners: torch.Tensor, weights: torch.Tensor, biases: torch.Tensor
     ) -> torch.Tensor:
+        if (
+            features.device.type == "cpu"
+        ):  # where nothing waits, products have the bits that they always had
+            logits = features.new_zeros(len(features), biases.shape[1])
+            for task in owners.unique().tolist():
+                rows = owners == task
+                own = torch.nn.functional.linear(features[rows], self.weights[task], self.biases[task])
+                logits[rows, : own.shape[1]] = own
+            return logits
         at_once = max(1, MOST_AT_ONCE // max(1, weights[0].numel()))
         parts = zip(features.split(at_once), owners.split(at_once), strict=True)
         # Not a matrix product, whose rounding would depend on the number of rows of other tasks.

@@ -348,7 +348,8 @@ class ContinualTrainer:
 
         def features_of(features: Features, views: int = 1, kind: str = "none") -> tuple[torch.Tensor, torch.Tensor]:
             drawn = views_for_sums(len(stored), views, kind, seed)
-            return extract_all(stored, features, self.model, accelerator, self.args, desc, drawn, self._caches), labels
+            own = (self.model, accelerator, self.args, desc)
+            return extract_all(stored, features, *own, drawn, caches=self._caches), labels
 
         return features_of
 
