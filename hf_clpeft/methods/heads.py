@@ -227,9 +227,7 @@ class Heads(KeepsPrecision):
     def _per_task(
         self, features: torch.Tensor, owners: torch.Tensor, weights: torch.Tensor, biases: torch.Tensor
     ) -> torch.Tensor:
-        if (
-            features.device.type == "cpu"
-        ):  # where nothing waits, products have the bits that they always had
+        if features.device.type == "cpu":  # where nothing waits, products have the bits that they always had
             logits = features.new_zeros(len(features), biases.shape[1])
             for task in owners.unique().tolist():
                 rows = owners == task
