@@ -3,6 +3,7 @@
 import asyncio
 import copy
 import pickle
+import shutil
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -12,9 +13,9 @@ import pytest
 import torch
 from conftest import OnStep, make_trainer, outcome, pattern_dataset
 from test_bank import TECHNIQUES, bank_of, images, random_experts, small_backbone
-from transformers import pipeline
+from transformers import PreTrainedModel, pipeline
 
-from hf_clpeft import ContinualModel, ExpertBank, ExpertError, HfClpeftError, l2l, s_lora
+from hf_clpeft import ContinualModel, ExpertBank, ExpertError, HfClpeftError, l2l, load_backbone, s_lora
 from hf_clpeft.backbones.bundled import bundled_folder
 from hf_clpeft.experts.expert import make_peft_config
 from hf_clpeft.experts.lock import ReadWriteLock
@@ -308,3 +309,19 @@ def test_readers_share_and_writers_are_alone():
     with lock.writing():  # copies are free
         both = [copy.deepcopy(lock), pickle.loads(pickle.dumps(lock))]
         at_once([lambda t=t: t.writing().__enter__() for t in both])
+
+
+def test_threads_that_load_backbones_leave_torch_as_it_was(tmp_path):
+    shutil.copytree(bundled_folder("hf-clpeft/vit-tiny-glyphs"), tmp_path / "vit")
+    before = torch.linspace, torch.nn.init.normal_, PreTrainedModel.tie_weights
+    switching = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    try:
+        threads = [threading.Thread(target=load_backbone, args=(str(tmp_path / "vit"),)) for _ in range(16)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        sys.setswitchinterval(switching)
+    assert (torch.linspace, torch.nn.init.normal_, PreTrainedModel.tie_weights) == before

@@ -3,6 +3,7 @@
 import copy
 import hashlib
 import inspect
+import threading
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +26,11 @@ if TYPE_CHECKING:
 
 MAX_TENSOR_BYTES = 4 * 2**30  # for one image
 MAX_PATCHES = 2**14  # 2,048 px in patches of 16
+
+
+# While it loads, transformers replaces functions of torch and of its own classes; two threads at once may leave them
+# replaced.
+_loading = threading.Lock()
 
 
 def load_backbone(
@@ -224,17 +230,18 @@ def _load_weights(
 
     model_class: Any = MODEL_MAPPING[type(config)]
     try:
-        model, loaded = model_class.from_pretrained(
-            str(folder),
-            config=config,
-            output_loading_info=True,
-            use_safetensors=True,  # a pickle could run code
-            local_files_only=True,
-            trust_remote_code=False,
-            attn_implementation=attn_implementation,
-            **{"dtype": torch.float32, **quantized},
-            **_without_pooler(model_class),
-        )
+        with _loading:
+            model, loaded = model_class.from_pretrained(
+                str(folder),
+                config=config,
+                output_loading_info=True,
+                use_safetensors=True,  # a pickle could run code
+                local_files_only=True,
+                trust_remote_code=False,
+                attn_implementation=attn_implementation,
+                **{"dtype": torch.float32, **quantized},
+                **_without_pooler(model_class),
+            )
     except Exception as error:  # transformers may raise anything, such as RuntimeError on shapes
         raise BackboneError(f"The weights of the backbone {name!r} cannot be loaded: {first_line(error)}") from error
     if loaded["missing_keys"] or loaded["mismatched_keys"]:
