@@ -225,7 +225,7 @@ def test_the_model_takes_pefts_own_configuration_and_leaves_no_trace():
     trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     assert trained == ["prompt_encoder.default.embedding.weight"]
     with torch.no_grad():
-        plain = small_backbone()(images(2))
+        plain = small_backbone().tokens(images(2))[:, 0]
         found = model(pixel_values=images(2)).last_hidden_state[:, 0]
         expert = Expert.from_peft_model("one", model)
         torch.testing.assert_close(found, by_hand(small_backbone().model, images(2), states_of(expert)), **TOLERANCE)

@@ -1,6 +1,5 @@
 """The frozen vision backbone that all experts share: image features and the layers that adapters target."""
 
-import copy
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from functools import cached_property
@@ -11,6 +10,7 @@ import torch
 
 from ..config.model import BackboneConfig
 from .errors import BackboneError
+from .last_layer import ForClassToken, Parts, find_parts, shallow_copy
 from .probe import Layout, prefix_obstacle, probe, prompt_obstacle
 from .transform import ImageTransform
 from .trunk import Hidden, Resume, Trunk
@@ -71,6 +71,7 @@ class Backbone(torch.nn.Module):
             with suppress(Exception):  # raised on access instead
                 layout = probe(model, self.input_shape)
         self._layout = layout
+        self._parts = self._find_parts()
 
     @property
     def layout(self) -> Layout:
@@ -148,7 +149,7 @@ class Backbone(torch.nn.Module):
         Returns:
             `torch.Tensor` of shape `(batch, tokens, hidden_size)`, [CLS] first, in the backbone's dtype.
         """
-        return self._run(pixel_values, layers, {}, trunk)
+        return self._run(pixel_values, layers, {}, trunk, whole=True)
 
     def forward(
         self,
@@ -168,7 +169,7 @@ class Backbone(torch.nn.Module):
             `torch.Tensor` of shape `(batch, hidden_size * number of layers taken)`, in the backbone's dtype.
         """
         if layers is None or isinstance(layers, int):
-            return self.pool(self.tokens(pixel_values, layers, trunk))
+            return self.pool(self._run(pixel_values, layers, {}, trunk))
         *earlier, last = layers
         features: list[torch.Tensor] = []
         taps: Taps = {i: lambda output: features.append(self._center(output)) for i in earlier}
@@ -255,11 +256,18 @@ class Backbone(torch.nn.Module):
         features = self.pool(output[0] if isinstance(output, tuple) else output)
         return features - features.mean(dim=-1, keepdim=True)
 
-    def _run(self, pixel_values: torch.Tensor, layers: int | None, taps: "Taps", trunk: Trunk | None) -> torch.Tensor:
-        """Outputs of all tokens after the first `layers` layers; calls `taps` with outputs of layers before."""
-        if layers is None and (trunk is None or not trunk.depth):
-            return self.model(pixel_values=pixel_values.to(self.model.dtype)).last_hidden_state
+    def _run(
+        self, pixel_values: torch.Tensor, layers: int | None, taps: "Taps", trunk: Trunk | None, whole: bool = False
+    ) -> torch.Tensor:
+        """Outputs after the first `layers` layers; calls `taps` with outputs of layers before.
+
+        Unless they are to be `whole`, the last of all layers, which passes never share, is run for [CLS] alone.
+        """
         last, hidden = layers or self.num_layers, None
+        # Copies of modules do not compile.
+        parts = None if whole or last < self.num_layers or torch.compiler.is_compiling() else self._parts
+        if layers is None and parts is None and (trunk is None or not trunk.depth):
+            return self.model(pixel_values=pixel_values.to(self.model.dtype)).last_hidden_state
         if trunk is not None and trunk.depth:
             hidden = trunk.find(pixel_values, min([last, *taps]))
             shared = min(trunk.depth, last)
@@ -275,8 +283,11 @@ class Backbone(torch.nn.Module):
         model, stack = self._truncated(last, hidden)
         for number, tap in taps.items():  # on copies for this call, so that hooks are not shared
             position = number - (1 if hidden is None else hidden.layers)
-            stack[position] = _shallow_copy(stack[position])
+            stack[position] = shallow_copy(stack[position])
             stack[position].register_forward_hook(lambda module, args, output, tap=tap: tap(output))
+        # A layer with a forward pass of its own, as with gradient checkpointing, would run that of the original.
+        if parts is not None and "forward" not in vars(stack[-1]):
+            stack[-1] = ForClassToken(stack[-1], parts)
         # The embeddings of one image are enough where outputs of layers take their place.
         images = pixel_values if hidden is None else pixel_values[:1]
         return model(pixel_values=images.to(self.model.dtype)).last_hidden_state
@@ -289,9 +300,9 @@ class Backbone(torch.nn.Module):
         if self.layout.layers is None:
             return self.model, None
         path = self.layout.layers.split(".")
-        model = container = _shallow_copy(self.model)
+        model = container = shallow_copy(self.model)
         for name in path[:-1]:
-            inner = _shallow_copy(container.get_submodule(name))
+            inner = shallow_copy(container.get_submodule(name))
             container._modules[name] = inner
             container = inner
         stack = container.get_submodule(path[-1])
@@ -301,6 +312,22 @@ class Backbone(torch.nn.Module):
             kept = torch.nn.ModuleList([Resume(hidden), *stack[hidden.layers : layers]])
         container._modules[path[-1]] = kept
         return model, kept
+
+    def _find_parts(self) -> Parts | None:
+        """The parts of the last layer if it can be run for [CLS] alone; found before adapters are attached."""
+        if not self._has_cls or self._layout is None or self._layout.layers is None:
+            return None
+        found: list[Parts | None] = []
+        model, stack = self._truncated(self.num_layers)
+        stack[-1] = shallow_copy(stack[-1])
+
+        def find(module: torch.nn.Module, inputs: tuple, options: dict) -> None:
+            found.append(find_parts(self.model.get_submodule(self.layout.layers)[-1], *inputs, **options))
+
+        stack[-1].register_forward_pre_hook(find, with_kwargs=True)
+        with suppress(Exception), torch.no_grad():  # an architecture may raise anything
+            model(pixel_values=torch.zeros(1, *self.input_shape, dtype=self.model.dtype, device=self.device))
+        return found[0] if found else None
 
     @cached_property
     def _splits(self) -> bool:
@@ -317,12 +344,6 @@ class Backbone(torch.nn.Module):
 
 
 Taps = dict[int, Callable[[Any], None]]  # what is called with the output of a layer, by its number from 1
-
-
-def _shallow_copy(module: torch.nn.Module) -> torch.nn.Module:
-    duplicate = copy.copy(module)
-    duplicate._modules, duplicate._forward_hooks = dict(module._modules), module._forward_hooks.copy()
-    return duplicate
 
 
 def _layer_names_of(model: torch.nn.Module, kind: type[torch.nn.Module]) -> list[str]:
