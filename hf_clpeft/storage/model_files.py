@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save
+from safetensors.numpy import save
+from safetensors.torch import load_file
 
 from ..config import CONFIG_NAME, ConfigError, ContinualConfig, HfClpeftError
 from ..config.checks import read_json
@@ -210,7 +211,9 @@ _hashes: dict[tuple[int, int, int, int], str] = {}
 
 def _write(path: Path, tensors: dict[str, torch.Tensor]) -> None:
     # Written by Python, which raises `OSError` on a full disk, unlike safetensors.
-    stored = {key: tensor.to(_stored_dtype(tensor)).contiguous() for key, tensor in tensors.items()}
+    stored = {
+        key: tensor.detach().to("cpu", _stored_dtype(tensor)).contiguous().numpy() for key, tensor in tensors.items()
+    }
     path.parent.mkdir(exist_ok=True)
     path.write_bytes(save(stored))
 
