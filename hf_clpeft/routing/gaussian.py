@@ -334,7 +334,7 @@ def log_sum_exp(scores: torch.Tensor, groups: torch.Tensor, count: int) -> torch
     ```
     """
     groups = groups.expand_as(scores)
-    largest = scores.new_full((len(scores), count), -torch.inf)
+    largest = scores.new_full((scores.shape[0], count), -torch.inf)
     largest = largest.scatter_reduce(1, groups, scores, reduce="amax")
     finite = largest.nan_to_num(neginf=0.0)
     sums = torch.zeros_like(largest).scatter_add(1, groups, (scores - finite.gather(1, groups)).exp())

@@ -133,8 +133,8 @@ class PrototypeRouter(Router):
         query = torch.nn.functional.normalize(query.to(self.prototypes), dim=-1)
         # Without the matrix-product shortcut a distance does not depend on what else is in the batch.
         distances = torch.cdist(query, self.prototypes, compute_mode="donot_use_mm_for_euclid_dist")
-        nearest = distances.new_full((len(query), self.num_owners), torch.inf)
-        return nearest.scatter_reduce(1, self.owners.expand(len(query), -1), distances, reduce="amin")
+        nearest = distances.new_full((query.shape[0], self.num_owners), torch.inf)
+        return nearest.scatter_reduce(1, self.owners.expand(query.shape[0], -1), distances, reduce="amin")
 
     def forward(self, query: torch.Tensor) -> Routing:
         """Routes a batch of query features of shape `(batch, query_size)`.

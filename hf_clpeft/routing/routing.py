@@ -1,16 +1,15 @@
 """Base class of routers, and the result of routing a batch."""
 
-from collections.abc import Callable
-from typing import Any, ClassVar, NamedTuple, Self, TypeVar
+from typing import ClassVar, NamedTuple, Self
 
 import torch
 
 from ..backbones.precision import KeepsPrecision
+from ..backbones.tracing import ReadsOnce
 from ..config import ConfigError
 
 
 State = dict[str, torch.Tensor]
-T = TypeVar("T")
 
 
 class Routing(NamedTuple):
@@ -48,7 +47,7 @@ class Routing(NamedTuple):
         return self._replace(selection=torch.full_like(one, expert))
 
 
-class Router(KeepsPrecision):
+class Router(KeepsPrecision, ReadsOnce):
     """Selects the experts of each image by its query features. Its state is always `float32`.
 
     Attributes:
@@ -80,26 +79,10 @@ class Router(KeepsPrecision):
     options: ClassVar[tuple[str, ...]] = ()
     owners: torch.Tensor  # task of each prototype or class; keys belong to none
 
-    def __init__(self) -> None:
-        super().__init__()
-        self._known = dict[str, tuple[torch.Tensor, Any]]()
-
     @property
     def num_owners(self) -> int:
         """Number of tasks learnt."""
         return self.once("owners", count)
-
-    def once(self, name: str, read: Callable[[torch.Tensor], T]) -> T:
-        """What is read from a buffer, once for as long as it stays: reading makes the CPU wait for a GPU.
-
-        Args:
-            name (`str`): Name of the buffer, which is replaced and not written to when it changes.
-            read (callable): Always the same for a buffer.
-        """
-        buffer, known = getattr(self, name), self._known.get(name)
-        if known is None or known[0] is not buffer:
-            known = self._known[name] = buffer, read(buffer)
-        return known[1]
 
     def configure(self, options: object) -> Self:
         """Sets the attributes named in `options` from a method's options; returns the router."""
@@ -215,7 +198,7 @@ class Router(KeepsPrecision):
         self.check(tensors, num_tasks, num_classes)
         for key, own in self.state_dict(keep_vars=True).items():
             own.data = tensors[key].to(own)
-        self._known.clear()
+        self._read.clear()
 
 
 def count(index: torch.Tensor) -> int:
