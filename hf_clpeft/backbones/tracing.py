@@ -1,4 +1,4 @@
-"""What `torch.export` needs: numbers that are read from tensors are known before, as in a graph these have no values."""
+"""What `torch.export` needs: numbers that are read from tensors are known before, as in a graph there are none."""
 
 from collections.abc import Callable
 from typing import Any, TypeVar

@@ -201,7 +201,8 @@ class Heads(KeepsPrecision):
             placed = self._placed = where, self._place(features.device)
         columns, *rows = placed[1]
         found = self._shared(features, owners, *rows) if self.shared else self._per_task(features, owners, *rows)
-        logits = features.new_full((features.shape[0], self.num_classes + 1), -torch.inf)  # the last one is of no class
+        shape = features.shape[0], self.num_classes + 1  # the last one is of no class
+        logits = features.new_full(shape, -torch.inf)
         columns = columns.expand_as(found) if self.shared else columns[owners]
         return logits.scatter_reduce(1, columns, found, "amax")[:, :-1]
 

@@ -5,7 +5,7 @@ from typing import ClassVar, NamedTuple, Self
 import torch
 
 from ..backbones.precision import KeepsPrecision
-from ..backbones.tracing import ReadsOnce
+from ..backbones.tracing import ReadsOnce, tracing
 from ..config import ConfigError
 
 
@@ -204,3 +204,19 @@ class Router(KeepsPrecision, ReadsOnce):
 def count(index: torch.Tensor) -> int:
     """One more than the largest index; 0 without any."""
     return int(index.max()) + 1 if len(index) else 0
+
+
+def distances_to(points: torch.Tensor, query: torch.Tensor) -> torch.Tensor:
+    """Euclidean distances, each as if it were alone.
+
+    Args:
+        points (`torch.Tensor` of shape `(points, width)`): Prototypes or class means.
+        query (`torch.Tensor` of shape `(batch, width)`): Query features.
+
+    Returns:
+        `torch.Tensor` of shape `(batch, points)`.
+    """
+    if tracing():  # in operators that runtimes have
+        return (query[:, None] - points).square().sum(dim=-1).sqrt()
+    # Without the matrix-product shortcut, by which others in the batch matter, and which is imprecise for far points.
+    return torch.cdist(query, points, compute_mode="donot_use_mm_for_euclid_dist")
