@@ -13,9 +13,11 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import PIL.Image
 import pytest
 from conftest import EXAMPLES, SEVEN
+from huggingface_hub import HfApi
 
 from hf_clpeft import ContinualModel
 from hf_clpeft.backbones.bundled import ASSETS, DIGITS_MODEL, bundled_folder
+from hf_clpeft.hub.push import PushTarget, push_folder
 
 
 def load(folder):
@@ -130,18 +132,12 @@ def test_a_bomb_is_refused(endpoint, monkeypatch):
     assert status == 400 and "inputs[0]" in answer["error"]
 
 
-def test_a_push_adds_it_and_a_later_one_leaves_it(hub, saved, tmp_path):
-    from hf_clpeft.hub.push import PushTarget, push_folder
-
-    target = PushTarget("alice/model", token="hf_alice")
-    push_folder(saved, target, handler=True)
-    push_folder(saved, target)
-    model = ContinualModel.from_pretrained("alice/model", token="hf_alice")
-    assert len(model.config.tasks) == 3
-    from huggingface_hub import HfApi
-
+def test_a_push_adds_it_and_a_later_one_leaves_it(hub, tmp_path):
+    target, folder = PushTarget("alice/model", token="hf_alice"), tmp_path / "there"
+    push_folder(bundled_folder(DIGITS_MODEL), target, handler=True)
+    push_folder(bundled_folder(DIGITS_MODEL), target)
+    assert len(ContinualModel.from_pretrained("alice/model", token="hf_alice").config.tasks) == 5
     api = HfApi(token="hf_alice")
-    folder = tmp_path / "there"
     for name in ("handler.py", "requirements.txt"):
         api.hf_hub_download("alice/model", name, local_dir=folder)
     assert (folder / "handler.py").read_bytes() == (ASSETS / "endpoint" / "handler.py").read_bytes()
