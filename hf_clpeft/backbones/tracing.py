@@ -25,7 +25,8 @@ def tracing() -> bool:
 
     ```
     """
-    return torch.compiler.is_exporting()
+    # torch 2.6 does not tell it from torch.compile
+    return getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)()
 
 
 class ReadsOnce(torch.nn.Module):
@@ -33,6 +34,10 @@ class ReadsOnce(torch.nn.Module):
 
     Reading makes the CPU wait for a GPU. A buffer is replaced, and not written to, when it changes.
     """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._known: dict[str, tuple[torch.Tensor, Any]] = {}
 
     def once(self, name: str, read: Callable[[torch.Tensor], T]) -> T:
         """What is read from a buffer.
@@ -44,18 +49,14 @@ class ReadsOnce(torch.nn.Module):
         Raises:
             [`ConfigError`]: `torch.export` records a graph, and nothing was read since the buffer has changed.
         """
-        buffer, known = getattr(self, name), self._read.get(name)
+        buffer, known = getattr(self, name), self._known.get(name)
         if tracing():  # the buffer is a stand-in for the one that was read
             if known is None:
                 raise ConfigError(CALL_FIRST)
         elif known is None or known[0] is not buffer:
-            known = self._read[name] = buffer, read(buffer)
+            known = self._known[name] = buffer, read(buffer)
         return known[1]
 
     def __setattr__(self, name: str, value: Any) -> None:
         super().__setattr__(name, value)
-        self._read.pop(name, None)
-
-    @property
-    def _read(self) -> dict[str, tuple[torch.Tensor, Any]]:
-        return self.__dict__.setdefault("_known", {})
+        self.__dict__.get("_known", {}).pop(name, None)

@@ -198,7 +198,7 @@ class Router(KeepsPrecision, ReadsOnce):
         self.check(tensors, num_tasks, num_classes)
         for key, own in self.state_dict(keep_vars=True).items():
             own.data = tensors[key].to(own)
-        self._read.clear()
+        self._known.clear()
 
 
 def count(index: torch.Tensor) -> int:
