@@ -277,13 +277,14 @@ class ContinualModel(torch.nn.Module):
                 folder, self.method, self.backbone.processor, self.report, self.unchanged, overwrite
             )
 
-    def push_to_hub(self, repo_id: str, squash_history: bool = False, **options: Any) -> str:
+    def push_to_hub(self, repo_id: str, squash_history: bool = False, handler: bool = False, **options: Any) -> str:
         """Pushes the model to the Hub as one commit, tagged with the name of its latest task; see [`push_folder`].
 
         Args:
             repo_id (`str`): Repo id; created if missing.
             squash_history (`bool`, *optional*, defaults to `False`): Squash the branch into this commit, and delete
                 the tags that still contain a removed task.
+            handler (`bool`, *optional*, defaults to `False`): Add what Inference Endpoints need to serve it.
             options: `token`, `private`, `revision` (a branch), `create_pr`, `commit_message`; see [`PushTarget`] and
                 [`push_folder`].
 
@@ -298,7 +299,7 @@ class ContinualModel(torch.nn.Module):
         message = options.pop("commit_message", None)
         with TemporaryDirectory() as folder:
             self.save_pretrained(folder)
-            return push_folder(folder, PushTarget(repo_id, **options), message, squash_history=squash_history)
+            return push_folder(folder, PushTarget(repo_id, **options), message, squash_history, handler)
 
     @classmethod
     def from_pretrained(

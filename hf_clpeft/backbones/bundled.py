@@ -4,6 +4,7 @@ from importlib.resources import files
 from pathlib import Path
 
 
+ASSETS = Path(str(files("hf_clpeft"))) / "assets"
 BUNDLED_BACKBONES = {"hf-clpeft/vit-tiny-glyphs": "vit-tiny-glyphs"}
 DIGITS_MODEL = "hf-clpeft/s-lora-digits"
 _DIGITS_METHODS = ("s-lora", "s-lora-pp", "s-prompts", "s-prompts-pp", "l2l", "l2p", "s-lora-mix")
@@ -25,4 +26,4 @@ def bundled_folder(name: str) -> Path | None:
     ```
     """
     folder = (BUNDLED_BACKBONES | BUNDLED_MODELS).get(name)
-    return None if folder is None else Path(str(files("hf_clpeft"))) / "assets" / folder
+    return None if folder is None else ASSETS / folder

@@ -123,7 +123,7 @@ def augment(pixels: torch.Tensor, views: torch.Tensor | None) -> torch.Tensor:
     """
     if views is None:
         return pixels
-    views = views.to(pixels.device, pixels.dtype, non_blocking=True).expand(len(pixels), 2, 3)
+    views = views.to(pixels.device, pixels.dtype, non_blocking=True).expand(pixels.shape[0], 2, 3)
     grid = torch.nn.functional.affine_grid(views, list(pixels.shape), align_corners=False)
     return torch.nn.functional.grid_sample(pixels, grid, padding_mode="reflection", align_corners=False)
 

@@ -20,6 +20,9 @@ def push(
     squash_history: Annotated[
         bool, typer.Option("--squash-history", help="Squash the branch; delete tags and files of removed tasks.")
     ] = False,
+    handler: Annotated[
+        bool, typer.Option("--handler", help="Add handler.py and requirements.txt, for Inference Endpoints.")
+    ] = False,
     token: Token = None,
     as_json: AsJson = False,
 ) -> None:
@@ -47,7 +50,7 @@ def push(
     print(f"Pushing {folder} to {target.repo_id} ...", file=sys.stderr, flush=True)
     if outbox is not None:
         address = outbox.flush(target)
-    if address is None or squash_history:
-        address = push_folder(as_saved(folder), target, message, squash_history=squash_history)
+    if address is None or squash_history or handler:
+        address = push_folder(as_saved(folder), target, message, squash_history=squash_history, handler=handler)
     then = f"hf-clpeft demo {quote(target.repo_id)}"
     show({"repo": target.repo_id, "tasks that had waited": queued, "address": address, "next": then}, as_json)

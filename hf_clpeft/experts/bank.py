@@ -10,6 +10,7 @@ from peft import PeftConfig, PeftModel, PeftType
 from safetensors.torch import save
 
 from ..backbones import Backbone
+from ..backbones.tracing import CALL_FIRST, tracing
 from ..backbones.trunk import Trunk
 from ..config.errors import ConfigError
 from .calls import active_calls
@@ -347,7 +348,7 @@ class ExpertBank(Guarded):
             `torch.Tensor` of shape `(batch, N, hidden_size)`.
         """
         count = selection.shape[1]
-        rows = torch.arange(len(pixel_values), device=pixel_values.device).repeat_interleave(count)
+        rows = torch.arange(pixel_values.shape[0], device=pixel_values.device).repeat_interleave(count)
         with self.sharing():
             return self(self.take(pixel_values, rows), selection.flatten()).unflatten(0, (-1, count))
 
@@ -406,12 +407,18 @@ class ExpertBank(Guarded):
         if selection.dim() == 2:
             raise ExpertError("Several experts for one image need LoRA, or prompts of one length.")
         groups, order, trunk = [], [], self._trunk
+        if len(self) == 1:  # no selection is waited for
+            return self._staged(0)(pixel_values, layers, trunk).to(pixel_values.dtype)
+        if tracing():
+            kind = self._configs[0].peft_type
+            raise ExpertError(
+                f"Experts of {getattr(kind, 'value', kind)} with these options run one after another, which one graph "
+                "cannot do. Export the expert of one task, merged, or choose LoRA on linear layers, without DoRA, or "
+                "prompts of one length."
+            )
         for index in selection.unique().tolist():
-            stage = self._stage
-            if stage is None or stage.name != self.names[index]:
-                stage = self._put(self[index])
             rows = (selection == index).nonzero()[:, 0]
-            groups.append(stage(self.take(pixel_values, rows), layers, trunk).to(pixel_values.dtype))
+            groups.append(self._staged(index)(self.take(pixel_values, rows), layers, trunk).to(pixel_values.dtype))
             order.append(rows)
         return torch.cat(groups)[torch.cat(order).argsort()]
 
@@ -456,6 +463,15 @@ class ExpertBank(Guarded):
             return self.table.pack(config, expert.tensors)
         except ValueError as error:
             raise ExpertError(f"Expert {expert.name!r} does not fit a bank with {self.names[:1]}: {error}") from error
+
+    def _staged(self, index: int) -> Stage:
+        """The stage with an expert on it."""
+        stage = self._stage
+        if stage is not None and stage.name == self.names[index]:
+            return stage
+        if tracing():
+            raise ExpertError(CALL_FIRST)
+        return self._put(self[index])
 
     def _put(self, expert: Expert) -> Stage:
         """Loads an expert on the stage."""

@@ -175,7 +175,7 @@ class LoraTable(ExpertTable):
         # Indexed once for all layers: on a GPU, launching many small kernels costs more than the arithmetic.
         if form == "stacked":
             down, up = (part.to(dtype) for part in self._parts(rows))
-            weights = scales.new_zeros(len(components), len(rows)).scatter_add(1, components, scales)
+            weights = scales.new_zeros(components.shape[0], rows.shape[0]).scatter_add(1, components, scales)
             return active_call(_Updating(self, down, up, weights[:, None, None].to(dtype)))
         down, up = self._parts(embedding(components, rows))  # several times as fast as rows[components] on a CPU
         return active_call(_Updating(self, down.to(dtype), up.mul_(scales[..., None]).to(dtype)))

@@ -89,7 +89,7 @@ def prepend(prefix: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> Sta
     Returns:
         Keys and values of shape `(batch, heads, length + tokens, head_size)`.
     """
-    heads = prefix.expand(len(key), -1, -1, -1).unflatten(-1, (key.shape[1], -1)).transpose(2, 3)
+    heads = prefix.expand(key.shape[0], -1, -1, -1).unflatten(-1, (key.shape[1], -1)).transpose(2, 3)
     keys, values = heads.unbind(dim=1)
     return torch.cat([keys.to(key.dtype), key], dim=2), torch.cat([values.to(value.dtype), value], dim=2)
 

@@ -33,7 +33,7 @@ def insert_prompt(tokens: torch.Tensor, prompt: torch.Tensor) -> torch.Tensor:
     Returns:
         `torch.Tensor` of shape `(batch, tokens + length, hidden_size)`.
     """
-    prompt = prompt.to(tokens.dtype).expand(len(tokens), -1, -1)
+    prompt = prompt.to(tokens.dtype).expand(tokens.shape[0], -1, -1)
     return torch.cat([tokens[:, :1], prompt, tokens[:, 1:]], dim=1)
 
 

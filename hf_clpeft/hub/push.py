@@ -7,6 +7,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from .. import __version__
+from ..backbones.bundled import ASSETS
 from ..config.checks import read_json
 from ..config.errors import ConfigError
 from ..config.hub_client import hub_client
@@ -84,7 +86,11 @@ class PushTarget:
 
 
 def push_folder(
-    folder: str | Path, target: PushTarget, message: str | None = None, squash_history: bool = False
+    folder: str | Path,
+    target: PushTarget,
+    message: str | None = None,
+    squash_history: bool = False,
+    handler: bool = False,
 ) -> str:
     """Pushes a model's folder in one commit; files that the repo has already are not uploaded again.
 
@@ -98,6 +104,8 @@ def push_folder(
         message (`str`, *optional*): Title of the commit; default: the tasks learnt and removed.
         squash_history (`bool`, *optional*, defaults to `False`): Squash the branch into this commit, and delete the
             tags and orphaned LFS files that still hold a removed task.
+        handler (`bool`, *optional*, defaults to `False`): Add `handler.py` and `requirements.txt`, by which Inference
+            Endpoints serve the model. Later pushes leave them there.
 
     Returns:
         `str`: URL of the commit or pull request.
@@ -122,7 +130,7 @@ def push_folder(
         head = _read_head(api, ready)
         _check_lineage(config, head.config, ready.repo_id)
         text = message or _what_changed(config, head.config)
-        changes = _changes(folder, config, head, ready.repo_id)
+        changes = _changes(folder, config, head, ready.repo_id) + (_endpoint() if handler else [])
         with transferring():
             commit = api.create_commit(
                 ready.repo_id,
@@ -212,6 +220,17 @@ def _changes(folder: Path, config: ContinualConfig, head: _Head, repo_id: str) -
         *(CommitOperationAdd(path, folder / path) for path in [*sent, *reports, CONFIG_NAME]),
         CommitOperationAdd(CARD_NAME, card),
         *(CommitOperationDelete(path) for path in sorted(gone & head.files)),
+    ]
+
+
+def _endpoint() -> list:
+    """What Inference Endpoints look for in a repo."""
+    from huggingface_hub import CommitOperationAdd
+
+    needed = f"hf-clpeft>={__version__}\n".encode()
+    return [
+        CommitOperationAdd("handler.py", ASSETS / "endpoint" / "handler.py"),
+        CommitOperationAdd("requirements.txt", needed),
     ]
 
 

@@ -3,6 +3,7 @@
 import torch
 
 from ..backbones import Backbone
+from ..backbones.tracing import tracing
 from ..config import ContinualConfig, TaskConfig
 from ..routing import Routing
 from .heads import Heads
@@ -32,11 +33,11 @@ class AllExperts(Method):
         return max(1, len(self.bank))
 
     def route(self, query: torch.Tensor) -> Routing:
-        every = torch.arange(self.num_selected, device=query.device).expand(len(query), -1)
+        every = torch.arange(self.num_selected, device=query.device).expand(query.shape[0], -1)
         return super().route(query)._replace(selection=every)
 
     def read(self, pixels: torch.Tensor, selection: torch.Tensor) -> torch.Tensor:
-        if selection.dim() == 1:
+        if selection.dim() == 1 or tracing():
             return super().read(pixels, selection)
         parts = selection.split(max(1, MOST_AT_ONCE // len(pixels)), dim=1)
         return torch.cat([super(AllExperts, self).read(pixels, part) for part in parts], dim=1)

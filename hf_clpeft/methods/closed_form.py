@@ -161,7 +161,7 @@ class FirstExpert(ClosedForm, name="closed_form_first"):
         router: str = field(default="gaussian", metadata={"help": "A router that knows classes."})
 
     def look(self, pixels: torch.Tensor) -> torch.Tensor:
-        first = torch.zeros(len(pixels), dtype=torch.int64, device=pixels.device)
+        first = torch.zeros(pixels.shape[0], dtype=torch.int64, device=pixels.device)
         return self.bank(pixels, first, layers=self._cut).float()
 
     def begin(self, task: TaskConfig) -> None:

@@ -2,11 +2,12 @@
 
 import torch
 
+from ..backbones.tracing import ReadsOnce
 from ..config import ConfigError
 from ..routing.confidence import GRID, best_on_grid, calibrate
 
 
-class Confidence(torch.nn.Module):
+class Confidence(ReadsOnce):
     """Temperature of scores, and share of the probability for all classes alike, from held-out images of the tasks.
 
     A task is measured among the classes known by then. So removing a task also drops what was measured of those that
@@ -31,23 +32,15 @@ class Confidence(torch.nn.Module):
         super().__init__()
         self.register_buffer("losses", torch.zeros(0, GRID, dtype=torch.float32))  # of each task; zeros: not measured
         self.register_buffer("origins", torch.zeros(0, dtype=torch.int64))  # the first task that each was beside
-        self._known: tuple[torch.Tensor, tuple[tuple[float, float], bool]] | None = None
 
     def fitted(self) -> tuple[float, float]:
         """The temperature, above 0, and the share, in [0, 1]."""
-        return self._fit()[0]
+        return self.once("losses", _fit)[0]
 
     def forward(self, scores: torch.Tensor) -> torch.Tensor:
         """Log-probabilities of classes, `(batch, classes)`, from their scores; the scores if nothing was measured."""
-        fitted, measured = self._fit()
+        fitted, measured = self.once("losses", _fit)
         return calibrate(scores, *fitted) if measured else scores
-
-    def _fit(self) -> tuple[tuple[float, float], bool]:
-        """What [`~Confidence.fitted`] returns, and whether anything was measured; read once, as it waits for a GPU."""
-        if self._known is None or self._known[0] is not self.losses:
-            losses = self.losses.cpu().double().sum(dim=0)
-            self._known = self.losses, (best_on_grid(losses), bool(losses.any()))
-        return self._known[1]
 
     def add(self, losses: torch.Tensor) -> None:
         """Adds a task; see [`losses_on_grid`]."""
@@ -77,3 +70,10 @@ class Confidence(torch.nn.Module):
             or not ((self.origins >= 0) & (self.origins <= places)).all()
         ):
             raise ConfigError("method.safetensors has losses below 0, or of tasks beside later ones.")
+        self.fitted()  # so that it is known when the model is exported
+
+
+def _fit(losses: torch.Tensor) -> tuple[tuple[float, float], bool]:
+    """What [`Confidence.fitted`] returns, and whether anything was measured."""
+    losses = losses.cpu().double().sum(dim=0)
+    return best_on_grid(losses), bool(losses.any())

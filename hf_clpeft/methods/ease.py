@@ -56,12 +56,12 @@ class Ease(AllExperts, name="ease"):
         owners, classes, weights = (tensor.to(features.device, non_blocking=True) for tensor in (*own, weights))
         # Side by side, in the order of the bank; zero where an expert has not read an image.
         place = routing.selection[..., None].expand_as(features)
-        beside = features.new_zeros(len(features), num_experts, features.shape[-1])
+        beside = features.new_zeros(features.shape[0], num_experts, features.shape[-1])
         beside = beside.scatter(1, place, normalize(features, dim=-1))
         scores = beside.flatten(1) @ (normalize(self.means.to(features), dim=-1) * weights).flatten(1).T
         known = (routing.selection[..., None] == owners).any(dim=1)  # whether the expert of its own task was selected
         scores = scores.masked_fill(~known, -torch.inf)
-        logits = scores.new_full((len(scores), len(self.config.classes)), -torch.inf)
+        logits = scores.new_full((scores.shape[0], len(self.config.classes)), -torch.inf)
         return logits.scatter_reduce(1, classes.expand_as(scores), scores, "amax")
 
     def end(self, features_of: FeaturesOf) -> None:

@@ -3,6 +3,7 @@
 import torch
 
 from ..backbones.precision import KeepsPrecision, in_float32
+from ..backbones.tracing import tracing
 from ..config import TaskConfig
 
 
@@ -193,11 +194,15 @@ class Heads(KeepsPrecision):
         """
         # Without reading on the CPU which tasks the images were routed to: a GPU would have to be waited for.
         where = features.device, self.shared
-        if self._placed is None or self._placed[0] != where:
-            self._placed = where, self._place(features.device)
-        columns, *rows = self._placed[1]
+        placed = self._placed
+        if tracing():  # rows are stand-ins, which must not stay
+            placed = where, self._place(features.device)
+        elif placed is None or placed[0] != where:
+            placed = self._placed = where, self._place(features.device)
+        columns, *rows = placed[1]
         found = self._shared(features, owners, *rows) if self.shared else self._per_task(features, owners, *rows)
-        logits = features.new_full((len(features), self.num_classes + 1), -torch.inf)  # the last one is of no class
+        shape = features.shape[0], self.num_classes + 1  # the last one is of no class
+        logits = features.new_full(shape, -torch.inf)
         columns = columns.expand_as(found) if self.shared else columns[owners]
         return logits.scatter_reduce(1, columns, found, "amax")[:, :-1]
 
@@ -227,6 +232,9 @@ class Heads(KeepsPrecision):
     def _per_task(
         self, features: torch.Tensor, owners: torch.Tensor, weights: torch.Tensor, biases: torch.Tensor
     ) -> torch.Tensor:
+        if tracing():  # one product for all rows is smaller than a copy of an image's own
+            every = torch.einsum("bd,trd->btr", features, weights) + biases
+            return every.gather(1, owners[:, None, None].expand(-1, 1, biases.shape[1])).squeeze(1)
         if features.device.type == "cpu":  # where nothing waits, products have the bits that they always had
             logits = features.new_zeros(len(features), biases.shape[1])
             for task in owners.unique().tolist():

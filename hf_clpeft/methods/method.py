@@ -131,7 +131,7 @@ class Method(Keeper):
             `torch.Tensor` of shape `(batch, query_size)`, `float32`.
         """
         if not self.query_layers:
-            return torch.zeros(len(pixels), 0, device=pixels.device)
+            return torch.zeros(pixels.shape[0], 0, device=pixels.device)
         return self.bank.frozen(pixels, self._cut).float()
 
     def route(self, query: torch.Tensor) -> Routing:
@@ -143,8 +143,8 @@ class Method(Keeper):
         Returns:
             [`Routing`]: `selection` of shape `(batch,)`, or `(batch, N)` for N experts per image.
         """
-        nowhere = torch.zeros(len(query), dtype=torch.int64, device=query.device)
-        return Routing(nowhere, query.new_zeros(len(query)), query.new_zeros(len(query), 1))
+        nowhere = torch.zeros(query.shape[0], dtype=torch.int64, device=query.device)
+        return Routing(nowhere, query.new_zeros(query.shape[0]), query.new_zeros(query.shape[0], 1))
 
     def read(self, pixels: torch.Tensor, selection: torch.Tensor) -> torch.Tensor:
         """Features with the selected experts applied; of the frozen backbone while the bank is empty.

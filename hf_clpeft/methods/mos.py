@@ -8,6 +8,7 @@ import torch
 
 from ..backbones import Backbone
 from ..backbones.precision import without_autocast
+from ..backbones.tracing import tracing
 from ..config import ConfigError, ContinualConfig, TaskConfig
 from ..config.checks import check_ranges
 from ..experts.expert import Expert
@@ -82,7 +83,7 @@ class Mos(PerTask, name="mos"):
                 assert routing.scores is not None
                 prototypes = self.router.class_scores(routing.scores)
             selection = (routing if expert is None else routing.sent_to(expert)).selection.clone()
-            logits, rows = torch.empty_like(prototypes), torch.arange(len(query), device=query.device)
+            logits, rows = torch.empty_like(prototypes), torch.arange(query.shape[0], device=query.device)
             for _ in range(self.options.hops if expert is None else 1):
                 if read is None:
                     features = self.read(self.bank.take(pixels, rows), selection[rows])
@@ -91,6 +92,8 @@ class Mos(PerTask, name="mos"):
                 logits[rows] = self.heads(features, selection[rows])
                 asked, selection = selection, selection.clone()
                 selection[rows] = self.next_expert(logits[rows].argmax(dim=1), asked[rows], routing.scores[rows])
+                if tracing():  # a graph reads every image as often, which changes nothing once its expert stays
+                    continue
                 rows = (selection != asked).nonzero()[:, 0]
                 if not len(rows):
                     break

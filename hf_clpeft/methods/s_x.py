@@ -69,7 +69,7 @@ class PerTask(ManyViews):
     def look(self, pixels: torch.Tensor) -> torch.Tensor:
         if not (self.query_with_first and len(self.bank)):
             return super().look(pixels)
-        first = torch.zeros(len(pixels), dtype=torch.int64, device=pixels.device)
+        first = torch.zeros(pixels.shape[0], dtype=torch.int64, device=pixels.device)
         return self.bank(pixels, first, layers=self._cut).float()
 
     def route(self, query: torch.Tensor) -> Routing:

@@ -28,7 +28,7 @@ class Aligned(Single):
 
     def features(self, pixels: torch.Tensor) -> torch.Tensor:
         """[CLS] features with the adapter, as it was when a task was last finished."""
-        return self.bank(pixels, torch.zeros(len(pixels), dtype=torch.int64, device=pixels.device))
+        return self.bank(pixels, torch.zeros(pixels.shape[0], dtype=torch.int64, device=pixels.device))
 
     def check(self) -> None:
         super().check()

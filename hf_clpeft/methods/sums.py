@@ -47,10 +47,11 @@ class LoraSum(Method):
         self.query_layers = []  # nothing is routed
 
     def route(self, query: torch.Tensor) -> Routing:
-        return Routing(self._all(query), query.new_zeros(len(query)), query.new_zeros(len(query), len(self.bank)))
+        images = query.shape[0]
+        return Routing(self._all(query), query.new_zeros(images), query.new_zeros(images, len(self.bank)))
 
     def classify(self, features: torch.Tensor, routing: Routing) -> torch.Tensor:
-        return self.heads(features, torch.zeros(len(features), dtype=torch.int64, device=features.device))
+        return self.heads(features, torch.zeros(features.shape[0], dtype=torch.int64, device=features.device))
 
     def begin(self, task: TaskConfig) -> None:
         self.train_expert(task.name, self.heads.start(self.numbers))
@@ -83,7 +84,7 @@ class LoraSum(Method):
 
     def _all(self, images: torch.Tensor) -> torch.Tensor:
         """Selects all experts for each image."""
-        return torch.arange(len(self.bank), device=images.device).expand(len(images), -1)
+        return torch.arange(len(self.bank), device=images.device).expand(images.shape[0], -1)
 
     def expert_names(self) -> list[str]:
         return [task.name for task in self.config.tasks]

@@ -104,6 +104,7 @@ class ClassRouter(Router, ABC):
 
     def check_knows(self, tasks: list[str], classes: list[str]) -> None:
         super().check_knows(tasks, classes)
+        assert self.num_classes >= 0  # read here, so that it is known when the model is exported
         unknown = sorted(set(range(len(classes))) - set(self.classes.tolist()))
         if unknown:
             raise ConfigError(
@@ -150,7 +151,7 @@ class ClassRouter(Router, ABC):
         scores = self.scores(query.reshape(-1, self.query_size))
         if query.dim() == 3:
             scores = scores.unflatten(0, query.shape[:2]).mean(dim=1)
-        best = scores.new_full((len(scores), self.num_owners), -torch.inf)
+        best = scores.new_full((scores.shape[0], self.num_owners), -torch.inf)
         best = best.scatter_reduce(1, self.owners.expand_as(scores), scores, reduce="amax")
         distances = self.to_distances(best)
         distance, selection = distances.min(dim=1)
@@ -259,7 +260,7 @@ class ClassMeanRouter(ClassRouter):
     def class_scores(self, scores: torch.Tensor) -> torch.Tensor:
         # The mean of a class is the mean of its entries, weighted by their image counts.
         sums = self.prototypes * self.counts[:, None]
-        shape = (len(scores), self.num_classes)
+        shape = (scores.shape[0], self.num_classes)
         weighted = scores * sums.norm(dim=-1)
         norms = sums.new_zeros(shape[1], self.query_size).index_add(0, self.classes, sums).norm(dim=-1)
         return scores.new_zeros(shape).index_add(1, self.classes, weighted) / norms

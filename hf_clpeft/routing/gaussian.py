@@ -6,7 +6,7 @@ import torch
 
 from .classes import ClassRouter
 from .covariance import factorize, leave_one_out, mean_square, shrink, shrinkage, unpack_triangle
-from .routing import State, count
+from .routing import State, count, distances_to
 from .typicality import PERCENT, Metric, cross_fit, fit_thresholds, p_values
 
 
@@ -74,9 +74,7 @@ class GaussianRouter(ClassRouter):
         return self.query_size
 
     def scores(self, query: torch.Tensor) -> torch.Tensor:
-        # Without the matrix-product shortcut, which loses precision for large distances.
-        distances = torch.cdist(self._whiten(query), self._centres, compute_mode="donot_use_mm_for_euclid_dist")
-        return -(distances**2) / 2
+        return -(distances_to(self._centres, self._whiten(query)) ** 2) / 2
 
     def class_scores(self, scores: torch.Tensor) -> torch.Tensor:
         return log_sum_exp(scores, self.classes, self.num_classes)
@@ -334,7 +332,7 @@ def log_sum_exp(scores: torch.Tensor, groups: torch.Tensor, count: int) -> torch
     ```
     """
     groups = groups.expand_as(scores)
-    largest = scores.new_full((len(scores), count), -torch.inf)
+    largest = scores.new_full((scores.shape[0], count), -torch.inf)
     largest = largest.scatter_reduce(1, groups, scores, reduce="amax")
     finite = largest.nan_to_num(neginf=0.0)
     sums = torch.zeros_like(largest).scatter_add(1, groups, (scores - finite.gather(1, groups)).exp())

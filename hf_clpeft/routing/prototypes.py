@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from ..config.text import get_logger
-from .routing import Router, Routing
+from .routing import Router, Routing, distances_to
 from .typicality import FOLDS, PERCENT, fit_thresholds, p_values
 
 
@@ -131,10 +131,9 @@ class PrototypeRouter(Router):
             `torch.Tensor` of shape `(batch, tasks)`.
         """
         query = torch.nn.functional.normalize(query.to(self.prototypes), dim=-1)
-        # Without the matrix-product shortcut a distance does not depend on what else is in the batch.
-        distances = torch.cdist(query, self.prototypes, compute_mode="donot_use_mm_for_euclid_dist")
-        nearest = distances.new_full((len(query), self.num_owners), torch.inf)
-        return nearest.scatter_reduce(1, self.owners.expand(len(query), -1), distances, reduce="amin")
+        distances = distances_to(self.prototypes, query)
+        nearest = distances.new_full((query.shape[0], self.num_owners), torch.inf)
+        return nearest.scatter_reduce(1, self.owners.expand(query.shape[0], -1), distances, reduce="amin")
 
     def forward(self, query: torch.Tensor) -> Routing:
         """Routes a batch of query features of shape `(batch, query_size)`.

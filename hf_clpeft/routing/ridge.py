@@ -64,7 +64,7 @@ class LinearRidgeRouter(ClassRouter):
 
     def class_scores(self, scores: torch.Tensor) -> torch.Tensor:
         # The regression is linear in its targets, and those of a class are the sum over its entries.
-        return scores.new_zeros(len(scores), self.num_classes).index_add(1, self.classes, scores)
+        return scores.new_zeros(scores.shape[0], self.num_classes).index_add(1, self.classes, scores)
 
     def to_distances(self, scores: torch.Tensor) -> torch.Tensor:
         return (1 - scores).clamp(min=0)

@@ -1,16 +1,15 @@
 """Base class of routers, and the result of routing a batch."""
 
-from collections.abc import Callable
-from typing import Any, ClassVar, NamedTuple, Self, TypeVar
+from typing import ClassVar, NamedTuple, Self
 
 import torch
 
 from ..backbones.precision import KeepsPrecision
+from ..backbones.tracing import ReadsOnce, tracing
 from ..config import ConfigError
 
 
 State = dict[str, torch.Tensor]
-T = TypeVar("T")
 
 
 class Routing(NamedTuple):
@@ -48,7 +47,7 @@ class Routing(NamedTuple):
         return self._replace(selection=torch.full_like(one, expert))
 
 
-class Router(KeepsPrecision):
+class Router(KeepsPrecision, ReadsOnce):
     """Selects the experts of each image by its query features. Its state is always `float32`.
 
     Attributes:
@@ -80,26 +79,10 @@ class Router(KeepsPrecision):
     options: ClassVar[tuple[str, ...]] = ()
     owners: torch.Tensor  # task of each prototype or class; keys belong to none
 
-    def __init__(self) -> None:
-        super().__init__()
-        self._known = dict[str, tuple[torch.Tensor, Any]]()
-
     @property
     def num_owners(self) -> int:
         """Number of tasks learnt."""
         return self.once("owners", count)
-
-    def once(self, name: str, read: Callable[[torch.Tensor], T]) -> T:
-        """What is read from a buffer, once for as long as it stays: reading makes the CPU wait for a GPU.
-
-        Args:
-            name (`str`): Name of the buffer, which is replaced and not written to when it changes.
-            read (callable): Always the same for a buffer.
-        """
-        buffer, known = getattr(self, name), self._known.get(name)
-        if known is None or known[0] is not buffer:
-            known = self._known[name] = buffer, read(buffer)
-        return known[1]
 
     def configure(self, options: object) -> Self:
         """Sets the attributes named in `options` from a method's options; returns the router."""
@@ -221,3 +204,19 @@ class Router(KeepsPrecision):
 def count(index: torch.Tensor) -> int:
     """One more than the largest index; 0 without any."""
     return int(index.max()) + 1 if len(index) else 0
+
+
+def distances_to(points: torch.Tensor, query: torch.Tensor) -> torch.Tensor:
+    """Euclidean distances, each as if it were alone.
+
+    Args:
+        points (`torch.Tensor` of shape `(points, width)`): Prototypes or class means.
+        query (`torch.Tensor` of shape `(batch, width)`): Query features.
+
+    Returns:
+        `torch.Tensor` of shape `(batch, points)`.
+    """
+    if tracing():  # in operators that runtimes have
+        return (query[:, None] - points).square().sum(dim=-1).sqrt()
+    # Without the matrix-product shortcut, by which others in the batch matter, and which is imprecise for far points.
+    return torch.cdist(query, points, compute_mode="donot_use_mm_for_euclid_dist")

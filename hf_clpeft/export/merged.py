@@ -1,66 +1,23 @@
-"""Exports one expert for use without this library: as a PEFT adapter, or merged into an image classifier."""
+"""One expert merged into the backbone, as a plain image classifier of `transformers`."""
 
 import copy
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from peft.utils import CONFIG_NAME as ADAPTER_CONFIG_NAME
 
-from .backbones import Backbone
-from .config.errors import ConfigError
-from .config.model import CONFIG_NAME
-from .experts import Expert, ExpertError
-from .experts.expert import make_peft_model
-from .methods import Heads
-from .model import ContinualModel
-from .storage.files import EXPERTS_FOLDER
-from .storage.folder import atomic, hash_file
+from ..backbones import Backbone
+from ..experts import Expert, ExpertError
+from ..experts.expert import make_peft_model
+from ..methods import Heads
+from ..model import ContinualModel
+from .places import find_expert, find_task, written
 
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 TOLERANCE = 1e-4  # relative to the largest logit, or to 1
-
-
-def export_adapter(model: ContinualModel, task: str, folder: str | Path, overwrite: bool = False) -> None:
-    """Exports the expert of a task as a plain PEFT adapter, without its head.
-
-    Args:
-        model ([`ContinualModel`]): A model that has learnt the task.
-        task (`str`): Name of the task.
-        folder (`str` or `Path`): Created if missing.
-        overwrite (`bool`, *optional*, defaults to `False`): Replace another adapter or classifier in the folder.
-
-    Raises:
-        [`ConfigError`]: The model has learnt no such task, or the folder holds another model.
-        [`ExpertError`]: Experts do not belong to tasks.
-        `OSError`: It cannot be written; the folder is unchanged.
-
-    Example:
-
-    ```py
-    >>> import torch
-    >>> from peft import PeftConfig
-    >>> from hf_clpeft import ContinualModel, s_lora
-    >>> from hf_clpeft.export import export_adapter
-
-    >>> model = ContinualModel.from_backbone("hf-clpeft/vit-tiny-glyphs", s_lora(r=1, k=1))
-    >>> model.start_task("task-000", ["cat", "dog"])
-    >>> images, labels = torch.randn(4, 3, 32, 32), torch.tensor([0, 1, 0, 1])
-    >>> model.finish_task(lambda features: (features(images), labels), num_train_images=4)
-    >>> export_adapter(model, "task-000", "adapter")
-    >>> PeftConfig.from_pretrained("adapter").r
-    1
-
-    ```
-    """
-    expert = model.bank[_find_expert(model, _find_task(model, task))]
-    with _written(folder, overwrite) as staging:
-        expert.save(staging)
 
 
 def export_merged(model: ContinualModel, task: str, folder: str | Path, overwrite: bool = False) -> None:
@@ -99,8 +56,16 @@ def export_merged(model: ContinualModel, task: str, folder: str | Path, overwrit
 
     ```
     """
-    number = _find_task(model, task)
-    expert, heads = model.bank[_find_expert(model, number)], model.heads
+    classifier = merge_expert(model, task)
+    with written(folder, overwrite) as staging:
+        classifier.save_pretrained(staging)
+        model.backbone.processor.save_pretrained(staging)
+
+
+def merge_expert(model: ContinualModel, task: str) -> Any:
+    """The classifier of `transformers` that [`export_merged`] writes, on the CPU, after a check of its logits."""
+    number = find_task(model, task)
+    expert, heads = model.bank[find_expert(model, number)], model.heads
     if heads is None:
         raise ExpertError(
             f"{model.config.method.name} has no linear head to put on a merged model. Write the expert of {task!r} "
@@ -120,43 +85,7 @@ def export_merged(model: ContinualModel, task: str, folder: str | Path, overwrit
         _merge(model, expert, classifier)
     _write_rows(classifier.classifier, *heads.rows_of(number, numbers))
     _check_logits(model, heads, number, numbers, classifier)
-    with _written(folder, overwrite) as staging:
-        classifier.save_pretrained(staging)
-        model.backbone.processor.save_pretrained(staging)
-
-
-@contextmanager
-def _written(folder: str | Path, overwrite: bool) -> Iterator[Path]:
-    """Yields a staging folder, which replaces the target atomically unless that holds another model."""
-    with atomic(folder) as staging:
-        yield staging
-        files = [Path(folder, CONFIG_NAME), Path(folder, ADAPTER_CONFIG_NAME), *Path(folder).glob("*.safetensors")]
-        for path in filter(Path.is_file, files):
-            new = staging / path.name
-            if not (new.is_file() and hash_file(new) == hash_file(path)) and not overwrite:
-                raise ConfigError(
-                    f"{path} belongs to another model, which an export would spoil. Write into another folder, or "
-                    "pass overwrite=True (--overwrite)."
-                )
-        if Path(folder, EXPERTS_FOLDER).exists():
-            raise ConfigError(
-                f"{folder} holds a model of hf_clpeft, which an export would spoil; name another folder."
-            )
-
-
-def _find_task(model: ContinualModel, task: str) -> int:
-    names = [learnt.name for learnt in model.config.tasks]
-    if task not in names:
-        raise ConfigError(f"The model has learnt no task {task!r}; it knows {', '.join(names) or 'none yet'}.")
-    return names.index(task)
-
-
-def _find_expert(model: ContinualModel, number: int) -> int:
-    """Index of a task's expert in the bank."""
-    position = model.method.expert_of(number)
-    if position is None:
-        raise ExpertError(f"{model.config.method.name} has no expert that belongs to a task.")
-    return position
+    return classifier
 
 
 def _make_classifier(model: ContinualModel, classes: list[str]) -> "PreTrainedModel":
@@ -197,10 +126,10 @@ def _check_logits(
 ) -> None:
     shape = model.backbone.input_shape
     pixel_values = torch.randn(4, *shape, generator=torch.Generator().manual_seed(0)).to(model.device)
-    selection = torch.full((4,), _find_expert(model, number), device=model.device)
+    selection = torch.full((4,), find_expert(model, number), device=model.device)
     logits = heads(model.bank(pixel_values, selection), torch.full_like(selection, number))[:, numbers]
-    classifier.to(model.device)
-    merged_logits = classifier(pixel_values=pixel_values).logits
+    merged_logits = classifier.to(model.device)(pixel_values=pixel_values).logits
+    classifier.to("cpu")
     difference = (merged_logits - logits).abs().max().item()
     if not difference <= TOLERANCE * max(1.0, merged_logits.abs().max().item()):
         raise ExpertError(

@@ -1,0 +1,75 @@
+"""torch.export records the whole forward pass of a model: query, router, experts, head, for batches of any size."""
+
+from dataclasses import fields
+
+import pytest
+import torch
+from conftest import make_trainer, pattern_dataset
+from test_every_method import ARGS, NAMES, PACKAGE, SMALL
+from test_export import untaught
+
+from hf_clpeft import ConfigError, ContinualModel, ExpertError, TaskStream
+
+
+BATCH = {"pixel_values": {0: torch.export.Dim("batch", min=1)}}
+
+
+def images(count, seed=0):
+    return torch.randn(count, 3, 32, 32, generator=torch.Generator().manual_seed(seed))
+
+
+@torch.no_grad()
+def check(model):
+    """A recorded model says what the model says, which is not changed by it."""
+    recorded = torch.export.export(model, (images(4),), dynamic_shapes=BATCH).module()
+    for count in (1, 3, 8):
+        wanted, found = model(images(count, seed=count)), recorded(images(count, seed=count))
+        assert torch.equal(found.selection, wanted.selection)
+        for name in ("logits", "distances"):
+            largest = wanted[name].nan_to_num(neginf=0.0).abs().max().item()
+            torch.testing.assert_close(found[name], wanted[name], atol=1e-4 * max(1, largest), rtol=0)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_method_is_one_graph_as_soon_as_it_is_loaded(name, tmp_path):
+    options = {field.name: SMALL[field.name] for field in fields(PACKAGE[name].Config) if field.name in SMALL}
+    stream = TaskStream.class_incremental(pattern_dataset(4, per_class=4), num_tasks=2)
+    make_trainer(PACKAGE[name].Config(**options), tmp_path, **{**ARGS, "num_train_epochs": 1}).learn_stream(stream)
+    check(ContinualModel.from_pretrained(tmp_path))
+
+
+OPTIONS = {
+    "a head per task": ("s_lora", {"head": "per_task"}),
+    "classes that came again": ("s_lora", {"tasks": (["cat", "dog"], ["dog", "emu"])}),
+    "a task of one class": ("s_lora", {"tasks": (["cat"], ["dog", "emu"])}),
+    "prefixes": ("s_x", {"peft": {"peft_type": "PREFIX_TUNING", "num_virtual_tokens": 3}}),
+    "upper layers alone": ("s_lora", {"expert_layers": [-2, -1]}),
+    "one expert without a fused form": ("single", {"peft": {"peft_type": "LORA", "use_dora": True}}),
+}
+
+
+@pytest.mark.parametrize("method, options", OPTIONS.values(), ids=OPTIONS)
+def test_options_are_recorded(method, options):
+    model = untaught(method, **options)
+    model(images(2))
+    check(model)
+
+
+def test_what_changed_since_it_was_read_is_not_taken_for_what_is():
+    model = untaught()
+    with pytest.raises(ConfigError, match="Call the model once"):
+        torch.export.export(model, (images(2),), dynamic_shapes=BATCH)
+    model(images(2))
+    check(model)
+    model.remove("task-001")
+    with pytest.raises(ConfigError, match="Call the model once"):
+        torch.export.export(model, (images(2),), dynamic_shapes=BATCH)
+    model(images(2))
+    check(model)
+
+
+def test_experts_that_run_one_after_another_are_refused():
+    model = untaught(lora={"use_dora": True})
+    model(images(2))
+    with pytest.raises(ExpertError, match="one after another.*choose LoRA"):
+        torch.export.export(model, (images(2),), dynamic_shapes=BATCH)
