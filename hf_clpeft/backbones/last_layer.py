@@ -61,7 +61,7 @@ def find_parts(layer: torch.nn.Module, tokens: torch.Tensor, *args: Any, **optio
     >>> from hf_clpeft.backbones.last_layer import find_parts
 
     >>> layer = load_backbone("hf-clpeft/vit-tiny-glyphs").model.layers[-1]
-    >>> find_parts(layer, torch.randn(1, 17, 64))
+    >>> find_parts(layer, torch.randn(1, 17, 128))
     Parts(norm='layernorm_before', attention='attention')
 
     ```
