@@ -10,6 +10,7 @@ from .demo import demo
 from .env import env
 from .export import export
 from .info import info
+from .learn import learn
 from .migrate import migrate
 from .predict import predict
 from .push import push
@@ -24,6 +25,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True}, add_help_option=False)(learn)
 for command in (demo, info, predict, combine, push, export, migrate, env, test):
     app.command()(command)
 
