@@ -2,67 +2,20 @@
 
 import json
 import re
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import BACKBONE, pattern_rows
-from hub_server import Fault, User
-from typer.testing import CliRunner
+from conftest import BACKBONE, pictures, run
+from hub_server import Fault
 
-from hf_clpeft import ContinualModel, ContinualTrainer, cli
+from hf_clpeft import ContinualModel, ContinualTrainer
 from hf_clpeft.config import ConfigError
 from hf_clpeft.config.places import find_place
-from hf_clpeft.hub import push
 
 
 REPO = "me/birds"
 TINY = ("--backbone", BACKBONE, "--views", "2")
-
-
-def run(*words):
-    """Runs a command in this process, as `main` does, and returns what it prints."""
-    result = CliRunner().invoke(cli.app, [str(word) for word in words])
-    assert result.exit_code == 0, (result.output, result.exception)
-    return result.stdout
-
-
-@pytest.fixture
-def fails(monkeypatch, capfd):
-    """Runs a command that ends in one line; gives the line and the exit status."""
-
-    def command(*words):
-        monkeypatch.setattr(sys, "argv", ["hf-clpeft", *map(str, words)])
-        capfd.readouterr()
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-        said, status = capfd.readouterr().err, ended.value.code
-        if isinstance(status, str):  # which Python prints
-            said, status = f"{said}{status}\n", 1
-        assert "Traceback" not in said
-        return said.strip().splitlines()[-1], status
-
-    return command
-
-
-@pytest.fixture
-def me(hub, monkeypatch):
-    monkeypatch.setitem(hub.users, "hf_me", User("me", ["me"]))
-    monkeypatch.setenv("HF_TOKEN", "hf_me")
-    monkeypatch.setattr(push, "RETRY_DELAYS", (0, 0))
-    return hub
-
-
-def pictures(folder, classes, per_class=10):
-    """A folder of pictures, as anybody has: a folder for each class."""
-    rows = pattern_rows(num_classes=4, per_class=per_class)
-    for number, (image, label) in enumerate(zip(rows["image"], rows["label"], strict=True)):
-        if label in classes:
-            path = Path(folder, f"bird {label}", f"{number}.png")
-            path.parent.mkdir(parents=True, exist_ok=True)
-            image.save(path)
-    return folder
 
 
 def test_a_repo_is_made_and_learns_more_without_the_old_pictures(me):

@@ -8,12 +8,14 @@ import typer
 from .combine import combine
 from .demo import demo
 from .env import env
+from .evaluate import evaluate
 from .export import export
 from .info import info
 from .learn import learn
 from .migrate import migrate
 from .predict import predict
 from .push import push
+from .remove import remove
 from .run import run_app
 from .test import test
 
@@ -26,7 +28,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True}, add_help_option=False)(learn)
-for command in (demo, info, predict, combine, push, export, migrate, env, test):
+for command in (demo, info, predict, evaluate, remove, combine, push, export, migrate, env, test):
     app.command()(command)
 
 
