@@ -74,8 +74,7 @@ methods: {{mean_lora: {{r: 1}}, ncm: {{}}}}
 
 
 def test_a_new_method_is_one_file_that_is_trained_saved_loaded_pushed_shown_and_compared(me, follow):
-    from compare import CompareArguments, make_table, plan, read_config, run_all
-
+    from hf_clpeft.comparing import CompareArguments, make_table, plan, read_config, run_all
     from hf_clpeft.demo import build_demo
 
     follow("new_method.py", "--benchmark", "digits", "--push_to_hub", "--hub_model_id", "me/means", *QUICK)

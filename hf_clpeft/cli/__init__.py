@@ -6,6 +6,7 @@ Heavy libraries are imported when a command runs, so that `--help` is fast.
 import typer
 
 from .combine import combine
+from .compare import compare
 from .demo import demo
 from .env import env
 from .evaluate import evaluate
@@ -27,7 +28,9 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True}, add_help_option=False)(learn)
+for parsing in (learn, compare):  # their words themselves, as options depend on the method
+    settings = {"allow_extra_args": True, "ignore_unknown_options": True}
+    app.command(context_settings=settings, add_help_option=False)(parsing)
 for command in (demo, info, predict, evaluate, remove, combine, push, export, migrate, env, test):
     app.command()(command)
 
