@@ -1,17 +1,21 @@
 """A model of one's own from the command line: made, grown and used, on the Hub and in a folder."""
 
 import json
+import os
 import re
+import signal
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import BACKBONE, pictures, run
 from hub_server import Fault
+from typer.testing import CliRunner
 
-from hf_clpeft import ContinualModel, ContinualTrainer
+from hf_clpeft import ContinualModel, ContinualTrainer, cli
 from hf_clpeft.config import ConfigError
 from hf_clpeft.config.places import find_place
+from hf_clpeft.training.callbacks import CallbackList
 
 
 REPO = "me/birds"
@@ -145,3 +149,24 @@ def test_the_bundled_backbone_serves_where_the_usual_one_cannot_be_had(hub):
     text = run("learn", pictures("a", [0, 1]), "--to", "out", "--views", "2")
     assert f"{BACKBONE}, bundled, as google/vit-base-patch16-224-in21k is not on this Hub" in text
     assert "WARNING: it is made for drawn letters" in text
+
+
+def test_an_interrupted_run_goes_on_with_the_same_command(me, monkeypatch):
+    """Killed by Ctrl-C in the middle of training, it ends as if nothing had been."""
+    words = ("learn", pictures("a", [0, 1]), "--method", "s_lora", "--backbone", BACKBONE, "--num_train_epochs", "3")
+    run(*words, "--to", "whole")
+    monkeypatch.setattr(CallbackList, "__call__", interrupting_at(4))
+    result = CliRunner().invoke(cli.app, [*map(str, words), "--to", REPO])
+    assert result.exit_code == 130 and "The same command goes on from here" in result.output
+    monkeypatch.setattr(CallbackList, "__call__", lambda *_: None)
+    text = run(*words, "--to", REPO)
+    assert "An earlier run was interrupted here" in text
+    assert ContinualModel.from_pretrained(REPO).config.files == ContinualModel.from_pretrained("whole").config.files
+
+
+def interrupting_at(wanted):
+    def call(callbacks, event, *arguments):
+        if event == "on_step_end" and arguments[1] == wanted:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    return call
