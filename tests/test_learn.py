@@ -97,6 +97,7 @@ def test_mistakes_end_before_any_work(me, fails, monkeypatch):
         (("one", "--to", "birds", "--name", "good"), "--name good: birds has learnt a task of this name", 1),
         (("one", "--to", "birds", "--method", "ncm"), "--method ncm: the model there is one of slda_pp; leave it", 2),
         (("one", "--to", "birds", "--views", "9"), "birds was made with views=2, not 9", 1),
+        (("one", "--to", "birds", "--image_size", "48"), "birds was made with image_size=32, not 48", 1),
         (("one", "--to", "birds", "--tune"), "--tune is for the first task", 1),
         (("good", "--to", "tuned", *TINY, "--tune"), "--tune: slda_pp with these options makes no training steps", 2),
         (("good",), "the following arguments are required: --to", 2),

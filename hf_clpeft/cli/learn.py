@@ -197,6 +197,7 @@ def _check_classes(task: "Task", there: "Destination", domain: str | None) -> No
 def _open(options: dict[str, Any], there: "Destination") -> "ContinualModel":
     """The model that is there, or a new one; says which method and backbone it has."""
     from ..backbones.bundled import BUNDLED_BACKBONES
+    from ..config.errors import ConfigError
     from ..model import ContinualModel
     from ..training.choices import RECOMMENDED, choose_backbone
 
@@ -204,6 +205,9 @@ def _open(options: dict[str, Any], there: "Destination") -> "ContinualModel":
     how = {"dtype": chosen.dtype, "attn_implementation": chosen.attn_implementation, "token": token}
     if there.there is not None:
         config, moved = there.there, chosen.backbone if "backbone" in named else None
+        size = config.backbone.image_size
+        if chosen.image_size not in (None, size):
+            raise ConfigError(f"{there.place.name} was made with image_size={size}, not {chosen.image_size}.")
         _say("method", f"{config.method.name}, as before")
         _say("backbone", moved or f"{config.backbone.name_or_path}, as before")
         return ContinualModel.from_pretrained(there.place.name, backbone=moved, **how)
