@@ -3,6 +3,7 @@
 import shlex
 import sys
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import typer
@@ -222,6 +223,8 @@ def _open(options: dict[str, Any], there: "Destination") -> "ContinualModel":
     _say("backbone", f"{name}, {reason}")
     if name in BUNDLED_BACKBONES:
         _say("", "WARNING: it is made for drawn letters and signs, and bad at photographs; --backbone is another one")
+    if there.place.is_repo and Path(name).is_dir():
+        _say("", f"It is a folder of this machine: later commands need --backbone {name}, as others do who have it.")
     return ContinualModel.from_backbone(
         name, method, revision=chosen.backbone_revision, image_size=chosen.image_size, **how
     )
@@ -320,7 +323,8 @@ def _close(model: "ContinualModel", task: "Task", there: "Destination") -> None:
     from ..config.errors import HfClpeftError
 
     assert model.report is not None
-    pushed, place = there.done(), shlex.quote(there.place.name)
+    pushed, place, home = there.done(), shlex.quote(there.place.name), model.config.backbone.name_or_path
+    own = f" --backbone {shlex.quote(home)}" if there.place.is_repo and Path(home).is_dir() else ""
     accuracy = model.report.accuracy_matrix[-1][-1]
     _say("accuracy", f"{percent(accuracy)} on the pictures of {task.name} that were held out")
     tasks = len(model.config.tasks)
@@ -330,7 +334,7 @@ def _close(model: "ContinualModel", task: "Task", there: "Destination") -> None:
             f"{task.name} is learnt, and could not be pushed. It waits in {there.folder}; send it by `hf-clpeft push "
             f"{shlex.quote(str(there.folder))} {place}`."
         )
-    _say("next", f"hf-clpeft predict {place} PICTURE    or    hf-clpeft demo {place}")
-    _say("", f"hf-clpeft learn MORE/PICTURES --to {place}    adds classes; the old pictures are not needed")
+    _say("next", f"hf-clpeft predict {place} PICTURE{own}    or    hf-clpeft demo {place}{own}")
+    _say("", f"hf-clpeft learn MORE/PICTURES --to {place}{own}    adds classes; the old pictures are not needed")
     if not there.place.is_repo:
         _say("", f"hf-clpeft push {place} ME/NAME    shares it")
