@@ -8,7 +8,7 @@ BIN = $(VENV)/bin
 PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint $(CONSTRAINTS)
 # What calls the libraries whose versions differ from user to user.
 CORE = adapters backbone_loading bank card class_routers cli combine download every_method experts heads hub_answers \
-	images model naming own_methods prefix push reader routing storage streams training trunk
+	images learn model naming own_methods prefix push reader routing scoring storage streams training trunk
 export PYTHONUNBUFFERED = 1
 
 .PHONY: help demo test test-lowest quality style

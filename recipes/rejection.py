@@ -18,16 +18,6 @@ from tempfile import TemporaryDirectory
 
 import numpy as np
 import torch
-from compare import (
-    CompareArguments,
-    Run,
-    folder_of,
-    make_method,
-    plan,
-    read_config,
-    split_options,
-)
-from compare_tables import key_of, read_rows, write_rows
 from sklearn.metrics import roc_auc_score
 
 from hf_clpeft import (
@@ -39,6 +29,8 @@ from hf_clpeft import (
     Task,
     TaskStream,
 )
+from hf_clpeft.comparing import CompareArguments, Run, key_of, plan, read_config, read_rows, write_rows
+from hf_clpeft.comparing.plan import folder_of, make_method, split_options
 from hf_clpeft.config.errors import errors_in_one_line
 from hf_clpeft.routing import GaussianRouter
 from hf_clpeft.routing.covariance import shrink

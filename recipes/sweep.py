@@ -13,9 +13,11 @@ All else is as in `recipes/compare.py`: parallel with `--num_workers`, and what 
 from pathlib import Path
 
 import numpy as np
-from compare import CompareArguments, check_complete, check_keys, folder_of, plan, read_yaml, run_all
-from compare_tables import make_table, values_of
 
+from hf_clpeft.comparing import CompareArguments, make_table, plan, run_all
+from hf_clpeft.comparing.plan import check_keys, folder_of, read_yaml
+from hf_clpeft.comparing.rows import values_of
+from hf_clpeft.comparing.runs import check_complete
 from hf_clpeft.config.errors import OptionError, errors_in_one_line
 from hf_clpeft.reports.plots import plot_series
 from hf_clpeft.training.parsing import OptionParser

@@ -8,16 +8,15 @@ and writes every trial to `tuning.csv` in the output folder.
 """
 
 import csv
-from dataclasses import dataclass, field, fields, replace
-from itertools import product
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
-from hf_clpeft import METHODS, ConfigError, ContinualTrainingArguments, Task, TaskStream
+from hf_clpeft import METHODS, ConfigError, ContinualTrainingArguments
 from hf_clpeft.config.checks import MOST, check_ranges, check_types
 from hf_clpeft.config.errors import errors_in_one_line
 from hf_clpeft.training.options import BackboneArguments, StreamArguments, options_of, parse
-from hf_clpeft.training.recipe import learn
+from hf_clpeft.training.recipe import open_model
+from hf_clpeft.training.tuning import HEAD_LEARNING_RATES, LEARNING_RATES, Trial, best_of, tune
 
 
 @dataclass
@@ -25,10 +24,10 @@ class TuningArguments:
     method: str = field(default="s_lora", metadata={"help": "Method to tune for, one that trains."})
     tuning_tasks: int = field(default=1, metadata={"help": "How many of the first tasks to look at."})
     learning_rates: list[float] = field(
-        default_factory=lambda: [1e-3, 5e-3, 2e-2], metadata={"help": "Learning rates of the expert to try."}
+        default_factory=lambda: [*LEARNING_RATES], metadata={"help": "Learning rates of the expert to try."}
     )
     head_learning_rates: list[float] = field(
-        default_factory=lambda: [2e-3, 1e-2], metadata={"help": "Learning rates of the head to try."}
+        default_factory=lambda: [*HEAD_LEARNING_RATES], metadata={"help": "Learning rates of the head to try."}
     )
 
     def __post_init__(self):
@@ -44,36 +43,24 @@ class TuningArguments:
                 )
 
 
-def hold_out(task: Task, seed: int) -> Task:
-    """The task, judged by a fifth of its own training images."""
-    halves = task.train.dataset.train_test_split(test_size=0.2, seed=seed)
-    train, held_out = (replace(task.train, dataset=halves[side]) for side in ("train", "test"))
-    return replace(task, train=train, test=held_out)
-
-
 def main():
     groups = (StreamArguments, BackboneArguments, ContinualTrainingArguments, TuningArguments)
     stream_args, backbone, training, tuning = parse(groups)
-    tasks = [hold_out(task, training.seed) for task in stream_args.load()[: tuning.tuning_tasks]]
-    stream = TaskStream(tasks, name=f"first {len(tasks)} tasks")
+    tasks = stream_args.load()[: tuning.tuning_tasks]
     kind = options_of(tuning.method)
     method = kind(**{f.name: 1 for f in fields(kind) if f.name == "k"})  # no route is judged: the least to compute
-    trials = []
-    for head_rate, rate in product(tuning.head_learning_rates, tuning.learning_rates):
-        with TemporaryDirectory() as folder:  # nobody needs the models
-            rates = {"learning_rate": rate, "head_learning_rate": head_rate}
-            summary = learn(stream, backbone, replace(training, output_dir=folder, **rates), method).summary()
-        trials.append((summary.get("oracle_accuracy", summary["average_accuracy"]), rate, head_rate))
-        print("accuracy {:.4f} with --learning_rate {:g} --head_learning_rate {:g}".format(*trials[-1]))
+
+    def tell(trial: Trial) -> None:
+        print("accuracy {:.4f} with --learning_rate {:g} --head_learning_rate {:g}".format(*trial))
+
+    rates = tuning.learning_rates, tuning.head_learning_rates
+    trials = tune(tasks, lambda: open_model(backbone, training, method), training, *rates, after_trial=tell)
     Path(training.output_dir).mkdir(parents=True, exist_ok=True)
     with open(Path(training.output_dir, "tuning.csv"), "w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(["accuracy", "learning_rate", "head_learning_rate"])
         writer.writerows(trials)
-    # Of equal ones the middle: as far as can be from what is too little and what is too much.
-    best = sorted(trial for trial in trials if trial[0] == max(trials)[0])
-    best = best[(len(best) - 1) // 2]
-    print("best: {:.4f} with --learning_rate {:g} --head_learning_rate {:g}".format(*best))
+    print("best: {:.4f} with --learning_rate {:g} --head_learning_rate {:g}".format(*best_of(trials)))
 
 
 if __name__ == "__main__":

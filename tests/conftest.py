@@ -141,6 +141,59 @@ def hub():
     HUB.reset()
 
 
+def run(*words):
+    """Runs a command in this process, as `main` does, and returns what it prints."""
+    from typer.testing import CliRunner
+
+    from hf_clpeft import cli
+
+    result = CliRunner().invoke(cli.app, [str(word) for word in words])
+    assert result.exit_code == 0, (result.output, result.exception)
+    return result.stdout
+
+
+@pytest.fixture
+def fails(monkeypatch, capfd):
+    """Runs a command that ends in one line; gives the line and the exit status."""
+
+    from hf_clpeft import cli
+
+    def command(*words):
+        monkeypatch.setattr(sys, "argv", ["hf-clpeft", *map(str, words)])
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        said, status = capfd.readouterr().err, ended.value.code
+        if isinstance(status, str):  # which Python prints
+            said, status = f"{said}{status}\n", 1
+        assert "Traceback" not in said
+        return said.strip().splitlines()[-1], status
+
+    return command
+
+
+@pytest.fixture
+def me(hub, monkeypatch):
+    """A Hub on which somebody called `me` is logged in."""
+    from hf_clpeft.hub import push
+
+    monkeypatch.setitem(hub.users, "hf_me", hub_server.User("me", ["me"]))
+    monkeypatch.setenv("HF_TOKEN", "hf_me")
+    monkeypatch.setattr(push, "RETRY_DELAYS", (0, 0))
+    return hub
+
+
+def pictures(folder, classes, per_class=10):
+    """A folder of pictures, as anybody has: a folder for each class."""
+    rows = pattern_rows(num_classes=4, per_class=per_class)
+    for number, (image, label) in enumerate(zip(rows["image"], rows["label"], strict=True)):
+        if label in classes:
+            path = Path(folder, f"bird {label}", f"{number}.png")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            image.save(path)
+    return folder
+
+
 @pytest.fixture
 def other_precision():
     """Accelerate keeps one precision per process; lets a test use another."""

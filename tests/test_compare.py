@@ -10,24 +10,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from compare import (
-    CompareArguments,
-    Run,
-    chains_of,
-    check_same,
-    copy_of,
-    forwards_per_image,
-    in_order,
-    make_table,
-    plan,
-    read_config,
-    read_yaml,
-    run_all,
-)
-from compare_tables import draw as draw_table, families_of
+from conftest import pictures, run as run_command
 from sweep import draw, line_of, points_of, read_sweep
 
 from hf_clpeft import METHODS, ConfigError, ContinualModel, load_benchmark
+from hf_clpeft.comparing import CompareArguments, Run, draw as draw_table, make_table, plan, read_config, run_all
+from hf_clpeft.comparing.plan import copy_of, read_yaml
+from hf_clpeft.comparing.runs import chains_of, check_same, forwards_per_image, in_order
+from hf_clpeft.comparing.tables import families_of
 from hf_clpeft.reports.plots import plot_series
 
 
@@ -337,3 +327,25 @@ def test_places_that_have_names_keep_them_on_the_axis(monkeypatch):
     (figure,) = drawn
     figure.canvas.draw()
     assert [label.get_text() for label in figure.axes[0].get_xticklabels()] == ["1", "20", "auto"]
+
+
+def test_own_pictures_and_a_benchmark_are_compared_from_the_command_line(hub, fails):
+    words = ("--methods", "ncm", "slda", "--num_workers", "1")
+    text = run_command("compare", pictures("birds", [0, 1, 2, 3]), *words)
+    assert "32 training images of 4 classes in 2 tasks" in text
+    assert "vit-tiny-glyphs, bundled, as" in text and "20 passes, 8 images at a time" in text
+    assert "| method | birds |" in text and "| ncm | 100.0 |" in text
+    assert {path.name for path in Path("out/birds").glob("*.*")} >= {"results.csv", "results.md", "results_curves.png"}
+    assert "hf-clpeft compare birds --methods ncm slda --num_workers 1 --seeds 1" in text
+    assert "4 runs, of which 2 stand in" in run_command("compare", "birds", *words, "--seeds", "0", "1")
+    small = '{"num_tasks": 2, "max_train_samples_per_task": 32, "max_test_samples_per_task": 12}'
+    assert "| slda |" in run_command("compare", "digits", *words, "--options", small)
+    for words, message, status in [
+        ((), "Give a data set, or a file by --config", 2),
+        (("nowhere",), "neither a folder of images nor a data set on the Hub", 1),
+        (("birds", "--methods", "knn"), "There is no method 'knn'", 2),
+        (("birds", "--mehtods", "ncm"), "did you mean --methods", 2),
+        (("birds", "--methods", "ncm", "--options", '{"epochs": 3}'), "ncm on birds: there is no option 'epochs'", 2),
+    ]:
+        said, code = fails("compare", *words)
+        assert message in said and code == status, said

@@ -37,7 +37,8 @@ def imports_of(path):
     return found - {name}
 
 
-ROOMS = "config backbones experts routing methods metrics streams reports storage hub TOP training demo cli".split()
+ROOMS = "config backbones experts routing methods metrics streams reports storage hub TOP training comparing".split()
+ROOMS += ["demo", "cli"]
 
 
 def room_of(module):

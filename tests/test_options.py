@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import get_args, get_type_hints
 
 import pytest
-from compare import CompareArguments, plan, read_config
 from memory import MemoryArguments
 from pretrain_glyphs import GlyphArguments
 from serving import ServingArguments
@@ -16,6 +15,7 @@ from throughput import ThroughputArguments
 from tune_learning_rates import TuningArguments
 
 from hf_clpeft import METHODS, ConfigError, ContinualTrainingArguments, cli, run_recipe, s_lora
+from hf_clpeft.comparing import CompareArguments, plan, read_config
 from hf_clpeft.config.errors import OptionError, refusing_options
 from hf_clpeft.training.options import BackboneArguments, RunArguments, StreamArguments, parse
 from hf_clpeft.training.parsing import OptionParser, read_yaml

@@ -7,8 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import BACKBONE, pattern_rows
-from hub_server import User
+from conftest import BACKBONE, pictures
 from safetensors.torch import load_file
 
 from hf_clpeft import BENCHMARKS, METHODS, ROUTERS, ConfigError, ContinualModel, load_benchmark
@@ -39,24 +38,6 @@ def follow(monkeypatch):
     for registry in REGISTRIES:
         for name in ADDED:
             registry.pop(name, None)
-
-
-@pytest.fixture
-def me(hub, monkeypatch):
-    monkeypatch.setitem(hub.users, "hf_me", User("me", ["me"]))
-    monkeypatch.setenv("HF_TOKEN", "hf_me")
-    return hub
-
-
-def pictures(folder, classes, per_class=12):
-    """A folder of pictures, as anybody has: a folder for each class."""
-    rows = pattern_rows(num_classes=4, per_class=per_class)
-    for number, (image, label) in enumerate(zip(rows["image"], rows["label"], strict=True)):
-        if label in classes:
-            path = Path(folder, f"bird {label}", f"{number}.png")
-            path.parent.mkdir(parents=True, exist_ok=True)
-            image.save(path)
-    return folder
 
 
 def test_own_pictures_a_class_more_and_two_models_in_one(me, follow, capsys):
@@ -93,8 +74,7 @@ methods: {{mean_lora: {{r: 1}}, ncm: {{}}}}
 
 
 def test_a_new_method_is_one_file_that_is_trained_saved_loaded_pushed_shown_and_compared(me, follow):
-    from compare import CompareArguments, make_table, plan, read_config, run_all
-
+    from hf_clpeft.comparing import CompareArguments, make_table, plan, read_config, run_all
     from hf_clpeft.demo import build_demo
 
     follow("new_method.py", "--benchmark", "digits", "--push_to_hub", "--hub_model_id", "me/means", *QUICK)

@@ -6,13 +6,17 @@ Heavy libraries are imported when a command runs, so that `--help` is fast.
 import typer
 
 from .combine import combine
+from .compare import compare
 from .demo import demo
 from .env import env
+from .evaluate import evaluate
 from .export import export
 from .info import info
+from .learn import learn
 from .migrate import migrate
 from .predict import predict
 from .push import push
+from .remove import remove
 from .run import run_app
 from .test import test
 
@@ -24,7 +28,10 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for command in (demo, info, predict, combine, push, export, migrate, env, test):
+for parsing in (learn, compare):  # their words themselves, as options depend on the method
+    settings = {"allow_extra_args": True, "ignore_unknown_options": True}
+    app.command(context_settings=settings, add_help_option=False)(parsing)
+for command in (demo, info, predict, evaluate, remove, combine, push, export, migrate, env, test):
     app.command()(command)
 
 

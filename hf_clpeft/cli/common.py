@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from ..model import ContinualModel
 
 
+MOST_NAMED = 20  # files that cannot be read
+
 Repo = Annotated[str, typer.Argument(help="Repo id, repo@revision, or folder of a model.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace a different model in the folder.")]
 AsJson = Annotated[bool, typer.Option("--json", "--as-json", help="Print JSON.")]
@@ -52,3 +54,13 @@ def load_model(repo: str, backbone: str | None, token: str | None, device: str |
     quieten()
     place, (name, revision) = best_device(device), split_revision(repo)
     return ContinualModel.from_pretrained(name, backbone=backbone, revision=revision, token=token).to(place)
+
+
+def end_with(bad: list[str]) -> None:
+    """Names pictures that could not be read, if any, and ends the command with exit status 1."""
+    if not bad:
+        return
+    more = [f"... and {len(bad) - MOST_NAMED} more"] if len(bad) > MOST_NAMED else []
+    several = [f"error: {len(bad)} pictures cannot be read:", *bad[:MOST_NAMED], *more]
+    print(*([f"error: {bad[0]}"] if len(bad) == 1 else several), sep="\n", file=sys.stderr)
+    raise typer.Exit(1)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ..config.text import one_line
-from .common import BackbonePath, Device, Repo, Token, load_model
+from .common import BackbonePath, Device, Repo, Token, end_with, load_model
 from .rows import Format, write_rows
 from .sorting import Sorter
 from .sources import find_pictures
@@ -18,7 +18,6 @@ from .sources import find_pictures
 if TYPE_CHECKING:
     from ..model import ContinualModel
 
-MOST_NAMED = 20  # files that cannot be read
 WIDEST = 30  # characters of a name in the table
 
 
@@ -59,9 +58,7 @@ def predict(
     if model.can_reject:
         widths["typicality"] = 10
     write_rows(rows, Format.json if as_json else form, {**widths, "image": 5})
-    if bad:
-        print(*_summary(bad), sep="\n", file=sys.stderr)
-        raise typer.Exit(1)
+    end_with(bad)
 
 
 def _classified(
@@ -96,10 +93,3 @@ def _sorted(rows: Iterator[dict], sorter: Sorter) -> Iterator[dict]:
 
 def _widest(names: list[str]) -> int:
     return min(WIDEST, max(map(len, names)))
-
-
-def _summary(bad: list[str]) -> list[str]:
-    if len(bad) == 1:
-        return [f"error: {bad[0]}"]
-    more = [f"... and {len(bad) - MOST_NAMED} more"] if len(bad) > MOST_NAMED else []
-    return [f"error: {len(bad)} pictures cannot be read:", *bad[:MOST_NAMED], *more]

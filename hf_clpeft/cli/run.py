@@ -21,6 +21,8 @@ def run_app(app: typer.Typer) -> None:
     with errors_in_one_line():
         try:
             raise SystemExit(app(standalone_mode=False))
+        except typer.Abort:  # Ctrl-C or Ctrl-D at a question
+            raise KeyboardInterrupt from None
         except UsageError as error:
             if not sys.argv[1:] and app.info.no_args_is_help is True:
                 print(error.format_message(), file=sys.stderr)  # the help

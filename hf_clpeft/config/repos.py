@@ -46,6 +46,6 @@ def check_repo_id(name: str, where: str | Path) -> None:
         validate_repo_id(name)
     except HFValidationError:
         raise ConfigError(
-            f"{where} names its backbone by a path, {name!r}, which is on its author's disk. Pass backbone= with the "
-            "repo id or folder where you have it."
+            f"{where} names its backbone by a path, {name!r}, which is on its author's disk. Pass backbone= "
+            "(--backbone on a command line) with the repo id or folder where you have it."
         ) from None

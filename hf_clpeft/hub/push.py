@@ -77,6 +77,17 @@ class PushTarget:
 
         return _retrying(attempt, "push to", self.repo_id)
 
+    def reserve(self) -> "PushTarget":
+        """Creates the repo and the branch if missing: whether the token may write is known before any work.
+
+        Returns:
+            [`PushTarget`]: With the full repo id.
+
+        Raises:
+            [`HubError`]: The Hub cannot be reached or denies the request.
+        """
+        return _retrying(lambda: self._create(hub_client(self.token)), "push to", self.repo_id)
+
     def _create(self, api: "HfApi") -> "PushTarget":
         repo_id = api.create_repo(self.repo_id, private=self.private, exist_ok=True).repo_id
         api.auth_check(repo_id, write=not self.create_pr)

@@ -17,7 +17,8 @@ from .options import QueryOptions
 
 logger = get_logger(__name__)
 
-KINDS = ("crop", "crop_flip", "flip")  # crops come first, as they are right for text and digits, too
+Kind = Literal["crop", "crop_flip", "flip"]
+KINDS: tuple[Kind, ...] = ("crop", "crop_flip", "flip")  # crops come first, as they are right for text and digits, too
 
 
 @dataclass
@@ -70,7 +71,9 @@ class ManyViews(Method):
         if count == getattr(self.options, "test_views", 1) == 1:
             return features_of(self.look)
         if self.options.view_kind == "auto":
-            self.options.view_kind = self._choose_kind(features_of, max(count, 2))
+            self.options.view_kind, found = self._choose_kind(features_of, max(count, 2))
+            if count >= 2:
+                return found
         return features_of(self.look, count, self.options.view_kind)
 
     def check_removable(self, position: int, first: bool = False) -> None:
@@ -109,10 +112,16 @@ class ManyViews(Method):
         router = ROUTERS.get(getattr(options, "router", cls.which_router))
         return router is not None and router.rejects
 
-    def _choose_kind(self, features_of: FeaturesOf, count: int) -> str:
-        """The kind of views with which the router tells held-out images of the task apart best."""
+    def _choose_kind(self, features_of: FeaturesOf, count: int) -> tuple[Kind, tuple[torch.Tensor, torch.Tensor]]:
+        """The kind of views with which the router tells held-out images apart best; their features, and classes."""
         assert isinstance(self.router, ClassRouter)
         kinds = [kind for kind in KINDS if MOST_FIXED[kind] >= self.options.test_views and MOST[kind] >= count]
-        losses = {kind: held_out_loss(self.router, *features_of(self.look, count, kind)) for kind in kinds}
+        losses, best = {}, None
+        for kind in kinds:
+            found = features_of(self.look, count, kind)
+            losses[kind] = held_out_loss(self.router, *found)
+            if best is None or losses[kind] < losses[best[0]]:
+                best = kind, found
         logger.info("Loss on held-out images by kind of views: %s", losses)
-        return min(losses, key=lambda kind: losses[kind])
+        assert best is not None
+        return best

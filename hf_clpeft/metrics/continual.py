@@ -10,6 +10,9 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 
+BINS = 15  # of confidence
+
+
 def _square(matrix: ArrayLike) -> np.ndarray:
     matrix = np.asarray(matrix, dtype=np.float64)
     if matrix.ndim != 2 or matrix.shape[0] != matrix.shape[1] or not len(matrix):
@@ -161,6 +164,34 @@ def routing_accuracy(confusion: ArrayLike) -> float:
     """
     confusion = np.asarray(confusion, dtype=np.float64)
     return float(confusion.trace() / confusion.sum())
+
+
+def reliability_table(confidence: np.ndarray, right: np.ndarray) -> np.ndarray:
+    """Images by the confidence of their likeliest class, in 15 bins of equal width.
+
+    Args:
+        confidence (array of shape `(images,)`): Softmax scores of the likeliest classes.
+        right (boolean array of shape `(images,)`): Whether these are right.
+
+    Returns:
+        Array of shape `(15, 3)`: See [`calibration_error`].
+
+    Example:
+
+    ```py
+    >>> import numpy as np
+    >>> from hf_clpeft.metrics.continual import reliability_table
+
+    >>> reliability_table(np.array([0.95, 0.99, 0.4]), np.array([True, False, True]))[[5, 14]].tolist()
+    [[1.0, 0.4, 1.0], [2.0, 1.94, 1.0]]
+
+    ```
+    """
+    places = np.clip(np.ceil(confidence * BINS).astype(int), 1, BINS) - 1
+    columns = np.stack([np.ones(len(confidence)), confidence, right], axis=1)
+    table = np.zeros((BINS, 3))
+    np.add.at(table, places, columns)
+    return table
 
 
 def calibration_error(reliability: ArrayLike) -> float:

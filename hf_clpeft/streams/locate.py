@@ -185,8 +185,11 @@ def _in_folder(folder: Path, name: str, config: str | None, named: Collection[st
         return _from_library(name, "imagefolder", data_files=_split_metadata(folder, metadata))[0]
     if pictures and not metadata and not configured and not holds_data(files):
         return _of_pictures(name, find_pictures(str(folder), files, named))
-    if not pictures and not files:
-        raise StreamError(f"The folder {name!r} is empty.")
+    if all(file.endswith("/") for file in files):
+        raise StreamError(
+            f"The folder {name!r} is empty: put the pictures of each class into a folder with its name, "
+            f"{name}/robin/1.jpg."
+        )
     path = str(folder)
     options: dict[str, Any] = {"config": config}
     if glob.has_magic(path):  # `datasets` would expand it as a pattern

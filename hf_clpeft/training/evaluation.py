@@ -10,15 +10,13 @@ import torch
 from accelerate import Accelerator
 
 from ..methods import ContinualOutput
+from ..metrics.continual import reliability_table
 from ..model import ContinualModel
 from ..reports.report import margin_bins
 from ..streams import TaskImages
 from .arguments import ContinualTrainingArguments
 from .features import TestFeatures, extract, extract_all
 from .trunk_cache import TrunkCaches
-
-
-BINS = 15  # of confidence
 
 
 class TaskEvaluation(NamedTuple):
@@ -49,9 +47,7 @@ def reliability_of(logits: torch.Tensor, wanted: torch.Tensor) -> np.ndarray:
         wanted (integer `torch.Tensor` of shape `(images,)`): Class index of each image.
     """
     confidence, likeliest = logits.cpu().double().softmax(dim=1).max(dim=1)
-    places = (confidence * BINS).ceil().long().clamp(1, BINS) - 1
-    columns = torch.stack([torch.ones_like(confidence), confidence, (likeliest == wanted).double()], dim=1)
-    return torch.zeros(BINS, 3).double().index_add(0, places, columns).numpy()
+    return reliability_table(confidence.numpy(), (likeliest == wanted).numpy())
 
 
 def margins_of(distances: torch.Tensor | None, right: torch.Tensor) -> np.ndarray | None:

@@ -1,7 +1,7 @@
 """Command-line options of recipes for stream, backbone and run, and their parsing."""
 
 import sys
-from dataclasses import dataclass, field, make_dataclass
+from dataclasses import dataclass, field, fields, make_dataclass
 from typing import Any, Literal
 
 from ..backbones.bundled import BUNDLED_BACKBONES
@@ -14,7 +14,41 @@ from .parsing import OptionParser, nearest, read_yaml
 
 
 @dataclass
-class StreamArguments:
+class DataArguments:
+    """How to read a data set: splits, columns, limits."""
+
+    dataset_name: str | None = field(default=None, metadata={"help": "Configuration of the data set."})
+    dataset_revision: str | None = field(default=None, metadata={"help": "Commit of the data set's repo."})
+    streaming: bool = field(default=False, metadata={"help": "Stream rows instead of downloading the data set first."})
+    train_split: str | None = field(default=None, metadata={"help": "Split to train on. Default: train."})
+    test_split: str | None = field(default=None, metadata={"help": "Split to test on. Default: detected."})
+    test_size: float | None = field(
+        default=None,
+        metadata={
+            "help": "Share of every class to hold out for testing if there is no test split; 0: none. Default: 0.2."
+        },
+    )
+    image_column: str | None = field(default=None, metadata={"help": "Column of images. Default: detected."})
+    label_column: str | None = field(default=None, metadata={"help": "Column of labels. Default: detected."})
+    max_train_samples_per_task: int | None = field(default=None, metadata={"help": "Maximum images per task."})
+    max_test_samples_per_task: int | None = field(default=None, metadata={"help": "Maximum images per task."})
+
+    def __post_init__(self) -> None:
+        check_types(self)
+        check_ranges(self, max_train_samples_per_task=(1, MOST), max_test_samples_per_task=(1, MOST), test_size=(0, 1))
+
+    def reading(self) -> dict[str, Any]:
+        """The choices made, as arguments of [`TaskStream.class_incremental`] and [`load_task`]."""
+        chosen = {name: value for name, value in vars(self).items() if name in READING}
+        names = {"dataset_name": "name", "dataset_revision": "revision"}
+        return {names.get(n, n): value for n, value in chosen.items() if value is not None and value is not False}
+
+
+READING = {f.name for f in fields(DataArguments)}
+
+
+@dataclass
+class StreamArguments(DataArguments):
     """Which tasks to learn: a named benchmark, or a data set split by class or by domain."""
 
     benchmark: str | None = field(
@@ -25,9 +59,6 @@ class StreamArguments:
         default=None,
         metadata={"help": "Hub id or folder (Parquet or ImageFolder); with --benchmark, replaces its data set."},
     )
-    dataset_name: str | None = field(default=None, metadata={"help": "Configuration of the data set."})
-    dataset_revision: str | None = field(default=None, metadata={"help": "Commit of the data set's repo."})
-    streaming: bool = field(default=False, metadata={"help": "Stream rows instead of downloading the data set first."})
     scenario: Literal["class", "domain"] = field(
         default="class", metadata={"help": "With --dataset: split into tasks by class or by domain."}
     )
@@ -35,22 +66,15 @@ class StreamArguments:
     class_order_seed: int | None = field(
         default=None, metadata={"help": "Seed that shuffles the class order (scenario class only)."}
     )
-    train_split: str | None = field(default=None, metadata={"help": "Split to train on. Default: train."})
-    test_split: str | None = field(default=None, metadata={"help": "Split to test on. Default: detected."})
-    image_column: str | None = field(default=None, metadata={"help": "Column of images. Default: detected."})
-    label_column: str | None = field(default=None, metadata={"help": "Column of labels. Default: detected."})
     domain_column: str | None = field(default=None, metadata={"help": "Column of domains (scenario domain only)."})
-    max_train_samples_per_task: int | None = field(default=None, metadata={"help": "Maximum images per task."})
-    max_test_samples_per_task: int | None = field(default=None, metadata={"help": "Maximum images per task."})
     joined: bool = field(
         default=False,
         metadata={"help": "Learn all tasks as one: joint training, the upper bound of continual methods."},
     )
 
     def __post_init__(self) -> None:
-        check_types(self)
-        limits = ("num_tasks", "max_train_samples_per_task", "max_test_samples_per_task")
-        check_ranges(self, **dict.fromkeys(limits, (1, MOST)), class_order_seed=(0, MOST))
+        super().__post_init__()
+        check_ranges(self, num_tasks=(1, MOST), class_order_seed=(0, MOST))
         known = BENCHMARKS.get(self.benchmark or "")
         scenario = self.scenario if known is None else known.scenario
         foreign = ("num_tasks", "class_order_seed") if scenario == "domain" else ("domain_column",)
@@ -63,12 +87,9 @@ class StreamArguments:
 
     def load(self) -> TaskStream:
         """Loads the stream."""
-        names = {"dataset_name": "name", "dataset_revision": "revision", "class_order_seed": "seed"}
-        options: dict[str, Any] = {
-            names.get(name, name): value
-            for name, value in vars(self).items()
-            if name not in ("benchmark", "dataset", "scenario", "joined") and value is not None and value is not False
-        }
+        options: dict[str, Any] = self.reading()
+        own = {"num_tasks": self.num_tasks, "seed": self.class_order_seed, "domain_column": self.domain_column}
+        options |= {name: value for name, value in own.items() if value is not None}
         if self.benchmark is not None:
             stream = load_benchmark(self.benchmark, dataset=self.dataset, **options)
         elif self.scenario == "class":

@@ -3,8 +3,9 @@
 import json
 import re
 import sys
+from argparse import SUPPRESS
 from collections import Counter
-from collections.abc import Hashable, Iterable
+from collections.abc import Collection, Hashable, Iterable
 from dataclasses import fields
 from difflib import get_close_matches
 from pathlib import Path
@@ -48,6 +49,7 @@ class OptionParser(HfArgumentParser):
 
     Args:
         groups (tuple of dataclasses): The dataclasses; each field has a help text in its metadata.
+        without (collection of `str`): Fields that are no options here, and keep their defaults.
         options: Further arguments of `argparse.ArgumentParser`.
 
     Raises:
@@ -69,10 +71,10 @@ class OptionParser(HfArgumentParser):
     ```
     """
 
-    def __init__(self, groups: tuple[type, ...], **options: Any):
+    def __init__(self, groups: tuple[type, ...], without: Collection[str] = (), **options: Any):
         hints = [(f.name, get_type_hints(group)[f.name]) for group in groups for f in fields(group)]
-        self.names = [name for name, _ in hints]
-        twice = next((name for name, count in Counter(self.names).items() if count > 1), None)
+        self.names = [name for name, _ in hints if name not in without]
+        twice = next((name for name, count in Counter(name for name, _ in hints).items() if count > 1), None)
         if twice is not None:
             titles = [group.__qualname__ for group in groups if twice in get_type_hints(group)]
             raise ConfigError(f"{' and '.join(titles)} both have an option {twice!r}; give one of them another name.")
@@ -85,6 +87,9 @@ class OptionParser(HfArgumentParser):
                 self._option_string_actions[f"--{name}"].type = mapping
             elif {int, str} <= set(get_args(hint)):
                 self._option_string_actions[f"--{name}"].type = number_or_word
+        self._without = {f"--{name}" for name in without}
+        for option in self._without:
+            self._option_string_actions[option].help = SUPPRESS
 
     def error(self, message: str) -> NoReturn:
         """Raises [`OptionError`], where `argparse` prints its usage and exits."""
@@ -106,15 +111,21 @@ class OptionParser(HfArgumentParser):
             [`OptionError`]: An option does not exist, or a value has the wrong type.
         """
         namespace, rest = self.parse_known_args(argv)
-        for word in rest:
+        hidden = {word.partition("=")[0].replace("-", "_").replace("__", "--", 1) for word in argv} & self._without
+        for word in [*rest, *hidden]:
             name = word.partition("=")[0]
             if name.startswith("--"):
-                known = [option for option in self._option_string_actions if "-" not in option[2:]]
+                known = [f"--{name}" for name in self.names]
                 near = nearest(f"--{name[2:].replace('-', '_')}", known)
                 raise OptionError(f"There is no option {name}{near} See --help.")
         if rest:
             raise OptionError(f"{rest[0]!r} does not belong to an option. See --help.")
         return namespace
+
+    def named(self, argv: list[str]) -> set[str]:
+        """Names of the options that stand on a command line, whatever their values."""
+        words = {word[2:].partition("=")[0].replace("-", "_") for word in argv if word.startswith("--")}
+        return {name for name in self.names if {name, f"no_{name}"} & words}
 
     def read(self, argv: list[str] | None = None) -> tuple:
         """Parses a command line into an instance of each dataclass, and a namespace of other options, if any.

@@ -14,7 +14,7 @@ from ..backbones.bundled import BUNDLED_BACKBONES
 from ..config import MethodOptions
 from ..config.errors import ConfigError, errors_in_one_line
 from ..config.method import RESOLVED
-from ..config.model import CONFIG_NAME
+from ..config.model import CONFIG_NAME, ContinualConfig
 from ..hub.download import find_model
 from ..hub.outbox import Outbox
 from ..model import ContinualModel
@@ -176,18 +176,23 @@ def _resume(source: str, backbone_args: BackboneArguments, method: MethodOptions
         attn_implementation=backbone_args.attn_implementation,
         token=token,
     )
-    saved = model.config.method.to_dict()
-    for name, wanted in method.to_dict().items():
-        found = saved.get(name)
-        if found != wanted and not (name in RESOLVED and wanted == "auto"):
-            raise ConfigError(
-                f"{source} was made with {name}={found!r}, not {wanted!r}. Go on with the same options, or begin anew "
-                "without --resume_from_checkpoint."
-            )
+    check_same_options(model.config, method.to_dict(), source)
     size = model.config.backbone.image_size
     if backbone_args.image_size not in (None, size):
         raise ConfigError(f"{source} was made with image_size={size}, not {backbone_args.image_size}.")
     return model
+
+
+def check_same_options(config: ContinualConfig, wanted: dict, source: str) -> None:
+    """Raises [`ConfigError`] if a model was made with other options of its method than those wanted."""
+    saved = config.method.to_dict()
+    for name, value in wanted.items():
+        found = saved.get(name)
+        if found != value and not (name in RESOLVED and value == "auto"):
+            raise ConfigError(
+                f"{source} was made with {name}={found!r}, not {value!r}. Go on with the same options, or begin a new "
+                "model."
+            )
 
 
 def require_hub(stream_args: StreamArguments, backbone_args: BackboneArguments) -> None:
