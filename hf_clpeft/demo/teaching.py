@@ -28,6 +28,7 @@ MANY = 20  # pictures of a class that is known well
 MOST_TRIED = 40  # pictures that are left out, one at a time
 MOST_PIXELS = 800_000_000  # of all pictures together, as they are all in memory
 STEPS, MOST_EPOCHS, BATCH = 100, 60, 16
+THUMBNAILS = 8  # of the given pictures, in a model that is the visitor's own
 HEAD_LEARNING_RATE = 1e-2  # high, as a new row must outweigh the old ones within few steps
 
 
@@ -197,6 +198,8 @@ def teach(
         train_batch_size=BATCH,
         eval_batch_size=BATCH,
         head_learning_rate=HEAD_LEARNING_RATE,
+        num_examples=0,
+        num_thumbnails=THUMBNAILS,
         disable_tqdm=True,
     )
     rows = {
