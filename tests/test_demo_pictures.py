@@ -158,7 +158,7 @@ def test_a_heat_map_lies_where_something_is(name):
     for (row, column), where in (((2, 2), "top left"), ((40, 40), "bottom right")):
         heat = saliency(model, corner(row, column))
         assert heat.shape == (16, 16) and abs(heat.sum() - 1) < 1e-6 and where in words(heat)
-    assert 'alt="Heat map. Most counts' in overlay(corner(2, 2), heat)
+    assert 'alt="Heat map. The ' in overlay(corner(2, 2), heat)
 
 
 def test_a_heat_map_is_there_for_a_class_weighed_against_nothing(tmp_path):

@@ -13,6 +13,7 @@ from ..model import ContinualModel
 CELLS = 16  # along each side of the heat map
 COPIES, NOISE = 8, 0.1  # noise as a share of the range of values
 SHOWN = 320  # pixels
+EVEN = 0.16  # share of one of nine parts, below which none stands out
 ROWS, COLUMNS = ("top", "middle", "bottom"), ("left", "centre", "right")
 
 
@@ -76,14 +77,17 @@ def words(heat: np.ndarray) -> str:
     >>> from hf_clpeft.demo.saliency import words
 
     >>> words(np.eye(16)[0][:, None] * np.eye(16)[0] + 1e-3)
-    'Most counts the top left of the picture (82 %).'
+    'The top left of the picture counts most (82 %).'
 
     ```
     """
     parts = [[part.sum() for part in np.array_split(row, 3, axis=1)] for row in np.array_split(heat, 3, axis=0)]
     row, column = np.unravel_index(int(np.argmax(parts)), (3, 3))
+    share = parts[row][column] / np.sum(parts)
+    if share < EVEN:
+        return "No part of the picture counts much more than the others."
     where = f"{ROWS[row]} {COLUMNS[column]}" if (row, column) != (1, 1) else "centre"
-    return f"Most counts the {where} of the picture ({100 * parts[row][column] / np.sum(parts):.0f} %)."
+    return f"The {where} of the picture counts most ({100 * share:.0f} %)."
 
 
 def overlay(image: PIL.Image.Image, heat: np.ndarray) -> str:

@@ -168,11 +168,10 @@ def _strip(
     if model.method.routes and prediction.expert is not None and model.method.num_selected == 1:
         name = expert_names(model)[prediction.expert].html()
         if model.router is not None:
-            far, to = f"{prediction.distance:.2f}", f"to its nearest {escape(model.router.landmark)}"
             if like is None:
-                steps.append(f"<i>{far}</i>{to}")
+                steps.append(f"<i>{prediction.distance:.2f}</i>to its nearest {escape(model.router.landmark)}")
             else:
-                steps.append(f"<span>{_image(thumbnail(like, 64))}</span>most like this training picture; {far} {to}")
+                steps.append(f"<span>{_image(thumbnail(like, 64))}</span>most like this training picture")
         steps.append(f"<span>{name}</span>its expert")
     steps.append(f"<b>{bdi(prediction.label) if prediction.label is not None else '?'}</b>the answer")
     return f'<ol class="route" aria-label="The route">{"".join(f"<li>{step}</li>" for step in steps)}</ol>'
@@ -327,7 +326,7 @@ def learnt(model: ContinualModel, step: int, small: dict[str, list[PIL.Image.Ima
         f"<li{'' if i < step else ' class=later'}>{name.html()}"
         f"{f' · {task.num_train_images} pictures' if task.num_train_images else ''}"
         f"{'' if i < step else ' <em>not yet learnt</em>'}"
-        f"{''.join(_image(thumbnail(one)) for one in (small or {}).get(task.name, []))}</li>"
+        f"<span>{''.join(_image(thumbnail(one)) for one in (small or {}).get(task.name, []))}</span></li>"
         for i, (task, name) in enumerate(zip(tasks, task_names(model), strict=True))
     )
     return f'<p>After task {step} of {len(tasks)}:</p><ol class="tasks" tabindex=0 aria-label="Tasks">{items}</ol>'
