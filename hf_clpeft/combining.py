@@ -16,6 +16,7 @@ from .config.errors import ConfigError
 from .config.model import ContinualConfig, TaskConfig
 from .config.repos import split_revision
 from .model import ContinualModel
+from .storage.pictures import of_tasks
 
 
 def combine(
@@ -79,6 +80,8 @@ def combine(
     for model, group in zip(models, groups, strict=True):
         numbers = [classes.index(label) for label in model.config.classes]
         combined.method.merge(model.method, numbers, [task.name for task in group])
+        renamed = {old.name: new.name for old, new in zip(model.config.tasks, group, strict=True)}
+        combined.pictures |= of_tasks(model.pictures, renamed)
     if combined.router is not None and combined.router.knows_classes:
         for name in _shared(models, groups):
             with suppress(ConfigError):  # what cannot be removed counts twice

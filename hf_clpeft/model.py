@@ -25,6 +25,7 @@ from .reports.report import StreamReport
 from .routing import Router
 from .storage.files import as_saved, check_files, is_sums, sums_file
 from .storage.model_files import load_files, save_files
+from .storage.pictures import Pictures, of_tasks, read_pictures
 
 
 class ContinualModel(torch.nn.Module):
@@ -67,6 +68,7 @@ class ContinualModel(torch.nn.Module):
         self.method, self._saves = make_method(backbone, config), ReadWriteLock()
         self.origin: str | None = None  # folder or repo that it was loaded from
         self.report: StreamReport | None = None
+        self.pictures: Pictures = {}  # thumbnails and examples that are saved with it
         self.unchanged: dict[str, dict[str, str]] = {}  # hashes of files of experts and sums, as last saved or loaded
 
     @classmethod
@@ -251,6 +253,7 @@ class ContinualModel(torch.nn.Module):
         finally:
             self.bank.abandon()
         self.config.tasks, self.config.classes = others, classes
+        self.pictures = of_tasks(self.pictures, {known.name: known.name for known in others})
         self.config.removed.append(task)
         for name in (task, sums_file(task)):
             self.unchanged.pop(name, None)
@@ -274,7 +277,7 @@ class ContinualModel(torch.nn.Module):
         """
         with self._saves.writing():
             self.unchanged = save_files(
-                folder, self.method, self.backbone.processor, self.report, self.unchanged, overwrite
+                folder, self.method, self.backbone.processor, self.report, self.unchanged, overwrite, self.pictures
             )
 
     def push_to_hub(self, repo_id: str, squash_history: bool = False, handler: bool = False, **options: Any) -> str:
@@ -352,6 +355,7 @@ class ContinualModel(torch.nn.Module):
         model = cls(backbone, config)
         model.origin = f"{name_or_path}@{revision}" if revision else str(name_or_path)
         model.report, model.unchanged = load_files(folder, model.method)
+        model.pictures = read_pictures(folder, config)
         return model
 
 

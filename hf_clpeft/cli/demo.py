@@ -1,5 +1,6 @@
 """`hf-clpeft demo`: the Gradio demo on this machine."""
 
+from importlib.util import find_spec
 from typing import Annotated
 
 import typer
@@ -18,6 +19,9 @@ def demo(
     teaching: Annotated[
         bool, typer.Option(help="Let visitors teach new classes, each to a model of their own.")
     ] = True,
+    mcp: Annotated[
+        bool, typer.Option(help="Also offer the functions as tools to AI assistants (Model Context Protocol).")
+    ] = False,
 ) -> None:
     """Try a model in the browser: classify pictures, inspect its tasks, teach it a new class. Works offline."""
     from ..backbones.bundled import DIGITS_MODEL
@@ -29,7 +33,9 @@ def demo(
         from ..demo import LAUNCH, build_demo
     except ModuleNotFoundError as error:
         raise ConfigError("The demo needs gradio; run `pip install 'hf-clpeft[demo]'`.") from error
+    if mcp and find_spec("mcp") is None:
+        raise ConfigError("--mcp needs the package mcp; run `pip install 'gradio[mcp]'`.")
     disable_progress_bars()
     source, revision = split_revision(repo or DIGITS_MODEL)
     page = build_demo(source, revision, backbone, teaching=teaching)
-    page.launch(server_name=host, server_port=port, inbrowser=browser, **LAUNCH)
+    page.launch(server_name=host, server_port=port, inbrowser=browser, mcp_server=mcp, **LAUNCH)

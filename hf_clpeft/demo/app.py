@@ -7,7 +7,7 @@ from typing import Any
 import gradio as gr
 from starlette.middleware import Middleware
 
-from ..backbones.bundled import DIGITS_MODEL, bundled_folder
+from ..backbones.bundled import DIGITS_MODEL
 from ..model import ContinualModel
 from . import views
 from .access import SPEAK, THEME
@@ -49,8 +49,7 @@ def build_demo(
         source (`str`): Repo id or folder of the model.
         revision (`str`, *optional*): Branch, tag or commit of the repo.
         backbone (`str`, *optional*): Repo id or folder of the backbone, if it has moved.
-        examples (sequence of `Path`, *optional*): Example pictures. Default: those in the folder `examples` of a
-            local model.
+        examples (sequence of `Path`, *optional*): Example pictures. Default: those that the model carries.
         drawing (`bool`, *optional*): Let visitors draw digits. Default: `True` for the bundled digits model.
         teaching (`bool`, *optional*, defaults to `False`): Let visitors teach new classes, each to a model of
             their own.
@@ -73,7 +72,7 @@ def build_demo(
     if drawing is None:
         drawing = source == DIGITS_MODEL
     if examples is None:
-        examples = sorted(Path(bundled_folder(source) or source, "examples").glob("*.*"))
+        examples = models.examples()
     handlers = Handlers(models, examples)
     with gr.Blocks(title="Which expert?", analytics_enabled=False, delete_cache=(600, 3600)) as demo:
         key = textbox("Key", example="", value="", visible=False)
@@ -124,6 +123,9 @@ def _try_it(handlers: Handlers, key: gr.Textbox, examples: Sequence[Path], drawi
                 draw.click(handlers.scan_drawing, drawn, picture, api_name="scan_drawing", **SHARED)
         with gr.Column(min_width=300, elem_id="found"):
             verdict = gr.HTML(label="Verdict", elem_id="verdict", min_height=90)
+            explain = gr.Button("Where does it look?", size="sm", elem_id="explain")
+            heat = gr.HTML(label="Where it looks", elem_id="heat")
+            grid = gr.JSON(visible=False)
     with gr.Row(equal_height=False):
         with gr.Column(min_width=300):
             likeliest = gr.Label(num_top_classes=5, label="Likeliest classes", show_heading=False)
@@ -146,6 +148,8 @@ def _try_it(handlers: Handlers, key: gr.Textbox, examples: Sequence[Path], drawi
         show_progress="minimal",
         **SHARED,
     )
+    explain.click(handlers.explain, [picture, key], [heat, grid], api_name="explain", **SHARED)
+    found.then(lambda: "", None, heat, **HIDDEN)  # it was that of another picture
     found.success(
         handlers.compare_experts,
         [picture, key],

@@ -25,7 +25,11 @@ def _path_of(file: Any) -> str:
 
 
 async def _never_fetch(component: Block, url_or_file_path: str | Path | None) -> str | None:
-    if url_or_file_path is not None and is_http_url_like(str(url_or_file_path)):
+    address = str(url_or_file_path)
+    if url_or_file_path is not None and is_http_url_like(address):
+        path = address.partition("/gradio_api/file=")[2]
+        if path:  # an assistant names a file that it has uploaded by its address here; `_path_of` checks it
+            return path
         raise gr.Error("Links are not fetched: download the file, and upload it.", print_exception=False)
     return await Block.async_move_resource_to_block_cache(component, url_or_file_path)
 

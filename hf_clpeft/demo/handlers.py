@@ -25,15 +25,19 @@ from ..prediction import Prediction
 from . import views
 from .charts import thumbnail
 from .drawing import scan
+from .gallery import tiles
+from .gpu import on_gpu
 from .models import Models
 from .pictures import VisitorError, open_picture, read_uploads
 from .queries import query_of
 from .returning import take_back
+from .saliency import overlay, saliency
 from .teaching import sort_pictures, teach
 
 
 DRAWING = "drawing.png"  # a name by which drawings are known
 COMPARED = 3  # experts
+SHOWN = 3  # thumbnails of a task, in a list of tasks
 P = ParamSpec("P")
 R = TypeVar("R")
 TABLE = ["picture", "answer", "score", "expert", "distance", "typicality", "problem"]
@@ -74,6 +78,7 @@ class Handlers:
 
     # Try it
 
+    @on_gpu
     @friendly
     def predict(
         self, picture: str | None, key: str | None = ""
@@ -97,13 +102,33 @@ class Handlers:
         (found,) = self.models.batcher.predict(model, [image], **options)
         details = asdict(found)
         details["classes"] = dict(list(found.classes.items())[:5])
+        like = self.models.batcher.run(lambda: self.models.gallery.nearest(model, found.expert, image))
         return (
-            views.verdict(found, model, self.reject_rate, image),
+            views.verdict(found, model, self.reject_rate, image, like),
             None if found.label is None else details["classes"],
             views.distance_bars(found, model),
             details,
         )
 
+    @on_gpu
+    @friendly
+    def explain(self, picture: str | None, key: str | None = "") -> tuple[str, list | None]:
+        """Show where in a picture the model looks: which parts count most for its answer.
+
+        Args:
+            picture: The picture: PNG, JPEG, WebP, GIF, BMP or TIFF.
+            key: Key of a model that you taught; empty for the served one.
+
+        Returns:
+            The picture with a heat map over it, as HTML; and the heat map, 16 rows of 16 shares that sum up to 1.
+        """
+        if not picture:
+            raise VisitorError("Give a picture first.")
+        model, image = self.models.get(key), open_picture(picture)
+        heat = self.models.batcher.run(lambda: saliency(model, image))
+        return overlay(image, heat), heat.round(5).tolist()
+
+    @on_gpu
     @friendly
     def compare_experts(self, picture: str | None, key: str | None = "") -> tuple[str, dict | None]:
         """What each of the three nearest experts says of a picture.
@@ -144,6 +169,7 @@ class Handlers:
 
     # Many pictures
 
+    @on_gpu
     @friendly
     def predict_files(self, files: list[str] | None, key: str | None = "") -> tuple[str, str]:
         """Classify many pictures, each routed to its own expert, in shared batches.
@@ -182,6 +208,7 @@ class Handlers:
 
     # Look inside
 
+    @on_gpu
     @friendly
     def look_inside(
         self, step: float, picture: str | None = None, key: str | None = ""
@@ -206,7 +233,7 @@ class Handlers:
             answer = views.answer(found, model)
             query = self.models.batcher.run(lambda: query_of(model, image))
         return (
-            views.learnt(now, step),
+            views.learnt(now, step, {task.name: tiles(now, task.name)[:SHOWN] for task in now.config.tasks}),
             views.accuracy_table(now, step),
             views.routing_table(now, step),
             views.point_map(now, model, query),

@@ -16,6 +16,7 @@ from ..config.hub_errors import HubError, explained
 from ..model import ContinualModel
 from ..prediction import best_device
 from .batching import Batcher
+from .gallery import Gallery, write_examples
 from .pictures import VisitorError
 
 
@@ -54,10 +55,18 @@ class Models:
         if not self.served.config.tasks:
             raise ConfigError(f"{source} has learnt no task yet, so there is nothing to show.")
         self.batcher = Batcher()
+        self.gallery = Gallery()
         self._kept: OrderedDict[tuple[str, int | None], ContinualModel] = OrderedDict()
         self._home = TemporaryDirectory(prefix="hf-clpeft-")
         self._folders: OrderedDict[str, Path] = OrderedDict()
         self._lock = threading.Lock()
+
+    def examples(self) -> list[Path]:
+        """Example pictures: those beside the bundled models, else those that the served model carries."""
+        bundled = bundled_folder(self.source)
+        if bundled is not None:
+            return sorted(Path(bundled, "examples").glob("*.*"))
+        return write_examples(self.served, Path(self._home.name, "examples"))
 
     def get(self, key: str | None) -> ContinualModel:
         """A model by its key.

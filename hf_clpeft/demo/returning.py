@@ -9,7 +9,7 @@ from .pictures import LARGEST_ARCHIVE, VisitorError
 
 
 MOST_MEMBERS = 5_000
-KINDS = (".json", ".safetensors", ".md", ".csv", ".png")  # of which a model consists
+KINDS = (".json", ".safetensors", ".md", ".csv", ".png", ".jpg")  # of which a model consists
 AGAIN = "Give the archive that was downloaded here, as it is."
 
 

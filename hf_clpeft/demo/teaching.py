@@ -13,7 +13,7 @@ from datasets import Dataset, DatasetDict
 
 from ..config.errors import ConfigError
 from ..model import ContinualModel
-from ..routing import PrototypeRouter, Router
+from ..routing import GaussianRouter, PrototypeRouter, Router
 from ..routing.registry import router_name
 from ..streams import load_task
 from ..training import ContinualTrainer, ContinualTrainingArguments, TrainerCallback
@@ -24,9 +24,11 @@ from .queries import query_of
 
 
 FEWEST, MOST_PICTURES, MOST_CLASSES, MOST_SECONDS = 3, 200, 20, 180
+MANY = 20  # pictures of a class that is known well
 MOST_TRIED = 40  # pictures that are left out, one at a time
 MOST_PIXELS = 800_000_000  # of all pictures together, as they are all in memory
 STEPS, MOST_EPOCHS, BATCH = 100, 60, 16
+THUMBNAILS = 8  # of the given pictures, in a model that is the visitor's own
 HEAD_LEARNING_RATE = 1e-2  # high, as a new row must outweigh the old ones within few steps
 
 
@@ -180,7 +182,7 @@ def teach(
         backbone=models.backbone,
         revision=None if key else models.revision,
     )
-    use_few_prototypes(model.router, classes)
+    expect_few(model.router, classes)
     folder = models.new_folder()
     task = f"task-{len(model.config.tasks) + len(model.config.removed):03d}"
 
@@ -196,6 +198,8 @@ def teach(
         train_batch_size=BATCH,
         eval_batch_size=BATCH,
         head_learning_rate=HEAD_LEARNING_RATE,
+        num_examples=0,
+        num_thumbnails=THUMBNAILS,
         disable_tqdm=True,
     )
     rows = {
@@ -244,7 +248,7 @@ def leave_one_out(
     for left_out in tried:
         others = torch.arange(len(pictures)) != left_out
         router = copy.deepcopy(model.router)
-        use_few_prototypes(router, classes)
+        expect_few(router, classes)
         router.learn(queries[others], known + labels[others])
         routing = router(queries[left_out : left_out + 1])
         own = int(routing.selection.flatten()[0]) == router.num_owners - 1
@@ -256,16 +260,17 @@ def leave_one_out(
     return len(tried), recognised
 
 
-def use_few_prototypes(router: Router | None, classes: dict[str, list[PIL.Image.Image]]) -> None:
-    """Lets a router keep two prototypes of each class that a lesson has only a few pictures of.
+def expect_few(router: Router | None, classes: dict[str, list[PIL.Image.Image]]) -> None:
+    """Prepares a router for a lesson of a few pictures.
 
-    As many prototypes as pictures are the pictures themselves, and no new one is near any of them. After five photos
-    of an object, taught to a model of four tasks of many photos, so many recognise 37 % of new photos; two prototypes
-    recognise 45 %: the mean over ten objects and three draws, with a small backbone.
+    A router of prototypes keeps two of each class: as many as pictures are the pictures themselves, and no new one is
+    near any of them. A Gaussian router favours classes of few pictures; see [`hf_clpeft.routing.few`].
     """
+    count = sum(map(len, classes.values()))
     if isinstance(router, PrototypeRouter) and isinstance(router.k, int):
-        count = sum(map(len, classes.values()))
         router.k = min(router.k, max(2 * len(classes), count // 5))
+    if isinstance(router, GaussianRouter):
+        router.learns_few = count < MANY * len(classes)
 
 
 def _check_unchanged(models: Models, old: ContinualModel, new: ContinualModel) -> None:

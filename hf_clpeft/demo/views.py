@@ -44,7 +44,11 @@ def introduction(model: ContinualModel, source: str) -> str:
 
 
 def verdict(
-    prediction: Prediction, model: ContinualModel, reject_rate: float, image: PIL.Image.Image | None = None
+    prediction: Prediction,
+    model: ContinualModel,
+    reject_rate: float,
+    image: PIL.Image.Image | None = None,
+    like: PIL.Image.Image | None = None,
 ) -> str:
     """The prediction, the route that led to it, and how far to trust both, as HTML.
 
@@ -53,6 +57,7 @@ def verdict(
         model ([`ContinualModel`]): The model that made it.
         reject_rate (`float`): As passed to [`ContinualModel.predict`].
         image (`PIL.Image.Image`, *optional*): The picture, to be drawn where its route begins.
+        like (`PIL.Image.Image`, *optional*): The training picture that is nearest to it, to be drawn beside it.
 
     Returns:
         `str`: HTML, with untrusted names escaped.
@@ -71,7 +76,7 @@ def verdict(
     else:
         answer = f"<b>{bdi(prediction.label)}</b> <small>{_confidence(prediction, model)}</small>"
         sentences += _measured(prediction, model)
-    strip = _strip(prediction, model, image)
+    strip = _strip(prediction, model, image, like)
     return f'<div class="verdict">{answer}</div>{strip}<p>{" ".join(sentences)}</p>'
 
 
@@ -150,15 +155,23 @@ def _came_to(model: ContinualModel, expert: str) -> tuple[int, int]:
     return int(confusion[:, place].sum()), int(confusion[place, place])
 
 
-def _strip(prediction: Prediction, model: ContinualModel, image: PIL.Image.Image | None) -> str:
-    """Picture → nearest prototype → expert → label, as HTML."""
+def _strip(
+    prediction: Prediction,
+    model: ContinualModel,
+    image: PIL.Image.Image | None,
+    like: PIL.Image.Image | None = None,
+) -> str:
+    """Picture → nearest prototype, or training picture → expert → label, as HTML."""
     steps = []
     if image is not None:
         steps.append(f"<span>{_image(thumbnail(image, 64))}</span>your picture")
     if model.method.routes and prediction.expert is not None and model.method.num_selected == 1:
         name = expert_names(model)[prediction.expert].html()
         if model.router is not None:
-            steps.append(f"<i>{prediction.distance:.2f}</i>to its nearest {escape(model.router.landmark)}")
+            if like is None:
+                steps.append(f"<i>{prediction.distance:.2f}</i>to its nearest {escape(model.router.landmark)}")
+            else:
+                steps.append(f"<span>{_image(thumbnail(like, 64))}</span>most like this training picture")
         steps.append(f"<span>{name}</span>its expert")
     steps.append(f"<b>{bdi(prediction.label) if prediction.label is not None else '?'}</b>the answer")
     return f'<ol class="route" aria-label="The route">{"".join(f"<li>{step}</li>" for step in steps)}</ol>'
@@ -306,13 +319,14 @@ def _points(model: ContinualModel) -> np.ndarray:
     return model.router.points()[0].detach().float().cpu().numpy()
 
 
-def learnt(model: ContinualModel, step: int) -> str:
-    """The tasks that a model had learnt after `step` tasks, as HTML."""
+def learnt(model: ContinualModel, step: int, small: dict[str, list[PIL.Image.Image]] | None = None) -> str:
+    """The tasks that a model had learnt after `step` tasks, as HTML, with some training pictures of each."""
     tasks = model.config.tasks
     items = "".join(
         f"<li{'' if i < step else ' class=later'}>{name.html()}"
         f"{f' · {task.num_train_images} pictures' if task.num_train_images else ''}"
-        f"{'' if i < step else ' <em>not yet learnt</em>'}</li>"
+        f"{'' if i < step else ' <em>not yet learnt</em>'}"
+        f"<span>{''.join(_image(thumbnail(one)) for one in (small or {}).get(task.name, []))}</span></li>"
         for i, (task, name) in enumerate(zip(tasks, task_names(model), strict=True))
     )
     return f'<p>After task {step} of {len(tasks)}:</p><ol class="tasks" tabindex=0 aria-label="Tasks">{items}</ol>'

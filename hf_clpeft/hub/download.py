@@ -11,6 +11,7 @@ from ..config.model import CONFIG_NAME, ContinualConfig
 from ..config.text import get_logger
 from ..reports.report import METRICS_NAME
 from ..storage.files import check_names
+from ..storage.pictures import check_listed, check_size
 
 
 if TYPE_CHECKING:
@@ -90,9 +91,11 @@ def fetch_config(
     try:
         config = ContinualConfig.load(folder)
         check_names(list(sizes), config, repo_id)
+        check_listed(config.files)
         for name in config.files:
             if name not in sizes:
                 raise ConfigError(f"{repo_id} lacks the file {name}, so the model is incomplete.")
+            check_size(name, sizes[name])
     except ConfigError:
         (folder / CONFIG_NAME).unlink()  # else the next call takes it from the cache unchecked
         raise

@@ -19,6 +19,7 @@ from ..reports.card import CARD_NAME, make_card
 from ..reports.report import METRICS_NAME, REPORT_FILES, StreamReport
 from ..storage.files import EXPERTS_FOLDER, WEIGHTS, check_files, sums_file
 from ..storage.lineage import difference
+from ..storage.pictures import EXAMPLES, thumbnails_file
 
 
 if TYPE_CHECKING:
@@ -253,7 +254,11 @@ def _squash(api: "HfApi", target: PushTarget, config: ContinualConfig, message: 
         there = _read_head(api, target, tag.target_commit).config
         if there is not None and removed & {*_names(there), *there.removed}:  # or an ancestor of the tag holds it
             api.delete_tag(target.repo_id, tag=tag.name)
-    theirs = tuple(prefix for name in config.removed for prefix in (f"{EXPERTS_FOLDER}/{name}/", sums_file(name)))
+    theirs = tuple(
+        prefix
+        for name in config.removed
+        for prefix in (f"{EXPERTS_FOLDER}/{name}/", sums_file(name), thumbnails_file(name), f"{EXAMPLES}/{name}-")
+    )
     orphans = [file for file in api.list_lfs_files(target.repo_id) if theirs and file.filename.startswith(theirs)]
     if orphans:
         api.permanently_delete_lfs_files(target.repo_id, orphans, rewrite_history=False)

@@ -6,6 +6,7 @@ import torch
 
 from .classes import ClassRouter
 from .covariance import factorize, leave_one_out, mean_square, shrink, shrinkage, unpack_triangle
+from .few import bonus
 from .routing import State, count, distances_to
 from .typicality import PERCENT, Metric, cross_fit, fit_thresholds, p_values
 
@@ -17,6 +18,9 @@ class GaussianRouter(ClassRouter):
     variances that F lacks: `F.T @ F + diag(rest)`. So tasks add up exactly, and removing one gives bit for bit the
     router that never knew it. The covariance is shrunk towards a multiple of the identity by oracle approximating
     shrinkage, which has no hyperparameter.
+
+    While `learns_few` is true, classes that are learnt are marked as known from a few images, and are favoured over
+    all others as [`bonus`] says.
 
     Args:
         query_size (`int`): Width of query features.
@@ -46,6 +50,8 @@ class GaussianRouter(ClassRouter):
     title = "Gaussian per class, one covariance"
     gives_likelihoods = rejects = True
     options: ClassVar[tuple[str, ...]] = ("covariance_rank",)
+    learns_few = False
+    few: torch.Tensor
     scatter: torch.Tensor
     factors: torch.Tensor
     ranks: torch.Tensor
@@ -58,6 +64,7 @@ class GaussianRouter(ClassRouter):
         super().__init__(query_size)
         self.covariance_rank = covariance_rank
         nothing = torch.zeros(0, 0, dtype=torch.float32)
+        self.register_buffer("few", torch.zeros(0, dtype=torch.int64))  # 1 for an entry of few images
         self.register_buffer("scatter", nothing)  # of the tasks of a model whose file has one sum for all
         self.register_buffer("factors", nothing.clone())  # of all tasks, one below the other
         self.register_buffer("ranks", torch.zeros(0, dtype=torch.int64))  # rows of each task
@@ -65,6 +72,7 @@ class GaussianRouter(ClassRouter):
         self.register_buffer("thresholds", torch.zeros(0, PERCENT, dtype=torch.float32))  # zeros if not measured
         self.register_buffer("_whitening", nothing.clone(), persistent=False)
         self.register_buffer("_centres", nothing.clone(), persistent=False)
+        self.register_buffer("_bonus", None, persistent=False)  # of every entry, if there are any of few images
         self._sum, self._summed = torch.zeros(0, 0), 0  # over how many tasks
         self._metrics: dict[int, tuple[torch.Tensor, Metric, torch.Tensor]] = {}  # of the tasks
 
@@ -74,7 +82,8 @@ class GaussianRouter(ClassRouter):
         return self.query_size
 
     def scores(self, query: torch.Tensor) -> torch.Tensor:
-        return -(distances_to(self._centres, self._whiten(query)) ** 2) / 2
+        distances = distances_to(self._centres, self._whiten(query))
+        return -(distances**2) / 2 if self._bonus is None else (self._bonus - distances**2 / 2).clamp(max=0)
 
     def class_scores(self, scores: torch.Tensor) -> torch.Tensor:
         return log_sum_exp(scores, self.classes, self.num_classes)
@@ -98,6 +107,7 @@ class GaussianRouter(ClassRouter):
         rank = torch.tensor([len(factor)])
         thresholds = self._fit_thresholds(features, entries) if self.measures else torch.zeros(PERCENT)
         self._append({"factors": factor, "ranks": rank, "rests": rest[None], "thresholds": thresholds[None]})
+        self._append({"few": torch.full((count(entries),), int(self.learns_few))})
 
     def leave_one_out(
         self, features: torch.Tensor, classes: torch.Tensor, views: int = 1
@@ -131,18 +141,19 @@ class GaussianRouter(ClassRouter):
             self.scatter, self._summed = (total + other.scatter.to(total)).to(self.scatter), 0
             for name in ("factors", "ranks", "rests", "thresholds"):
                 setattr(self, name, getattr(self, name)[:0])
-        self._append({name: getattr(other, name) for name in ("factors", "ranks", "rests", "thresholds")})
+        self._append({name: getattr(other, name) for name in ("few", "factors", "ranks", "rests", "thresholds")})
         self.derive()
 
     def remove(self, owner: int, number_of: dict[int, int]) -> None:
         place = owner - (self.num_owners - len(self.ranks))  # tasks with one sum for all come first
+        few = self.few[self.owners != owner]
         super().remove(owner, number_of)
         blocks = list(self.factors.split(self.ranks.tolist()))
         del blocks[place]
         kept = torch.arange(len(self.ranks), device=self.ranks.device) != place
         self.factors = torch.cat([self.factors[:0], *blocks])
         self.ranks, self.rests, self.thresholds = self.ranks[kept], self.rests[kept], self.thresholds[kept]
-        self._summed = 0
+        self.few, self._summed = few, 0
         self.derive()
 
     def why_not_removed(self, owner: int) -> str | None:
@@ -154,7 +165,7 @@ class GaussianRouter(ClassRouter):
 
     def split(self, tasks: list[list[int]]) -> tuple[State, list[State]]:
         state, pooled = self.state_dict(), self.num_owners - len(self.ranks)
-        apart = {"factors", "ranks", "rests", "thresholds"}
+        apart = {"few", "factors", "ranks", "rests", "thresholds"}
         if not len(self.ranks):  # as it was read, or new
             return {name: tensor for name, tensor in state.items() if name not in apart}, []
         blocks, parts = self.factors.split(self.ranks.tolist()), list[State]()
@@ -162,6 +173,8 @@ class GaussianRouter(ClassRouter):
             own = self.owners == owner
             part = {name: state[name][own] for name in self.of_entries}
             part["classes"] = torch.tensor([numbers.index(number) for number in self.classes[own].tolist()])
+            if self.few[own].any():
+                part["few"] = self.few[own]
             if owner >= pooled:
                 block = blocks[owner - pooled]
                 rows, columns = torch.triu_indices(*block.shape)
@@ -173,18 +186,18 @@ class GaussianRouter(ClassRouter):
 
     def join(self, shared: State, parts: list[State], tasks: list[list[int]]) -> State:
         if not parts:  # of a model whose file has one sum for all
-            return {**self.state_dict(), **shared}
+            return {**self.state_dict(), "few": torch.zeros_like(shared.get("owners", self.owners)), **shared}
         columns = dict[str, list[torch.Tensor]]()
         for owner, (part, numbers) in enumerate(zip(parts, tasks, strict=True)):
             pooled = {*self.of_entries, "classes"}
-            if part.keys() not in (pooled, pooled | {"factor", "rank", "rest", "thresholds"}):
+            if part.keys() - {"few"} not in (pooled, pooled | {"factor", "rank", "rest", "thresholds"}):
                 raise ValueError(f"the sums of task {owner} are {sorted(part)}.")
             places = part["classes"]
             if places.dim() != 1 or not ((places >= 0) & (places < len(numbers))).all():
                 raise ValueError(f"the sums of task {owner} are of other classes than its own.")
             found = {name: part[name] for name in self.of_entries}
             found["classes"] = torch.tensor(numbers)[places]
-            found["owners"] = torch.full_like(places, owner)
+            found["owners"], found["few"] = torch.full_like(places, owner), part.get("few", torch.zeros_like(places))
             if "factor" in part:
                 found["factors"] = unpack_triangle(part["factor"], part["rank"], self.num_features)
                 found["ranks"] = part["rank"].reshape(1)
@@ -208,6 +221,8 @@ class GaussianRouter(ClassRouter):
             empty = not tensors[name].numel() and (name == "scatter" or not len(ranks))
             if tensors[name].shape != shape and not empty:
                 raise ValueError(f"{name} has shape {tuple(tensors[name].shape)}, not {shape}.")
+        if tensors["few"].shape != tensors["owners"].shape or not torch.isin(tensors["few"], torch.arange(2)).all():
+            raise ValueError("few is not 0 or 1 for every class.")
         if ranks.dim() != 1 or not ((ranks >= 0) & (ranks <= width)).all():
             raise ValueError(f"a factor has fewer than 0 rows, or more than {width}.")
         if len(ranks) > num_tasks or (len(ranks) < num_tasks and not tensors["scatter"].numel()):
@@ -277,6 +292,23 @@ class GaussianRouter(ClassRouter):
         whitening = torch.linalg.inv(self._factor()).T
         self._whitening = whitening.to(self.prototypes)
         self._centres = (self.prototypes.to(whitening) @ whitening).to(self.prototypes)
+        self._bonus = self._favour()
+
+    def _favour(self) -> torch.Tensor | None:
+        """The bonus of every entry; `None` if none has any."""
+        few = self.few.bool()
+        if not 0 < int(few.sum()) < len(few):
+            return None
+        freedom = max(1, int(self.counts.sum()) - len(self.counts))
+        covariance = self.sum_up() / freedom
+        weight, _ = shrinkage(covariance.trace(), (covariance**2).sum(), freedom, self.query_size)
+        dimensions = (1 - weight) * torch.cholesky_solve(covariance, self._factor()).trace()
+        far = torch.cdist(self._centres[few].double(), self._centres[~few].double()).square().cpu()
+        favour = torch.zeros(len(few))
+        favour[few.cpu()] = torch.tensor(
+            [bonus(row, self.counts[~few].cpu(), float(dimensions), freedom) for row in far]
+        )
+        return favour.to(self._centres)
 
     def _factor(self) -> torch.Tensor:
         """Cholesky factor of the shrunk covariance, `float64`; see [`~ClassRouter.place`]."""

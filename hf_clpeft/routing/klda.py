@@ -109,6 +109,7 @@ class KldaRouter(GaussianRouter):
         factor = self._factor()
         centres = torch.linalg.solve_triangular(factor, self.means.to(factor).T, upper=False).T
         self._cholesky, self._centres = factor.to(self.means), centres.to(self.means)
+        self._bonus = self._favour()
 
     def _whiten(self, query: torch.Tensor) -> torch.Tensor:
         # Solved for each batch, which takes no longer than a product with the inverse, and saves inverting.

@@ -12,6 +12,7 @@ from ..config import CONFIG_NAME, ConfigError, ContinualConfig
 from ..reports.card import CARD_NAME
 from .folder import READY, hash_file, unfinished_change
 from .lineage import difference
+from .pictures import EXAMPLES, THUMBNAILS, check_listed, check_size, task_of
 
 
 ROUTER_NAME = "router.safetensors"
@@ -89,7 +90,7 @@ def as_saved(folder: str | Path) -> Path:
     removed, names = change
     place = Path(mkdtemp(prefix="hf-clpeft-"))
     atexit.register(shutil.rmtree, place, ignore_errors=True)
-    ours = {name for name in _names_in(folder) if Path(name).suffix in {".json", ".safetensors", *PICKLES}}
+    ours = {name for name in _names_in(folder) if Path(name).suffix in {".json", ".safetensors", ".jpg", *PICKLES}}
     kept = {name for name in ours if not any(f"{name}/".startswith(f"{gone}/") for gone in removed)}
     for name in kept | set(names):
         (place / name).parent.mkdir(parents=True, exist_ok=True)
@@ -118,7 +119,10 @@ def check_files(folder: Path, config: ContinualConfig) -> None:
     experts = {path for name in config.expert_names for path in expert_files(name)}
     sums = {sums_file(task.name) for task in config.tasks}
     expected = {ROUTER_NAME, HEADS_NAME, PROCESSOR_NAME, *experts} | (sums if sums & config.files.keys() else set())
-    unnamed, unknown = expected - config.files.keys(), config.files.keys() - expected - {METHOD_NAME}
+    check_listed(config.files)
+    names = {task.name for task in config.tasks}
+    pictures = {path for path in config.files if task_of(path) in names}
+    unnamed, unknown = expected - config.files.keys(), config.files.keys() - expected - pictures - {METHOD_NAME}
     if unnamed or unknown:
         raise ConfigError(
             f"{folder / CONFIG_NAME} does not fit together: of the files that its tasks need it lacks "
@@ -128,6 +132,7 @@ def check_files(folder: Path, config: ContinualConfig) -> None:
     for path, digest in config.files.items():
         if not (folder / path).is_file():
             raise ConfigError(f"{folder} lacks the file {path}, so the model is not whole.")
+        check_size(path, (folder / path).stat().st_size)
         if hash_file(folder / path) != digest:
             raise ConfigError(
                 f"{folder / path} is not the file that {CONFIG_NAME} vouches for: it is damaged or from another model."
@@ -153,9 +158,9 @@ def check_names(names: list[str], config: ContinualConfig, where: str | Path) ->
 
 
 def _names_in(folder: Path) -> list[str]:
-    """Paths that may belong to a model: files at the top level, and everything in the folders of experts and sums."""
+    """Paths that may belong to a model: files at the top level, and everything in the folders of its parts."""
     names = [entry.name for entry in _entries(folder) if entry.is_file()]
-    for part in (EXPERTS_FOLDER, SUMS_FOLDER):
+    for part in (EXPERTS_FOLDER, SUMS_FOLDER, THUMBNAILS, EXAMPLES):
         for entry in _entries(folder / part):
             inside = [f"{entry.name}/{name}" for name in os.listdir(entry)] if entry.is_dir() else [entry.name]
             names += [f"{part}/{name}" for name in inside]

@@ -1,8 +1,10 @@
 """Saves models atomically, and loads them with validation."""
 
+from collections.abc import Mapping
 from copy import copy
 from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 import torch
@@ -31,6 +33,7 @@ from .files import (
     sums_file,
 )
 from .folder import atomic, hash_file, recover, remove_with, safe_path
+from .pictures import check_size, of_tasks, task_of
 
 
 if TYPE_CHECKING:
@@ -47,6 +50,7 @@ def save_files(
     report: StreamReport | None,
     unchanged: Hashes,
     overwrite: bool = False,
+    pictures: Mapping[str, bytes] = MappingProxyType({}),
 ) -> Hashes:
     """Saves a model to a folder atomically. Unchanged experts are not written again.
 
@@ -60,6 +64,7 @@ def save_files(
         unchanged (`dict`): SHA-256 of the files of each expert, and of the sums of each task, that have not changed
             since they were saved or loaded.
         overwrite (`bool`, *optional*, defaults to `False`): Replace another model in the folder.
+        pictures (`dict[str, bytes]`, *optional*): Thumbnails and examples, by their path.
 
     Returns:
         `dict`: SHA-256 of the files of every expert, and of the sums of every task.
@@ -83,7 +88,9 @@ def save_files(
     tensors, sums = _tensors(method)
     new_sums = {path: part for path, part in sums.items() if not _has(folder, unchanged.get(path, {}))}
     written = {**tensors, **new_sums}
+    pictures = of_tasks(pictures, {task.name: task.name for task in model_config.tasks})
     num_bytes = sum(tensor.nbytes for of_file in written.values() for tensor in of_file.values())
+    num_bytes += sum(map(len, pictures.values()))
     with atomic(folder, num_bytes + sum(4 * expert.num_parameters for expert in changed.values())) as staging:
         for name, expert in changed.items():
             expert.save(staging / EXPERTS_FOLDER / name)
@@ -91,9 +98,13 @@ def save_files(
         for name, of_file in written.items():
             _write(staging / name, of_file)
         unchanged |= {path: {path: _known_hash(staging / path)} for path in new_sums}
+        for name, content in pictures.items():
+            check_size(name, len(content))
+            (staging / name).parent.mkdir(exist_ok=True)
+            (staging / name).write_bytes(content)
         processor.save_pretrained(staging)
         files = {path: digest for name in (*names, *sums) for path, digest in unchanged[name].items()}
-        files |= {name: hash_file(staging / name) for name in (*tensors, PROCESSOR_NAME)}
+        files |= {name: hash_file(staging / name) for name in (*tensors, PROCESSOR_NAME, *pictures)}
         config = replace(
             model_config,
             tasks=[
@@ -111,6 +122,7 @@ def save_files(
         _check_loads(method, staging, folder, list(changed))
         gone = [f"{EXPERTS_FOLDER}/{name}" for name in set(there.expert_names if there else []) - set(names)]
         gone += [path for path in (there.files if there else ()) if is_sums(path) and path not in sums]
+        gone += [path for path in (there.files if there else ()) if task_of(path) and path not in pictures]
         gone += [METHOD_NAME] if METHOD_NAME not in tensors and (folder / METHOD_NAME).exists() else []
         remove_with(staging, gone + (list(REPORT_FILES) if report is None else []))
     model_config.tasks, model_config.files, model_config.versions = config.tasks, config.files, config.versions

@@ -32,6 +32,7 @@ FROM_ZERO = (
     "seed",
     "dataloader_num_workers",
     "trunk_cache_gb",
+    "num_examples",
 )
 WORKERS = 2  # processes that read resized images for a GPU, by default
 ENOUGH_BATCHES = 16  # fewer are read before workers have started
@@ -52,6 +53,8 @@ MAY_CHANGE = {
     "hub_token",
     "license",
     "logging_steps",
+    "num_examples",
+    "num_thumbnails",
     "output_dir",
     "overwrite_output_dir",
     "push_to_hub",
@@ -210,6 +213,20 @@ class ContinualTrainingArguments:
     license: str | None = field(
         default=None, metadata={"help": "License identifier of the Hub for the experts; default: apache-2.0."}
     )
+    num_examples: int = field(
+        default=8,
+        metadata={
+            "help": "Test pictures of all tasks together that the model carries, for people to try it with; 0 for "
+            "data that others must not see. None with hub_private_repo."
+        },
+    )
+    num_thumbnails: int = field(
+        default=0,
+        metadata={
+            "help": "Small training pictures of every task that the model carries, to show why an image was routed "
+            "to it: at most 32."
+        },
+    )
     seed: int = field(default=0, metadata={"help": "Seed of initialisation, shuffling and k-means."})
     report_to: Literal["tensorboard", "wandb", "trackio", "none"] = field(
         default="none", metadata={"help": "Experiment tracker."}
@@ -231,7 +248,7 @@ class ContinualTrainingArguments:
         self.output_dir = os.fspath(self.output_dir)
         check_types(self)
         check_ranges(self, **dict.fromkeys(COUNTS, (1, MOST)), **dict.fromkeys(FROM_ZERO, (0, MOST)))
-        check_ranges(self, warmup_ratio=(0, 1))
+        check_ranges(self, warmup_ratio=(0, 1), num_thumbnails=(0, 32))
         if not self.output_dir:
             raise ConfigError("output_dir is empty; pass a folder, or . for the current one.")
         if self.cache_size_gb is not None and not 0 < self.cache_size_gb <= MOST:

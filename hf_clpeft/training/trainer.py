@@ -42,6 +42,7 @@ from .features import extract_all
 from .fingerprint import describe, note_pictures, same_pictures
 from .output import check_output
 from .parallel import LocalAccelerator, ParallelExperts, check_independent
+from .pictures import KeepPictures
 from .processes import Stop, any_process_stops, cpu_only, explaining_lost_processes, join_processes, same_everywhere
 from .steps import StepLoop, TrainingStopped, stopping_on_signals
 from .trunk_cache import TrunkCaches
@@ -87,7 +88,7 @@ class ContinualTrainer:
         callbacks: Iterable[TrainerCallback] = (),
     ):
         args = self.args = args or ContinualTrainingArguments()
-        self.callbacks = CallbackList(callbacks)
+        self.callbacks = CallbackList([*callbacks, KeepPictures(args)])
         precision = go_fast(join_processes(args.ddp_timeout).device)
         precision = None if is_initialized() else precision  # a process keeps that of its first trainer
         self.accelerator = Accelerator(
@@ -118,8 +119,7 @@ class ContinualTrainer:
         self._measured = self.report.measured()
         self.evaluator.before = self.report.test_forwards_per_image
         self.report.environment = describe_environment(model, self.accelerator, args, self.report.environment)
-        if args.license is not None:
-            model.config.license = args.license
+        model.config.license = args.license or model.config.license
         self._shows = self.accelerator.is_main_process and not args.disable_tqdm
         self._tests: dict[int, Task] = {}  # tasks with test images, by index in the model
         self._step = 0  # optimizer steps over all tasks, for trackers

@@ -1,0 +1,89 @@
+"""Classes of a few images beside classes of many."""
+
+import copy
+
+import pytest
+import torch
+
+from hf_clpeft.routing import GaussianRouter, KldaRouter
+
+
+WIDTH, OLD = 60, 12
+FRAME = torch.randn(OLD + 10, WIDTH, generator=torch.Generator().manual_seed(1))
+SCALES = torch.cat([torch.full((10,), 1.0), torch.full((WIDTH - 10,), 0.2)])
+
+
+def images(number, count, seed):
+    """Of a class: wide in ten directions if it is old, in others if it is new, as photos of new things are."""
+    noise = torch.randn(count, WIDTH, generator=torch.Generator().manual_seed(100 * seed + number))
+    return 0.2 * FRAME[number] + noise * (SCALES if number < OLD else SCALES.flip(0))
+
+
+def learnt(kind=GaussianRouter, **options):
+    router = kind(WIDTH, **options)
+    router.measures = False
+    for task in range(3):
+        numbers = [4 * task + i for i in range(4)]
+        router.learn(torch.cat([images(n, 50, 0) for n in numbers]), torch.tensor(numbers).repeat_interleave(50))
+    return router
+
+
+def taught(router, number=OLD, few=True, label=OLD):
+    router = copy.deepcopy(router)
+    router.learns_few = few
+    router.learn(images(number, 5, 0), torch.full((5,), label))
+    return router
+
+
+def test_a_class_of_five_images_wins_its_own_and_takes_few_of_others():
+    old, found, plain, taken = learnt(), [], [], []
+    others = torch.cat([images(number, 100, 9) for number in range(OLD)])
+    for number in range(OLD, OLD + 10):
+        new = images(number, 50, 9)
+        favoured = taught(old, number)
+        found.append((favoured(new).selection == 3).double().mean())
+        plain.append((taught(old, number, few=False)(new).selection == 3).double().mean())
+        taken.append((favoured(others).selection == 3).double().mean())
+    assert torch.stack(found).mean() > 0.7 > 0.55 > torch.stack(plain).mean()
+    assert 0.001 < torch.stack(taken).mean() < 0.01  # half a percent is what is allowed
+
+
+@pytest.mark.parametrize("kind, options", [(GaussianRouter, {}), (KldaRouter, {"kernel_features": 60})])
+def test_it_is_as_if_a_removed_task_had_never_been(kind, options):
+    router = taught(learnt(kind, **options))
+    assert float(router._bonus[:-1].abs().max()) == 0
+    without = kind(WIDTH, **options)
+    without.measures = False
+    for task in (0, 2):
+        numbers = [4 * task + i for i in range(4)]
+        data = torch.cat([images(n, 50, 0) for n in numbers])
+        without.learn(data, torch.tensor([n if n < 4 else n - 4 for n in numbers]).repeat_interleave(50))
+    without.learns_few = True
+    without.learn(images(OLD, 5, 0), torch.full((5,), 8))
+    router.remove(1, {n: n if n < 4 else n - 4 for n in range(OLD + 1) if n not in (4, 5, 6, 7)})
+    query = torch.cat([images(n, 20, 5) for n in (0, 9, OLD)])
+    assert torch.equal(router(query).scores, without(query).scores)
+
+
+def test_it_is_saved_with_its_task_and_other_files_stay_as_they_were():
+    tasks = [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 11], [12]]
+    router = taught(learnt())
+    shared, parts = router.split(tasks)
+    assert ["few" in part for part in parts] == [False, False, False, True]
+    again = GaussianRouter(WIDTH)
+    again.load(again.join(shared, parts, tasks), 4, 13)
+    query = torch.cat([images(n, 20, 5) for n in (0, 9, OLD)])
+    assert torch.equal(again(query).scores, router(query).scores)
+    parts[3]["few"] = torch.tensor([2])
+    with pytest.raises(ValueError, match="few is not 0 or 1"):
+        again.load(again.join(shared, parts, tasks), 4, 13)
+
+
+def test_merged_routers_favour_the_same_classes():
+    one, two = learnt(), GaussianRouter(WIDTH)
+    two.measures = False
+    two.learns_few = True
+    two.learn(images(OLD, 5, 0), torch.zeros(5, dtype=torch.int64))
+    one.merge(two, [OLD])
+    query = torch.cat([images(n, 20, 5) for n in (0, 9, OLD)])
+    assert torch.allclose(one(query).scores, taught(learnt())(query).scores, atol=1e-4)
