@@ -11,7 +11,7 @@ from accelerate import Accelerator
 
 from ..methods import ContinualOutput
 from ..model import ContinualModel
-from ..reports.report import margin_bins
+from ..reports.report import StreamReport, margin_bins
 from ..streams import TaskImages
 from .arguments import ContinualTrainingArguments
 from .features import TestFeatures, extract, extract_all
@@ -216,3 +216,36 @@ class Evaluator:
         columns = selection.reshape(len(selection), -1).T
         features = [test.under(column, partial(compute, experts=column)) for column in columns]
         return features[0] if selection.dim() == 1 else torch.stack(features, dim=1)
+
+
+def note_results(
+    report: StreamReport, model: ContinualModel, results: dict[int, TaskEvaluation], before: float | None
+) -> None:
+    """Writes an evaluation after the last task into a report.
+
+    Args:
+        report ([`StreamReport`]): The report, which has a row for that task.
+        model ([`ContinualModel`]): The model.
+        results (`dict[int, TaskEvaluation]`): Results by index of the task.
+        before (`float`, *optional*): Accuracy on the last task before it was learnt.
+    """
+    method, count = model.method, len(model.config.tasks)
+    if before is not None and count > 1:
+        report.accuracy_matrix[-2][-1] = before
+    for position, result in results.items():
+        report.accuracy_matrix[-1][position] = result.accuracy
+    tables = [result.reliability for result in results.values()]
+    report.reliability = np.sum(tables, axis=0).round(6).tolist() if tables else []
+    margins = [result.margins for result in results.values() if result.margins is not None]
+    report.route_margins = np.sum(margins, axis=0).tolist() if margins else []
+    if method.routes:
+        shared = len(method.bank) and not method.independent
+        report.experts = method.bank.names if shared else list(report.titles)
+        confusion = np.zeros((count, len(report.experts)), dtype=int)
+        for position, result in results.items():
+            confusion[position, : len(result.routed)] = result.routed
+        report.routing_confusion = confusion.tolist()
+    if method.independent:
+        report.oracle_accuracy = [
+            results[position].oracle_accuracy if position in results else math.nan for position in range(count)
+        ]
