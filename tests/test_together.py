@@ -168,7 +168,7 @@ def test_batches_that_do_not_fit_into_memory_are_cut(stream, tmp_path, monkeypat
         (
             s_x(peft={"peft_type": "LOHA", "r": 2}),
             ExpertError,
-            "LOHA cannot be trained together: that needs plain LoRA",
+            "LOHA cannot be trained together: that needs",
         ),
         (s_lora(lora={"lora_dropout": 0.1}), ExpertError, "Set lora_dropout=0"),
     ],
