@@ -5,6 +5,7 @@ Heavy libraries are imported when a command runs, so that `--help` is fast.
 
 import typer
 
+from .card import card
 from .combine import combine
 from .demo import demo
 from .env import env
@@ -24,7 +25,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for command in (demo, info, predict, combine, push, export, migrate, env, test):
+for command in (demo, info, predict, combine, push, card, export, migrate, env, test):
     app.command()(command)
 
 

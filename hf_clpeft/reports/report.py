@@ -93,6 +93,7 @@ class StreamReport:
         seconds (`list[dict[str, float]]`): Wall-clock time of each task by part.
         untrained_accuracy (`list[float]`): Chance level of each task, 1 / classes.
         test_forwards_per_image (`float`): Forward passes per test image, summed over all evaluations.
+        temperature (`float`, *optional*): Temperature of calibrated scores, found on training images held out.
 
     Example:
 
@@ -128,6 +129,7 @@ class StreamReport:
     seconds: list[dict[str, float]] = field(default_factory=list)
     untrained_accuracy: list[float] = field(default_factory=list)
     test_forwards_per_image: float = 0.0
+    temperature: float | None = None
 
     def add_task(self, name: str, title: str, **costs: Any) -> None:
         """Adds a row and a column to the accuracy matrix, and resets the routing metrics.
@@ -145,7 +147,7 @@ class StreamReport:
         for cost in COSTS:
             getattr(self, cost).append(costs.get(cost, {} if cost == "seconds" else math.nan))
         self.experts, self.routing_confusion, self.oracle_accuracy, self.reliability = [], [], [], []
-        self.route_margins = []
+        self.route_margins, self.temperature = [], None
 
     def catch_up(self, tasks: list[TaskConfig]) -> None:
         """Adds rows of NaN for those of a model's tasks that were learnt without a trainer."""
@@ -154,7 +156,7 @@ class StreamReport:
             self.add_task(task.name, task.title)
         if unknown:  # the routing metrics are outdated
             self.experts, self.routing_confusion, self.oracle_accuracy = list(self.titles), [], []
-            self.reliability, self.route_margins = [], []
+            self.reliability, self.route_margins, self.temperature = [], [], None
 
     def remove_task(self, name: str) -> None:
         """Removes a task's row and column, and resets the metrics of the model with that task."""
@@ -165,7 +167,7 @@ class StreamReport:
             del row[j]
         self.accuracy_matrix[-1:] = [[math.nan] * len(self.tasks)] * bool(self.tasks)
         self.experts, self.routing_confusion, self.oracle_accuracy = list(self.titles), [], []
-        self.reliability, self.route_margins = [], []
+        self.reliability, self.route_margins, self.temperature = [], [], None
 
     def measured(self) -> list[int]:
         """Indices of the tasks that were evaluated after the last one was learnt."""

@@ -236,6 +236,7 @@ def note_results(
         report.accuracy_matrix[-1][position] = result.accuracy
     tables = [result.reliability for result in results.values()]
     report.reliability = np.sum(tables, axis=0).round(6).tolist() if tables else []
+    report.temperature = method.temperature()
     margins = [result.margins for result in results.values() if result.margins is not None]
     report.route_margins = np.sum(margins, axis=0).tolist() if margins else []
     if method.routes:
