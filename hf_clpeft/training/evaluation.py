@@ -14,6 +14,7 @@ from ..model import ContinualModel
 from ..reports.report import StreamReport, margin_bins
 from ..streams import TaskImages
 from .arguments import ContinualTrainingArguments
+from .computed import ComputedMetrics
 from .features import TestFeatures, extract, extract_all
 from .trunk_cache import TrunkCaches
 
@@ -32,6 +33,7 @@ class TaskEvaluation(NamedTuple):
         reliability (array of shape `(15, 3)`): Of each bin of confidence, the number of images, the sum of their
             confidences, and the number of images that were right.
         margins (array of shape `(3, 2)`, *optional*): See [`StreamReport`]; `None` if experts do not belong to tasks.
+        computed (`dict[str, float]`): Values of the user's own metrics by name.
     """
 
     accuracy: float
@@ -39,6 +41,7 @@ class TaskEvaluation(NamedTuple):
     routed: np.ndarray
     reliability: np.ndarray
     margins: np.ndarray | None
+    computed: dict[str, float]
 
 
 def reliability_of(logits: torch.Tensor, wanted: torch.Tensor) -> np.ndarray:
@@ -75,6 +78,7 @@ class Evaluator:
         accelerator (`accelerate.Accelerator`): Shards the images.
         args ([`ContinualTrainingArguments`]): Batch size and progress bars.
         caches ([`TrunkCaches`], *optional*): Caches of the run.
+        compute ([`ComputedMetrics`], *optional*): The user's own metrics.
 
     Attributes:
         before (`float`): [`~Evaluator.forwards_per_image`] when the model was last saved.
@@ -86,8 +90,10 @@ class Evaluator:
         accelerator: Accelerator,
         args: ContinualTrainingArguments,
         caches: TrunkCaches | None = None,
+        compute: ComputedMetrics | None = None,
     ):
-        self.model, self.accelerator, self.args, self.caches = model, accelerator, args, caches
+        self.model, self.accelerator, self.args = model, accelerator, args
+        self.caches, self.compute = caches, compute
         self.before = 0.0
         self._tests: dict[str, TestFeatures] = {}
         self._recalled: set[str] = set()
@@ -179,7 +185,9 @@ class Evaluator:
         own = None if owner is None or not (method.routes and method.independent) else method.expert_of(owner)
         margins = None if own is None else margins_of(output.distances, chosen == own)
         reliability = reliability_of(output.logits, wanted)
-        result = TaskEvaluation(accuracy(output), oracle_accuracy, counts, reliability, margins)
+        asked = self.compute is not None and owner is not None
+        computed = self.compute(output.logits, wanted, name) if self.compute is not None and asked else {}
+        result = TaskEvaluation(accuracy(output), oracle_accuracy, counts, reliability, margins, computed)
         test.drop_unused()
         return result
 
@@ -237,6 +245,11 @@ def note_results(
     tables = [result.reliability for result in results.values()]
     report.reliability = np.sum(tables, axis=0).round(6).tolist() if tables else []
     report.temperature = method.temperature()
+    names = dict.fromkeys(name for result in results.values() for name in result.computed)
+    report.computed = {
+        name: [results[place].computed.get(name, math.nan) if place in results else math.nan for place in range(count)]
+        for name in names
+    }
     margins = [result.margins for result in results.values() if result.margins is not None]
     report.route_margins = np.sum(margins, axis=0).tolist() if margins else []
     if method.routes:

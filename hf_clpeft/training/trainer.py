@@ -3,10 +3,11 @@
 import hashlib
 import json
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from copy import deepcopy
 from dataclasses import replace
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -30,6 +31,7 @@ from ..streams.stream import BorderlessStream
 from .arguments import ContinualTrainingArguments
 from .callbacks import CallbackList, TrainerCallback
 from .checkpoints import Checkpoints, Progress
+from .computed import ComputedMetrics
 from .console import print_task, waiting
 from .environment import describe_environment
 from .evaluation import Evaluator, note_results
@@ -43,6 +45,7 @@ from .processes import Stop, any_process_stops, cpu_only, explaining_lost_proces
 from .pushing import Pusher
 from .steps import StepLoop, TrainingStopped, stopping_on_signals
 from .together import TrainedTogether
+from .trackers import Trackers
 from .trunk_cache import TrunkCaches
 
 
@@ -56,6 +59,9 @@ class ContinualTrainer:
         model ([`ContinualModel`]): New, or loaded with the tasks learnt so far. Its report is continued.
         args ([`ContinualTrainingArguments`], *optional*): Training arguments.
         callbacks (iterable of [`TrainerCallback`], *optional*): Callbacks, called in this order.
+        compute_metrics (callable, *optional*): Metrics of your own, of each task with test images after every task:
+            takes a `transformers.EvalPrediction` of logits and class indices, and returns numbers by name; see
+            [`ComputedMetrics`]. They are in `report.computed` and, as means over tasks, in logs.
 
     Raises:
         [`ConfigError`]: The experts of `experts_from` do not fit the model.
@@ -84,6 +90,7 @@ class ContinualTrainer:
         model: ContinualModel,
         args: ContinualTrainingArguments | None = None,
         callbacks: Iterable[TrainerCallback] = (),
+        compute_metrics: Callable[[Any], Mapping[str, float]] | None = None,
     ):
         args = self.args = args or ContinualTrainingArguments()
         self.callbacks = CallbackList(callbacks)
@@ -100,8 +107,7 @@ class ContinualTrainer:
                 split_batches=True, use_seedable_sampler=True, data_seed=args.seed
             ),
         )
-        if args.report_to != "none":
-            self.accelerator.init_trackers(args.run_name, config=args.to_log())
+        self.trackers = Trackers(self.accelerator, args)
         self.model = model.to(self.accelerator.device)
         set_checkpointing(model.backbone, args.gradient_checkpointing)
         if args.torch_compile:
@@ -109,7 +115,8 @@ class ContinualTrainer:
             model.bank.compile()
         chosen = getattr(model.config.method, "expert_layers", None) is not None
         self._caches = TrunkCaches(model.bank, args.trunk_cache_gb if chosen else 0)
-        self.evaluator = Evaluator(self.model, self.accelerator, args, self._caches)
+        compute = None if compute_metrics is None else ComputedMetrics(compute_metrics)
+        self.evaluator = Evaluator(self.model, self.accelerator, args, self._caches, compute)
         if model.report is None:
             model.report = StreamReport(model.config.method.name, "stream", {})
             model.report.catch_up(model.config.tasks)
@@ -166,8 +173,7 @@ class ContinualTrainer:
                     self._learn(task)
             if self.accelerator.is_main_process:
                 self._parallel.clear()
-        if self.args.report_to != "none":
-            self.accelerator.end_training()
+        self.trackers.close()
         return self.report
 
     def learn(self, task: Task) -> StreamReport:
@@ -407,7 +413,7 @@ class ContinualTrainer:
         return Lesson(self.model, images, loop, accelerator, self._caches, queries), after_step
 
     def _log(self, values: dict[str, float]) -> None:
-        self.accelerator.log(values, step=self._step)
+        self.trackers.log(values, self._step)
         self.callbacks("on_log", self.model, values, self._step)
 
     def _made_with(self) -> dict:
@@ -437,7 +443,9 @@ class ContinualTrainer:
         with self.model.bank.lock.writing():  # no other thread saves a partial row
             note_results(self.report, self.model, results, before)
             self.report.test_forwards_per_image = self.evaluator.forwards_per_image()
-        self._log({f"eval/{name}": value for name, value in self.report.summary().items()})
+        found = self.report.summary() | self.report.means()
+        self._log({f"eval/{name}": value for name, value in found.items()})
+        self.trackers.show(self.report, self._step)
         self.callbacks("on_evaluate", self.model)
 
     def _save(self) -> None:
