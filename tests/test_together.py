@@ -13,6 +13,7 @@ from hf_clpeft import (
     ContinualModel,
     ExpertBank,
     ExpertError,
+    Method,
     TaskStream,
     ease,
     l2l,
@@ -178,6 +179,23 @@ def test_what_cannot_be_trained_together_is_refused(method, error, message, stre
     with pytest.raises(error, match=message):
         make_trainer(method, tmp_path, together=2).learn_stream(stream)
     assert not (tmp_path / "config.json").exists()
+
+
+class OwnParameters(Method, name="own_parameters"):
+    """Trains a layer of its own for each task, and no expert of the bank."""
+
+    independent, reads = True, False
+
+    def begin(self, task):
+        self._head = torch.nn.Linear(self.query_size, len(task.classes))
+
+    def loss(self, batch):
+        return torch.nn.functional.cross_entropy(self._head(self.query(batch.pixels)), self.rows(batch.labels))
+
+
+def test_a_method_without_experts_is_refused_too(stream, tmp_path):
+    with pytest.raises(ConfigError, match="own_parameters trains no PEFT expert"):
+        make_trainer(OwnParameters.Config(), tmp_path, together=2).learn_stream(stream)
 
 
 def test_streams_that_cannot_be_trained_together_are_refused(stream, tmp_path):

@@ -96,7 +96,6 @@ class ParkedLesson:
         at_end: Callable[[float], None],
     ):
         self.lesson, self.at_end, self.seconds = lesson, at_end, 0.0
-        assert lesson.method.bank.slot is not None
         self.slot = lesson.method.bank.slot
         self._steps = lesson.loop.steps(after_step, stop)
         self._park()

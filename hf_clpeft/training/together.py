@@ -6,6 +6,7 @@ from contextlib import ExitStack, nullcontext
 
 import torch
 
+from ..config import ConfigError
 from ..experts.together import SlotsTogether
 from .lesson import ParkedLesson
 from .steps import Gradients
@@ -31,7 +32,7 @@ class TrainedTogether:
 
         Raises:
             [`TrainingError`]: A loss is not finite, or batches do not fit into memory.
-            [`ExpertError`]: Experts of this kind cannot be trained together.
+            [`ExpertError`], [`ConfigError`]: Experts of this kind cannot be trained together.
         """
         gradients = None
         while True:
@@ -64,8 +65,13 @@ class TrainedTogether:
 
     def _run_together(self, some: list[ParkedLesson], pixels: list[torch.Tensor]) -> list:
         """Context managers in which the bank knows the features of the images of each task."""
-        bank = some[0].lesson.method.bank
-        if self._slots is None:
-            self._slots = SlotsTogether(bank, some[0].slot)
-        found = self._slots([one.slot for one in some], pixels)
+        method = some[0].lesson.method
+        bank, slots = method.bank, [one.slot for one in some if one.slot is not None]
+        if len(slots) < len(some):
+            raise ConfigError(
+                f"{method.name} trains no PEFT expert, and others cannot be trained together. Train one task after "
+                "another (together=1)."
+            )
+        self._slots = self._slots or SlotsTogether(bank, slots[0])
+        found = self._slots(slots, pixels)
         return [bank.knowing(images, features) for images, features in zip(pixels, found, strict=True)]
