@@ -90,6 +90,7 @@ def main():
     backbone = load_backbone(args.model, image_size=args.image_size) if sized else make_backbone(args.model)
     backbone, stream = backbone.to(device), noise(args, backbone.input_shape[-1])
     rows, folder, start = [], Path(args.output_dir), time.perf_counter()
+    folder.mkdir(parents=True, exist_ok=True)
     for batch_size in args.batch_sizes:
         seconds: dict[int, list[float]] = {together: [] for together in args.together}
         for repeat in range(-1, args.repeats):
@@ -105,11 +106,10 @@ def main():
                 row | {"image_size": backbone.input_shape[-1]} | environment_of(Path(args.model).name, backbone)
             )
             print(LINE.format(**row), flush=True)
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / "together.csv", "w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, rows[0].keys(), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
+        with open(folder / "together.csv", "w", newline="", encoding="utf-8") as file:  # after every batch size
+            writer = csv.DictWriter(file, rows[0].keys(), lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(rows)
     print(f"results: {folder / 'together.csv'}    after {time.perf_counter() - start:.0f} s")
 
 
