@@ -141,6 +141,9 @@ def test_a_run_that_is_asked_to_stop_saves_every_task(stream, tmp_path):
         trainer.learn_stream(stream)
     states = sorted((tmp_path / "stopped" / ".parallel").glob(".task-*/checkpoints/*/state.json"))
     assert [json.loads(path.read_text())["progress"]["step"] for path in states] == [2, 2, 2]
+    anew = make_trainer(s_lora(k=2), tmp_path / "stopped", **OPTIONS)
+    with pytest.raises(ConfigError, match=r"interrupted run \(\.parallel/\.task-000/checkpoints/task-000-00000002\)"):
+        anew.learn_stream(stream)
     make_trainer(s_lora(k=2), tmp_path / "stopped", **options).learn_stream(stream)
     make_trainer(s_lora(k=2), tmp_path / "whole", **OPTIONS).learn_stream(stream)
     check_same(tmp_path / "stopped", tmp_path / "whole")
