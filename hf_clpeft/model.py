@@ -19,7 +19,7 @@ from .experts.lock import ReadWriteLock, reading, writing
 from .hub.download import fetch_model
 from .hub.push import PushTarget, push_folder
 from .methods import ContinualOutput, Heads, make_method
-from .methods.learning import FeaturesOf
+from .methods.learning import FeaturesOf, asked_for_views
 from .prediction import Prediction, check_options, classify, read_batches
 from .reports.report import StreamReport
 from .routing import Router
@@ -214,11 +214,14 @@ class ContinualModel(torch.nn.Module):
             features_of (callable): Extracts features of all training images; see
                 [`hf_clpeft.methods.learning.FeaturesOf`].
             num_train_images (`int`): Number of training images.
+
+        Raises:
+            [`ConfigError`]: The method asks for several views of each image, and `features_of` has none.
         """
         method, task = self.method, self.method.task
         assert task is not None, "start_task comes first"
         task.num_train_images = num_train_images
-        method.finish(features_of)
+        method.finish(asked_for_views(features_of, method.name))
         experts = [name for name in self.unchanged if not is_sums(name)]
         for name in [task.name, *method.remade] if method.independent else experts:
             self.unchanged.pop(name, None)

@@ -15,10 +15,7 @@ import typer
 
 from hf_clpeft import METHODS
 from hf_clpeft.cli.run import run_program
-from hf_clpeft.config import ContinualConfig
-from hf_clpeft.config.checks import read_json
-from hf_clpeft.reports.card import CARD_NAME, make_card
-from hf_clpeft.reports.report import METRICS_NAME, StreamReport
+from hf_clpeft.reports.card import CARD_NAME, make_card_of
 
 
 RECIPES = sorted(path.stem for path in Path(__file__).parent.glob("*.py") if path.stem in METHODS)
@@ -39,9 +36,7 @@ def main(
         ended = subprocess.run([sys.executable, script, *options]).returncode
         if ended:
             raise SystemExit(ended)  # it has said why
-        config = ContinualConfig.load(folder)
-        report = StreamReport.from_dict(read_json(folder / METRICS_NAME), config.tasks)
-        make_card(config, report, repo_id).save(folder / CARD_NAME)  # for who has the folder, and looks for the repo
+        make_card_of(folder, repo_id).save(folder / CARD_NAME)  # for who has the folder, and looks for the repo
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from hf_clpeft import ContinualModel, TaskStream
 from hf_clpeft.methods import SLora
 from hf_clpeft.streams.images import open_image
 from hf_clpeft.training import evaluation, features
-from hf_clpeft.training.steps import StepLoop
+from hf_clpeft.training.steps import Gradients, StepLoop
 
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*to a meta parameter")  # which is none: the copy is done
@@ -90,6 +90,24 @@ def test_every_method_lives_on_one_device_and_no_batch_makes_it_wait(name, strea
         assert (here.label, here.expert) == (there.label, there.expert)
         assert here.score == pytest.approx(there.score, abs=1e-4)
         assert here.typicality == pytest.approx(there.typicality, abs=0.02)
+
+
+@pytest.mark.parametrize("name", ["s_lora", "s_prompts"])
+def test_tasks_that_are_trained_together_do_not_wait_either(name, stream, monkeypatch):
+    waits, call = [], Gradients.__call__
+
+    def watched(*args):
+        before = len(device.waits)
+        losses = call(*args)
+        waits.append(device.waits[before:])
+        return losses
+
+    monkeypatch.setattr(Gradients, "__call__", watched)
+    with ForeignDevice().patched() as device:
+        sizes = {"num_train_epochs": 2, "train_batch_size": BATCH, "eval_batch_size": BATCH}
+        trainer = make_trainer(options_of(name), augmentation="crop_flip", **sizes)
+        trainer.learn_stream(stream, together=2)
+    assert len(waits) == 4 and not any(waits[1:])  # the first pass finds out which layers share inputs
 
 
 @pytest.mark.parametrize("place", ["loss", "classify", "look", "read"])

@@ -428,6 +428,11 @@ def test_bases_are_stored_and_checked(tmp_path):
     assert [*loaded.method.state()] == [*model.method.state()]
     for name, tensor in model.method.state().items():
         assert torch.equal(loaded.method.state()[name], tensor)
+    basis = loaded.method.bases[0].data
+    for wrong in (2 * basis[:1], basis[:1].repeat(len(basis), 1), torch.full_like(basis, torch.nan)):
+        loaded.method.bases[0].data = torch.cat([wrong, basis[len(wrong) :]])
+        with pytest.raises(ConfigError, match="rows are not orthonormal"):
+            loaded.method.check()
     loaded.method.bases = loaded.method.bases[1:]
     with pytest.raises(ConfigError, match="bases of the inputs of other layers"):
         loaded.method.check()

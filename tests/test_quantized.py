@@ -1,5 +1,6 @@
 """Quantised backbones: experts stay in full precision, and are the same adapters."""
 
+import json
 from importlib.util import find_spec
 
 import PIL.Image
@@ -9,8 +10,11 @@ from transformers import BitsAndBytesConfig
 
 from hf_clpeft import ContinualModel, ContinualTrainer, ContinualTrainingArguments, ExpertBank, s_lora
 from hf_clpeft.backbones import BackboneError, load_backbone
+from hf_clpeft.config.errors import OptionError
 from hf_clpeft.experts.expert import ExpertError, Seal, make_peft_config
 from hf_clpeft.streams import load_benchmark
+from hf_clpeft.training.options import BackboneArguments, StreamArguments, parse
+from hf_clpeft.training.recipe import learn
 
 
 BACKBONE = "hf-clpeft/vit-tiny-glyphs"
@@ -85,3 +89,29 @@ def test_a_library_that_is_missing_is_named():
         pytest.skip("it is installed")
     with pytest.raises(BackboneError, match="cannot be loaded: .*bitsandbytes"):
         load_backbone(BACKBONE, quantization_config=BitsAndBytesConfig(load_in_8bit=True))
+
+
+def test_a_command_line_names_the_quantisation(tmp_path):
+    words = ["--benchmark", "digits", "--quantization"]
+    for given, message in (
+        ("3bit", "not int8, 8bit, 4bit"),
+        ('{"quant_method": "magic"}', "transformers cannot use it"),
+    ):
+        with pytest.raises(OptionError, match=message):
+            parse((StreamArguments, BackboneArguments), [*words, given])
+    given = json.dumps({"quant_method": "bitsandbytes", "load_in_8bit": True})
+    _, backbone = parse((StreamArguments, BackboneArguments), [*words, given])
+    assert backbone.loading["quantization_config"].load_in_8bit
+    assert "quantization_config" not in BackboneArguments().loading
+    if find_spec("bitsandbytes") is None:
+        with pytest.raises(OptionError, match="4bit' needs bitsandbytes; run `pip install bitsandbytes`"):
+            parse((StreamArguments, BackboneArguments), [*words, "4bit"])
+
+
+def test_a_recipe_trains_on_a_quantised_backbone_and_resumes(int8, tmp_path):
+    options = {"num_train_epochs": 1, "disable_tqdm": True, "resume_from_checkpoint": "auto"}
+    args = ContinualTrainingArguments(output_dir=str(tmp_path), **options)
+    stream = load_benchmark("digits", num_tasks=2, max_train_samples_per_task=32, max_test_samples_per_task=8)
+    for tasks in (stream[:1], stream):
+        report = learn(tasks, BackboneArguments(BACKBONE, quantization="int8"), args, s_lora(k=2))
+        assert report.environment["quantization"]["quant_method"] == "torchao"

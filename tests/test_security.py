@@ -52,7 +52,14 @@ def test_a_token_gets_into_no_file_log_or_error(hub, tmp_path, caplog, capfd):
             )
     shown = capfd.readouterr()
     ours = [record.getMessage() for record in caplog.records if record.name.startswith("hf_clpeft")]
-    for text in (shown.out, shown.err, *ours, str(refused.value), repr(trainer.args), repr(trainer._outbox.target)):
+    for text in (
+        shown.out,
+        shown.err,
+        *ours,
+        str(refused.value),
+        repr(trainer.args),
+        repr(trainer._pusher.outbox.target),
+    ):
         assert token not in text
     for path in [path for path in tmp_path.rglob("*") if path.is_file()]:
         assert token.encode() not in path.read_bytes(), path

@@ -142,12 +142,12 @@ def test_a_cache_that_is_too_large_is_not_made(backbone, stream, monkeypatch):
 def test_threads_share_nothing(backbone):
     bank, seen = ExpertBank(backbone), []
     with bank.sharing() as trunk:
-        thread = threading.Thread(target=lambda: seen.append(bank._trunk))
+        thread = threading.Thread(target=lambda: seen.append(bank.trunk))
         thread.start()
         thread.join()
         with bank.sharing() as inner:
-            assert inner is trunk is bank._trunk
-    assert seen == [None] and bank._trunk is None
+            assert inner is trunk is bank.trunk
+    assert seen == [None] and bank.trunk is None
 
 
 def test_an_expert_is_an_adapter_of_peft(stream, tmp_path):

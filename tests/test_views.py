@@ -178,3 +178,25 @@ def test_a_kind_that_has_too_few_views_is_not_tried(views, kinds):
     model.start_task("pets", ["cat", "dog"])
     model.finish_task(features_of, num_train_images=20)
     assert tried == kinds and model.config.method.view_kind in kinds
+
+
+@pytest.mark.parametrize(
+    "features_of",
+    [
+        lambda look: (look(torch.zeros(4, 3, 32, 32)), torch.arange(4) % 2),
+        lambda look, views=1, kind="none": (look(torch.zeros(4, 3, 32, 32)), torch.arange(4) % 2),
+    ],
+    ids=["no views", "ignored views"],
+)
+def test_a_loop_of_ones_own_without_views_is_told_what_to_write(features_of):
+    model = ContinualModel.from_backbone(
+        "hf-clpeft/vit-tiny-glyphs", METHODS["slda"].Config(views=2, view_kind="flip")
+    )
+    model.start_task("pets", ["cat", "dog"])
+    with pytest.raises(
+        ConfigError, match=r"slda looks at 2 views .* finish_task a function of \(features, views, aug"
+    ):
+        model.finish_task(features_of, num_train_images=4)
+    plain = ContinualModel.from_backbone("hf-clpeft/vit-tiny-glyphs", METHODS["slda"].Config())
+    plain.start_task("pets", ["cat", "dog"])
+    plain.finish_task(features_of, num_train_images=4)

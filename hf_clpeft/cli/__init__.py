@@ -5,6 +5,7 @@ Heavy libraries are imported when a command runs, so that `--help` is fast.
 
 import typer
 
+from .card import card
 from .combine import combine
 from .compare import compare
 from .demo import demo
@@ -31,7 +32,7 @@ app = typer.Typer(
 for parsing in (learn, compare):  # their words themselves, as options depend on the method
     settings = {"allow_extra_args": True, "ignore_unknown_options": True}
     app.command(context_settings=settings, add_help_option=False)(parsing)
-for command in (demo, info, predict, evaluate, remove, combine, push, export, migrate, env, test):
+for command in (demo, info, predict, evaluate, remove, combine, push, card, export, migrate, env, test):
     app.command()(command)
 
 

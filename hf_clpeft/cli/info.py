@@ -9,20 +9,16 @@ from .common import AsJson, Repo, Token, show
 def info(repo: Repo, as_json: AsJson = False, token: Token = None) -> None:
     """Show the tasks, method, backbone and metrics of a model."""
     from ..backbones.bundled import bundled_folder
-    from ..config.checks import read_json
-    from ..config.model import ContinualConfig
     from ..config.repos import split_revision
     from ..config.text import percent
     from ..hub.download import fetch_config
     from ..methods import METHODS
-    from ..reports.report import METRICS_NAME, StreamReport
+    from ..reports.card import read_made
     from ..storage.files import as_saved
 
     folder = bundled_folder(repo) or Path(repo)
     folder = as_saved(folder) if folder.is_dir() else fetch_config(*split_revision(repo), token=token)
-    config, report = ContinualConfig.load(folder), None
-    if (folder / METRICS_NAME).is_file():
-        report = StreamReport.from_dict(read_json(folder / METRICS_NAME), config.tasks)
+    config, report = read_made(folder)
     options = {name: value for name, value in config.method.to_dict().items() if name != "name"}
     known = config.method.name in METHODS
     tasks = []

@@ -2,11 +2,11 @@
 
 import hashlib
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
-from peft import PeftConfig, PeftModel, PeftType
+from peft import PeftConfig, PeftModel
 from safetensors.torch import save
 
 from ..backbones import Backbone
@@ -14,12 +14,11 @@ from ..backbones.tracing import CALL_FIRST, tracing
 from ..backbones.trunk import Trunk
 from ..config.errors import ConfigError
 from .calls import active_calls
-from .expert import ADAPTER, Expert, ExpertError, Seal
+from .expert import Expert, ExpertError, Seal
+from .fused import FusedTable, make_table
 from .guarded import Guarded
 from .lock import ReadWriteLock
 from .lora import LoraTable
-from .prefix import PrefixTable
-from .prompts import PromptTable
 from .sharing import shared, sharing
 from .stage import Stage
 
@@ -78,7 +77,7 @@ class ExpertBank(Guarded):
         self._backbone = (backbone,)  # not a submodule: it is never saved
         self.form = form
         self.names: list[str] = []
-        self.table: LoraTable | PromptTable | PrefixTable | None = None  # the experts, if they have a fused form
+        self.table: FusedTable | None = None  # the experts, if they have a fused form
         self.slot: Stage | None = None  # the expert in training
         self._configs: list[PeftConfig] = []
         self._sizes: dict[str, int] = {}  # parameters of each expert
@@ -88,6 +87,7 @@ class ExpertBank(Guarded):
         self._stage_lock = ReadWriteLock()
         self._pool: list[tuple[torch.Tensor, torch.Tensor]] = []  # trained tensors of a pool, and their values before
         self._seal: Seal | None = None
+        self._known: tuple[torch.Tensor, torch.Tensor] | None = None  # images, and their features in training
 
     @property
     def backbone(self) -> Backbone:
@@ -246,14 +246,30 @@ class ExpertBank(Guarded):
             [`ExpertError`]: Updates can only be added if they are plain LoRA on linear layers.
         """
         assert self.slot is not None
-        trunk = self._trunk
+        trunk = self.trunk
         if on_top_of is None:
+            if self._known is not None and self._known[0] is pixel_values:
+                return self._known[1]
             return self.slot(pixel_values, trunk=trunk)
         if not isinstance(self.table, LoraTable):
             raise ExpertError("Only experts that are plain LoRA on linear layers can be trained on top of others.")
-        form = self.table.form_for(on_top_of, "auto")
-        with self.reading(), self.table.selected(on_top_of, form, self._compute_dtype(), factors):
+        form, rows = self.table.form_for(on_top_of, "auto"), None if factors is None else self.table.scaled(factors)
+        with self.reading(), self.table.selected(on_top_of, form, self.compute_dtype(), rows):
             return self.slot(pixel_values, trunk=trunk)  # its twin has the hooks of the backbone
+
+    @contextmanager
+    def knowing(self, pixel_values: torch.Tensor, features: torch.Tensor) -> Iterator[None]:
+        """Context manager: features of images with the expert in the slot were computed in a pass of several experts.
+
+        Args:
+            pixel_values (`torch.Tensor` of shape `(batch, 3, height, width)`): The images, recognised by their tensor.
+            features (`torch.Tensor` of shape `(batch, hidden_size)`): From [`SlotsTogether`].
+        """
+        self._known = pixel_values, features
+        try:
+            yield
+        finally:
+            self._known = None
 
     def rescale(self, factors: torch.Tensor) -> None:
         """Multiplies the updates of all LoRA experts by factors; see [`~ExpertBank.under_training`]."""
@@ -335,7 +351,7 @@ class ExpertBank(Guarded):
             `torch.Tensor` of shape `(batch, hidden_size)`.
         """
         with self.reading():
-            return self.backbone(pixel_values, layers, self._trunk)
+            return self.backbone(pixel_values, layers, self.trunk)
 
     def each(self, pixel_values: torch.Tensor, selection: torch.Tensor) -> torch.Tensor:
         """Features with each of several experts applied alone.
@@ -362,7 +378,7 @@ class ExpertBank(Guarded):
         Returns:
             `torch.Tensor` of shape `(count, 3, height, width)`.
         """
-        images, trunk = pixel_values[rows], self._trunk
+        images, trunk = pixel_values[rows], self.trunk
         if trunk is not None and trunk.depth:
             below = self.backbone.below(pixel_values, trunk)
             trunk.keep(images, below._replace(tokens=below.tokens[rows]))
@@ -393,8 +409,8 @@ class ExpertBank(Guarded):
             if self.table is None or form == "grouped":
                 with self._stage_lock.writing():
                     return self._run_grouped(pixel_values, selection, layers)
-            trunk = self._trunk
-            with self.table.selected(selection, form, self._compute_dtype()):
+            trunk = self.trunk
+            with self.table.selected(selection, form, self.compute_dtype()):
                 if readout == "cls":
                     return self.backbone(pixel_values, layers, trunk)
                 tokens = self.backbone.tokens(pixel_values)
@@ -406,7 +422,7 @@ class ExpertBank(Guarded):
     ) -> torch.Tensor:
         if selection.dim() == 2:
             raise ExpertError("Several experts for one image need LoRA, or prompts of one length.")
-        groups, order, trunk = [], [], self._trunk
+        groups, order, trunk = [], [], self.trunk
         if len(self) == 1:  # no selection is waited for
             return self._staged(0)(pixel_values, layers, trunk).to(pixel_values.dtype)
         if tracing():
@@ -423,11 +439,12 @@ class ExpertBank(Guarded):
         return torch.cat(groups)[torch.cat(order).argsort()]
 
     @property
-    def _trunk(self) -> Trunk | None:
+    def trunk(self) -> Trunk | None:
         """What the passes of this thread share now: nothing while a method inserts something of its own."""
         return None if active_calls() else shared(self)
 
-    def _compute_dtype(self) -> torch.dtype:
+    def compute_dtype(self) -> torch.dtype:
+        """Dtype in which the backbone computes now."""
         kind = self.backbone.device.type
         return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else self.backbone.model.dtype
 
@@ -439,13 +456,7 @@ class ExpertBank(Guarded):
             raise ExpertError(f"The bank has an expert {expert.name!r} already; give this one another name.")
         if not self.names:
             assert stage is not None
-            config, backbone = stage.peft_model.peft_config[ADAPTER], self.backbone
-            if config.peft_type == PeftType.PREFIX_TUNING:
-                self.table = PrefixTable(backbone, config)
-            elif config.is_prompt_learning:
-                self.table = PromptTable(backbone)
-            else:
-                self.table = LoraTable.made_for(backbone, stage.peft_model)
+            self.table = make_table(self.backbone, stage.peft_model)
         if self.table is None:
             self._at_rest.append(expert)
         else:

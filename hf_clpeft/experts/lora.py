@@ -159,7 +159,7 @@ class LoraTable(ExpertTable):
         return torch.cat([down, *ups], dim=1)
 
     def selected(
-        self, selection: torch.Tensor, form: str, dtype: torch.dtype, factors: torch.Tensor | None = None
+        self, selection: torch.Tensor, form: str, dtype: torch.dtype, rows: torch.Tensor | None = None
     ) -> AbstractContextManager[None]:
         """Context manager: the backbone applies to every image its own experts.
 
@@ -167,11 +167,11 @@ class LoraTable(ExpertTable):
             selection (integer `torch.Tensor` of shape `(batch,)` or `(batch, N)`): Experts of each image.
             form (`str`): `"gathered"` or `"stacked"`.
             dtype (`torch.dtype`): Compute dtype of the backbone's linear layers.
-            factors (`torch.Tensor`, *optional*): See [`~LoraTable.scaled`].
+            rows (`torch.Tensor`, *optional*): Taken in place of `self.rows`, for example [`~LoraTable.scaled`].
         """
         components = self.components(selection)
         scales = self.scales[components]
-        rows = self.rows if factors is None else self.scaled(factors)
+        rows = self.rows if rows is None else rows
         # Indexed once for all layers: on a GPU, launching many small kernels costs more than the arithmetic.
         if form == "stacked":
             down, up = (part.to(dtype) for part in self._parts(rows))

@@ -239,9 +239,11 @@ class PrefixTable(TokenTable):
             raise ValueError(f"it is a prefix for the layers {layers}, and not {self.layers}.")
         return self.tokens(config, tensors)
 
-    def selected(self, selection: torch.Tensor, form: str, dtype: torch.dtype) -> AbstractContextManager[None]:
+    def selected(
+        self, selection: torch.Tensor, form: str, dtype: torch.dtype, rows: torch.Tensor | None = None
+    ) -> AbstractContextManager[None]:
         """Context manager: the backbone inserts every image's own prefixes; arguments as for [`PromptTable`]."""
-        return insert_prefixes(split(self.rows[self.components(selection)].to(dtype), self.layers))
+        return insert_prefixes(split(self.tokens_of(selection, rows).to(dtype), self.layers))
 
 
 class _Inserting:

@@ -136,6 +136,10 @@ class TokenTable(ExpertTable):
         """Inverse of `pack`."""
         return {"prompt_embeddings": components}
 
+    def tokens_of(self, selection: torch.Tensor, rows: torch.Tensor | None) -> torch.Tensor:
+        """The tokens selected for each image, of `rows` or, by default, of the table."""
+        return (self.rows if rows is None else rows)[self.components(selection)]
+
     def form_for(self, selection: torch.Tensor, requested: str) -> str:
         """Always gathered; grouped if requested, or if experts and thus sequences differ in length."""
         return "gathered" if self.uniform and requested != "grouped" else "grouped"
@@ -168,15 +172,18 @@ class PromptTable(TokenTable):
             raise ValueError(f"it is {config.peft_type}, not a prompt.")
         return self.tokens(config, tensors)
 
-    def selected(self, selection: torch.Tensor, form: str, dtype: torch.dtype) -> AbstractContextManager[None]:
+    def selected(
+        self, selection: torch.Tensor, form: str, dtype: torch.dtype, rows: torch.Tensor | None = None
+    ) -> AbstractContextManager[None]:
         """Context manager: the backbone inserts every image's own prompts.
 
         Args:
             selection (integer `torch.Tensor` of shape `(batch,)` or `(batch, N)`): Prompts of each image.
             form (`str`): `"gathered"`, the only supported form.
             dtype (`torch.dtype`): Compute dtype of the backbone.
+            rows (`torch.Tensor`, *optional*): Taken in place of `self.rows`.
         """
-        return active_call(_Inserting(self.rows[self.components(selection)].to(dtype)))
+        return active_call(_Inserting(self.tokens_of(selection, rows).to(dtype)))
 
 
 class _Inserting:

@@ -72,6 +72,9 @@ class ClosedForm(ManyViews):
         router = ROUTERS.get(getattr(options, "router", cls.which_router))
         return router is not None and router.gives_likelihoods
 
+    def temperature(self) -> float | None:
+        return None if self.confidence is None else self.confidence.temperature()
+
     def check(self) -> None:
         super().check()
         if self.confidence is not None:

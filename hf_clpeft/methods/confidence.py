@@ -37,6 +37,11 @@ class Confidence(ReadsOnce):
         """The temperature, above 0, and the share, in [0, 1]."""
         return self.once("losses", _fit)[0]
 
+    def temperature(self) -> float | None:
+        """The temperature, if it was measured."""
+        (temperature, _), measured = self._fit()
+        return temperature if measured else None
+
     def forward(self, scores: torch.Tensor) -> torch.Tensor:
         """Log-probabilities of classes, `(batch, classes)`, from their scores; the scores if nothing was measured."""
         fitted, measured = self.once("losses", _fit)

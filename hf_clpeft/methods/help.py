@@ -5,6 +5,8 @@ import re
 from dataclasses import MISSING, fields
 from typing import Any
 
+from .papers import PAPERS
+
 
 EXAMPLE = """Example:
 
@@ -43,7 +45,7 @@ def costs_of(method: Any) -> str:
 def explain(method: Any) -> str:
     """Docstring of a method's `Config`: the docstring of the [`Method`] subclass, and the help text of each option.
 
-    A docstring that does not say what the method trains, stores and costs gets [`costs_of`].
+    A docstring that does not say what the method trains, stores and costs gets [`costs_of`]; a paper is cited.
 
     Example:
 
@@ -59,6 +61,7 @@ def explain(method: Any) -> str:
     about, _, example = (inspect.getdoc(method) or "").partition("Example:")
     lines, costs = [about.strip()], costs_of(method)
     lines += ["", costs] if costs not in about else []
+    lines += ["", f"Paper: {PAPERS[method.paper].line()}"] if method.paper in PAPERS else []
     options = fields(method.Config)
     names = [option.name for option in options]
     if options:

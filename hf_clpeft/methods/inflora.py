@@ -125,6 +125,8 @@ class InfLora(LoraSum, name="inflora"):
             len(shape) != 2 or shape[0] > shape[1] for shape in shapes
         ):
             raise ConfigError("method.safetensors has bases of the inputs of other layers.")
+        if any(not is_orthonormal(basis.detach()) for basis in self.bases):
+            raise ConfigError("method.safetensors has bases of inputs whose rows are not orthonormal.")
         if len(self.of_rest) != len(widths) or not set(self.of_rest.tolist()) <= {0, 1}:
             raise ConfigError("method.safetensors does not say of each basis what it spans.")
 
@@ -143,6 +145,12 @@ def principal(matrix: torch.Tensor, rest: torch.Tensor) -> tuple[torch.Tensor, t
     part = rest @ matrix
     energies, vectors = torch.linalg.eigh(part @ part.mT)
     return vectors.flip(1).mT @ rest, energies.flip(0)
+
+
+def is_orthonormal(rows: torch.Tensor) -> bool:
+    """Whether rows are orthogonal to each other and of length 1, up to the rounding of float32."""
+    rows = rows.cpu().double()
+    return torch.allclose(rows @ rows.mT, torch.eye(len(rows), dtype=torch.float64), atol=1e-4)
 
 
 def complement(basis: torch.Tensor) -> torch.Tensor:

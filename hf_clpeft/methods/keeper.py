@@ -12,6 +12,7 @@ from ..config.method import RESOLVED
 from ..experts import ExpertBank, make_peft_config
 from ..routing import Router, router_title
 from .heads import Heads
+from .papers import PAPERS
 from .state import ELSEWHERE, Snapshot, load_state
 
 
@@ -197,6 +198,15 @@ class Keeper(KeepsPrecision):
     def calibrates(cls, options: Any) -> bool:
         """Whether scores of models with these options are probabilities, calibrated across tasks."""
         return False
+
+    def temperature(self) -> float | None:
+        """The temperature of calibrated scores, if it was measured."""
+        return None
+
+    @classmethod
+    def citation(cls) -> str | None:
+        """The paper to cite, in BibTeX; by default, that of `paper`, if it is one of `PAPERS`."""
+        return PAPERS[cls.paper].bibtex() if cls.paper in PAPERS else None
 
     def fingerprint(self) -> dict[str, Any]:
         """Options that must be equal when a run is resumed."""

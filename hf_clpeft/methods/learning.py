@@ -1,9 +1,12 @@
 """The training data that a method sees: batches of images, and features of all images of a task."""
 
+import inspect
 from collections.abc import Callable
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
+
+from ..config import ConfigError
 
 
 Features = Callable[[torch.Tensor], torch.Tensor]
@@ -29,6 +32,34 @@ class FeaturesOf(Protocol):
             Features `(images, width)`, or `(images, views, width)` if there are several views, in `float32`; and class
             indices `(images,)`, on the CPU.
         """
+
+
+def asked_for_views(features_of: FeaturesOf, method: str) -> FeaturesOf:
+    """The same function, whose user is told what to write if the method asks it for views, and it has none.
+
+    Args:
+        features_of (callable): See [`FeaturesOf`]; perhaps a user's own.
+        method (`str`): Name of the method, for error messages.
+    """
+
+    def checked(features: Features, *views: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        if not views:
+            return features_of(features)
+        wish = (
+            f"{method} looks at {views[0]} views of each training image: give finish_task a function of (features, "
+            "views, augmentation) that returns features (images, views, width); see views_for_sums and augment in "
+            "hf_clpeft.backbones.views. Or set views=1 and test_views=1."
+        )
+        try:
+            inspect.signature(features_of).bind(features, *views)
+        except TypeError as error:
+            raise ConfigError(wish) from error
+        found = features_of(features, *views)
+        if views[0] > 1 and (found[0].dim() != 3 or found[0].shape[1] != views[0]):
+            raise ConfigError(f"{wish} It returned features of shape {tuple(found[0].shape)}.")
+        return found
+
+    return checked
 
 
 class Batch(NamedTuple):

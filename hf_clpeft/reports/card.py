@@ -1,28 +1,40 @@
 """The model card, filled from the configuration and the report of a model."""
 
 import re
+from collections.abc import Sequence
 from functools import cache
 from importlib.resources import files
+from pathlib import Path
 
 import jinja2
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
+from ..backbones.license import license_of
 from ..config import ContinualConfig, MethodOptions
+from ..config.checks import read_json
 from ..config.text import percent, printable
 from ..methods import METHODS, Method
 from ..methods.help import costs_of
-from .report import StreamReport
+from .provenance import made_how
+from .report import METRICS_NAME, StreamReport
 
 
 CARD_NAME = "README.md"
 TEMPLATE = "model_card.md"
 LIBRARY = "hf-clpeft"
 NOT_PLAIN = ("PROMPT_TUNING", "PREFIX_TUNING")  # files of PEFT that PEFT alone cannot run on a vision transformer
+EXAMPLES = "examples"  # a folder of pictures to try a model on
+EXAMPLE = re.compile(r"\w[\w.-]{0,99}\.(png|jpg|jpeg|webp)")
+MOST_EXAMPLES, LARGEST_EXAMPLE = 10, 2**20  # bytes
 REPO_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 def make_card(
-    config: ContinualConfig, report: StreamReport | None = None, repo_id: str = "path/to/this/folder"
+    config: ContinualConfig,
+    report: StreamReport | None = None,
+    repo_id: str = "path/to/this/folder",
+    examples: Sequence[str] = (),
+    ask: bool = False,
 ) -> ModelCard:
     """Renders the model card from the template in `model_cards/`.
 
@@ -30,6 +42,10 @@ def make_card(
         config ([`ContinualConfig`]): Configuration of the model.
         report ([`StreamReport`], *optional*): Its metrics.
         repo_id (`str`, *optional*): Repo id or folder, for the usage example.
+        examples (sequence of `str`, *optional*): Paths of pictures in the repo, to try the model on its page; see
+            [`examples_in`].
+        ask (`bool`, *optional*, defaults to `False`): Ask the Hub for the licence of the backbone, if it is not in
+            the cache.
 
     Example:
 
@@ -65,6 +81,7 @@ def make_card(
         tags=["continual-learning", *(["peft", technique.lower()] if technique else []), printable(options.name)],
         model_name=name,
         eval_results=_eval_results(report, summary),
+        widget=_widget(repo_id, examples) if on_the_hub and examples else None,
     )
     columns, rows = _table(config, report)
     measured = len(report.measured()) if report is not None else 0
@@ -83,6 +100,10 @@ def make_card(
         experts=_plain(facts.pop("experts")),
         facts=[(name, _plain(text)) for name, text in facts.items()],
         paper=method.paper,
+        citation=method.citation(),
+        at_hand=options.name in METHODS,
+        made_how=[(key, _plain(text)) for key, text in (made_how(report, method.trains) if report else {}).items()],
+        backbone_license=license_of(config.backbone.name_or_path, config.backbone.revision, ask),
         method_title=method.title,
         costs=costs_of(method),
         stream=_plain(stream),
@@ -100,6 +121,53 @@ def make_card(
         license=_plain(config.license),
     )
     return ModelCard(text + "\n")
+
+
+def make_card_of(folder: str | Path, repo_id: str = "path/to/this/folder", ask: bool = False) -> ModelCard:
+    """The card of a saved model; arguments as for [`make_card`].
+
+    Args:
+        folder (`str` or `Path`): Its folder, of which weights are not read.
+
+    Raises:
+        [`ConfigError`]: It holds no model, or `metrics.json` is of another one.
+
+    Example:
+
+    ```py
+    >>> from hf_clpeft.backbones.bundled import bundled_folder
+    >>> from hf_clpeft.reports.card import make_card_of
+
+    >>> "**S-LoRA**" in make_card_of(bundled_folder("hf-clpeft/s-lora-digits"), "me/digits").text
+    True
+
+    ```
+    """
+    return make_card(*read_made(folder), repo_id, examples_in(folder), ask)
+
+
+def read_made(folder: str | Path) -> tuple[ContinualConfig, StreamReport | None]:
+    """Configuration and report of a saved model."""
+    config, report = ContinualConfig.load(folder), None
+    if Path(folder, METRICS_NAME).is_file():
+        report = StreamReport.from_dict(read_json(Path(folder, METRICS_NAME)), config.tasks)
+    return config, report
+
+
+def examples_in(folder: str | Path) -> list[str]:
+    """Paths of the pictures that a folder has to try its model on: the first of `examples/`, if they are small."""
+    place = Path(folder, EXAMPLES)
+    if not place.is_dir() or place.is_symlink():
+        return []
+    found = sorted(
+        path for path in place.iterdir() if EXAMPLE.fullmatch(path.name) and path.is_file() and not path.is_symlink()
+    )
+    return [f"{EXAMPLES}/{path.name}" for path in found if path.stat().st_size <= LARGEST_EXAMPLE][:MOST_EXAMPLES]
+
+
+def _widget(repo_id: str, examples: Sequence[str]) -> list[dict[str, str]]:
+    address = f"https://huggingface.co/{repo_id}/resolve/main"
+    return [{"src": f"{address}/{path}", "example_title": Path(path).stem} for path in examples]
 
 
 @cache

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 
@@ -22,7 +22,7 @@ def plot_report(
     routing_confusion: Sequence[Sequence[int]],
     titles: Sequence[str],
     experts: Sequence[str],
-    path: str | Path,
+    path: str | Path | BinaryIO,
     name: str = "",
 ) -> None:
     """Plots the accuracy matrix and, beside it, the routing confusion.
@@ -32,7 +32,7 @@ def plot_report(
         routing_confusion (array of shape `(T, E)` or empty): Images of each task (row) sent to each expert.
         titles (sequence of `str`): Titles of the tasks.
         experts (sequence of `str`): Titles of the experts.
-        path (`str` or `Path`): PNG file to write.
+        path (`str`, `Path` or binary file): PNG file to write.
         name (`str`, *optional*): Name of the method.
 
     Example:

@@ -93,6 +93,9 @@ class StreamReport:
         seconds (`list[dict[str, float]]`): Wall-clock time of each task by part.
         untrained_accuracy (`list[float]`): Chance level of each task, 1 / classes.
         test_forwards_per_image (`float`): Forward passes per test image, summed over all evaluations.
+        computed (`dict[str, list[float]]`): Values of `compute_metrics` by name, of each task after the last one; NaN
+            where not measured.
+        temperature (`float`, *optional*): Temperature of calibrated scores, found on training images held out.
 
     Example:
 
@@ -128,6 +131,8 @@ class StreamReport:
     seconds: list[dict[str, float]] = field(default_factory=list)
     untrained_accuracy: list[float] = field(default_factory=list)
     test_forwards_per_image: float = 0.0
+    temperature: float | None = None
+    computed: dict[str, list[float]] = field(default_factory=dict)
 
     def add_task(self, name: str, title: str, **costs: Any) -> None:
         """Adds a row and a column to the accuracy matrix, and resets the routing metrics.
@@ -145,7 +150,7 @@ class StreamReport:
         for cost in COSTS:
             getattr(self, cost).append(costs.get(cost, {} if cost == "seconds" else math.nan))
         self.experts, self.routing_confusion, self.oracle_accuracy, self.reliability = [], [], [], []
-        self.route_margins = []
+        self.route_margins, self.temperature, self.computed = [], None, {}
 
     def catch_up(self, tasks: list[TaskConfig]) -> None:
         """Adds rows of NaN for those of a model's tasks that were learnt without a trainer."""
@@ -154,7 +159,7 @@ class StreamReport:
             self.add_task(task.name, task.title)
         if unknown:  # the routing metrics are outdated
             self.experts, self.routing_confusion, self.oracle_accuracy = list(self.titles), [], []
-            self.reliability, self.route_margins = [], []
+            self.reliability, self.route_margins, self.temperature, self.computed = [], [], None, {}
 
     def remove_task(self, name: str) -> None:
         """Removes a task's row and column, and resets the metrics of the model with that task."""
@@ -165,7 +170,7 @@ class StreamReport:
             del row[j]
         self.accuracy_matrix[-1:] = [[math.nan] * len(self.tasks)] * bool(self.tasks)
         self.experts, self.routing_confusion, self.oracle_accuracy = list(self.titles), [], []
-        self.reliability, self.route_margins = [], []
+        self.reliability, self.route_margins, self.temperature, self.computed = [], [], None, {}
 
     def measured(self) -> list[int]:
         """Indices of the tasks that were evaluated after the last one was learnt."""
@@ -189,6 +194,12 @@ class StreamReport:
         # What trains on all tasks at once is measured once, and has never forgotten anything.
         return {name: value for name, value in summary.items() if not math.isnan(value)}
 
+    def means(self) -> dict[str, float]:
+        """Means of `computed` over the measured tasks."""
+        return {
+            name: float(np.nanmean(values)) for name, values in self.computed.items() if not np.isnan(values).all()
+        }
+
     def to_dict(self) -> dict:
         """Plain `dict` with the summary, ready for JSON: NaN becomes `None`."""
         values = {"summary": self.summary(), **asdict(self)}
@@ -207,12 +218,15 @@ class StreamReport:
         """
         try:
             values = {name: _with_nan(value) for name, value in values.items() if name != "summary"}
+            if isinstance(values.get("computed"), dict):
+                values["computed"] = {name: _with_nan(of_tasks) for name, of_tasks in values["computed"].items()}
             report = cls(**values)
             if report.tasks != [task.name for task in tasks]:
                 raise ConfigError(f"it is about the tasks {report.tasks}, but the model has learnt others.")
             check_types(report)
             lists = [getattr(report, name) for name in (*COSTS, "accuracy_matrix", "titles")]
-            lists += [*report.accuracy_matrix, *filter(None, [report.oracle_accuracy, report.routing_confusion])]
+            lists += [*report.computed.values(), *report.accuracy_matrix]
+            lists += filter(None, [report.oracle_accuracy, report.routing_confusion])
             if {len(values) for values in lists} - {len(tasks)}:
                 raise ConfigError(f"its lists are not all {len(tasks)} tasks long.")
             if {len(row) for row in report.routing_confusion} - {len(report.experts)}:

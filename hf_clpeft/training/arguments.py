@@ -21,6 +21,7 @@ COUNTS = (
     "save_total_limit",
     "ddp_timeout",
     "logging_steps",
+    "together",
 )
 FROM_ZERO = (
     "learning_rate",
@@ -64,6 +65,7 @@ MAY_CHANGE = {
     "save_steps",
     "save_total_limit",
     "task_parallel",
+    "together",
     "torch_compile",
     "trunk_cache_gb",
 }
@@ -181,6 +183,13 @@ class ContinualTrainingArguments:
     task_parallel: bool = field(
         default=False,
         metadata={"help": "Train one task per process at a time; for methods with an expert per task."},
+    )
+    together: int = field(
+        default=1,
+        metadata={
+            "help": "Train the experts of so many tasks at once in mixed batches, on each process; for methods with "
+            "an expert per task, where the batches of one do not fill the device."
+        },
     )
     ddp_timeout: int = field(
         default=1800, metadata={"help": "Seconds before the run ends because a process does not respond."}

@@ -12,9 +12,10 @@ from accelerate import Accelerator
 from ..methods import ContinualOutput
 from ..metrics.continual import reliability_table
 from ..model import ContinualModel
-from ..reports.report import margin_bins
+from ..reports.report import StreamReport, margin_bins
 from ..streams import TaskImages
 from .arguments import ContinualTrainingArguments
+from .computed import ComputedMetrics
 from .features import TestFeatures, extract, extract_all
 from .trunk_cache import TrunkCaches
 
@@ -30,6 +31,7 @@ class TaskEvaluation(NamedTuple):
         reliability (array of shape `(15, 3)`): Of each bin of confidence, the number of images, the sum of their
             confidences, and the number of images that were right.
         margins (array of shape `(3, 2)`, *optional*): See [`StreamReport`]; `None` if experts do not belong to tasks.
+        computed (`dict[str, float]`): Values of the user's own metrics by name.
     """
 
     accuracy: float
@@ -37,6 +39,7 @@ class TaskEvaluation(NamedTuple):
     routed: np.ndarray
     reliability: np.ndarray
     margins: np.ndarray | None
+    computed: dict[str, float]
 
 
 def reliability_of(logits: torch.Tensor, wanted: torch.Tensor) -> np.ndarray:
@@ -71,6 +74,7 @@ class Evaluator:
         accelerator (`accelerate.Accelerator`): Shards the images.
         args ([`ContinualTrainingArguments`]): Batch size and progress bars.
         caches ([`TrunkCaches`], *optional*): Caches of the run.
+        compute ([`ComputedMetrics`], *optional*): The user's own metrics.
 
     Attributes:
         before (`float`): [`~Evaluator.forwards_per_image`] when the model was last saved.
@@ -82,8 +86,10 @@ class Evaluator:
         accelerator: Accelerator,
         args: ContinualTrainingArguments,
         caches: TrunkCaches | None = None,
+        compute: ComputedMetrics | None = None,
     ):
-        self.model, self.accelerator, self.args, self.caches = model, accelerator, args, caches
+        self.model, self.accelerator, self.args = model, accelerator, args
+        self.caches, self.compute = caches, compute
         self.before = 0.0
         self._tests: dict[str, TestFeatures] = {}
         self._recalled: set[str] = set()
@@ -175,7 +181,9 @@ class Evaluator:
         own = None if owner is None or not (method.routes and method.independent) else method.expert_of(owner)
         margins = None if own is None else margins_of(output.distances, chosen == own)
         reliability = reliability_of(output.logits, wanted)
-        result = TaskEvaluation(accuracy(output), oracle_accuracy, counts, reliability, margins)
+        asked = self.compute is not None and owner is not None
+        computed = self.compute(output.logits, wanted, name) if self.compute is not None and asked else {}
+        result = TaskEvaluation(accuracy(output), oracle_accuracy, counts, reliability, margins, computed)
         test.drop_unused()
         return result
 
@@ -212,3 +220,42 @@ class Evaluator:
         columns = selection.reshape(len(selection), -1).T
         features = [test.under(column, partial(compute, experts=column)) for column in columns]
         return features[0] if selection.dim() == 1 else torch.stack(features, dim=1)
+
+
+def note_results(
+    report: StreamReport, model: ContinualModel, results: dict[int, TaskEvaluation], before: float | None
+) -> None:
+    """Writes an evaluation after the last task into a report.
+
+    Args:
+        report ([`StreamReport`]): The report, which has a row for that task.
+        model ([`ContinualModel`]): The model.
+        results (`dict[int, TaskEvaluation]`): Results by index of the task.
+        before (`float`, *optional*): Accuracy on the last task before it was learnt.
+    """
+    method, count = model.method, len(model.config.tasks)
+    if before is not None and count > 1:
+        report.accuracy_matrix[-2][-1] = before
+    for position, result in results.items():
+        report.accuracy_matrix[-1][position] = result.accuracy
+    tables = [result.reliability for result in results.values()]
+    report.reliability = np.sum(tables, axis=0).round(6).tolist() if tables else []
+    report.temperature = method.temperature()
+    names = dict.fromkeys(name for result in results.values() for name in result.computed)
+    report.computed = {
+        name: [results[place].computed.get(name, math.nan) if place in results else math.nan for place in range(count)]
+        for name in names
+    }
+    margins = [result.margins for result in results.values() if result.margins is not None]
+    report.route_margins = np.sum(margins, axis=0).tolist() if margins else []
+    if method.routes:
+        shared = len(method.bank) and not method.independent
+        report.experts = method.bank.names if shared else list(report.titles)
+        confusion = np.zeros((count, len(report.experts)), dtype=int)
+        for position, result in results.items():
+            confusion[position, : len(result.routed)] = result.routed
+        report.routing_confusion = confusion.tolist()
+    if method.independent:
+        report.oracle_accuracy = [
+            results[position].oracle_accuracy if position in results else math.nan for position in range(count)
+        ]

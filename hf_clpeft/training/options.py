@@ -5,6 +5,7 @@ from dataclasses import dataclass, field, fields, make_dataclass
 from typing import Any, Literal
 
 from ..backbones.bundled import BUNDLED_BACKBONES
+from ..backbones.quantization import make_quantization
 from ..config import MethodOptions
 from ..config.checks import MOST, check_ranges, check_types
 from ..config.errors import ConfigError, OptionError
@@ -121,10 +122,25 @@ class BackboneArguments:
             "bfloat16 on a CPU is much faster with eager."
         },
     )
+    quantization: str | None = field(
+        default=None,
+        metadata={
+            "help": "Quantise the frozen weights; experts stay in full precision: int8 (torchao), 8bit or 4bit "
+            '(bitsandbytes, on a GPU), or a configuration of transformers in JSON: {"quant_method": ...}.'
+        },
+    )
 
     def __post_init__(self) -> None:
         check_types(self)
         check_ranges(self, image_size=(1, 16_384))
+        if self.quantization is not None:
+            make_quantization(self.quantization)  # raises before anything is loaded
+
+    @property
+    def loading(self) -> dict[str, Any]:
+        """Options of [`load_backbone`] that may differ between a model and its continuation."""
+        quantized = {} if self.quantization is None else {"quantization_config": make_quantization(self.quantization)}
+        return {"dtype": self.dtype, "attn_implementation": self.attn_implementation, **quantized}
 
 
 @dataclass

@@ -82,7 +82,9 @@ def check_free(folder: str | Path, config: ContinualConfig | None = None) -> Non
 
 def check_no_state(folder: str | Path) -> None:
     """Raises [`ConfigError`] if a folder holds checkpoints of an interrupted run, which a new run would delete."""
-    for name in (CHECKPOINTS, PARALLEL):
-        states = sorted(path.name for path in Path(folder, name).glob("[!.]*"))
+    inside = Path(folder, PARALLEL).glob(f".*/{CHECKPOINTS}")  # of tasks that are trained apart
+    for place in (Path(folder, CHECKPOINTS), Path(folder, PARALLEL), *sorted(inside)):
+        states = sorted(place.glob("[!.]*"))
         if states:
-            raise ConfigError(f"{folder} holds the state of an interrupted run ({name}/{states[-1]}). {WAYS_OUT}")
+            where = states[-1].relative_to(folder).as_posix()
+            raise ConfigError(f"{folder} holds the state of an interrupted run ({where}). {WAYS_OUT}")

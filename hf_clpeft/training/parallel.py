@@ -17,8 +17,9 @@ from ..methods import Method
 from ..model import ContinualModel
 from ..storage.folder import atomic, safe_path
 from ..streams import Task, TaskStream
+from ..streams.stream import BorderlessStream
 from .arguments import ContinualTrainingArguments
-from .checkpoints import write_tensors
+from .checkpoints import Checkpoints, write_tensors
 
 
 FOLDER = ".parallel"
@@ -72,6 +73,10 @@ class ParallelExperts:
         seconds["train"] = read_json(self.folder / name / RUN_NAME)["seconds"]
         return True
 
+    def checkpoints(self, task: str) -> Checkpoints:
+        """Checkpoints inside a task, apart from those of all others."""
+        return Checkpoints(self.folder / f".{task}", self.args.save_total_limit)
+
     def _trained(self) -> tuple[str, dict[str, torch.Tensor]]:
         """Name and trainable parameters of the current task."""
         method = self.model.method
@@ -84,17 +89,22 @@ class ParallelExperts:
         shutil.rmtree(self.folder, ignore_errors=True)
 
 
-def check_independent(method: Method, stream: TaskStream, mixed_precision: str) -> None:
-    """Raises [`ConfigError`] unless the experts of a stream can be trained independently."""
-    if not method.independent:
-        raise ConfigError(f"task_parallel needs an expert per task and masked logits; {method.name} has not.")
+def check_independent(
+    option: str, method: Method, stream: TaskStream | BorderlessStream, accelerator: Accelerator
+) -> TaskStream:
+    """Raises [`ConfigError`], which names the option, unless the experts of a stream can be trained independently."""
+    if not isinstance(stream, TaskStream):
+        raise ConfigError(f"{option} must know all tasks beforehand; this stream finds them while its images come.")
+    if not (method.independent and method.trains):
+        raise ConfigError(f"{option} needs an expert per task and masked logits; {method.name} has not.")
     if method.chained:
-        raise ConfigError(f"task_parallel needs experts that are trained apart; those of {method.name} are not.")
+        raise ConfigError(f"{option} needs experts that are trained apart; those of {method.name} are not.")
     names = [label for task in stream for label in task.classes]
     if method.heads is not None and method.heads.shared and len(set(names)) < len(names):
-        raise ConfigError("task_parallel needs head='per_task' where tasks share classes: their rows would be shared.")
-    if mixed_precision == "fp16":
-        raise ConfigError("task_parallel trains in float32 or bf16; choose another mixed_precision than fp16.")
+        raise ConfigError(f"{option} needs head='per_task' where tasks share classes: their rows would be shared.")
+    if accelerator.mixed_precision == "fp16":
+        raise ConfigError(f"{option} trains in float32 or bf16; choose another mixed_precision than fp16.")
+    return stream
 
 
 class LocalAccelerator:

@@ -153,8 +153,7 @@ def open_model(
                 method,
                 revision=backbone_args.backbone_revision,
                 image_size=backbone_args.image_size,
-                dtype=backbone_args.dtype,
-                attn_implementation=backbone_args.attn_implementation,
+                **backbone_args.loading,
             )
     return model
 
@@ -170,11 +169,7 @@ def _find_checkpoint(args: ContinualTrainingArguments) -> str | None:
 
 def _resume(source: str, backbone_args: BackboneArguments, method: MethodOptions, token: str | None) -> ContinualModel:
     model = ContinualModel.from_pretrained(
-        source,
-        backbone=backbone_args.backbone,
-        dtype=backbone_args.dtype,
-        attn_implementation=backbone_args.attn_implementation,
-        token=token,
+        source, backbone=backbone_args.backbone, token=token, **backbone_args.loading
     )
     check_same_options(model.config, method.to_dict(), source)
     size = model.config.backbone.image_size

@@ -2,8 +2,8 @@
 
 import signal
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import closing, contextmanager
 from types import FrameType
 from typing import Any
 
@@ -92,7 +92,7 @@ class StepLoop:
         assert method.task is not None
         self.accelerator, self.args, self.checkpoints = accelerator, args, checkpoints
         step = Step(method, args)
-        self._trained, self._method = [*step.trained], method
+        self.trained, self._method = [*step.trained], method
         groups = step.groups
         optimizer: torch.optim.Optimizer
         if args.optim == "adamw":
@@ -107,7 +107,6 @@ class StepLoop:
             args.lr_scheduler_type, self.optimizer, round(args.warmup_ratio * self.num_steps), self.num_steps
         )
         self.scheduler = accelerator.prepare(scheduler)
-        self._num_parts = 1  # micro-batches per batch
         self._unusable = torch.zeros((), dtype=torch.bool, device=accelerator.device)
         sizes = {"images": len(images), "num_processes": accelerator.num_processes}
         self.progress = Progress(method.task.name, {**args.decisive(), **sizes, **made_with}, logged=logged)
@@ -129,6 +128,20 @@ class StepLoop:
             [`TrainingStopped`]: `stop` was set.
             [`TrainingError`]: The loss is not finite, or a batch does not fit into memory.
         """
+        gradients = Gradients(lambda parts: [loss_of(self.module, part) for part in parts.values()], self.accelerator)
+        with closing(self.steps(after_step, stop)) as steps:
+            batch = next(steps, None)
+            while batch is not None:
+                (loss,) = gradients([batch], self.trained)
+                try:
+                    batch = steps.send(loss)
+                except StopIteration:
+                    return
+
+    def steps(
+        self, after_step: Callable[[Progress, torch.Tensor], None], stop: Stop
+    ) -> Generator[dict[str, torch.Tensor], torch.Tensor, None]:
+        """Yields every batch, and takes its loss once its gradients are there; arguments as for [`~StepLoop.run`]."""
         restore_random, position = self._restore()
         accelerator, args, progress = self.accelerator, self.args, self.progress
         self.module.train()
@@ -138,9 +151,9 @@ class StepLoop:
                 restore_random = _nothing
                 self._complete(batch, share)
                 with accelerator.accumulate(self.module):
-                    loss = self._backward(loss_of, batch)
+                    loss = yield batch
                     if accelerator.sync_gradients and args.max_grad_norm:
-                        accelerator.clip_grad_norm_(self._trained, args.max_grad_norm)
+                        accelerator.clip_grad_norm_(self.trained, args.max_grad_norm)
                     if accelerator.sync_gradients:
                         self.optimizer.step()
                         self.scheduler.step()
@@ -161,31 +174,6 @@ class StepLoop:
         views = draw_views(share.total, self.args.augmentation, device)
         if views is not None:
             batch["view"] = share.own(views, length)
-
-    def _backward(self, loss_of: Callable, batch: dict) -> torch.Tensor:
-        """Accumulates the gradients of a batch in micro-batches that fit into memory; returns the loss."""
-        before = [None if parameter.grad is None else parameter.grad.clone() for parameter in self._trained]
-        while True:
-            try:
-                loss = torch.zeros((), device=self.accelerator.device)
-                count = len(batch["label"])
-                for part in _cut(batch, -(-count // self._num_parts)):
-                    of_part = loss_of(self.module, part)
-                    self.accelerator.backward(of_part)
-                    loss += of_part.detach()
-                return loss
-            except torch.OutOfMemoryError as error:
-                if self.accelerator.num_processes > 1 or self._num_parts >= count:
-                    raise TrainingError(
-                        f"The device has too little memory for a batch of {count} images. Lower train_batch_size and "
-                        "raise gradient_accumulation_steps as much: the batch stays the same in effect."
-                    ) from error
-            self._num_parts *= 2
-            logger.warning("Out of memory: going on with batches in %d parts, added up.", self._num_parts)
-            for parameter, gradient in zip(self._trained, before, strict=True):
-                parameter.grad = gradient
-            if torch.cuda.is_available():
-                torch.cuda.empty_cache()
 
     def _save_or_stop(self, stop: Stop) -> None:
         progress, every = self.progress, self.args.save_steps
@@ -250,14 +238,64 @@ class StepLoop:
         """State that optimizer steps change: trainable parameters, and buffers that the loss may update."""
         buffers = self._method.named_buffers()
         kept = {name: buffer for name, buffer in buffers if not name.startswith(("bank.", "router.", "heads."))}
-        return kept | {str(number): parameter for number, parameter in enumerate(self._trained)}
+        return kept | {str(number): parameter for number, parameter in enumerate(self.trained)}
+
+
+class Gradients:
+    """Adds up the gradients of batches, in parts that fit into memory: of one task, or of several in one pass.
+
+    Args:
+        losses_of (callable): Computes a list of losses, given a part of each of some batches, by number of the batch.
+        accelerator (`accelerate.Accelerator`): Runs the backward pass.
+    """
+
+    def __init__(self, losses_of: Callable[[dict[int, dict]], list[torch.Tensor]], accelerator: Accelerator):
+        self._losses_of, self._accelerator = losses_of, accelerator
+        self._num_parts = 1
+
+    def __call__(self, batches: list[dict], trained: Sequence[torch.nn.Parameter]) -> list[torch.Tensor]:
+        """Adds to the gradients of the trained parameters; returns the loss of each batch.
+
+        Raises:
+            [`TrainingError`]: A batch does not fit into memory.
+        """
+        before = [None if parameter.grad is None else parameter.grad.clone() for parameter in trained]
+        while True:
+            try:
+                return self._in_parts(batches)
+            except torch.OutOfMemoryError as error:
+                count = max(len(batch["label"]) for batch in batches)
+                if self._accelerator.num_processes > 1 or self._num_parts >= count:
+                    fewer = f", or train fewer than {len(batches)} tasks together" if len(batches) > 1 else ""
+                    raise TrainingError(
+                        f"The device has too little memory for a batch of {count} images. Lower train_batch_size and "
+                        f"raise gradient_accumulation_steps as much: the batch stays the same in effect{fewer}."
+                    ) from error
+            self._num_parts *= 2
+            logger.warning("Out of memory: going on with batches in %d parts, added up.", self._num_parts)
+            for parameter, gradient in zip(trained, before, strict=True):
+                parameter.grad = gradient
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+
+    def _in_parts(self, batches: list[dict]) -> list[torch.Tensor]:
+        losses = [torch.zeros((), device=self._accelerator.device) for _ in batches]
+        cut = [list(_cut(batch, self._num_parts)) for batch in batches]
+        for number in range(max(map(len, cut))):
+            parts = {place: of_batch[number] for place, of_batch in enumerate(cut) if number < len(of_batch)}
+            found = self._losses_of(parts)
+            self._accelerator.backward(found[0] if len(found) == 1 else torch.stack(found).sum())
+            for place, loss in zip(parts, found, strict=True):
+                losses[place] += loss.detach()
+        return losses
 
 
 def _nothing() -> None:
     pass
 
 
-def _cut(batch: dict[str, torch.Tensor], size: int) -> Iterator[dict[str, torch.Tensor]]:
+def _cut(batch: dict[str, torch.Tensor], num_parts: int) -> Iterator[dict[str, torch.Tensor]]:
+    size = -(-len(batch["label"]) // num_parts)
     for start in range(0, len(batch["label"]), size):
         yield {name: tensor[start : start + size] for name, tensor in batch.items()}
 

@@ -3,12 +3,12 @@
 import hashlib
 import json
 import math
-import shlex
-from collections.abc import Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from copy import deepcopy
+from dataclasses import replace
+from typing import Any
 
-import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.state import is_initialized
@@ -16,13 +16,10 @@ from accelerate.utils import DataLoaderConfiguration, set_seed
 from tqdm.auto import tqdm
 
 from ..backbones.precision import go_fast
-from ..backbones.views import augment, views_for_sums
+from ..backbones.views import views_for_sums
 from ..config import ConfigError
-from ..config.hub_errors import HubError
 from ..config.text import get_logger
 from ..experts.checkpointing import set_checkpointing
-from ..hub.outbox import Outbox
-from ..hub.push import PushTarget
 from ..methods.learning import Features, FeaturesOf
 from ..model import ContinualModel
 from ..reports.costs import timed
@@ -34,17 +31,22 @@ from ..streams.stream import BorderlessStream
 from .arguments import ContinualTrainingArguments
 from .callbacks import CallbackList, TrainerCallback
 from .checkpoints import Checkpoints, Progress
+from .computed import ComputedMetrics
 from .console import print_task, waiting
 from .environment import describe_environment
-from .evaluation import Evaluator, TaskEvaluation
+from .evaluation import Evaluator, note_results
 from .experts_from import Donor
 from .features import extract_all
 from .fingerprint import describe, note_pictures, same_pictures
+from .lesson import Lesson, ParkedLesson
 from .output import check_output
 from .parallel import LocalAccelerator, ParallelExperts, check_independent
 from .pictures import KeepPictures
 from .processes import Stop, any_process_stops, cpu_only, explaining_lost_processes, join_processes, same_everywhere
+from .pushing import Pusher
 from .steps import StepLoop, TrainingStopped, stopping_on_signals
+from .together import TrainedTogether
+from .trackers import Trackers
 from .trunk_cache import TrunkCaches
 
 
@@ -58,6 +60,9 @@ class ContinualTrainer:
         model ([`ContinualModel`]): New, or loaded with the tasks learnt so far. Its report is continued.
         args ([`ContinualTrainingArguments`], *optional*): Training arguments.
         callbacks (iterable of [`TrainerCallback`], *optional*): Callbacks, called in this order.
+        compute_metrics (callable, *optional*): Metrics of your own, of each task with test images after every task:
+            takes a `transformers.EvalPrediction` of logits and class indices, and returns numbers by name; see
+            [`ComputedMetrics`]. They are in `report.computed` and, as means over tasks, in logs.
 
     Raises:
         [`ConfigError`]: The experts of `experts_from` do not fit the model.
@@ -86,6 +91,7 @@ class ContinualTrainer:
         model: ContinualModel,
         args: ContinualTrainingArguments | None = None,
         callbacks: Iterable[TrainerCallback] = (),
+        compute_metrics: Callable[[Any], Mapping[str, float]] | None = None,
     ):
         args = self.args = args or ContinualTrainingArguments()
         self.callbacks = CallbackList([*callbacks, KeepPictures(args)])
@@ -102,8 +108,7 @@ class ContinualTrainer:
                 split_batches=True, use_seedable_sampler=True, data_seed=args.seed
             ),
         )
-        if args.report_to != "none":
-            self.accelerator.init_trackers(args.run_name, config=args.to_log())
+        self.trackers = Trackers(self.accelerator, args)
         self.model = model.to(self.accelerator.device)
         set_checkpointing(model.backbone, args.gradient_checkpointing)
         if args.torch_compile:
@@ -111,7 +116,8 @@ class ContinualTrainer:
             model.bank.compile()
         chosen = getattr(model.config.method, "expert_layers", None) is not None
         self._caches = TrunkCaches(model.bank, args.trunk_cache_gb if chosen else 0)
-        self.evaluator = Evaluator(self.model, self.accelerator, args, self._caches)
+        compute = None if compute_metrics is None else ComputedMetrics(compute_metrics)
+        self.evaluator = Evaluator(self.model, self.accelerator, args, self._caches, compute)
         if model.report is None:
             model.report = StreamReport(model.config.method.name, "stream", {})
             model.report.catch_up(model.config.tasks)
@@ -128,36 +134,34 @@ class ContinualTrainer:
         self._checkpoints = Checkpoints(args.output_dir, args.save_total_limit, self.accelerator.process_index)
         self._parallel = ParallelExperts(args.output_dir, model, args, self._made_with())
         self._donor = None if args.experts_from is None else Donor(args.experts_from, model)
-        self._outbox = self._open_outbox() if args.push_to_hub and self.accelerator.is_main_process else None
-        if self._outbox is not None:
-            self._flush(self._outbox)
+        self._pusher = Pusher(args, model.config) if args.push_to_hub and self.accelerator.is_main_process else None
 
-    def learn_stream(self, stream: TaskStream | BorderlessStream) -> StreamReport:
+    def learn_stream(self, stream: TaskStream | BorderlessStream, together: int | None = None) -> StreamReport:
         """Learns the tasks of a stream in order; evaluates, saves and pushes the model after each.
 
         Args:
             stream ([`TaskStream`] or [`BorderlessStream`]): The tasks. Learnt ones are only evaluated, removed
                 ones skipped.
+            together (`int`, *optional*): Train the experts of so many tasks at once, in mixed batches, before the
+                model takes them up in order. Default: `args.together`.
 
         Returns:
             [`StreamReport`]: Metrics of all tasks of the model.
 
         Raises:
             [`ConfigError`]: The model has learnt a task of this name with other classes, `output_dir` holds another
-                model, or another run is writing into it.
+                model, another run is writing into it, or these tasks cannot be trained together.
             [`TrainingError`]: The loss is not finite, or another process died; the model is rolled back to the
                 previous task.
             [`TrainingStopped`]: The process received SIGTERM or SIGINT; a checkpoint to resume from is saved.
         """
-        if not isinstance(stream, TaskStream) and self.args.task_parallel:
-            raise ConfigError(
-                "task_parallel must know all tasks beforehand; this stream finds them while its images come."
-            )
+        together = self.args.together if together is None else replace(self.args, together=together).together
+        apart = "task_parallel" if self.args.task_parallel else "together" if together > 1 else None
         self.report.stream, self.report.dataset = stream.name, stream.dataset
         learnt = {known.name: position for position, known in enumerate(self.model.config.tasks)}
         with self._exclusively(), stopping_on_signals(self.stop), explaining_lost_processes(self.accelerator):
-            if self.args.task_parallel and isinstance(stream, TaskStream):
-                self._train_in_parallel(stream)
+            if apart is not None:
+                self._train_apart(check_independent(apart, self.model.method, stream, self.accelerator), together)
             for task in stream:
                 if any_process_stops(self.stop, self.accelerator):
                     raise TrainingStopped(self.stop.signal)
@@ -169,8 +173,7 @@ class ContinualTrainer:
                     self._learn(task)
             if self.accelerator.is_main_process:
                 self._parallel.clear()
-        if self.args.report_to != "none":
-            self.accelerator.end_training()
+        self.trackers.close()
         return self.report
 
     def learn(self, task: Task) -> StreamReport:
@@ -279,27 +282,42 @@ class ContinualTrainer:
             same = same_pictures(self.report.environment, task.name, test)
             self.evaluator.add(task.name, test, position if same and position in self._measured else None)
 
-    def _train_in_parallel(self, stream: TaskStream) -> None:
-        """Trains the experts of all remaining tasks, sharded over processes; the model copies them in order later."""
-        check_independent(self.model.method, stream, self.accelerator.mixed_precision)
-        local, rank, args = LocalAccelerator(self.accelerator), self.accelerator.process_index, self.args
-        checkpoints = Checkpoints(self._parallel.folder / f".rank-{rank}", args.save_total_limit)
-        for position, task in self._parallel.todo(stream, rank, self.accelerator.num_processes):
-            if self.stop.is_set():
-                raise TrainingStopped(self.stop.signal)
-            seconds: dict[str, float] = {}
-            images = self._open(task.train)
-            trained_on = describe(task, position, images)
-            if self._parallel.has(task.name, trained_on):
-                continue
-            set_seed(args.seed + position)
-            self.model.start_task(task.name, task.classes, task.domain, args.seed)
-            with timed(seconds, "train"):
-                self._prepare(task, images, local)
-                self._run_steps(task, images, None, local, checkpoints, trained_on)
-            self._parallel.put(seconds["train"], trained_on)
+    def _train_apart(self, stream: TaskStream, together: int) -> None:
+        """Trains the experts of all remaining tasks, shared out to processes; the model copies them in order later."""
+        todo = self._parallel.todo(stream, self.accelerator.process_index, self.accelerator.num_processes)
+        begun = (self._begin_apart(*each, together) for each in todo if not self.stop.is_set())
+        TrainedTogether((lesson for lesson in begun if lesson is not None), together).run()
+        if self.stop.is_set():
+            raise TrainingStopped(self.stop.signal)
         self.model.method.abandon()
         self.accelerator.wait_for_everyone()
+
+    def _begin_apart(self, position: int, task: Task, together: int) -> ParkedLesson | None:
+        """Begins the training of a task's expert; `None` if that is stored already."""
+        seconds, images, local = dict[str, float](), self._open(task.train), LocalAccelerator(self.accelerator)
+        if together > 1 and isinstance(images, StreamedImages):
+            raise ConfigError(
+                f"Tasks are trained together from cached images, and those of {task.name} are streamed. Leave "
+                "streaming and cache_size_gb out, or train one task after another (together=1)."
+            )
+        trained_on = describe(task, position, images)
+        if self._parallel.has(task.name, trained_on):
+            return None
+        set_seed(self.args.seed + position)
+        self.model.start_task(task.name, task.classes, task.domain, self.args.seed)
+        with timed(seconds, "train"):
+            self._prepare(task, images, local)
+        checkpoints = self._parallel.checkpoints(task.name)
+
+        def put(more: float) -> None:
+            self._parallel.put(seconds["train"] + more, trained_on)
+            checkpoints.clear()
+
+        if len(task.classes) == 1:
+            put(0.0)
+            return None
+        lesson, after_step = self._lesson(task, images, local, checkpoints, trained_on)
+        return ParkedLesson(lesson, after_step, self.stop, put)
 
     def _images(self, split: Split) -> TaskImages:
         """Resized images of a split; the main process writes the Arrow file for all."""
@@ -324,7 +342,10 @@ class ContinualTrainer:
                 queries = self._features_of(task, images, f"Querying {task.name}")(method.query)[0]
         with timed(seconds, "train"):
             self._prepare(task, images, self.accelerator)
-            self._run_steps(task, images, queries, self.accelerator, self._checkpoints, trained_on)
+            if len(task.classes) > 1:  # with a single class, the loss is always zero
+                own = (self.accelerator, self._checkpoints)
+                lesson, after_step = self._lesson(task, images, *own, trained_on, queries)
+                lesson.run(after_step, self.stop)
 
     def _prepare(
         self, task: Task, images: TaskImages | StreamedImages, accelerator: Accelerator | LocalAccelerator
@@ -358,56 +379,41 @@ class ContinualTrainer:
         classes = self.model.method.classes
         return torch.tensor([classes.index(label) for label in task.classes])
 
-    def _run_steps(
+    def _lesson(
         self,
         task: Task,
         images: TaskImages | StreamedImages,
-        queries: torch.Tensor | None,
         accelerator: Accelerator | LocalAccelerator,
         checkpoints: Checkpoints,
         trained_on: dict,
-    ) -> None:
-        """Runs the optimizer steps of a task; query features are computed in every step unless given."""
-        if len(task.classes) == 1:
-            return  # with a single class, the loss is always zero
-        args, method, transform = self.args, self.model.method, self.model.backbone.transform
+        queries: torch.Tensor | None = None,
+    ) -> tuple[Lesson, Callable[[Progress, torch.Tensor], None]]:
+        """The training of the current task, and what to call after its optimizer steps."""
+        args, method = self.args, self.model.method
         if args.torch_compile and method.bank.slot is not None:
             method.bank.slot.compile()
         made_with = {**self._made_with(), **trained_on, "model": self._state()}
         loop = StepLoop(method, images, accelerator, args, checkpoints, made_with, self._step)
-        numbers = self._numbers(task).to(accelerator.device)
         queries = None if queries is None else queries.to(accelerator.device)
         assert method.task is not None
         desc = f"Training {task.name} ({method.task.title})"
         bar = tqdm(total=loop.num_steps, desc=desc, disable=not self._shows, leave=False)
 
-        def loss_of(step: torch.nn.Module, batch: dict) -> torch.Tensor:
-            pixels, query = augment(transform.normalize(batch["pixels"]), batch.get("view")), None
-            recalling: AbstractContextManager[None] = nullcontext()
-            if isinstance(images, TaskImages) and "view" not in batch:
-                recalling = self._caches.recalling(images, pixels, batch["index"])
-            with accelerator.autocast(), recalling:
-                if queries is not None:
-                    query = queries[batch["index"]]
-                elif method.trains_by_query:
-                    with torch.no_grad():
-                        query = method.query(pixels)
-                return step(pixels, numbers[batch["label"]], query, batch["weight"])
-
         def after_step(progress: Progress, loss: torch.Tensor) -> None:
             bar.update(progress.step - bar.n)
-            self._step = progress.logged
+            self._step = max(self._step, progress.logged)
             self.callbacks("on_step_end", self.model, progress.step, loop.num_steps)
-            if self._step % args.logging_steps == 0:
+            if progress.logged % args.logging_steps == 0:
                 value = loss.item()
                 bar.set_postfix(loss=f"{value:.3f}")
                 self._log({"train/loss": value})
+            if progress.step == loop.num_steps:
+                bar.close()
 
-        loop.run(loss_of, after_step, self.stop)
-        bar.close()
+        return Lesson(self.model, images, loop, accelerator, self._caches, queries), after_step
 
     def _log(self, values: dict[str, float]) -> None:
-        self.accelerator.log(values, step=self._step)
+        self.trackers.log(values, self._step)
         self.callbacks("on_log", self.model, values, self._step)
 
     def _made_with(self) -> dict:
@@ -435,32 +441,12 @@ class ContinualTrainer:
             for position, task in sorted(self._tests.items())
         }
         with self.model.bank.lock.writing():  # no other thread saves a partial row
-            self._report(results, before)
-        self._log({f"eval/{name}": value for name, value in self.report.summary().items()})
+            note_results(self.report, self.model, results, before)
+            self.report.test_forwards_per_image = self.evaluator.forwards_per_image()
+        found = self.report.summary() | self.report.means()
+        self._log({f"eval/{name}": value for name, value in found.items()})
+        self.trackers.show(self.report, self._step)
         self.callbacks("on_evaluate", self.model)
-
-    def _report(self, results: dict[int, TaskEvaluation], before: float | None) -> None:
-        report, method, count = self.report, self.model.method, len(self.model.config.tasks)
-        if before is not None and count > 1:
-            report.accuracy_matrix[-2][-1] = before
-        for position, result in results.items():
-            report.accuracy_matrix[-1][position] = result.accuracy
-        tables = [result.reliability for result in results.values()]
-        report.reliability = np.sum(tables, axis=0).round(6).tolist() if tables else []
-        margins = [result.margins for result in results.values() if result.margins is not None]
-        report.route_margins = np.sum(margins, axis=0).tolist() if margins else []
-        if method.routes:
-            shared = len(method.bank) and not method.independent
-            report.experts = method.bank.names if shared else list(report.titles)
-            confusion = np.zeros((count, len(report.experts)), dtype=int)
-            for position, result in results.items():
-                confusion[position, : len(result.routed)] = result.routed
-            report.routing_confusion = confusion.tolist()
-        if method.independent:
-            report.oracle_accuracy = [
-                results[position].oracle_accuracy if position in results else math.nan for position in range(count)
-            ]
-        report.test_forwards_per_image = self.evaluator.forwards_per_image()
 
     def _save(self) -> None:
         if self.accelerator.is_main_process:
@@ -471,30 +457,6 @@ class ContinualTrainer:
                 raise OSError(error.errno, f"{error.strerror}. {hint}") from error
             self._checkpoints.clear()
             self.callbacks("on_save", self.model, self.args.output_dir)
-            self._push()
+            if self._pusher is not None:
+                self.callbacks("on_push", self.model, *self._pusher.push())
         self.accelerator.wait_for_everyone()
-
-    def _open_outbox(self) -> Outbox:
-        """Opens the outbox, after checking that the model can be pushed."""
-        args = self.args
-        assert args.push_repo is not None
-        target = PushTarget(args.push_repo, args.hub_token, args.hub_private_repo, args.hub_revision)
-        return Outbox.open(args.output_dir, target, self.model.config)
-
-    def _push(self) -> None:
-        if self._outbox is not None:
-            self._outbox.put()
-            self._flush(self._outbox)
-            self.callbacks("on_push", self.model, self._outbox.target.repo_id, len(self._outbox.pending()))
-
-    def _flush(self, outbox: Outbox) -> None:
-        try:
-            outbox.flush()
-        except HubError as error:
-            logger.warning(
-                "%s Learning goes on. %d tasks wait in %s; they go with the next task, or with: hf-clpeft push %s",
-                error,
-                len(outbox.pending()),
-                outbox.folder,
-                shlex.quote(self.args.output_dir),
-            )
