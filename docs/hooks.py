@@ -4,6 +4,7 @@ Pages link to files as they do on GitHub, `../recipes/s_lora.py`. Pages, picture
 become part of the site; a file of code becomes a page that shows it.
 """
 
+import json
 import posixpath
 import re
 from pathlib import Path
@@ -17,7 +18,7 @@ import hf_clpeft
 ROOT = Path(__file__).parents[1]
 LINK = re.compile(r"(\]\()([^()#\s:]+)((?:#[^()\s]*)?\))")
 PAGES = "recipes/results/*.md", "recipes/results/*.png", "recipes/results/*.csv"
-SHOWN = {".py": "py", ".sh": "sh", ".sbatch": "sh", ".yaml": "yaml", ".cff": "yaml", "": "make"}
+SHOWN = {".py": "py", ".sh": "sh", ".sbatch": "sh", ".yaml": "yaml", ".cff": "yaml"}
 
 
 def in_repo(link, page):
@@ -34,6 +35,17 @@ def in_site(path):
     return path.removeprefix("docs/") if path.endswith((".md", ".png", ".svg", ".csv")) else f"{path}.md"
 
 
+def shown(path):
+    """A page for a file of code; for a notebook, its cells."""
+    text, language = path.read_text(encoding="utf-8"), SHOWN.get(path.suffix, "text")
+    if path.suffix == ".ipynb":
+        cells = [(cell["cell_type"], "".join(cell["source"])) for cell in json.loads(text)["cells"]]
+        text = "\n\n".join(source if kind == "markdown" else f"```py\n{source}\n```" for kind, source in cells)
+        return re.sub(r"\[!\[.*\n", "", text)  # a badge is a picture from elsewhere
+    name = path.relative_to(ROOT).as_posix()
+    return f"---\nsearch: {{exclude: true}}\n---\n# {name}\n\n````{language}\n{text}\n````\n"
+
+
 def on_files(files, config):
     found = {path.relative_to(ROOT).as_posix() for pattern in PAGES for path in ROOT.glob(pattern)}
     for page in [file.src_uri for file in files.documentation_pages()] + sorted(found):
@@ -46,9 +58,7 @@ def on_files(files, config):
         if in_site(path) == path:
             files.append(File.generated(config, path, abs_src_path=str(ROOT / path)))
         else:
-            code = (ROOT / path).read_text(encoding="utf-8")
-            shown = f"---\nsearch: {{exclude: true}}\n---\n# {path}\n\n````{SHOWN[Path(path).suffix]}\n{code}\n````\n"
-            files.append(File.generated(config, in_site(path), content=shown))
+            files.append(File.generated(config, in_site(path), content=shown(ROOT / path)))
     return files
 
 
@@ -65,15 +75,20 @@ def on_page_markdown(markdown, page, **_):
 
 
 class Linked(griffe.Extension):
-    """Names in docstrings, [`Task`], become links where the pages explain them."""
+    """Names in docstrings, [`Task`], become links where the pages explain them; in the types before a colon, text."""
 
     def on_object(self, *, obj, **_):
         if obj.docstring:
-            obj.docstring.value = re.sub(r"^( +\w+ \()(.*)\):", self.plain, obj.docstring.value, flags=re.MULTILINE)
+            types = (
+                r"^( +\w+ \()(.*)(\):)",  # of Args
+                r"^( +)(\[?`[^`]+`(?:[\[\], ]+`[^`]+`)*\]?)(:)",  # of Returns and Raises
+            )
+            for pattern in types:
+                obj.docstring.value = re.sub(pattern, self.plain, obj.docstring.value, flags=re.MULTILINE)
             obj.docstring.value = re.sub(r"\[`~?([\w.]+)`\]", self.linked, obj.docstring.value)
 
     def plain(self, match):
-        return match[1] + re.sub(r"[\[\]`*~]", "", match[2]) + "):"
+        return match[1] + re.sub(r"\[`~?|`\]|[`*]", "", match[2]) + match[3]
 
     def linked(self, match):
         name = match[1].removeprefix("hf_clpeft.")

@@ -54,7 +54,7 @@ SYSTEM = "cd cp docker export find git hf pip sbatch source".split()  # programs
 
 @pytest.fixture(scope="session")
 def birds(tmp_path_factory):
-    """Folders of pictures of three birds, and a model that has learnt two of them at first and one in October."""
+    """Pictures of three birds in folders, and models: of two, of these and one more in October, and of that alone."""
     folder, rows = tmp_path_factory.mktemp("birds"), pattern_rows(num_classes=3, per_class=12)
     for number, (image, label) in enumerate(zip(rows["image"], rows["label"], strict=True)):
         path = folder / ("my/pictures/robin", "my/pictures/wren", "new/pictures/finch")[label] / f"{number % 12}.jpg"
@@ -65,6 +65,9 @@ def birds(tmp_path_factory):
         trainer = ContinualTrainer(model, ContinualTrainingArguments(folder / name, disable_tqdm=True))
         trainer.learn(load_task(folder / "my/pictures", name="first"))
     trainer.learn(load_task(folder / "new/pictures", name="october"))
+    model = ContinualModel.from_backbone(BACKBONE, slda_pp(adapt=False))
+    args = ContinualTrainingArguments(folder / "theirs", disable_tqdm=True)
+    ContinualTrainer(model, args).learn(load_task(folder / "new/pictures", name="first"))
     return folder
 
 
@@ -79,7 +82,7 @@ def me(hub, learnt, birds, monkeypatch, tmp_path):
     load_digits_dataset()["test"][0]["image"].save("digit.png")
     (tmp_path / "photo.jpg").symlink_to(birds / "my/pictures/robin/0.jpg")
 
-    def own(snippet):
+    def owner_of_what_it_loads(snippet):
         needed = re.findall(
             r'"((?:me|you)/\w+)(?:@[\w-]+)?"', " ".join(re.findall(r"(?:from_pretrained|combine)\(.*", snippet))
         )
@@ -89,10 +92,11 @@ def me(hub, learnt, birds, monkeypatch, tmp_path):
                 learnt.model.push_to_hub(repo, token=token)
                 hub.repo(repo).set_ref("refs/tags/task-001", "main")
             elif repo in ("me/birds", "you/butterflies"):
-                folder = birds / ("both" if '"october")' in snippet and "remove(" in snippet else "first")
-                ContinualModel.from_pretrained(folder).push_to_hub(repo, token=token)
+                own = "both" if 'remove("october")' in snippet else "first"
+                model = ContinualModel.from_pretrained(birds / ("theirs" if repo[:3] == "you" else own))
+                model.push_to_hub(repo, token=token)
 
-    return own
+    return owner_of_what_it_loads
 
 
 @pytest.mark.parametrize("learnt", ["s_lora"], indirect=True)
