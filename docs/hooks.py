@@ -78,6 +78,8 @@ class Linked(griffe.Extension):
     """Names in docstrings, [`Task`], become links where the pages explain them; in the types before a colon, text."""
 
     def on_object(self, *, obj, **_):
+        if obj.is_attribute and "property" not in obj.labels:
+            obj.docstring = None  # an attribute looked at from outside has the docstring of its type
         if obj.docstring:
             types = (
                 r"^( +\w+ \()(.*)(\):)",  # of Args
