@@ -40,8 +40,8 @@ def shown(path):
     text, language = path.read_text(encoding="utf-8"), SHOWN.get(path.suffix, "text")
     if path.suffix == ".ipynb":
         cells = [(cell["cell_type"], "".join(cell["source"])) for cell in json.loads(text)["cells"]]
-        text = "\n\n".join(source if kind == "markdown" else f"```py\n{source}\n```" for kind, source in cells)
-        return re.sub(r"\[!\[.*\n", "", text)  # a badge is a picture from elsewhere
+        cells = [cell for cell in cells if "[![" not in cell[1]]  # a badge is a picture from elsewhere
+        return "\n\n".join(source if kind == "markdown" else f"```py\n{source}\n```" for kind, source in cells)
     name = path.relative_to(ROOT).as_posix()
     return f"---\nsearch: {{exclude: true}}\n---\n# {name}\n\n````{language}\n{text}\n````\n"
 
