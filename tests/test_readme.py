@@ -40,6 +40,7 @@ README = PAGES["README.md"]
 SNIPPETS = [
     pytest.param(snippet, id=f"{page}-{number}")
     for page, text in PAGES.items()
+    if page != "README.md"
     for number, snippet in enumerate(re.findall(r"```py\n(.*?)```", text, re.DOTALL))
 ]
 COMMANDS = [
@@ -100,6 +101,17 @@ def me(hub, learnt, birds, monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize("learnt", ["s_lora"], indirect=True)
+def test_the_readme_keeps_its_word(me, hub):
+    (snippet,) = re.findall(r"```py\n(.*?)```", README, re.DOTALL)
+    me(snippet)
+    exec(compile(snippet.replace("google/vit-base-patch16-224-in21k", BACKBONE), "<snippet>", "exec"), space := {})
+    assert space["found"].label == "robin" and len(space["found"].classes) == 3
+    assert space["both"].config.classes == ["robin", "wren", "finch"] and len(space["both"].config.tasks) == 3
+    never = ContinualModel.from_pretrained("me/birds")
+    assert never.config.classes == ["robin", "wren"] and list(hub.repo("me/birds").tags) == ["first"]
+
+
+@pytest.mark.parametrize("learnt", ["s_lora"], indirect=True)
 @pytest.mark.parametrize("snippet", SNIPPETS)
 def test_a_snippet_runs(me, snippet, request, monkeypatch):
     few = partial(load_benchmark, max_train_samples_per_task=32, max_test_samples_per_task=16)
@@ -111,7 +123,7 @@ def test_a_snippet_runs(me, snippet, request, monkeypatch):
     me(snippet)
     if "127.0.0.1:7860" in snippet:  # where the demo is
         snippet = snippet.replace("http://127.0.0.1:7860", request.getfixturevalue("page"))
-    exec(compile(snippet.replace("google/vit-base-patch16-224-in21k", BACKBONE), "README.md", "exec"), {})
+    exec(compile(snippet.replace("google/vit-base-patch16-224-in21k", BACKBONE), "<snippet>", "exec"), {})
 
 
 @pytest.mark.parametrize("page", PAGES)
