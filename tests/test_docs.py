@@ -55,6 +55,8 @@ def test_every_public_name_is_explained_on_one_page(site):
 
 def test_actions_are_pinned_and_can_write_nothing():
     assert [path.stem for path in WORKFLOWS] == ["ci", "release"]
+    updates = yaml.safe_load((REPO / ".github" / "dependabot.yml").read_text(encoding="utf-8"))["updates"]
+    assert [update["package-ecosystem"] for update in updates] == ["github-actions"]
     makefile = (REPO / "Makefile").read_text(encoding="utf-8")
     for path in WORKFLOWS:
         text, workflow = path.read_text(encoding="utf-8"), yaml.safe_load(path.read_text(encoding="utf-8"))
