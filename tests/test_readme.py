@@ -50,6 +50,7 @@ COMMANDS = [
     for line in block.splitlines()
     if line.strip() and not line.startswith("#")
 ]
+ELSEWHERE = set()  # commands that the pages show before they are here; empty once they are
 SYSTEM = "cd cp docker export find git hf pip sbatch source".split()  # programs that are not ours
 
 
@@ -172,6 +173,11 @@ def test_the_commands_at_the_top_are_the_ones_that_ci_runs():
 
 
 @cache
+def sources():
+    return "\n".join(path.read_text(encoding="utf-8") for path in (REPO / "hf_clpeft").rglob("*.py"))
+
+
+@cache
 def options_of_recipe(script):
     """Options of a script that runs methods; `None` of another one."""
     text = (REPO / script).read_text(encoding="utf-8")
@@ -214,9 +220,10 @@ def test_commands_files_and_options_that_the_pages_show_exist(page, line):
 
 def test_commands_within_sentences_exist():
     commands = {command.callback.__name__ for command in cli.app.registered_commands}
+    assert not ELSEWHERE & commands, "they are here now: empty ELSEWHERE"
     for page, text in PAGES.items():
         if page != "CHANGELOG.md":
-            assert set(re.findall(r"`hf-clpeft (\w+)", text)) <= commands, page
+            assert set(re.findall(r"`hf-clpeft (\w+)", text)) <= commands | ELSEWHERE, page
 
 
 @cache
