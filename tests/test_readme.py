@@ -198,7 +198,7 @@ def options_of_recipe(script):
 @cache
 def options_of_command(name, asked):
     command = typer.main.get_command(cli.app).get_command(click.Context(click.Command("x")), name)
-    if command.ignore_unknown_options:  # it reads its words itself, by fields of dataclasses
+    if command.context_settings.get("ignore_unknown_options"):  # it reads its words itself, by fields of dataclasses
         return {option for option in asked if re.search(rf"^    {option}: ", sources(), re.MULTILINE)}
     known = {word for option in command.params for word in option.opts + option.secondary_opts}
     return {word.lstrip("-").replace("-", "_") for word in known}
