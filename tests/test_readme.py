@@ -53,7 +53,7 @@ COMMANDS = [
 ELSEWHERE = {  # commands, options and messages that the pages show before they are here
     *("learn", "evaluate", "compare", "remove", "There is a single class", "already, from", "and no model"),
     *("and could not be pushed", "makes no training steps"),
-    *("card", "together", "quantization", "onnx", "int8", "pictures", "handler"),
+    *("card", "together", "quantization", "onnx", "int8", "pictures", "handler", "mcp", "num_examples"),
     *("cannot be trained together", "which is measured already"),
     *("before it is exported", "which one graph cannot do", "as one graph"),
 }
