@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 CONSTRAINTS ?= constraints.txt
-EXTRAS ?= test,quality
+EXTRAS ?= test,quality,docs
 TESTS ?=
 BIN = $(VENV)/bin
 PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint $(CONSTRAINTS)
@@ -11,7 +11,7 @@ CORE = adapters backbone_loading bank card class_routers cli combine download ev
 	images learn model naming own_methods prefix push reader routing scoring storage streams training trunk
 export PYTHONUNBUFFERED = 1
 
-.PHONY: help demo test test-lowest quality style
+.PHONY: help demo test test-lowest quality style docs
 
 help:  ## show this text
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' Makefile
@@ -39,3 +39,6 @@ quality: $(VENV)/installed  ## check style and types
 style: $(VENV)/installed  ## mend style
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+docs: $(VENV)/installed  ## build the pages into build/site, strictly: links, headings and docstrings are checked
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict

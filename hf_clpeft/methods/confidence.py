@@ -39,7 +39,7 @@ class Confidence(ReadsOnce):
 
     def temperature(self) -> float | None:
         """The temperature, if it was measured."""
-        (temperature, _), measured = self._fit()
+        (temperature, _), measured = self.once("losses", _fit)
         return temperature if measured else None
 
     def forward(self, scores: torch.Tensor) -> torch.Tensor:
