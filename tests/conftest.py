@@ -49,7 +49,8 @@ BACKBONE = "hf-clpeft/vit-tiny-glyphs"
 EXAMPLES = sorted((bundled_folder(DIGITS_MODEL) / "examples").glob("*.png"))
 SEVEN = EXAMPLES[7]
 SLOW = (
-    "every_method foreign_device processes recipes kill training compare readme checkpoints demo_methods demo".split()
+    "every_method foreign_device processes recipes kill training compare readme checkpoints torch_export onnx learn "
+    "demo_methods demo browser trunk together docs notebook".split()
 )  # files, the slowest first
 _modules = 0  # that were imported when garbage was last looked for
 disable_progress_bars()

@@ -62,10 +62,17 @@ class Visitor:
         raise AssertionError(f"no {selector} with {text!r} in {seconds} s, but {seen}")
 
     def gone(self, selector, text, seconds=60):
+        from selenium.common.exceptions import StaleElementReferenceException
+
         end = time.monotonic() + seconds
-        while any(text in element.text for element in self.all(selector)):
-            assert time.monotonic() < end, f"{selector} still has {text!r}"
+        while time.monotonic() < end:
+            try:
+                if not any(text in element.text for element in self.all(selector)):
+                    return
+            except StaleElementReferenceException:
+                pass
             time.sleep(0.2)
+        raise AssertionError(f"{selector} still has {text!r}")
 
     def read(self, selector, text):
         """What stands there, once it can be seen and has that text in it: pages are drawn anew as answers come in."""

@@ -31,7 +31,10 @@ tags:
 - peft
 - lora
 - s_lora
-model-index:
+widget:
+(- src: https://huggingface\.co/alice/digits/resolve/main/examples/task-00\d-\d\.jpg
+  example_title: task-00\d-\d
+)+model-index:
 - name: digits
   results:
   - task:
@@ -279,19 +282,15 @@ def test_the_card_of_a_folder_is_printed_written_and_mended(learnt, saved, tmp_p
 
 @pytest.mark.parametrize("learnt", ["s_lora"], indirect=True)
 def test_examples_are_pushed_and_shown_and_the_card_of_a_repo_is_refreshed(hub, learnt, saved):
-    from hf_clpeft.hub.push import PushTarget, push_folder
-
-    (saved / "examples").mkdir()
-    (saved / "examples" / "seven.png").write_bytes(SEVEN.read_bytes())
-    (saved / "examples" / "not a picture.txt").write_text("")
-    (saved / "examples" / "elsewhere.png").symlink_to(SEVEN)
-    push_folder(saved, PushTarget("alice/digits", token="hf_alice"))
+    model = ContinualModel.from_pretrained(saved)
+    model.pictures = {"examples/task-000-0.jpg": SEVEN.read_bytes(), "thumbnails/task-000.jpg": SEVEN.read_bytes()}
+    model.push_to_hub("alice/digits", token="hf_alice")
     files = hub.repo("alice/digits").files()
-    assert [name for name in files if name.startswith("examples/")] == ["examples/seven.png"]
+    assert files["examples/task-000-0.jpg"] == SEVEN.read_bytes()
     text = files["README.md"].decode()
     (shown,) = yaml.safe_load(text.split("---")[1])["widget"]
-    address = "https://huggingface.co/alice/digits/resolve/main/examples/seven.png"
-    assert shown == {"src": address, "example_title": "seven"} and check_card(text) == ([], [])
+    address = "https://huggingface.co/alice/digits/resolve/main/examples/task-000-0.jpg"
+    assert shown == {"src": address, "example_title": "task-000-0"} and check_card(text) == ([], [])
     assert ContinualModel.from_pretrained("alice/digits").config.tasks
     hub.commit("alice/digits", {"README.md": b"broken"})
     assert call("alice/digits", "--token", "hf_alice")[:2] == (0, text)

@@ -50,13 +50,6 @@ COMMANDS = [
     for line in block.splitlines()
     if line.strip() and not line.startswith("#")
 ]
-ELSEWHERE = {  # commands, options and messages that the pages show before they are here
-    *("learn", "evaluate", "compare", "remove", "There is a single class", "already, from", "and no model"),
-    *("and could not be pushed", "makes no training steps"),
-    *("card", "together", "quantization", "onnx", "int8", "pictures", "handler", "mcp", "num_examples"),
-    *("cannot be trained together", "which is measured already"),
-    *("before it is exported", "which one graph cannot do", "as one graph"),
-}
 SYSTEM = "cd cp curl docker export find git hf pip sbatch source".split()  # programs that are not ours
 
 
@@ -213,8 +206,7 @@ def test_commands_files_and_options_that_the_pages_show_exist(page, line):
         if program == "make":
             assert re.search(rf"^{arguments[0]}:", (REPO / "Makefile").read_text(), re.MULTILINE), line
         elif program == "hf-clpeft":
-            if arguments[0] not in ELSEWHERE:
-                assert set(options) - ELSEWHERE <= options_of_command(arguments[0], tuple(options)), line
+            assert set(options) <= options_of_command(arguments[0], tuple(options)), line
         elif program in ("python", "accelerate"):
             script = next(word for word in arguments if word.endswith(".py"))
             assert (REPO / script).is_file(), line
@@ -223,7 +215,7 @@ def test_commands_files_and_options_that_the_pages_show_exist(page, line):
             known = options_of_recipe(script) or (REPO / script).read_text(encoding="utf-8") + sources()
             for word in after:
                 name = word.lstrip("-").replace("-", "_")
-                if word[:2] == "--" and name not in ELSEWHERE:
+                if word[:2] == "--":
                     assert name in known, f"{line}: {word}"
                 assert not word.endswith((".yaml", ".sbatch")) or "/" not in word or (REPO / word).is_file(), line
         else:
@@ -232,10 +224,9 @@ def test_commands_files_and_options_that_the_pages_show_exist(page, line):
 
 def test_commands_within_sentences_exist():
     commands = {command.callback.__name__ for command in cli.app.registered_commands}
-    assert not ELSEWHERE & (commands | options_of_recipe("recipes/s_lora.py")), "they are here now: empty ELSEWHERE"
     for page, text in PAGES.items():
         if page != "CHANGELOG.md":
-            assert set(re.findall(r"`hf-clpeft (\w+)", text)) <= commands | ELSEWHERE, page
+            assert set(re.findall(r"`hf-clpeft (\w+)", text)) <= commands, page
 
 
 @cache
@@ -258,4 +249,4 @@ TROUBLES = re.findall(r"^\| (`.*?) \|", PAGES["docs/troubleshooting.md"], re.MUL
 def test_the_messages_in_troubleshooting_are_those_of_the_package(words):
     for message in re.findall(r"`([^`]+)`", words):
         text = re.sub(r"^k=0 ", "", message)
-        assert text in ELSEWHERE or text in messages() or re.sub(r" …$", "", text) in messages(), message
+        assert text in messages() or re.sub(r" …$", "", text) in messages(), message

@@ -1,13 +1,11 @@
 """The bank of all experts of a model, which runs batches with different experts per image."""
 
-import hashlib
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
 from peft import PeftConfig, PeftModel
-from safetensors.torch import save
 
 from ..backbones import Backbone
 from ..backbones.tracing import CALL_FIRST, tracing
@@ -209,11 +207,6 @@ class ExpertBank(Guarded):
             self._stage = None  # it may hold the previous state of this expert
             self.abandon()
         return expert
-
-    def digest(self, index: int) -> str:
-        """SHA-256 of the weights of an expert, the same for equal experts of different models."""
-        tensors = self[index].tensors
-        return hashlib.sha256(save({key: tensors[key].contiguous() for key in sorted(tensors)})).hexdigest()
 
     def adopt(self, expert: Expert) -> None:
         """Copies a trained expert into the slot, instead of training it.

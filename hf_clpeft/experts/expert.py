@@ -1,6 +1,7 @@
 """A saved expert: a PEFT configuration and the state dict of its adapter."""
 
 import copy
+import hashlib
 import math
 import warnings
 from collections.abc import Iterator, Sequence
@@ -83,6 +84,12 @@ class Expert:
     def num_parameters(self) -> int:
         """Number of trained parameters."""
         return sum(tensor.numel() for tensor in self.tensors.values())
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the weights, the same for equal experts of different models."""
+        ordered = {key: self.tensors[key].contiguous() for key in sorted(self.tensors)}
+        return hashlib.sha256(save(ordered)).hexdigest()
 
     @classmethod
     def from_peft_model(cls, name: str, peft_model: PeftModel) -> "Expert":

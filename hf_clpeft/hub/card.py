@@ -4,7 +4,7 @@ from huggingface_hub import ModelCard
 
 from ..config.hub_client import hub_client
 from ..config.hub_errors import explained
-from ..reports.card import CARD_NAME, EXAMPLE, EXAMPLES, MOST_EXAMPLES, make_card, read_made
+from ..reports.card import CARD_NAME, make_card, read_made
 from .download import fetch_config
 
 
@@ -21,11 +21,7 @@ def fetch_card(repo_id: str, revision: str | None = None, token: str | None = No
         [`ConfigError`]: It holds no model.
     """
     folder = fetch_config(repo_id, revision, token)
-    with explained("list", repo_id, revision):
-        names = hub_client(token).list_repo_files(repo_id, revision=folder.name)
-    pictures = [name for name in sorted(names) if name.startswith(f"{EXAMPLES}/")]
-    examples = [name for name in pictures if EXAMPLE.fullmatch(name.removeprefix(f"{EXAMPLES}/"))][:MOST_EXAMPLES]
-    return make_card(*read_made(folder), repo_id, examples, ask=True)
+    return make_card(*read_made(folder), repo_id, ask=True)
 
 
 def push_card(

@@ -15,7 +15,7 @@ from ..config.hub_client import hub_client
 from ..config.hub_errors import HfHubHTTPError, HubError, explained, transferring
 from ..config.model import CONFIG_NAME, ContinualConfig
 from ..config.text import get_logger
-from ..reports.card import CARD_NAME, examples_in, make_card
+from ..reports.card import CARD_NAME, make_card
 from ..reports.report import METRICS_NAME, REPORT_FILES, StreamReport
 from ..storage.files import EXPERTS_FOLDER, WEIGHTS, check_files, sums_file
 from ..storage.lineage import difference
@@ -223,13 +223,13 @@ def _changes(folder: Path, config: ContinualConfig, head: _Head, repo_id: str) -
     known = head.config.files if head.config is not None else {}
     reports = [name for name in REPORT_FILES if (folder / name).is_file() and not (folder / name).is_symlink()]
     sent = [path for path, digest in config.files.items() if known.get(path) != digest or path not in head.files]
-    report, examples = None, examples_in(folder)
+    report = None
     if METRICS_NAME in reports:
         report = StreamReport.from_dict(read_json(folder / METRICS_NAME), config.tasks)
-    card = str(make_card(config, report, repo_id, examples, ask=True)).encode()
+    card = str(make_card(config, report, repo_id, ask=True)).encode()
     gone = (known.keys() - config.files.keys()) | (set(REPORT_FILES) - set(reports))
     return [
-        *(CommitOperationAdd(path, folder / path) for path in [*sent, *reports, *examples, CONFIG_NAME]),
+        *(CommitOperationAdd(path, folder / path) for path in [*sent, *reports, CONFIG_NAME]),
         CommitOperationAdd(CARD_NAME, card),
         *(CommitOperationDelete(path) for path in sorted(gone & head.files)),
     ]

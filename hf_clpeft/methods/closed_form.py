@@ -201,7 +201,7 @@ class FirstExpert(ClosedForm, name="closed_form_first"):
             self.bank.remove(EXPERT)
 
     def alike(self) -> dict[str, Any]:
-        return {**super().alike(), "first task's expert": self.bank.digest(0) if len(self.bank) else None}
+        return {**super().alike(), "first task's expert": self.bank[0].digest if len(self.bank) else None}
 
     def merge(self, other: Keeper, number_of: list[int], names: list[str]) -> None:
         if not len(self.bank):

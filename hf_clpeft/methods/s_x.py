@@ -140,7 +140,7 @@ class PerTask(ManyViews):
             "router": options.router,
         }
         if self.query_with_first:
-            own["first task's expert"] = self.bank.digest(0) if len(self.bank) else None
+            own["first task's expert"] = self.bank[0].digest if len(self.bank) else None
         return own
 
     def merge(self, other: Keeper, number_of: list[int], names: list[str]) -> None:

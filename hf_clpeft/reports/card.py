@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
+from urllib.parse import quote
 
 import jinja2
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
@@ -23,9 +24,8 @@ CARD_NAME = "README.md"
 TEMPLATE = "model_card.md"
 LIBRARY = "hf-clpeft"
 NOT_PLAIN = ("PROMPT_TUNING", "PREFIX_TUNING")  # files of PEFT that PEFT alone cannot run on a vision transformer
-EXAMPLES = "examples"  # a folder of pictures to try a model on
-EXAMPLE = re.compile(r"\w[\w.-]{0,99}\.(png|jpg|jpeg|webp)")
-MOST_EXAMPLES, LARGEST_EXAMPLE = 10, 2**20  # bytes
+EXAMPLES = "examples/"  # where pictures to try a model on are among its files
+MOST_EXAMPLES = 10
 REPO_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
@@ -33,7 +33,6 @@ def make_card(
     config: ContinualConfig,
     report: StreamReport | None = None,
     repo_id: str = "path/to/this/folder",
-    examples: Sequence[str] = (),
     ask: bool = False,
 ) -> ModelCard:
     """Renders the model card from the template in `model_cards/`.
@@ -42,8 +41,6 @@ def make_card(
         config ([`ContinualConfig`]): Configuration of the model.
         report ([`StreamReport`], *optional*): Its metrics.
         repo_id (`str`, *optional*): Repo id or folder, for the usage example.
-        examples (sequence of `str`, *optional*): Paths of pictures in the repo, to try the model on its page; see
-            [`examples_in`].
         ask (`bool`, *optional*, defaults to `False`): Ask the Hub for the licence of the backbone, if it is not in
             the cache.
 
@@ -70,6 +67,7 @@ def make_card(
     # A local path is useless to readers.
     backbone_id = config.backbone.name_or_path if REPO_ID.fullmatch(config.backbone.name_or_path) else None
     on_the_hub = REPO_ID.fullmatch(repo_id) is not None
+    examples = sorted(path for path in config.files if path.startswith(EXAMPLES))[:MOST_EXAMPLES]
     name = repo_id.split("/")[-1] if on_the_hub else printable(f"{options.name} on {stream}")
     revision = f", revision `{_plain(config.backbone.revision[:12])}`" if config.backbone.revision else ""
     data = ModelCardData(
@@ -143,7 +141,7 @@ def make_card_of(folder: str | Path, repo_id: str = "path/to/this/folder", ask: 
 
     ```
     """
-    return make_card(*read_made(folder), repo_id, examples_in(folder), ask)
+    return make_card(*read_made(folder), repo_id, ask)
 
 
 def read_made(folder: str | Path) -> tuple[ContinualConfig, StreamReport | None]:
@@ -154,20 +152,9 @@ def read_made(folder: str | Path) -> tuple[ContinualConfig, StreamReport | None]
     return config, report
 
 
-def examples_in(folder: str | Path) -> list[str]:
-    """Paths of the pictures that a folder has to try its model on: the first of `examples/`, if they are small."""
-    place = Path(folder, EXAMPLES)
-    if not place.is_dir() or place.is_symlink():
-        return []
-    found = sorted(
-        path for path in place.iterdir() if EXAMPLE.fullmatch(path.name) and path.is_file() and not path.is_symlink()
-    )
-    return [f"{EXAMPLES}/{path.name}" for path in found if path.stat().st_size <= LARGEST_EXAMPLE][:MOST_EXAMPLES]
-
-
 def _widget(repo_id: str, examples: Sequence[str]) -> list[dict[str, str]]:
     address = f"https://huggingface.co/{repo_id}/resolve/main"
-    return [{"src": f"{address}/{path}", "example_title": Path(path).stem} for path in examples]
+    return [{"src": f"{address}/{quote(path)}", "example_title": Path(path).stem} for path in examples]
 
 
 @cache
