@@ -26,6 +26,7 @@ def test_a_repo_is_made_and_learns_more_without_the_old_pictures(me):
     text = run("learn", pictures("spring", [0, 1]), "--to", REPO, *TINY)
     assert "me/birds, a repo on the Hub: it reads OWNER/NAME" in text and "--adapt" in text
     assert "spring: 2 classes (bird 0, bird 1), 16 pictures to learn from, 4 to measure with" in text
+    assert "up to 8 pictures go along" in text and "--num_examples 0" in text
     assert "accuracy    100.0 %" in text and "hf-clpeft predict me/birds PICTURE" in text
     Path("spring").rename("gone")
     text = run("learn", pictures("october", [2]), "--to", REPO)

@@ -246,6 +246,8 @@ def _training_arguments(
         resume_from_checkpoint="auto" if there.interrupted else None,
         disable_tqdm=args.disable_tqdm or not sys.stderr.isatty(),
     )
+    if there.place.is_repo and args.num_examples and not args.hub_private_repo:
+        _say("examples", f"up to {args.num_examples} pictures go along, for people to try it; --num_examples 0: none")
     if there.interrupted:
         _say("", "An earlier run was interrupted here: if it was the same one, it goes on after its last checkpoint.")
     if not model.method.trains:
