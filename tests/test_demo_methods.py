@@ -117,7 +117,7 @@ def test_a_mixed_model_says_who_judged_and_can_be_taught(tmp_path):
     assert models.get(lesson.key).predict(Image.new("RGB", (32, 32), (250, 7, 7)))[0].label == "red"
 
 
-@pytest.mark.parametrize("router, learns", [("prototypes", True), ("gaussian", True), ("ridge", False)])
+@pytest.mark.parametrize("router, learns", [("prototypes", True), ("gaussian", True), ("linear_ridge", False)])
 def test_lessons_are_for_routers_that_keep_what_they_know_of_old_classes(tmp_path, router, learns):
     stream = TaskStream.class_incremental(pattern_dataset(), num_tasks=2)
     make_trainer(s_lora(router=router), tmp_path, num_train_epochs=1).learn_stream(stream)

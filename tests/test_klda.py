@@ -141,6 +141,7 @@ def test_what_is_saved_comes_back_as_it_was():
         "counts": (4,),
         "owners": (4,),
         "classes": (4,),
+        "few": (4,),
         "scatter": (0, 0),
         "factors": (58 + 58, 60),
         "ranks": (2,),

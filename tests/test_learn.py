@@ -157,10 +157,11 @@ def test_an_interrupted_run_goes_on_with_the_same_command(me, monkeypatch):
     """Killed by Ctrl-C in the middle of training, it ends as if nothing had been."""
     words = ("learn", pictures("a", [0, 1]), "--method", "s_lora", "--backbone", BACKBONE, "--num_train_epochs", "3")
     run(*words, "--to", "whole")
+    undisturbed = CallbackList.__call__
     monkeypatch.setattr(CallbackList, "__call__", interrupting_at(4))
     result = CliRunner().invoke(cli.app, [*map(str, words), "--to", REPO])
     assert result.exit_code == 130 and "The same command goes on from here" in result.output
-    monkeypatch.setattr(CallbackList, "__call__", lambda *_: None)
+    monkeypatch.setattr(CallbackList, "__call__", undisturbed)
     text = run(*words, "--to", REPO)
     assert "An earlier run was interrupted here" in text
     assert ContinualModel.from_pretrained(REPO).config.files == ContinualModel.from_pretrained("whole").config.files

@@ -221,7 +221,7 @@ def test_models_that_went_on_from_the_same_one_share_its_tasks(name, learnt, str
 
 
 def test_only_sums_of_the_new_task_are_sent(stream, hub):
-    options = {"hub_model_id": "alice/model", "hub_token": "hf_alice", "push_to_hub": True}
+    options = {"hub_model_id": "alice/model", "hub_token": "hf_alice", "push_to_hub": True, "num_examples": 0}
     trainer = make_trainer(slda(), "out", **options)
     trainer.learn(stream[0])
     files = hub.repo("alice/model").files()

@@ -133,11 +133,12 @@ def test_a_run_of_version_1_is_resumed(old):
     from hf_clpeft.training.recipe import learn
 
     folder = old("s_lora")
-    args = make_trainer(s_lora(), folder, num_train_epochs=1, train_batch_size=32, resume_from_checkpoint="auto").args
+    options = {"num_train_epochs": 1, "train_batch_size": 32, "num_examples": 0}
+    args = make_trainer(s_lora(), folder, resume_from_checkpoint="auto", **options).args
     stream = load_benchmark("digits", **SMALL)[:3]
     report = learn(stream, BackboneArguments(backbone="hf-clpeft/vit-tiny-glyphs"), args, s_lora(k=2))
     assert report.tasks == ["task-000", "task-001", "task-002"]
-    whole = make_trainer(s_lora(k=2), "whole", num_train_epochs=1, train_batch_size=32)
+    whole = make_trainer(s_lora(k=2), "whole", **options)
     whole.learn_stream(stream)
     files = [ContinualConfig.load(place).files for place in (folder, "whole")]
     assert files[0].keys() == files[1].keys() and ContinualModel.from_pretrained(folder).report.measured() == [0, 1, 2]

@@ -28,9 +28,9 @@ MAX_TENSOR_BYTES = 4 * 2**30  # for one image
 MAX_PATCHES = 2**14  # 2,048 px in patches of 16
 
 
-# While it loads, transformers replaces functions of torch and of its own classes; two threads at once may leave them
-# replaced.
-_loading = threading.Lock()
+# While it builds or loads a model, transformers replaces functions of torch and of its own classes; two threads at once
+# may leave them replaced, after which buffers of later models hold whatever was in memory.
+building = threading.Lock()
 
 
 def load_backbone(
@@ -183,7 +183,7 @@ def _build_on_meta(config: "PretrainedConfig", folder: Path, shape: tuple[int, i
     _check_patches(size, patch_size_of(config), name)
     model_class: Any = MODEL_MAPPING[type(config)]
     try:
-        with torch.device("meta"):
+        with building, torch.device("meta"):
             model = model_class(type(config).from_dict(config.to_dict()), **_without_pooler(model_class)).eval()
     except Exception as error:  # a tampered file may raise anything
         raise BackboneError(f"The backbone {name!r} cannot be built from its config: {first_line(error)}") from error
@@ -230,7 +230,7 @@ def _load_weights(
 
     model_class: Any = MODEL_MAPPING[type(config)]
     try:
-        with _loading:
+        with building:
             model, loaded = model_class.from_pretrained(
                 str(folder),
                 config=config,

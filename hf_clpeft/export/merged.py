@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 
 from ..backbones import Backbone
+from ..backbones.loading import building
 from ..experts import Expert, ExpertError
 from ..experts.expert import make_peft_model
 from ..methods import Heads
@@ -97,7 +98,8 @@ def _make_classifier(model: ContinualModel, classes: list[str]) -> "PreTrainedMo
     config.label2id = {label: i for i, label in config.id2label.items()}
     bare = model.backbone.model
     try:
-        classifier = AutoModelForImageClassification.from_config(config).eval()
+        with building:
+            classifier = AutoModelForImageClassification.from_config(config).eval()
         classifier.base_model.load_state_dict(bare.state_dict())
     except (RuntimeError, ValueError) as error:
         raise ExpertError(f"transformers has no image classifier around a {type(bare).__name__}: {error}") from error

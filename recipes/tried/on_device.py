@@ -14,6 +14,7 @@ from hf_clpeft.methods.klda import KernelOptions
 from hf_clpeft.routing import GaussianRouter, KldaRouter, LinearRidgeRouter, RidgeRouter
 from hf_clpeft.routing.covariance import factorize, mean_square
 from hf_clpeft.routing.ridge import choose_penalty
+from hf_clpeft.routing.routing import count
 from hf_clpeft.routing.typicality import PERCENT
 
 
@@ -24,6 +25,7 @@ class ScatterOnDevice:
         factor, rest = factorize(residuals.to(self.prototypes.device), self.covariance_rank)
         ranks, thresholds = torch.tensor([len(factor)]), torch.zeros(1, PERCENT)
         self._append({"factors": factor, "ranks": ranks, "rests": rest[None], "thresholds": thresholds})
+        self._append({"few": torch.zeros(count(entries), dtype=torch.int64)})
 
 
 class RidgeOnDevice:
