@@ -28,8 +28,8 @@ MAX_TENSOR_BYTES = 4 * 2**30  # for one image
 MAX_PATCHES = 2**14  # 2,048 px in patches of 16
 
 
-# While it builds or loads a model, transformers replaces functions of torch and of its own classes; two threads at once
-# may leave them replaced, after which buffers of later models hold whatever was in memory.
+# While it builds or loads a model, transformers replaces functions of torch and of its own classes; two threads at
+# once may leave them replaced, after which buffers of later models hold whatever was in memory.
 building = threading.Lock()
 
 
