@@ -63,6 +63,17 @@ def pytest_collection_modifyitems(items):
 
 
 @pytest.fixture(autouse=True)
+def _torch_as_it_was():
+    """A test that leaves torch without its device contexts would spoil whatever model is loaded after it."""
+    yield
+    if "torch" in sys.modules:
+        import torch
+
+        with torch.device("meta"):
+            assert torch.tensor([]).is_meta
+
+
+@pytest.fixture(autouse=True)
 def _no_garbage_in_modules():
     """The trainer looks for garbage after every task: not among half a million objects of imported modules."""
     global _modules

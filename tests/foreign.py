@@ -87,6 +87,8 @@ class ForeignDevice(TorchDispatchMode):
     def patched(self):
         """Context manager: on, and libraries that ask what the device can do get an answer."""
         autocasts = torch.is_autocast_enabled
+        with torch.device("meta"):  # torch notes once which functions make tensors: not those below
+            torch.empty(0)
         with pytest.MonkeyPatch.context() as patch, self:
             patch.setattr(torch, "is_autocast_enabled", lambda kind="cpu": kind != DEVICE.type and autocasts(kind))
             patch.setattr(precision, "WITH_FLOAT64", {DEVICE.type})

@@ -95,7 +95,7 @@ def lora_cases(draw):
     return arguments, selection if several else selection[:, 0], draw(st.integers(0, 1000))
 
 
-@settings(max_examples=30, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(lora_cases())
 def test_lora_gives_pefts_outputs_and_gradients(case):
     arguments, selection, seed = case
