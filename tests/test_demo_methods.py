@@ -134,3 +134,13 @@ def test_a_gaussian_router_measures_distances_to_classes(tmp_path):
     page = build_demo(str(tmp_path), teaching=True).get_config_file()
     texts = [part["props"].get("value") for part in page["components"] if part["type"] == "markdown"]
     assert "## Distance to classes, in order of learning" in texts
+
+
+def test_a_model_of_one_task_has_a_page_and_its_slider_comes_with_the_second(tmp_path):
+    stream = TaskStream.class_incremental(pattern_dataset(), num_tasks=2)
+    trainer = make_trainer(METHODS["slda"].Config(), tmp_path)
+    for task, shown in zip(stream, (False, True), strict=True):
+        trainer.learn(task)
+        parts = build_demo(str(tmp_path), teaching=True).get_config_file()["components"]
+        (slider,) = (part["props"] for part in parts if part["props"].get("elem_id") == "step")
+        assert (slider["visible"], slider["value"], slider["maximum"]) == (shown, 1 + shown, 2)

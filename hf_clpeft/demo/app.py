@@ -171,8 +171,7 @@ def _many_pictures(handlers: Handlers, key: gr.Textbox) -> None:
 
 def _look_inside(handlers: Handlers, key: gr.Textbox, picture: Picture, tab: gr.Tab) -> Step:
     model = handlers.models.served
-    steps = len(model.config.tasks)
-    step = Step(1, steps, value=steps, step=1, label="The model as it was after task", elem_id="step")
+    step = _last(model, step=1, label="The model as it was after task", elem_id="step")
     with gr.Row(equal_height=False):
         with gr.Column(min_width=300):
             answer = gr.HTML(label="Its answer to your picture", elem_id="answer")
@@ -242,7 +241,7 @@ def _teach_it(handlers: Handlers, key: gr.Textbox, drawing: bool) -> gr.HTML:
     return outcome
 
 
-def _last(model: ContinualModel) -> Step:
-    """Moves the slider to the last task, after a visitor has taught one."""
+def _last(model: ContinualModel, **options: Any) -> Step:
+    """The slider at the last task; out of sight while there is one task only."""
     steps = len(model.config.tasks)
-    return Step(maximum=steps, value=steps)
+    return Step(1, max(2, steps), value=steps, visible=steps > 1, **options)
