@@ -296,12 +296,15 @@ def test_everything_fits_on_the_screen(page, visitor, width, theme):
     visitor.give("#picture", EXAMPLES / "digit-7.png")
     visitor.wait("#verdict .verdict", "7")
     visitor.wait("#experts li")
-    named = (
-        "document.querySelectorAll('#verdict bdi').forEach((name) => name.textContent = 'headphone, platypus, ...')"
-    )
-    visitor.driver.execute_script(named)
+    long = "document.querySelectorAll('%s bdi').forEach((name) => name.textContent = 'headphone, platypus, ...')"
+    visitor.driver.execute_script(long % "#verdict")
     for tab in TABS:
         visitor.press(tab, "button[role=tab]")
+        if tab == "Many pictures":
+            visitor.give("[role=tabpanel]:not([style*=none])", EXAMPLES / "digit-7.png", EXAMPLES / "digit-8.png")
+            visitor.press("Classify")
+            visitor.wait("#predictions td")
+            visitor.driver.execute_script(long % "#predictions")
         if tab == "Look inside":
             visitor.wait("#tasks", "After task")
         time.sleep(0.5)

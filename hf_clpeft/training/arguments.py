@@ -225,15 +225,15 @@ class ContinualTrainingArguments:
     num_examples: int = field(
         default=8,
         metadata={
-            "help": "Test pictures of all tasks together that the model carries, for people to try it with; 0 for "
-            "data that others must not see. None with hub_private_repo."
+            "help": "Test pictures, of all tasks together, that are saved and pushed with the model for people to try "
+            "it with; 0 for pictures that others must not see. With hub_private_repo there are none."
         },
     )
     num_thumbnails: int = field(
         default=0,
         metadata={
-            "help": "Small training pictures of every task that the model carries, to show why an image was routed "
-            "to it: at most 32."
+            "help": "Small training pictures of every task, at most 32, that are saved and pushed with the model, to "
+            "show why an image was routed to it."
         },
     )
     seed: int = field(default=0, metadata={"help": "Seed of initialisation, shuffling and k-means."})
