@@ -11,8 +11,17 @@ import pytest
 import torch
 from conftest import make_trainer, outcome, pattern_dataset
 from hub_server import check_card
+from test_export import two_layers
 
-from hf_clpeft import METHODS, ContinualModel, ContinualTrainer, TaskStream, TrainerCallback
+from hf_clpeft import (
+    METHODS,
+    ContinualModel,
+    ContinualTrainer,
+    ContinualTrainingArguments,
+    TaskStream,
+    TrainerCallback,
+)
+from hf_clpeft.config import ContinualConfig
 from hf_clpeft.streams.images import open_image
 
 
@@ -27,6 +36,19 @@ ARGS = {"num_train_epochs": 3, "train_batch_size": 4, "learning_rate": 1e-2, "he
 
 def options_of(name):
     return PACKAGE[name].Config(**{f.name: SMALL[f.name] for f in fields(PACKAGE[name].Config) if f.name in SMALL})
+
+
+def taught_on_two_layers(name, backbone, folder):
+    """A model of two tasks on a ViT of two layers, of which graphs are made in seconds."""
+    options, tiny = options_of(name), two_layers(backbone)
+    if getattr(options, "query_layers", None):
+        options.query_layers = options.query_layers[-2:]
+    model = ContinualModel(tiny, ContinualConfig(options, tiny.config))
+    args = ContinualTrainingArguments(str(folder), **{**ARGS, "num_train_epochs": 1, "disable_tqdm": True})
+    ContinualTrainer(model, args).learn_stream(
+        TaskStream.class_incremental(pattern_dataset(4, per_class=4), num_tasks=2)
+    )
+    return model
 
 
 class Interrupt(TrainerCallback):

@@ -1,11 +1,22 @@
 """Experts that are used without this library say what they say with it."""
 
+from functools import partial
+
 import pytest
 import torch
 from conftest import BACKBONE
 from peft import PeftModel
 from safetensors.torch import load_file
-from transformers import AutoModelForImageClassification, Dinov2Config, Dinov2Model, IJepaConfig, IJepaModel, pipeline
+from transformers import (
+    AutoModelForImageClassification,
+    Dinov2Config,
+    Dinov2Model,
+    IJepaConfig,
+    IJepaModel,
+    ViTConfig,
+    ViTModel,
+    pipeline,
+)
 
 from hf_clpeft import METHODS, Backbone, ContinualModel, ExpertError, PromptTunedVisionModel, load_backbone
 from hf_clpeft.config import ContinualConfig
@@ -117,6 +128,11 @@ def test_interpolated_positions_are_exported_with_their_size():
 def other_backbone(backbone, model_class, config_class):
     size = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 32, "patch_size": 8}
     return Backbone(model_class(config_class(**size)), backbone.processor, backbone.config)
+
+
+def two_layers(backbone):
+    """A ViT of two layers, so that a graph of it is made in seconds."""
+    return other_backbone(backbone, partial(ViTModel, add_pooling_layer=False), ViTConfig)
 
 
 def test_a_classifier_that_reads_more_than_cls_reads_it_with_zeros(backbone):

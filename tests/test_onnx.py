@@ -4,19 +4,18 @@ import json
 import shutil
 import subprocess
 import sys
-from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import BACKBONE, EXAMPLES, SEVEN, make_trainer, pattern_dataset
+from conftest import BACKBONE, EXAMPLES, SEVEN
 from test_cli import run
-from test_every_method import ARGS, options_of
-from test_export import logits_of, other_backbone, untaught
-from transformers import AutoImageProcessor, ViTConfig, ViTModel
+from test_every_method import options_of, taught_on_two_layers
+from test_export import logits_of, two_layers, untaught
+from transformers import AutoImageProcessor
 
-from hf_clpeft import ConfigError, ContinualModel, ContinualTrainer, ExpertError, TaskStream, load_backbone
+from hf_clpeft import ConfigError, ContinualModel, ExpertError, load_backbone
 from hf_clpeft.backbones.transform import ImageTransform
 from hf_clpeft.config import ContinualConfig
 from hf_clpeft.export import export_adapter, export_onnx, graph, onnx
@@ -26,11 +25,6 @@ onnxruntime = pytest.importorskip("onnxruntime")
 
 
 METHODS = ("s_lora", "s_lora_mix", "s_prompts_pp", "l2p", "ease", "slda_pp")
-
-
-def small(backbone):
-    """Two layers, so that a graph is made in seconds."""
-    return other_backbone(backbone, partial(ViTModel, add_pooling_layer=False), ViTConfig)
 
 
 def answers(folder, pixels):
@@ -46,14 +40,7 @@ def images(count):
 
 @pytest.mark.parametrize("name", METHODS)
 def test_a_routed_model_is_one_graph_for_batches_of_any_size(name, backbone, tmp_path):
-    options, tiny = options_of(name), small(backbone)
-    if name == "slda_pp":
-        options.query_layers = [-2, -1]
-    model = ContinualModel(tiny, ContinualConfig(options, tiny.config))
-    args = make_trainer(options, tmp_path / "run", **{**ARGS, "num_train_epochs": 1}).args
-    ContinualTrainer(model, args).learn_stream(
-        TaskStream.class_incremental(pattern_dataset(4, per_class=4), num_tasks=2)
-    )
+    model = taught_on_two_layers(name, backbone, tmp_path / "run")
     facts = export_onnx(model, "graph")
     assert facts["difference"] < 1e-4 and facts["bytes"] == Path("graph/model.onnx").stat().st_size
     config = json.loads(Path("graph/config.json").read_text())
@@ -73,7 +60,7 @@ def test_a_routed_model_is_one_graph_for_batches_of_any_size(name, backbone, tmp
 
 
 def test_one_expert_is_a_plain_classifier(backbone):
-    model = untaught(backbone=small(backbone))
+    model = untaught(backbone=two_layers(backbone))
     export_onnx(model, "plain", task="task-001")
     for count in (1, 5):
         np.testing.assert_allclose(
@@ -134,7 +121,7 @@ def test_the_script_prepares_pictures_as_the_model_does(settings, backbone, tmp_
     processor = kind.from_dict({**backbone.processor.to_dict(), "crop_size": {"height": 32, "width": 32}, **settings})
     processor.save_pretrained(tmp_path)
     shutil.copy(onnx.ASSETS / "onnx" / onnx.SCRIPT, tmp_path)
-    model = untaught(backbone=small(backbone))
+    model = untaught(backbone=two_layers(backbone))
     model.backbone.transform = ImageTransform(processor)
     assert onnx._prepares(tmp_path, model)
     unlike = kind.from_dict({**processor.to_dict(), "image_mean": [0.1, 0.5, 0.5]})
@@ -143,10 +130,10 @@ def test_the_script_prepares_pictures_as_the_model_does(settings, backbone, tmp_
 
 
 def test_what_cannot_be_a_graph_is_refused_and_nothing_is_written(backbone, monkeypatch):
-    dora = untaught(backbone=small(backbone), lora={"use_dora": True})
+    dora = untaught(backbone=two_layers(backbone), lora={"use_dora": True})
     half = untaught(backbone=load_backbone(BACKBONE, dtype="bfloat16"))
-    none = untaught(backbone=small(backbone), tasks=())
-    model = untaught(backbone=small(backbone))
+    none = untaught(backbone=two_layers(backbone), tasks=())
+    model = untaught(backbone=two_layers(backbone))
     cases = [
         (dora, {}, ExpertError, "one after another"),
         (half, {}, ExpertError, "load it in float32"),
@@ -168,7 +155,7 @@ def test_what_cannot_be_a_graph_is_refused_and_nothing_is_written(backbone, monk
 
 
 def test_operators_that_onnx_lacks_are_named(backbone):
-    tiny, options = small(backbone), options_of("klda")
+    tiny, options = two_layers(backbone), options_of("klda")
     model = ContinualModel(tiny, ContinualConfig(options, tiny.config))
     model.start_task("pets", ["cat", "dog"])
     labels = torch.tensor([0, 1] * 4)
@@ -178,7 +165,7 @@ def test_operators_that_onnx_lacks_are_named(backbone):
 
 
 def test_a_rounded_graph_that_names_other_classes_is_refused(backbone, monkeypatch, caplog):
-    model = untaught(backbone=small(backbone))
+    model = untaught(backbone=two_layers(backbone))
     monkeypatch.setattr(onnx, "LEAST_AGREEMENT", 1.1)
     with pytest.raises(ConfigError, match="too few: export it without int8"):
         export_onnx(model, "graph", int8=True, pictures=EXAMPLES)
@@ -188,7 +175,7 @@ def test_a_rounded_graph_that_names_other_classes_is_refused(backbone, monkeypat
 
 
 def test_another_model_is_not_overwritten_unless_told(backbone):
-    model, other = untaught(backbone=small(backbone)), untaught(backbone=small(backbone))
+    model, other = untaught(backbone=two_layers(backbone)), untaught(backbone=two_layers(backbone))
     export_adapter(other, "task-000", "taken")
     for folder, first in (("taken", None), ("graph", lambda: export_onnx(other, "graph", task="task-000"))):
         if first:
@@ -202,7 +189,7 @@ def test_another_model_is_not_overwritten_unless_told(backbone):
 
 
 def test_a_model_in_use_is_not_changed(backbone):
-    model = untaught(backbone=small(backbone))
+    model = untaught(backbone=two_layers(backbone))
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     with torch.no_grad():
         said = model(images(3)).logits

@@ -1,14 +1,11 @@
 """torch.export records the whole forward pass of a model: query, router, experts, head, for batches of any size."""
 
-from dataclasses import fields
-
 import pytest
 import torch
-from conftest import make_trainer, pattern_dataset
-from test_every_method import ARGS, NAMES, PACKAGE, SMALL
-from test_export import untaught
+from test_every_method import NAMES, taught_on_two_layers
+from test_export import two_layers, untaught
 
-from hf_clpeft import ConfigError, ContinualModel, ExpertError, TaskStream
+from hf_clpeft import ConfigError, ContinualModel, ExpertError
 
 
 BATCH = {"pixel_values": {0: torch.export.Dim("batch", min=1)}}
@@ -31,11 +28,9 @@ def check(model):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_every_method_is_one_graph_as_soon_as_it_is_loaded(name, tmp_path):
-    options = {field.name: SMALL[field.name] for field in fields(PACKAGE[name].Config) if field.name in SMALL}
-    stream = TaskStream.class_incremental(pattern_dataset(4, per_class=4), num_tasks=2)
-    make_trainer(PACKAGE[name].Config(**options), tmp_path, **{**ARGS, "num_train_epochs": 1}).learn_stream(stream)
-    check(ContinualModel.from_pretrained(tmp_path))
+def test_every_method_is_one_graph_as_soon_as_it_is_loaded(name, backbone, tmp_path):
+    model = taught_on_two_layers(name, backbone, tmp_path)
+    check(ContinualModel.from_pretrained(tmp_path, backbone=model.backbone))
 
 
 OPTIONS = {
@@ -49,14 +44,14 @@ OPTIONS = {
 
 
 @pytest.mark.parametrize("method, options", OPTIONS.values(), ids=OPTIONS)
-def test_options_are_recorded(method, options):
-    model = untaught(method, **options)
+def test_options_are_recorded(method, options, backbone):
+    model = untaught(method, backbone=two_layers(backbone), **options)
     model(images(2))
     check(model)
 
 
-def test_what_changed_since_it_was_read_is_not_taken_for_what_is():
-    model = untaught()
+def test_what_changed_since_it_was_read_is_not_taken_for_what_is(backbone):
+    model = untaught(backbone=two_layers(backbone))
     with pytest.raises(ConfigError, match="Call the model once"):
         torch.export.export(model, (images(2),), dynamic_shapes=BATCH)
     model(images(2))
