@@ -331,7 +331,7 @@ def page():
     """The demo of the bundled digits, served on this machine; also checks that nobody else was asked for anything."""
     import socket
 
-    from hf_clpeft.demo import LAUNCH, build_demo
+    from hf_clpeft.demo import build_demo, launch_options
 
     outside, connect = [], socket.socket.connect
 
@@ -342,7 +342,7 @@ def page():
 
     socket.socket.connect = watched
     demo = build_demo(DIGITS_MODEL, teaching=True)
-    demo.launch(prevent_thread_lock=True, quiet=True, **LAUNCH)
+    demo.launch(prevent_thread_lock=True, quiet=True, **launch_options())
     yield demo.local_url
     demo.close()
     socket.socket.connect = connect

@@ -13,7 +13,7 @@ from conftest import SEVEN
 from hf_clpeft.backbones.bundled import DIGITS_MODEL
 from hf_clpeft.cli.demo import demo as demo_command
 from hf_clpeft.config.errors import ConfigError
-from hf_clpeft.demo import LAUNCH, build_demo
+from hf_clpeft.demo import build_demo, launch_options
 from hf_clpeft.demo.gpu import on_gpu
 
 
@@ -21,9 +21,15 @@ from hf_clpeft.demo.gpu import on_gpu
 def server():
     pytest.importorskip("mcp")
     demo = build_demo(DIGITS_MODEL)
-    demo.launch(prevent_thread_lock=True, quiet=True, mcp_server=True, **LAUNCH)
+    demo.launch(prevent_thread_lock=True, quiet=True, mcp_server=True, **launch_options())
     yield demo.local_url
     demo.close()
+
+
+def test_a_page_without_tools_may_follow_in_the_same_program(server):
+    plain = build_demo(DIGITS_MODEL)
+    plain.launch(prevent_thread_lock=True, quiet=True, **launch_options())
+    plain.close()
 
 
 def talk(server, *calls):

@@ -30,7 +30,7 @@ def demo(
     from ..training.progress import disable_progress_bars
 
     try:
-        from ..demo import LAUNCH, build_demo
+        from ..demo import build_demo, launch_options
     except ModuleNotFoundError as error:
         raise ConfigError("The demo needs gradio; run `pip install 'hf-clpeft[demo]'`.") from error
     if mcp and find_spec("mcp") is None:
@@ -38,4 +38,4 @@ def demo(
     disable_progress_bars()
     source, revision = split_revision(repo or DIGITS_MODEL)
     page = build_demo(source, revision, backbone, teaching=teaching)
-    page.launch(server_name=host, server_port=port, inbrowser=browser, mcp_server=mcp, **LAUNCH)
+    page.launch(server_name=host, server_port=port, inbrowser=browser, mcp_server=mcp, **launch_options())

@@ -8,7 +8,7 @@ os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
 os.environ.setdefault("GRADIO_ANALYTICS_CACHE_FREQUENCY", str(10**12))
 os.environ.setdefault("GRADIO_ANALYTICS_MAX_EVENTS", "100")
 
-from .app import LAUNCH, build_demo
+from .app import build_demo, launch_options
 
 
-__all__ = ["LAUNCH", "build_demo"]
+__all__ = ["build_demo", "launch_options"]

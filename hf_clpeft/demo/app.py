@@ -22,17 +22,20 @@ FILE_TYPES = [f".{name.lower()}" for name in (*FORMATS, "JPG", "TIF", "ZIP")]
 VISITORS = 64  # requests handled concurrently
 SHARED: dict[str, Any] = {"concurrency_limit": VISITORS}
 HIDDEN: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
-LAUNCH: dict[str, Any] = {
-    "theme": THEME,
-    "css_paths": Path(__file__).with_name("page.css"),
-    "footer_links": ["api", "settings"],
-    "run_history": False,
-    "max_file_size": LARGEST_ARCHIVE,
-    "max_threads": VISITORS,
-    "state_session_capacity": 4 * VISITORS,
-    "app_kwargs": {"middleware": [Middleware(NeverFetch)]},
-}
-"""Keywords for `launch()`."""
+
+
+def launch_options() -> dict[str, Any]:
+    """Keywords for `launch()` of the page; made anew, as gradio keeps some of them and writes into them."""
+    return {
+        "theme": THEME,
+        "css_paths": Path(__file__).with_name("page.css"),
+        "footer_links": ["api", "settings"],
+        "run_history": False,
+        "max_file_size": LARGEST_ARCHIVE,
+        "max_threads": VISITORS,
+        "state_session_capacity": 4 * VISITORS,
+        "app_kwargs": {"middleware": [Middleware(NeverFetch)]},
+    }
 
 
 def build_demo(
@@ -43,7 +46,7 @@ def build_demo(
     drawing: bool | None = None,
     teaching: bool = False,
 ) -> gr.Blocks:
-    """Builds the page for one model. Launch it with the keywords in `LAUNCH`.
+    """Builds the page for one model. Launch it with [`launch_options`].
 
     Args:
         source (`str`): Repo id or folder of the model.
@@ -60,10 +63,10 @@ def build_demo(
     Example:
 
     ```py
-    >>> from hf_clpeft.demo import LAUNCH, build_demo
+    >>> from hf_clpeft.demo import build_demo, launch_options
 
     >>> demo = build_demo("hf-clpeft/s-lora-digits", teaching=True)
-    >>> _ = demo.launch(prevent_thread_lock=True, quiet=True, **LAUNCH)
+    >>> _ = demo.launch(prevent_thread_lock=True, quiet=True, **launch_options())
     >>> demo.close(verbose=False)
 
     ```

@@ -18,7 +18,7 @@ def build_or_explain(source: str, **options: Any) -> gr.Blocks:
         options: Further arguments of [`build_demo`].
 
     Returns:
-        `gradio.Blocks`: To be launched with the keywords in `LAUNCH`, too.
+        `gradio.Blocks`: To be launched with [`launch_options`], too.
 
     Example:
 

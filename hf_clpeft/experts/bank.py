@@ -247,8 +247,9 @@ class ExpertBank(Guarded):
         if not isinstance(self.table, LoraTable):
             raise ExpertError("Only experts that are plain LoRA on linear layers can be trained on top of others.")
         form, rows = self.table.form_for(on_top_of, "auto"), None if factors is None else self.table.scaled(factors)
-        with self.reading(), self.table.selected(on_top_of, form, self.compute_dtype(), rows):
-            return self.slot(pixel_values, trunk=trunk)  # its twin has the hooks of the backbone
+        with self.reading():
+            call = self.table.call_for(on_top_of, form, self.compute_dtype(), rows)
+            return self.slot(pixel_values, trunk=trunk, call=call)  # its twin has the hooks of the backbone
 
     @contextmanager
     def knowing(self, pixel_values: torch.Tensor, features: torch.Tensor) -> Iterator[None]:

@@ -11,7 +11,7 @@ from peft.tuners.lora import LoraLayer
 from torch.nn.functional import embedding
 
 from ..backbones import Backbone
-from .calls import active_call, attach_hook
+from .calls import Call, active_call, attach_hook
 from .expert import ADAPTER
 from .table import ExpertTable
 
@@ -161,7 +161,13 @@ class LoraTable(ExpertTable):
     def selected(
         self, selection: torch.Tensor, form: str, dtype: torch.dtype, rows: torch.Tensor | None = None
     ) -> AbstractContextManager[None]:
-        """Context manager: the backbone applies to every image its own experts.
+        """Context manager: the backbone applies to every image its own experts; see [`~LoraTable.call_for`]."""
+        return active_call(self.call_for(selection, form, dtype, rows))
+
+    def call_for(
+        self, selection: torch.Tensor, form: str, dtype: torch.dtype, rows: torch.Tensor | None = None
+    ) -> Call:
+        """What applies to every image its own experts while it is active.
 
         Args:
             selection (integer `torch.Tensor` of shape `(batch,)` or `(batch, N)`): Experts of each image.
@@ -176,9 +182,9 @@ class LoraTable(ExpertTable):
         if form == "stacked":
             down, up = (part.to(dtype) for part in self._parts(rows))
             weights = scales.new_zeros(components.shape[0], rows.shape[0]).scatter_add(1, components, scales)
-            return active_call(_Updating(self, down, up, weights[:, None, None].to(dtype)))
+            return _Updating(self, down, up, weights[:, None, None].to(dtype))
         down, up = self._parts(embedding(components, rows))  # several times as fast as rows[components] on a CPU
-        return active_call(_Updating(self, down.to(dtype), up.mul_(scales[..., None]).to(dtype)))
+        return _Updating(self, down.to(dtype), up.mul_(scales[..., None]).to(dtype))
 
     def _parts(self, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The columns of A, and those of B."""

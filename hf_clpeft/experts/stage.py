@@ -1,6 +1,7 @@
 """Runs one expert at a time as a plain PEFT model: for training, or if it has no fused form."""
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -9,6 +10,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 
 from ..backbones import Backbone
 from ..backbones.trunk import Trunk
+from .calls import Call, active_call
 from .expert import ADAPTER, Expert, make_peft_model
 from .prefix import layers_of
 from .twin import twin_of
@@ -83,9 +85,16 @@ class Stage(torch.nn.Module):
         pixel_values: torch.Tensor,
         layers: int | Sequence[int] | None = None,
         trunk: Trunk | None = None,
+        call: Call | None = None,
     ) -> torch.Tensor:
-        """Features with the expert applied; see [`Backbone.forward`]."""
-        return self.twin(pixel_values, layers, trunk)
+        """Features with the expert applied; see [`Backbone.forward`].
+
+        Args:
+            call ([`Call`], *optional*): Active beside it. It is activated here, as a compiled forward pass does not
+                notice one that was activated around it.
+        """
+        with nullcontext() if call is None else active_call(call):
+            return self.twin(pixel_values, layers, trunk)
 
     def _build(self, config: PeftConfig) -> None:
         self.depth = 0  # first layers that the expert leaves alone

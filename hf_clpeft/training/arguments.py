@@ -266,6 +266,11 @@ class ContinualTrainingArguments:
             raise ConfigError(
                 "torch_compile cannot compile layers that gradient_checkpointing runs twice; leave out one of them."
             )
+        if self.together > 1 and self.torch_compile:
+            raise ConfigError(
+                f"torch_compile cannot compile experts that are trained together; leave out together={self.together}, "
+                "or torch_compile."
+            )
         if self.report_to != "none" and find_spec(self.report_to) is None:
             raise ConfigError(f"report_to={self.report_to!r} is not installed; run `pip install {self.report_to}`.")
 

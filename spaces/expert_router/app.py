@@ -14,7 +14,7 @@ import os
 from pathlib import Path
 
 from hf_clpeft.backbones.bundled import DIGITS_MODEL
-from hf_clpeft.demo import LAUNCH
+from hf_clpeft.demo import launch_options
 from hf_clpeft.demo.setup import build_or_explain
 
 
@@ -27,4 +27,4 @@ demo = build_or_explain(
 )
 
 if __name__ == "__main__":
-    demo.launch(**LAUNCH)
+    demo.launch(**launch_options())
