@@ -122,6 +122,34 @@ def test_losses_of_tasks_add_up_and_leave_with_what_they_were_beside():
         one.check(3)
 
 
+def test_what_was_measured_early_is_brought_up_to_date():
+    logs, now = torch.log_softmax(4 * drawn(4_000, 4), dim=1), torch.ones(2)
+    targets = torch.multinomial(logs.exp(), 1, generator=torch.Generator().manual_seed(1))[:, 0]
+    confidence = Confidence(lambda: now)
+    confidence.add(losses_on_grid(3 * logs, targets), spread=0.5, known=4)
+    confidence.add(torch.zeros(222))  # nothing was measured
+    assert confidence.fitted()[0] == pytest.approx(6, rel=0.1)  # scores are twice as large by now
+    plain = Confidence()
+    plain.merge(confidence)
+    assert plain.fitted()[0] == pytest.approx(3, rel=0.1)
+    now = torch.ones(3)
+    confidence.add(losses_on_grid(12 * logs, targets), spread=1.0, known=40)
+    assert 10 < confidence.fitted()[0] < 12.5  # beside ten times as many classes, and ten times as important
+    assert confidence.spreads.tolist() == [0.5, 0, 1] and confidence.known.tolist() == [4, 0, 40]
+    confidence.remove(0)
+    now = torch.ones(2)
+    assert confidence.spreads.tolist() == confidence.known.tolist() == [0, 0] and confidence.temperature() is None
+
+
+def test_a_router_tells_how_far_apart_the_classes_of_a_task_are():
+    router = GaussianRouter(query_size=4)
+    router.learn(drawn(40, 4).float(), torch.arange(40) % 3)
+    router.learn(drawn(20, 4, seed=1).float(), torch.full((20,), 3))
+    centres = router._centres[:3].double()
+    wanted = sum(float((centres[i] - centres[j]).square().sum()) for i in range(3) for j in range(i)) / 3
+    assert router.spreads().tolist() == pytest.approx([wanted, 0.0])
+
+
 def test_calibration_error_counts_images_and_bins():
     logits = torch.tensor([[0.9, 0.1], [0.9, 0.1], [0.9, 0.1], [0.55, 0.45]]).log()
     table = reliability_of(logits, torch.tensor([0, 0, 1, 1]))
@@ -145,11 +173,17 @@ def test_a_model_keeps_its_confidence_and_reads_what_was_saved_without(stream, t
     assert model.predict(image) == trainer.model.predict(image)
     assert model.method.confidence.fitted() == trainer.model.method.confidence.fitted() != (1.0, 0.0)
     state = load_file(tmp_path / "model" / "method.safetensors")
-    for name, wrong in (("losses", -state["confidence.losses"] - 1), ("origins", state["confidence.origins"] + 1)):
+    wrongs = {name: -state[f"confidence.{name}"] - 1 for name in ("losses", "spreads", "known")}
+    for name, wrong in (*wrongs.items(), ("origins", state["confidence.origins"] + 1)):
         save_file({**state, f"confidence.{name}": wrong}, tmp_path / "model" / "method.safetensors")
         vouch(tmp_path / "model")
-        with pytest.raises(ConfigError, match="losses below 0, or of tasks beside later ones"):
+        with pytest.raises(ConfigError, match="losses below 0, or of tasks beside|numbers of them, below 0"):
             ContinualModel.from_pretrained(tmp_path / "model")
+    noted = ("confidence.spreads", "confidence.known")
+    save_file({key: value for key, value in state.items() if key not in noted}, tmp_path / "model/method.safetensors")
+    vouch(tmp_path / "model")
+    old = ContinualModel.from_pretrained(tmp_path / "model")
+    assert old.method.confidence.fitted() == best_on_grid(state["confidence.losses"].double().sum(dim=0))
     (tmp_path / "model" / "method.safetensors").unlink()
     vouch(tmp_path / "model")
     old = ContinualModel.from_pretrained(tmp_path / "model")

@@ -49,7 +49,7 @@ class ClosedForm(ManyViews):
                 f"{self.name} needs a router that knows classes, and {self._which!r} knows tasks alone: choose "
                 "'gaussian', 'class_means' or 'ridge', or a ClassRouter of your own."
             )
-        self.router, self.confidence = router, Confidence() if router.gives_likelihoods else None
+        self.router, self.confidence = router, Confidence(router.spreads) if router.gives_likelihoods else None
 
     def route(self, query: torch.Tensor) -> Routing:
         return self.router(query)
@@ -61,11 +61,14 @@ class ClosedForm(ManyViews):
 
     def end(self, features_of: FeaturesOf) -> None:
         features, classes = self.observe(features_of)
+        apart = None
         if self.confidence is not None:
             apart = self.router.leave_one_out(features, classes, self.query_passes)
             apart = apart or held_out_scores(self.router, features, classes)
-            self.confidence.add(torch.zeros(GRID) if apart is None else losses_on_grid(*apart))
         self.router.learn(features, classes, seed=self.seed)
+        if self.confidence is not None:
+            losses, spread = torch.zeros(GRID) if apart is None else losses_on_grid(*apart), self.router.spreads()[-1]
+            self.confidence.add(losses, float(spread), self.router.num_classes)
 
     @classmethod
     def calibrates(cls, options: Any) -> bool:
@@ -91,6 +94,9 @@ class ClosedForm(ManyViews):
             for _ in self.config.tasks:
                 self.confidence.add(torch.zeros(GRID))
             tensors = self.state()
+        if "confidence.losses" in tensors:
+            none = torch.zeros(len(tensors["confidence.losses"]))  # saved before these were noted
+            tensors = {"confidence.spreads": none, "confidence.known": none.long(), **tensors}
         super().load_state(tensors)
 
     def remove(self, position: int, number_of: dict[int, int]) -> None:

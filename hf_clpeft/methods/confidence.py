@@ -1,10 +1,12 @@
 """Calibrated confidence of a method whose router names the classes."""
 
+from collections.abc import Callable
+
 import torch
 
 from ..backbones.tracing import ReadsOnce
 from ..config import ConfigError
-from ..routing.confidence import GRID, best_on_grid, calibrate
+from ..routing.confidence import GRID, at_other_temperatures, best_on_grid, calibrate
 
 
 class Confidence(ReadsOnce):
@@ -12,6 +14,10 @@ class Confidence(ReadsOnce):
 
     A task is measured among the classes known by then. So removing a task also drops what was measured of those that
     have followed it, of which its classes are a part.
+
+    Args:
+        spreads (callable, *optional*): [`ClassRouter.spreads`] of the router. When a task was measured, they were
+            noted, so that its losses can be brought up to date.
 
     Example:
 
@@ -27,58 +33,80 @@ class Confidence(ReadsOnce):
 
     losses: torch.Tensor
     origins: torch.Tensor
+    spreads: torch.Tensor
+    known: torch.Tensor
 
-    def __init__(self) -> None:
+    def __init__(self, spreads: Callable[[], torch.Tensor] | None = None) -> None:
         super().__init__()
+        self._spreads_now = spreads
         self.register_buffer("losses", torch.zeros(0, GRID, dtype=torch.float32))  # of each task; zeros: not measured
         self.register_buffer("origins", torch.zeros(0, dtype=torch.int64))  # the first task that each was beside
+        self.register_buffer("spreads", torch.zeros(0, dtype=torch.float32))  # when it was measured; 0: not known
+        self.register_buffer("known", torch.zeros(0, dtype=torch.int64))  # classes by then; 0: not known
 
     def fitted(self) -> tuple[float, float]:
         """The temperature, above 0, and the share, in [0, 1]."""
-        return self.once("losses", _fit)[0]
+        return self.once("losses", self._fit)[0]
 
     def temperature(self) -> float | None:
         """The temperature, if it was measured."""
-        (temperature, _), measured = self.once("losses", _fit)
+        (temperature, _), measured = self.once("losses", self._fit)
         return temperature if measured else None
 
     def forward(self, scores: torch.Tensor) -> torch.Tensor:
         """Log-probabilities of classes, `(batch, classes)`, from their scores; the scores if nothing was measured."""
-        fitted, measured = self.once("losses", _fit)
+        fitted, measured = self.once("losses", self._fit)
         return calibrate(scores, *fitted) if measured else scores
 
-    def add(self, losses: torch.Tensor) -> None:
-        """Adds a task; see [`losses_on_grid`]."""
-        self.losses = torch.cat([self.losses, losses.to(self.losses)[None]])
+    def add(self, losses: torch.Tensor, spread: float = 0.0, known: int = 0) -> None:
+        """Adds a task.
+
+        Args:
+            losses (`torch.Tensor` of shape `(222,)`): See [`losses_on_grid`].
+            spread (`float`, *optional*, defaults to 0.0): Of its classes, at this moment; 0 if that is not known.
+            known (`int`, *optional*, defaults to 0): Number of classes known by now; 0 if that is not known.
+        """
+        self.spreads = torch.cat([self.spreads, self.spreads.new_tensor([spread])])
+        self.known = torch.cat([self.known, self.known.new_tensor([known])])
         self.origins = torch.cat([self.origins, self.origins.new_zeros(1)])
+        self.losses = torch.cat([self.losses, losses.to(self.losses)[None]])
 
     def remove(self, position: int) -> None:
         """Removes a task, and what was measured beside it."""
         later = torch.arange(len(self.losses), device=self.losses.device) > position
         beside = later & (self.origins <= position)
         kept = [place for place in range(len(self.losses)) if place != position]
+        self.spreads, self.known = (self.spreads * ~beside)[kept], (self.known * ~beside)[kept]
         self.losses = (self.losses * ~beside[:, None])[kept]
         self.origins = (self.origins - (self.origins > position).to(self.origins))[kept]
 
     def merge(self, other: "Confidence") -> None:
         """Appends the tasks of another model."""
         self.origins = torch.cat([self.origins, other.origins.to(self.origins) + len(self.losses)])
+        self.spreads = torch.cat([self.spreads, other.spreads.to(self.spreads)])
+        self.known = torch.cat([self.known, other.known.to(self.known)])
         self.losses = torch.cat([self.losses, other.losses.to(self.losses)])
 
     def check(self, num_tasks: int) -> None:
         """Raises [`ConfigError`] unless it fits a model, after it was read from a file."""
         places = torch.arange(num_tasks, device=self.origins.device)
-        if len(self.losses) != num_tasks or len(self.origins) != num_tasks:
+        if {len(self.losses), len(self.origins), len(self.spreads), len(self.known)} != {num_tasks}:
             raise ConfigError(f"method.safetensors has the confidence of {len(self.losses)} tasks, not {num_tasks}.")
         if (
             not (self.losses.isfinite() & (self.losses >= 0)).all()
             or not ((self.origins >= 0) & (self.origins <= places)).all()
         ):
             raise ConfigError("method.safetensors has losses below 0, or of tasks beside later ones.")
+        if not (self.spreads.isfinite() & (self.spreads >= 0)).all() or not (self.known >= 0).all():
+            raise ConfigError("method.safetensors has distances between classes, or numbers of them, below 0.")
         self.fitted()  # so that it is known when the model is exported
 
-
-def _fit(losses: torch.Tensor) -> tuple[tuple[float, float], bool]:
-    """What [`Confidence.fitted`] returns, and whether anything was measured."""
-    losses = losses.cpu().double().sum(dim=0)
-    return best_on_grid(losses), bool(losses.any())
+    def _fit(self, losses: torch.Tensor) -> tuple[tuple[float, float], bool]:
+        """What [`Confidence.fitted`] returns, and whether anything was measured."""
+        losses, then, known = losses.cpu().double(), self.spreads.cpu().double(), self.known.cpu().double()
+        if self._spreads_now is not None and then.any():
+            now = self._spreads_now().cpu().double()
+            losses = at_other_temperatures(losses, torch.where((then > 0) & (now > 0), now / then, 1))
+        if known.any():
+            losses = losses * torch.where(known > 0, known / known.max(), 1)[:, None]
+        return best_on_grid(losses.sum(dim=0)), bool(losses.any())

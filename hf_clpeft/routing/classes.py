@@ -184,6 +184,15 @@ class ClassRouter(Router, ABC):
         """
         return None
 
+    def spreads(self) -> torch.Tensor:
+        """How far apart a task's classes are in the metric of the scores, for every task, on the CPU.
+
+        Returns:
+            `torch.Tensor` of shape `(tasks,)`: Mean squared distance between the means of its classes, of which scores
+            are multiples; 0 where there is one class, or no such metric.
+        """
+        return torch.zeros(self.num_owners)
+
     @abstractmethod
     def scores(self, query: torch.Tensor) -> torch.Tensor:
         """Scores of all entries, of shape `(batch, entries)`; higher is better."""

@@ -2,8 +2,12 @@
 
 Scores are divided by a temperature, and a share of the probability goes to all classes alike, for images that look
 like none of them in particular. For every pair of a grid, a task adds up the loss of its held-out images among the
-classes known by then: a sum, as everything else that a router stores, so that tasks count by their images. No image is
-needed later. Temperature scaling: Guo et al., arXiv 1706.04599.
+classes known by then: a sum, as everything else that a router stores. No image is needed later. Temperature scaling:
+Guo et al., arXiv 1706.04599.
+
+What was measured early is brought up to date in two ways. Distances between the same classes change while the
+covariance becomes better known, and scores and temperatures change with them. And among few classes there is less to
+be mistaken about, so that a task counts by how many were known.
 """
 
 import torch
@@ -67,6 +71,39 @@ def best_on_grid(losses: torch.Tensor) -> tuple[float, float]:
         bend = below - 2 * here + above
         step = (below - above) / (2 * bend) if bend > 1e-9 * here else 0.0
     return float(TEMPERATURES[place]) * 2 ** (step / 2), float(SHARES[column])
+
+
+def at_other_temperatures(losses: torch.Tensor, factors: torch.Tensor) -> torch.Tensor:
+    """Losses of scores that are so many times as large by now, as are the temperatures that suit them.
+
+    Args:
+        losses (`torch.Tensor` of shape `(tasks, 222)`, `float64`): From [`losses_on_grid`].
+        factors (`torch.Tensor` of shape `(tasks,)`, `float64`): More than 0.
+
+    Returns:
+        `torch.Tensor` of shape `(tasks, 222)`. The loss at a temperature τ is what it was at τ / factor.
+
+    Example:
+
+    ```py
+    >>> import torch
+    >>> from hf_clpeft.routing.confidence import at_other_temperatures, best_on_grid, losses_on_grid
+
+    >>> scores = 6 * torch.randn(5_000, 4, generator=torch.Generator().manual_seed(0)).double()
+    >>> losses = losses_on_grid(scores, scores.softmax(dim=1).multinomial(1).flatten())[None]
+    >>> later = at_other_temperatures(losses, torch.tensor([1.3]).double())
+    >>> ratio = best_on_grid(later[0])[0] / best_on_grid(losses[0])[0]
+    >>> 1.2 < ratio < 1.4
+    True
+
+    ```
+    """
+    table, last = losses.reshape(len(losses), len(TEMPERATURES), len(SHARES)), len(TEMPERATURES) - 1
+    places = torch.arange(last + 1) - 2 * factors.log2()[:, None]  # of the grid, whose steps are half octaves
+    below = places.floor().clamp(0, last - 1).long()
+    above = (places - below).clamp(0, 1)[..., None]
+    tasks = torch.arange(len(losses))[:, None]
+    return ((1 - above) * table[tasks, below] + above * table[tasks, below + 1]).flatten(1)
 
 
 def calibrate(scores: torch.Tensor, temperature: float, share: float) -> torch.Tensor:

@@ -134,6 +134,11 @@ class GaussianRouter(ClassRouter):
         )
         return log_sum_exp(scores[kept], known, count(known)).cpu(), classes.to(place)[kept].cpu()
 
+    def spreads(self) -> torch.Tensor:
+        centres, owners = self._centres.cpu().double(), self.owners.cpu()
+        found = [torch.pdist(centres[owners == owner]).square() for owner in range(self.num_owners)]
+        return torch.stack([squares.sum() / max(1, len(squares)) for squares in found]).float()
+
     def merge_sums(self, other: Self) -> None:
         if len(other.scatter):
             # Tasks with one sum for all come first: those that are here join them.
