@@ -306,7 +306,7 @@ class GaussianRouter(ClassRouter):
         far = torch.cdist(self._centres[few].double(), self._centres[~few].double()).square().cpu()
         favour = torch.zeros(len(few))
         favour[few.cpu()] = torch.tensor(
-            [bonus(row, self.counts[~few].cpu(), float(dimensions), freedom) for row in far]
+            [bonus(row, self.counts[~few].cpu(), float(dimensions), freedom, len(far)) for row in far]
         )
         return favour.to(self._centres)
 
