@@ -25,6 +25,15 @@ FLAGS = """
 """.split()
 
 
+UNDER_BUTTONS = """
+    const box = (element) => element.getBoundingClientRect();
+    return [...document.querySelectorAll('label[data-testid=block-label]')].filter((label) => {
+        const buttons = label.parentElement.querySelector('.icon-button-wrapper');
+        return label.offsetParent && buttons && box(label).right > box(buttons).left;
+    }).map((label) => label.innerText)
+"""
+
+
 class Visitor:
     """A browser with the words for what people do on the page."""
 
@@ -305,6 +314,7 @@ def test_everything_fits_on_the_screen(page, visitor, width, theme):
             visitor.press("Classify")
             visitor.wait("#predictions td")
             visitor.driver.execute_script(long % "#predictions")
+            assert visitor.driver.execute_script(UNDER_BUTTONS) == []
         if tab == "Look inside":
             visitor.wait("#tasks", "After task")
         time.sleep(0.5)

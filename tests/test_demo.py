@@ -18,6 +18,7 @@ from test_pictures import archive_of
 
 from hf_clpeft.cli.demo import demo as demo_command
 from hf_clpeft.demo import views
+from hf_clpeft.demo.handlers import keep
 from hf_clpeft.prediction import Prediction
 
 
@@ -87,6 +88,24 @@ def test_what_is_no_digit_is_not_recognised(ask, letters):
 def test_low_confidence_has_words(digits, scores, said):
     found = Prediction("a", scores[0], None, 0.0, None, dict(zip("ab", scores, strict=True)), {})
     assert f"<small>{said}" in views.verdict(found, digits, 0.05)
+
+
+def test_a_file_that_is_being_served_is_replaced_and_not_written_to(tmp_path, monkeypatch):
+    monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path))
+    place = Path(keep(b"picture", "a.png"))
+    with place.open("rb") as served:
+        before = place.stat().st_ino
+        assert keep(b"picture", "a.png") == str(place) and place.stat().st_ino != before
+        assert served.read() == b"picture"
+    assert [path.name for path in tmp_path.iterdir()] == [place.parent.name]
+
+
+def test_a_name_of_many_classes_ends_a_sentence_with_one_full_stop(digits):
+    digits = copy.copy(digits)
+    digits.config = copy.deepcopy(digits.config)
+    digits.config.tasks[3].classes = ["4", "5", "6", "7"]
+    (found,) = digits.predict(SEVEN, top_k=5)
+    assert "4, 5, 6, …</bdi> The route" in views.verdict(found, digits, 0.05)
 
 
 def test_a_class_that_was_weighed_against_nothing_has_no_confidence(digits):

@@ -48,6 +48,25 @@ def test_a_class_of_five_images_wins_its_own_and_takes_few_of_others():
     assert 0.001 < torch.stack(taken).mean() < 0.01  # half a percent is what is allowed
 
 
+def test_many_lessons_take_little_more_of_old_classes_than_one():
+    router, found = learnt(), []
+    for number in range(OLD, OLD + 10):
+        router = taught(router, number, label=number)
+    for number in range(OLD, OLD + 10):
+        found.append((router(images(number, 50, 9)).selection == 3 + number - OLD).double().mean())
+    others = torch.cat([images(number, 100, 9) for number in range(OLD)])
+    assert torch.stack(found).mean() > 0.65
+    assert (router(others).selection >= 3).double().mean() < 0.005
+
+
+def test_a_class_of_one_image_takes_no_bonus_from_others():
+    router = learnt()
+    router.learn(images(OLD, 1, 0), torch.tensor([OLD]))  # as one that is well known
+    for number in range(OLD + 1, OLD + 6):
+        router = taught(router, number, label=number)
+    assert float(router._bonus[-5:].min()) > 3
+
+
 @pytest.mark.parametrize("kind, options", [(GaussianRouter, {}), (KldaRouter, {"kernel_features": 60})])
 def test_it_is_as_if_a_removed_task_had_never_been(kind, options):
     router = taught(learnt(kind, **options))

@@ -165,7 +165,7 @@ def _try_it(handlers: Handlers, key: gr.Textbox, examples: Sequence[Path], drawi
 
 
 def _many_pictures(handlers: Handlers, key: gr.Textbox) -> None:
-    files = Files(file_count="multiple", file_types=FILE_TYPES, label="Pictures, or zip archives of pictures")
+    files = Files(file_count="multiple", file_types=FILE_TYPES, label="Pictures, or zip archives")
     classify = gr.Button("Classify", variant="primary")
     table = gr.HTML(label="Predictions", elem_id="predictions")
     sheet = gr.File(label="The same as CSV", interactive=False)

@@ -7,6 +7,7 @@ import inspect
 import io
 import math
 import shutil
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from itertools import islice
@@ -341,5 +342,15 @@ def _cells(name: str, found: Prediction | VisitorError) -> list:
 
 
 def keep(content: bytes, name: str) -> str:
-    """Saves a file to gradio's cache, which is served, and deleted after an hour."""
-    return save_bytes_to_cache(content, name, get_upload_folder())
+    """Saves a file to gradio's cache, which is served, and deleted after an hour.
+
+    It is moved there, as another visitor may be reading the same file just then.
+    """
+    folder = Path(get_upload_folder())
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder) as staging:
+        saved = Path(save_bytes_to_cache(content, name, staging))
+        place = folder / saved.relative_to(Path(staging).resolve())
+        place.parent.mkdir(exist_ok=True)
+        saved.replace(place)
+    return str(place)

@@ -263,13 +263,13 @@ def leave_one_out(
 def expect_few(router: Router | None, classes: dict[str, list[PIL.Image.Image]]) -> None:
     """Prepares a router for a lesson of a few pictures.
 
-    A router of prototypes keeps two of each class: as many as pictures are the pictures themselves, and no new one is
-    near any of them. A Gaussian router favours classes of few pictures; see [`hf_clpeft.routing.few`].
+    Classes of few pictures are favoured; see [`hf_clpeft.routing.few`]. Of others, a router of prototypes keeps one
+    for five pictures or more: as many as pictures are the pictures themselves, and no new one is near any of them.
     """
     count = sum(map(len, classes.values()))
     if isinstance(router, PrototypeRouter) and isinstance(router.k, int):
         router.k = min(router.k, max(2 * len(classes), count // 5))
-    if isinstance(router, GaussianRouter):
+    if isinstance(router, (GaussianRouter, PrototypeRouter)):
         router.learns_few = count < MANY * len(classes)
 
 

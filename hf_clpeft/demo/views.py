@@ -39,7 +39,8 @@ def introduction(model: ContinualModel, source: str) -> str:
     return (
         '<div id="intro"><h1>Which expert takes your picture?</h1>'
         f"<p>A frozen vision transformer has learnt {len(config.classes)} classes in {len(config.tasks)} tasks, one "
-        f"after another, with {bdi(config.method.name)}: {escape(experts)}. <code>{bdi(source)}</code></p></div>"
+        f"after another, with {bdi(config.method.name)}: {escape(experts)}. <b>Give it a picture</b>, "
+        f"and see who takes it, and what it is. <code>{bdi(source)}</code></p></div>"
     )
 
 
@@ -121,7 +122,8 @@ def _route(prediction: Prediction, model: ContinualModel) -> list[str]:
         return [f"Classified by {also}the experts {'of ' * bool(_tasks_own(model))}{selected} together."]
     assert prediction.expert is not None
     who = "The nearest expert is that" if prediction.label is None else "Classified by the expert"
-    sentences = [f"{who} of {names[prediction.expert].html()}."]
+    name = names[prediction.expert]
+    sentences = [f"{who} of {name.html()}{'' if name.about.endswith('…') else '.'}"]
     if router is not None and others and others[0][1] > 0:
         margin = 1 - nearest[1] / others[0][1]
         (place,) = margin_bins(np.array([[nearest[1], others[0][1]]])).tolist()
@@ -218,7 +220,7 @@ def comparison(answers: dict[str, Prediction], model: ContinualModel) -> str:
     """
     names = expert_names(model)
     cards = "".join(
-        f"<li><span>{names[key].html()}</span><b>{bdi(next(iter(found.classes)))}</b>"
+        f"<li><span>{names[key].html()}</span><b>{bdi(next(iter(found.classes))).replace('_', '_<wbr>')}</b>"
         f"<small>{_confidence(found, model)}<br>"
         f"{found.distance:.2f} away{'' if place else ', the nearest'}</small></li>"
         for place, (key, found) in enumerate(answers.items())

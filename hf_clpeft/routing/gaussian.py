@@ -309,10 +309,13 @@ class GaussianRouter(ClassRouter):
         weight, _ = shrinkage(covariance.trace(), (covariance**2).sum(), freedom, self.query_size)
         dimensions = (1 - weight) * torch.cholesky_solve(covariance, self._factor()).trace()
         far = torch.cdist(self._centres[few].double(), self._centres[~few].double()).square().cpu()
+        counts, dimensions = self.counts[~few].cpu(), dimensions.cpu()
+        # Images that the sums do not hold lie farther from their mean than those in the sums, and vary more along any
+        # direction that was computed from the sums: by the share of the freedom that the dimensions take.
+        known = 1 - dimensions / freedom
+        middle, spread = far / 2 - dimensions / known / counts, (far / known).sqrt()
         favour = torch.zeros(len(few))
-        favour[few.cpu()] = torch.tensor(
-            [bonus(row, self.counts[~few].cpu(), float(dimensions), freedom) for row in far]
-        )
+        favour[few.cpu()] = torch.tensor([bonus(*pair, counts, len(far)) for pair in zip(middle, spread, strict=True)])
         return favour.to(self._centres)
 
     def _factor(self) -> torch.Tensor:

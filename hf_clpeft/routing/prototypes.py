@@ -6,7 +6,8 @@ import numpy as np
 import torch
 
 from ..config.text import get_logger
-from .routing import Router, Routing, distances_to
+from .few import favour, metric_of
+from .routing import Router, Routing, State, distances_to
 from .typicality import FOLDS, PERCENT, fit_thresholds, p_values
 
 
@@ -29,6 +30,10 @@ class PrototypeRouter(Router):
     For each task, the router also stores 100 quantiles of the distances of the task's own images, cross-fitted on
     images held out of the clustering: the i-th threshold is exceeded by i % of them. They give conformal p-values, by
     which out-of-distribution images are rejected (Vovk et al., "Algorithmic Learning in a Random World", 2005).
+
+    While `learns_few` is true, the prototypes of a task are the means of its classes, and are marked as known from a
+    few images. Whether an image is nearer to them than to the nearest of all others is seen in a metric of its own, by
+    [`metric_of`], and with a [`bonus`]. Distances to other prototypes stay as they are.
 
     Args:
         query_size (`int`): Width of query features.
@@ -54,8 +59,13 @@ class PrototypeRouter(Router):
     title = "nearest prototype"
     rejects = True
     options = ("k",)
+    learns_few = False
     prototypes: torch.Tensor
     thresholds: torch.Tensor
+    few: torch.Tensor
+    _metric: torch.Tensor | None
+    _placed: torch.Tensor
+    _bonus: torch.Tensor
 
     def __init__(self, query_size: int, k: int | str = 5):
         super().__init__()
@@ -63,40 +73,72 @@ class PrototypeRouter(Router):
         self.register_buffer("prototypes", torch.zeros(0, query_size, dtype=torch.float32))
         self.register_buffer("owners", torch.zeros(0, dtype=torch.int64))
         self.register_buffer("thresholds", torch.zeros(0, PERCENT, dtype=torch.float32))
+        self.register_buffer("few", torch.zeros(0, dtype=torch.int64))  # 1 for a prototype of few images
+        self.register_buffer("_metric", None, persistent=False)  # if there are some of few and some of many
+        self.register_buffer("_placed", None, persistent=False)  # prototypes in that metric
+        self.register_buffer("_bonus", None, persistent=False)
 
     def learn(self, features: torch.Tensor, classes: torch.Tensor | None = None, seed: int = 0) -> None:
         if isinstance(self.k, int) and self.k > len(features):
             logger.warning(
                 "A task has %d images, fewer than k=%d prototypes: using %d.", n := len(features), self.k, n
             )
-        prototypes = fit_prototypes(features, self.k, seed)
-        self.add_prototypes(prototypes, thresholds_of(features, len(prototypes), seed))
+        if self.learns_few and classes is not None:
+            groups = [features[classes == number] for number in classes.unique()]
+            prototypes = torch.cat([fit_prototypes(group, 1) for group in groups])
+        else:
+            prototypes = fit_prototypes(features, self.k, seed)
+        self.add_prototypes(prototypes, thresholds_of(features, len(prototypes), seed), self.learns_few)
 
-    def add_prototypes(self, prototypes: torch.Tensor, thresholds: torch.Tensor) -> None:
+    def add_prototypes(self, prototypes: torch.Tensor, thresholds: torch.Tensor, few: bool = False) -> None:
         """Appends the prototypes of the next task.
 
         Args:
             prototypes (`torch.Tensor` of shape `(k, query_size)`): Centres of L2-normalised features.
             thresholds (`torch.Tensor` of shape `(100,)`): From [`thresholds_of`].
+            few (`bool`, *optional*, defaults to `False`): Whether they are of a few images only.
         """
         prototypes = prototypes.to(self.prototypes)
         owners = torch.full((len(prototypes),), self.num_owners, device=self.owners.device)
         self.prototypes = torch.cat([self.prototypes, prototypes])
         self.owners = torch.cat([self.owners, owners])
         self.thresholds = torch.cat([self.thresholds, thresholds.to(self.thresholds)[None]])
+        self.few = torch.cat([self.few, torch.full_like(owners, int(few))])
+        self.derive()
+
+    def derive(self) -> None:
+        """Updates what is computed from the prototypes."""
+        few = self.few.bool().cpu()
+        self._metric = None
+        if 0 < int(few.sum()) < len(few):
+            prototypes, owners = self.prototypes.cpu().double(), self.owners.cpu()
+            known = self.thresholds.cpu().double()[owners[~few].unique()]
+            variance = known.square().mean() / self.query_size
+            metric = metric_of(prototypes[~few], owners[~few], variance)
+            self._metric, self._placed = metric.to(self.prototypes), (prototypes @ metric).to(self.prototypes)
+            self._bonus = favour(prototypes, metric, few, variance).to(self.prototypes)
 
     def why_not_removed(self, owner: int) -> str | None:
         return None
 
     def remove(self, owner: int, number_of: dict[int, int]) -> None:
         kept = self.owners != owner
-        self.prototypes, owners = self.prototypes[kept], self.owners[kept]
+        self.prototypes, self.few, owners = self.prototypes[kept], self.few[kept], self.owners[kept]
         self.owners = owners - (owners > owner).to(owners.dtype)
         self.thresholds = torch.cat([self.thresholds[:owner], self.thresholds[owner + 1 :]])
+        self.derive()
 
     def merge(self, other: "PrototypeRouter", numbers: list[int]) -> None:
         for owner in range(other.num_owners):
-            self.add_prototypes(other.prototypes[other.owners == owner], other.thresholds[owner])
+            own = other.owners == owner
+            self.add_prototypes(other.prototypes[own], other.thresholds[owner], bool(other.few[own].any()))
+
+    def split(self, tasks: list[list[int]]) -> tuple[State, list[State]]:
+        state, parts = super().split(tasks)
+        return {name: tensor for name, tensor in state.items() if name != "few" or tensor.any()}, parts
+
+    def join(self, shared: State, parts: list[State], tasks: list[list[int]]) -> State:
+        return {"few": torch.zeros_like(shared.get("owners", self.owners)), **super().join(shared, parts, tasks)}
 
     def check(self, tensors: dict[str, torch.Tensor], num_tasks: int, num_classes: int) -> None:
         super().check(tensors, num_tasks, num_classes)
@@ -109,17 +151,20 @@ class PrototypeRouter(Router):
                 f"{owners.unique().tolist()[:20]}, but the model has tasks {list(range(num_tasks))[:20]} and width "
                 f"{self.query_size}."
             )
+        if tensors["few"].shape != owners.shape or not torch.isin(tensors["few"], torch.arange(2)).all():
+            raise ValueError("few is not 0 or 1 for every prototype.")
         own = self.state_dict()
-        for key in tensors.keys() - {"prototypes", "owners", "thresholds"}:
+        for key in tensors.keys() - {"prototypes", "owners", "thresholds", "few"}:
             # Further buffers of a subclass have a fixed shape, unless the subclass checks them itself.
             if tensors[key].shape != own[key].shape:
                 raise ValueError(f"{key} has shape {tuple(tensors[key].shape)}, not {tuple(own[key].shape)}.")
 
     def load(self, tensors: dict[str, torch.Tensor], num_tasks: int, num_classes: int) -> None:
-        if tensors.keys() == {"prototypes", "owners"}:  # saved before thresholds were measured
+        if tensors.keys() == {"prototypes", "owners", "few"}:  # saved before thresholds were measured
             shape = (len(tensors["owners"].unique()), PERCENT)
             tensors["thresholds"] = torch.full(shape, FARTHEST, dtype=torch.float32)
         super().load(tensors, num_tasks, num_classes)
+        self.derive()
 
     def distances(self, query: torch.Tensor) -> torch.Tensor:
         """Distance of each image to the nearest prototype of every task.
@@ -132,8 +177,18 @@ class PrototypeRouter(Router):
         """
         query = torch.nn.functional.normalize(query.to(self.prototypes), dim=-1)
         distances = distances_to(self.prototypes, query)
-        nearest = distances.new_full((query.shape[0], self.num_owners), torch.inf)
-        return nearest.scatter_reduce(1, self.owners.expand(query.shape[0], -1), distances, reduce="amin")
+        if self._metric is not None:
+            few = self.few.bool()
+            placed = distances_to(self._placed, query @ self._metric).square() - self._bonus
+            old, old_placed = (far.masked_fill(few, torch.inf).amin(dim=1)[:, None] for far in (distances, placed))
+            # Nearer than all others by as much as in the metric.
+            distances = torch.where(few, (old.square() + placed - old_placed).clamp(min=0).sqrt(), distances)
+        return self._nearest(distances)
+
+    def _nearest(self, distances: torch.Tensor) -> torch.Tensor:
+        """Of every task, from the distances to all prototypes."""
+        nearest = distances.new_full((distances.shape[0], self.num_owners), torch.inf)
+        return nearest.scatter_reduce(1, self.owners.expand(distances.shape[0], -1), distances, reduce="amin")
 
     def forward(self, query: torch.Tensor) -> Routing:
         """Routes a batch of query features of shape `(batch, query_size)`.
@@ -153,6 +208,10 @@ class PrototypeRouter(Router):
 
     def typicality(self, query: torch.Tensor, distances: torch.Tensor) -> torch.Tensor:
         """The largest of the p-values of all tasks: an image must be typical of none to be rejected."""
+        if self._metric is not None:  # thresholds are of distances that do not depend on other tasks
+            first = torch.nn.functional.normalize(query if query.dim() == 2 else query[:, 0], dim=-1)
+            plain = self._nearest(distances_to(self.prototypes, first.to(self.prototypes)))
+            distances = torch.where(self._nearest(1.0 - self.few[None]) == 0, plain, distances)
         return p_values(distances, self.thresholds).amax(dim=1)
 
 
