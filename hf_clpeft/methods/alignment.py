@@ -1,5 +1,7 @@
 """Gaussians of all classes seen so far, and the alignment of a head on features sampled from them."""
 
+from collections.abc import Iterable
+
 import torch
 from torch.nn.functional import cross_entropy
 
@@ -173,8 +175,8 @@ class AlignedHeads(Heads):
     def __init__(self, hidden_size: int):
         super().__init__(hidden_size, shared=True)
 
-    def write(self, weight: torch.Tensor, bias: torch.Tensor, classes: list[int], single: bool = False) -> None:
-        super().write(weight, bias, classes)
+    def extend(self, tasks: Iterable[tuple[torch.Tensor, torch.Tensor, list[int], bool]]) -> None:
+        super().extend((weight, bias, classes, False) for weight, bias, classes, _ in tasks)
 
     def extended(self, weight: torch.Tensor, bias: torch.Tensor, classes: list[int]) -> torch.nn.Linear:
         """A layer for all classes: the given rows for `classes`, and those of this head for all others."""

@@ -1,5 +1,7 @@
 """The linear classifier: one head shared by all tasks, or one per task."""
 
+from collections.abc import Iterable, Sequence
+
 import torch
 
 from ..backbones.precision import KeepsPrecision, in_float32
@@ -44,12 +46,23 @@ class Heads(KeepsPrecision):
     def __init__(self, hidden_size: int, shared: bool):
         super().__init__()
         self.hidden_size, self.shared = hidden_size, shared
-        self.weights = torch.nn.ParameterList()  # by task
-        self.biases = torch.nn.ParameterList()
+        # The rows of all tasks are one tensor: thousands of small ones take longer to look through than to copy.
+        self.weight = torch.nn.Parameter(torch.zeros(0, hidden_size, dtype=torch.float32), requires_grad=False)
+        self.bias = torch.nn.Parameter(torch.zeros(0, dtype=torch.float32), requires_grad=False)
         self.classes: list[list[int]] = []  # class indices of each task's rows
         self.single: list[bool] = []  # whether the task had a single class
         self._placed: tuple[tuple[torch.device, bool], list[torch.Tensor]] | None = None  # see `_place`
         self.num_classes = 0  # one more than the highest class index
+
+    @property
+    def weights(self) -> Sequence[torch.Tensor]:
+        """Weight of each task's rows."""
+        return self.weight.split([*map(len, self.classes)]) if self.classes else ()
+
+    @property
+    def biases(self) -> Sequence[torch.Tensor]:
+        """Bias of each task's rows."""
+        return self.bias.split([*map(len, self.classes)]) if self.classes else ()
 
     def start(self, classes: list[int]) -> torch.nn.Linear:
         """A layer for the next task to train. Existing rows of a shared head are copied, all others start at zero.
@@ -64,13 +77,12 @@ class Heads(KeepsPrecision):
         torch.nn.init.zeros_(layer.weight)
         torch.nn.init.zeros_(layer.bias)
         if self.shared:
+            flat = [number for numbers in self.classes for number in numbers]
             with torch.no_grad():
-                for task, numbers in enumerate(self.classes):
-                    for old_row, number in enumerate(numbers):
-                        if number in classes:
-                            row = classes.index(number)
-                            layer.weight[row] = self.weights[task][old_row]
-                            layer.bias[row] = self.biases[task][old_row]
+                for old_row, number in enumerate(flat):
+                    if number in classes:
+                        row = classes.index(number)
+                        layer.weight[row], layer.bias[row] = self.weight[old_row], self.bias[old_row]
         return layer
 
     def write(self, weight: torch.Tensor, bias: torch.Tensor, classes: list[int], single: bool = False) -> None:
@@ -85,28 +97,43 @@ class Heads(KeepsPrecision):
         Raises:
             `ValueError`: Shapes do not match.
         """
+        self.extend([(weight, bias, classes, single)])
+
+    def extend(self, tasks: Iterable[tuple[torch.Tensor, torch.Tensor, list[int], bool]]) -> None:
+        """Appends the rows of several tasks, with the arguments and errors of [`~Heads.write`] for each."""
+        tasks, weights, biases = list(tasks), [*self.weights], [*self.biases]
+        for weight, bias, classes, _ in tasks:
+            self._check(weight, bias, classes)
+        for weight, bias, classes, single in tasks:
+            if self.shared and not single and any(number < self.num_classes for number in classes):  # else all are new
+                self._drop(set(classes), weights, biases)
+            self.num_classes = max([self.num_classes, *(1 + number for number in classes)])
+            weights.append(weight.detach().to(self.weight))
+            biases.append(bias.detach().to(self.bias))
+            self.classes.append(list(classes))
+            self.single.append(single)
+        self._set(weights, biases)
+
+    def _check(self, weight: torch.Tensor, bias: torch.Tensor, classes: list[int]) -> None:
         if weight.shape != (len(classes), self.hidden_size) or bias.shape != (len(classes),):
             raise ValueError(
                 f"weight {tuple(weight.shape)} and bias {tuple(bias.shape)} are no rows of width {self.hidden_size} "
                 f"for {len(classes)} classes."
             )
-        if self.shared and not single and any(number < self.num_classes for number in classes):  # else all are new
-            self._drop(set(classes))
-        self.num_classes = max([self.num_classes, *(1 + number for number in classes)])
-        self._placed = None
-        self.weights.append(_fixed(weight))
-        self.biases.append(_fixed(bias))
-        self.classes.append(list(classes))
-        self.single.append(single)
 
-    def _drop(self, trained: set[int]) -> None:
+    def _drop(self, trained: set[int], weights: list[torch.Tensor], biases: list[torch.Tensor]) -> None:
         """Drops the rows of classes of a shared head that are trained again."""
         for task, numbers in enumerate(self.classes):
             if not (self.single[task] or trained.isdisjoint(numbers)):
                 kept = [row for row, number in enumerate(numbers) if number not in trained]
-                self.weights[task] = _fixed(self.weights[task][kept])
-                self.biases[task] = _fixed(self.biases[task][kept])
+                weights[task], biases[task] = weights[task][kept], biases[task][kept]
                 self.classes[task] = [numbers[row] for row in kept]
+
+    def _set(self, weights: Sequence[torch.Tensor], biases: Sequence[torch.Tensor]) -> None:
+        """Copies the rows of all tasks."""
+        self._placed = None
+        self.weight = torch.nn.Parameter(torch.cat([self.weight[:0], *weights]), requires_grad=False)
+        self.bias = torch.nn.Parameter(torch.cat([self.bias[:0], *biases]), requires_grad=False)
 
     def to_tensors(self, tasks: list[TaskConfig]) -> dict[str, torch.Tensor]:
         """State dict: weight, bias and class indices by task name."""
@@ -127,7 +154,8 @@ class Heads(KeepsPrecision):
         Raises:
             `ValueError`: A tensor is missing, unexpected, or does not match.
         """
-        tensors, written, known = dict(tensors), set(), set(range(num_classes))
+        tensors, known = dict(tensors), set(range(num_classes))
+        read: list[tuple[torch.Tensor, torch.Tensor, list[int], bool]] = []
         for task in tasks:
             names = [f"{task.name}.{part}" for part in ("weight", "bias", "classes")]
             try:
@@ -137,14 +165,16 @@ class Heads(KeepsPrecision):
                 numbers = classes.tolist()
                 if len(set(numbers)) < len(numbers) or not known.issuperset(numbers):
                     raise ValueError(f"classes {numbers[:20]} are not among the {num_classes} of the model.")
-                self.write(weight, bias, numbers, single=len(task.classes) == 1)
-                written |= set(numbers)
+                self._check(weight, bias, numbers)
+                read.append((weight, bias, numbers, len(task.classes) == 1))
             except (ValueError, KeyError, TypeError) as error:
                 raise ValueError(f"the head of task {task.name!r} does not fit: {error}") from error
+        written = {number for _, _, numbers, _ in read for number in numbers}
         if tensors or len(written) < num_classes:
             raise ValueError(
                 f"it has rows for {len(written)} of {num_classes} classes, and {sorted(tensors)[:3]} too many."
             )
+        self.extend(read)
 
     def rows_of(self, task: int, classes: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
         """The rows that are applied for given classes to images routed to the expert of a task.
@@ -158,8 +188,9 @@ class Heads(KeepsPrecision):
         """
         # In a shared head, the row of a class may belong to a later task that has trained it again.
         together = [number for number in range(len(self.classes)) if not self.single[number]]
+        weights, biases = self.weights, self.biases
         row_of = {
-            number: (self.weights[owner][row], self.biases[owner][row])
+            number: (weights[owner][row], biases[owner][row])
             for owner in ([task] if not self.shared or self.single[task] else together)
             for row, number in enumerate(self.classes[owner])
         }
@@ -173,10 +204,9 @@ class Heads(KeepsPrecision):
             task (`int`): Index of the task.
             number (`dict[int, int]`): Maps old to new indices of the remaining classes.
         """
-        self._placed = None
         kept = [i for i in range(len(self.classes)) if i != task]
-        self.weights = torch.nn.ParameterList([self.weights[i] for i in kept])
-        self.biases = torch.nn.ParameterList([self.biases[i] for i in kept])
+        weights, biases = self.weights, self.biases
+        self._set([weights[i] for i in kept], [biases[i] for i in kept])
         self.classes = [[number[old] for old in self.classes[i]] for i in kept]
         self.single = [self.single[i] for i in kept]
         self.num_classes = 1 + max((row for rows in self.classes for row in rows), default=-1)
@@ -237,9 +267,10 @@ class Heads(KeepsPrecision):
             return every.gather(1, owners[:, None, None].expand(-1, 1, biases.shape[1])).squeeze(1)
         if features.device.type == "cpu":  # where nothing waits, products have the bits that they always had
             logits = features.new_zeros(len(features), biases.shape[1])
+            own_weights, own_biases = self.weights, self.biases
             for task in owners.unique().tolist():
                 rows = owners == task
-                own = torch.nn.functional.linear(features[rows], self.weights[task], self.biases[task])
+                own = torch.nn.functional.linear(features[rows], own_weights[task], own_biases[task])
                 logits[rows, : own.shape[1]] = own
             return logits
         at_once = max(1, MOST_AT_ONCE // max(1, weights[0].numel()))
@@ -247,7 +278,3 @@ class Heads(KeepsPrecision):
         # Not a matrix product, whose rounding would depend on the number of rows of other tasks.
         found = [(weights[tasks] * rows[:, None]).sum(dim=-1) + biases[tasks] for rows, tasks in parts]
         return torch.cat(found)
-
-
-def _fixed(rows: torch.Tensor) -> torch.nn.Parameter:
-    return torch.nn.Parameter(rows.detach().to(torch.float32, copy=True), requires_grad=False)
