@@ -2,7 +2,8 @@
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass, field
+from copy import copy
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
 from .checks import check_path, check_task_name, check_types, read_json
@@ -186,7 +187,10 @@ class ContinualConfig:
 
     def to_dict(self) -> dict:
         """Plain `dict`, JSON-serialisable."""
-        return {**asdict(self), "method": self.method.to_dict()}
+        # Of thousands of tasks, `asdict` would copy every name.
+        tasks = [{**vars(task), "classes": [*task.classes]} for task in self.tasks]
+        parts = {"method": self.method.to_dict(), "backbone": asdict(self.backbone), "tasks": tasks}
+        return {each.name: parts.get(each.name, copy(getattr(self, each.name))) for each in fields(self)}
 
     @classmethod
     def from_dict(cls, values: dict) -> "ContinualConfig":
