@@ -156,6 +156,8 @@ def fits(value: object, hint: Any) -> bool:
 
     ```
     """
+    if type(value) is hint:
+        return True
     origin, arguments = _parts_of(hint)
     if origin is Literal:
         return value in arguments

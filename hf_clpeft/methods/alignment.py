@@ -8,7 +8,7 @@ from torch.nn.functional import cross_entropy
 from ..backbones.precision import KeepsPrecision, without_autocast
 from ..config import ConfigError
 from ..routing.covariance import shrink
-from .heads import Heads
+from .heads import Heads, Rows
 
 
 PRIOR = 0.1  # images of the pooled covariance in that of a class, per dimension
@@ -175,7 +175,7 @@ class AlignedHeads(Heads):
     def __init__(self, hidden_size: int):
         super().__init__(hidden_size, shared=True)
 
-    def extend(self, tasks: Iterable[tuple[torch.Tensor, torch.Tensor, list[int], bool]]) -> None:
+    def extend(self, tasks: Iterable[Rows]) -> None:
         super().extend((weight, bias, classes, False) for weight, bias, classes, _ in tasks)
 
     def extended(self, weight: torch.Tensor, bias: torch.Tensor, classes: list[int]) -> torch.nn.Linear:

@@ -1,6 +1,7 @@
 """The linear classifier: one head shared by all tasks, or one per task."""
 
 from collections.abc import Iterable, Sequence
+from itertools import islice
 
 import torch
 
@@ -10,6 +11,9 @@ from ..config import TaskConfig
 
 
 MOST_AT_ONCE = 2**24  # numbers of the rows that are gathered for a part of a batch
+
+# Of a task: weight, bias, class indices, and whether it has a single class.
+Rows = tuple[torch.Tensor, torch.Tensor, list[int], bool]
 
 
 class Heads(KeepsPrecision):
@@ -99,19 +103,20 @@ class Heads(KeepsPrecision):
         """
         self.extend([(weight, bias, classes, single)])
 
-    def extend(self, tasks: Iterable[tuple[torch.Tensor, torch.Tensor, list[int], bool]]) -> None:
+    def extend(self, tasks: Iterable[Rows]) -> None:
         """Appends the rows of several tasks, with the arguments and errors of [`~Heads.write`] for each."""
-        tasks, weights, biases = list(tasks), [*self.weights], [*self.biases]
+        tasks, weights, biases, num_classes = list(tasks), [*self.weights], [*self.biases], self.num_classes
         for weight, bias, classes, _ in tasks:
             self._check(weight, bias, classes)
         for weight, bias, classes, single in tasks:
-            if self.shared and not single and any(number < self.num_classes for number in classes):  # else all are new
+            if self.shared and not single and any(number < num_classes for number in classes):  # else all are new
                 self._drop(set(classes), weights, biases)
-            self.num_classes = max([self.num_classes, *(1 + number for number in classes)])
-            weights.append(weight.detach().to(self.weight))
-            biases.append(bias.detach().to(self.bias))
+            num_classes = max([num_classes, *(1 + number for number in classes)])
+            weights.append(weight)
+            biases.append(bias)
             self.classes.append(list(classes))
             self.single.append(single)
+        self.num_classes = num_classes
         self._set(weights, biases)
 
     def _check(self, weight: torch.Tensor, bias: torch.Tensor, classes: list[int]) -> None:
@@ -132,49 +137,69 @@ class Heads(KeepsPrecision):
     def _set(self, weights: Sequence[torch.Tensor], biases: Sequence[torch.Tensor]) -> None:
         """Copies the rows of all tasks."""
         self._placed = None
-        self.weight = torch.nn.Parameter(torch.cat([self.weight[:0], *weights]), requires_grad=False)
-        self.bias = torch.nn.Parameter(torch.cat([self.bias[:0], *biases]), requires_grad=False)
+        with torch.no_grad():
+            self.weight, self.bias = (
+                torch.nn.Parameter(torch.cat([own[:0], *(part.to(own) for part in parts)]), requires_grad=False)
+                for own, parts in ((self.weight, weights), (self.bias, biases))
+            )
 
-    def to_tensors(self, tasks: list[TaskConfig]) -> dict[str, torch.Tensor]:
-        """State dict: weight, bias and class indices by task name."""
-        tensors = {}
-        for task, weight, bias, classes in zip(tasks, self.weights, self.biases, self.classes, strict=True):
-            tensors[f"{task.name}.weight"], tensors[f"{task.name}.bias"] = weight, bias
-            tensors[f"{task.name}.classes"] = torch.tensor(classes, dtype=torch.int64)
-        return tensors
+    def to_tensors(self) -> dict[str, torch.Tensor]:
+        """State dict: weight, bias and class index of the rows of all tasks, and how many each task has."""
+        flat = [number for numbers in self.classes for number in numbers]
+        counts = [*map(len, self.classes)]
+        lists = {"classes": torch.tensor(flat, dtype=torch.int64), "counts": torch.tensor(counts, dtype=torch.int64)}
+        return {"weight": self.weight, "bias": self.bias, **lists}
 
     def load(self, tensors: dict[str, torch.Tensor], tasks: list[TaskConfig], num_classes: int) -> None:
         """Inverse of [`~Heads.to_tensors`], for a head without rows.
 
         Args:
-            tensors (`dict[str, torch.Tensor]`): State dict, from a file.
+            tensors (`dict[str, torch.Tensor]`): State dict, from a file; before version 3 of the format, it had
+                weight, bias and classes by task name.
             tasks (`list[TaskConfig]`): All tasks of the model.
             num_classes (`int`): Number of classes of the model.
 
         Raises:
             `ValueError`: A tensor is missing, unexpected, or does not match.
         """
-        tensors, known = dict(tensors), set(range(num_classes))
-        read: list[tuple[torch.Tensor, torch.Tensor, list[int], bool]] = []
-        for task in tasks:
-            names = [f"{task.name}.{part}" for part in ("weight", "bias", "classes")]
+        read, known = self._by_task(tensors, tasks), range(num_classes)
+        for task, (weight, bias, numbers, _) in zip(tasks, read, strict=True):
             try:
-                weight, bias, classes = (tensors.pop(name) for name in names)
-                if [tensor.dtype for tensor in (weight, bias, classes)] != [torch.float32, torch.float32, torch.int64]:
-                    raise ValueError("rows are float32, and the numbers of their classes int64.")
-                numbers = classes.tolist()
-                if len(set(numbers)) < len(numbers) or not known.issuperset(numbers):
-                    raise ValueError(f"classes {numbers[:20]} are not among the {num_classes} of the model.")
                 self._check(weight, bias, numbers)
-                read.append((weight, bias, numbers, len(task.classes) == 1))
-            except (ValueError, KeyError, TypeError) as error:
+                if len(set(numbers)) < len(numbers) or not all(number in known for number in numbers):
+                    raise ValueError(f"classes {numbers[:20]} are not among the {num_classes} of the model.")
+            except ValueError as error:
                 raise ValueError(f"the head of task {task.name!r} does not fit: {error}") from error
-        written = {number for _, _, numbers, _ in read for number in numbers}
-        if tensors or len(written) < num_classes:
-            raise ValueError(
-                f"it has rows for {len(written)} of {num_classes} classes, and {sorted(tensors)[:3]} too many."
-            )
+        if len(written := {number for _, _, numbers, _ in read for number in numbers}) < num_classes:
+            raise ValueError(f"it has rows for {len(written)} of {num_classes} classes.")
         self.extend(read)
+
+    def _by_task(self, tensors: dict[str, torch.Tensor], tasks: list[TaskConfig]) -> list[Rows]:
+        """The rows of each task in a state dict."""
+        kinds = {"weight": (torch.float32, 2), "bias": (torch.float32, 1), "classes": (torch.int64, 1)}
+        wanted = {**kinds, "counts": (torch.int64, 1)}
+        together = tensors.keys() == wanted.keys()
+        if not together:
+            wanted = {f"{task.name}.{part}": kind for task in tasks for part, kind in kinds.items()}
+        missing, unknown = sorted(wanted.keys() - tensors.keys()), sorted(tensors.keys() - wanted.keys())
+        if missing or unknown:
+            raise ValueError(f"it lacks {missing[:3]}, and has {unknown[:3]} too many.")
+        for name, tensor in tensors.items():
+            if (tensor.dtype, tensor.dim()) != wanted[name]:
+                raise ValueError(f"{name} is {tensor.dtype} of shape {tuple(tensor.shape)}.")
+        single = [len(task.classes) == 1 for task in tasks]
+        if not together:
+            weights, biases, classes = ([tensors[f"{task.name}.{part}"] for task in tasks] for part in kinds)
+            return [*zip(weights, biases, (numbers.tolist() for numbers in classes), single, strict=True)]
+        counts, flat = tensors["counts"].tolist(), tensors["classes"].tolist()
+        if len(counts) != len(tasks) or min(counts, default=0) < 0 or sum(counts) != len(flat):
+            raise ValueError(f"it has {len(flat)} rows, which are not those of {len(tasks)} tasks.")
+        if not len(tensors["weight"]) == len(tensors["bias"]) == len(flat):
+            raise ValueError("weight, bias and classes have different numbers of rows.")
+        if not counts:  # of a model without tasks, and torch splits nothing into no parts
+            return []
+        split, rest = (tensors["weight"].split(counts), tensors["bias"].split(counts)), iter(flat)
+        return [*zip(*split, ([*islice(rest, count)] for count in counts), single, strict=True)]
 
     def rows_of(self, task: int, classes: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
         """The rows that are applied for given classes to images routed to the expert of a task.

@@ -166,7 +166,7 @@ def _tensors(method: Method) -> tuple[dict[str, State], dict[str, State]]:
     shared, parts = ({}, []) if method.router is None else method.router.split(_numbers(method))
     tensors = {
         ROUTER_NAME: shared,
-        HEADS_NAME: {} if method.heads is None else method.heads.to_tensors(method.config.tasks),
+        HEADS_NAME: {} if method.heads is None else method.heads.to_tensors(),
         METHOD_NAME: method.state(),
     }
     sums = {sums_file(task.name): _as_stored(part) for task, part in zip(tasks, parts, strict=False)}
