@@ -1,7 +1,7 @@
 """The linear classifier: one head shared by all tasks, or one per task."""
 
 from collections.abc import Iterable, Sequence
-from itertools import islice
+from itertools import accumulate, islice
 
 import torch
 
@@ -53,6 +53,7 @@ class Heads(KeepsPrecision):
         # The rows of all tasks are one tensor: thousands of small ones take longer to look through than to copy.
         self.weight = torch.nn.Parameter(torch.zeros(0, hidden_size, dtype=torch.float32), requires_grad=False)
         self.bias = torch.nn.Parameter(torch.zeros(0, dtype=torch.float32), requires_grad=False)
+        self._starts = [0]  # the first row of each task
         self.classes: list[list[int]] = []  # class indices of each task's rows
         self.single: list[bool] = []  # whether the task had a single class
         self._placed: tuple[tuple[torch.device, bool], list[torch.Tensor]] | None = None  # see `_place`
@@ -67,6 +68,11 @@ class Heads(KeepsPrecision):
     def biases(self) -> Sequence[torch.Tensor]:
         """Bias of each task's rows."""
         return self.bias.split([*map(len, self.classes)]) if self.classes else ()
+
+    def _rows(self, task: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Weight and bias of one task's rows."""
+        rows = slice(*self._starts[task : task + 2])
+        return self.weight[rows], self.bias[rows]
 
     def start(self, classes: list[int]) -> torch.nn.Linear:
         """A layer for the next task to train. Existing rows of a shared head are copied, all others start at zero.
@@ -136,7 +142,7 @@ class Heads(KeepsPrecision):
 
     def _set(self, weights: Sequence[torch.Tensor], biases: Sequence[torch.Tensor]) -> None:
         """Copies the rows of all tasks."""
-        self._placed = None
+        self._placed, self._starts = None, [0, *accumulate(map(len, weights))]
         with torch.no_grad():
             self.weight, self.bias = (
                 torch.nn.Parameter(torch.cat([own[:0], *(part.to(own) for part in parts)]), requires_grad=False)
@@ -213,11 +219,10 @@ class Heads(KeepsPrecision):
         """
         # In a shared head, the row of a class may belong to a later task that has trained it again.
         together = [number for number in range(len(self.classes)) if not self.single[number]]
-        weights, biases = self.weights, self.biases
         row_of = {
-            number: (weights[owner][row], biases[owner][row])
+            number: (weight, bias)
             for owner in ([task] if not self.shared or self.single[task] else together)
-            for row, number in enumerate(self.classes[owner])
+            for number, weight, bias in zip(self.classes[owner], *self._rows(owner), strict=True)
         }
         rows = [row_of[number] for number in classes]
         return torch.stack([weight for weight, _ in rows]), torch.stack([bias for _, bias in rows])
@@ -292,10 +297,9 @@ class Heads(KeepsPrecision):
             return every.gather(1, owners[:, None, None].expand(-1, 1, biases.shape[1])).squeeze(1)
         if features.device.type == "cpu":  # where nothing waits, products have the bits that they always had
             logits = features.new_zeros(len(features), biases.shape[1])
-            own_weights, own_biases = self.weights, self.biases
             for task in owners.unique().tolist():
                 rows = owners == task
-                own = torch.nn.functional.linear(features[rows], own_weights[task], own_biases[task])
+                own = torch.nn.functional.linear(features[rows], *self._rows(task))
                 logits[rows, : own.shape[1]] = own
             return logits
         at_once = max(1, MOST_AT_ONCE // max(1, weights[0].numel()))
