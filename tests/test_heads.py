@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from hf_clpeft import Heads
+from hf_clpeft.config import TaskConfig
 
 
 def layer(rows, seed=0):
@@ -61,3 +62,17 @@ def test_known_classes_go_on_where_they_were_and_new_ones_start_at_zero():
     heads.write(start.weight, start.bias, [1, 2])
     assert heads.num_classes == 3
     torch.testing.assert_close(heads(FEATURES, torch.zeros(6, dtype=int))[:, :2], first(FEATURES))
+
+
+def test_rows_that_were_saved_by_task_are_read_as_those_that_are_saved_together():
+    heads, tasks = Heads(4, shared=False), [TaskConfig("b", ["0", "1"]), TaskConfig("a", ["0", "2", "1"])]
+    heads.write(*layer(2, 1).parameters(), [0, 1])
+    heads.write(*layer(3, 2).parameters(), [0, 2, 1])
+    parts = {"weight": heads.weights, "bias": heads.biases, "classes": map(torch.tensor, heads.classes)}
+    paired = {part: zip(tasks, rows, strict=True) for part, rows in parts.items()}
+    by_task = {f"{task.name}.{part}": rows for part, of_tasks in paired.items() for task, rows in of_tasks}
+    for tensors in (by_task, heads.to_tensors()):
+        loaded = Heads(4, shared=False)
+        loaded.load(tensors, tasks, num_classes=3)
+        assert loaded.classes == heads.classes and torch.equal(loaded.bias, heads.bias)
+        assert torch.equal(loaded.weight, heads.weight)

@@ -1,6 +1,8 @@
 """What is saved loads again, and takes the place of nothing but an earlier state of itself."""
 
+import builtins
 import copy
+import io
 import shutil
 from pathlib import Path
 
@@ -273,4 +275,33 @@ def test_what_was_learnt_by_hand_is_saved_with_its_report(backbone, monkeypatch)
 def test_integers_of_a_technique_are_no_expert(make):
     with pytest.raises((ConfigError, ExpertError)):
         model = make(lora={"peft_type": "SHIRA"})
+        model.save_pretrained("out")
+
+
+@pytest.mark.parametrize("method", ["s_lora", "s_lora_mix"])
+def test_a_further_task_is_saved_without_reading_what_was_there(make, monkeypatch, method):
+    model, opened = make(method), []
+    model.save_pretrained("out")
+    teach(model, tasks=[2])
+
+    def watched(path, *args, **options):
+        opened.append(str(path))
+        return plain(path, *args, **options)
+
+    plain = builtins.open
+    with monkeypatch.context() as patch:
+        patch.setattr(builtins, "open", watched)
+        patch.setattr(io, "open", watched)
+        model.save_pretrained("out")
+    assert not [path for path in opened if path.startswith("out/") and not path.startswith("out/.sav")]  # staged
+    assert "out/.saving/config.json" in opened
+    assert len(ContinualModel.from_pretrained("out", backbone=model.backbone).config.tasks) == 3
+
+
+def test_a_configuration_that_was_edited_since_the_last_save_is_read_again(make):
+    model = make()
+    model.save_pretrained("out")
+    config = Path("out/config.json")
+    config.write_text(config.read_text().replace('"task-001"', '"task-777"'))
+    with pytest.raises(ConfigError, match="has learnt task-777, which this one has not"):
         model.save_pretrained("out")

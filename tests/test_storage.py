@@ -205,14 +205,28 @@ BROKEN = {
         "adapter_config.json cannot be used",
     ),
     "head of another width": (
-        edit_tensors(
-            "heads.safetensors", lambda t: t.update({"task-001.weight": t["task-001.weight"][:, :-1].clone()})
-        ),
-        "head of task 'task-001' does not fit",
+        edit_tensors("heads.safetensors", lambda t: t.update(weight=t["weight"][:, :-1].clone())),
+        "head of task 'task-000' does not fit",
     ),
     "head of an unknown task": (
-        edit_tensors("heads.safetensors", lambda t: t.update({"task-009.weight": torch.ones(1)})),
-        "'task-009.weight'\\] too many",
+        edit_tensors("heads.safetensors", lambda t: t.update(counts=torch.cat([t["counts"], torch.zeros(1).long()]))),
+        "it has 6 rows, which are not those of 3 tasks",
+    ),
+    "head with a row too many": (
+        edit_tensors("heads.safetensors", lambda t: t.update(bias=torch.cat([t["bias"], torch.ones(1)]))),
+        "different numbers of rows",
+    ),
+    "head of fewer than no rows": (
+        edit_tensors("heads.safetensors", lambda t: t["counts"].copy_(torch.tensor([-2, 4, 4]))),
+        "it has 6 rows, which are not those of 3 tasks",
+    ),
+    "head of an unknown class": (
+        edit_tensors("heads.safetensors", lambda t: t["classes"][3:4].fill_(6)),
+        "head of task 'task-001' does not fit: classes \\[2, 6\\] are not among the 6",
+    ),
+    "head of two versions": (
+        edit_tensors("heads.safetensors", lambda t: t.update({"task-001.weight": torch.ones(2, 32)})),
+        "it lacks \\['task-000.bias'.* and has \\['bias'",
     ),
     "router without a task": (
         edit_tensors(

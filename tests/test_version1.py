@@ -80,7 +80,7 @@ def test_it_is_read_and_predicts_the_same(name, old, backbone):
     assert shown["method"] == NOW.get(name, name) and len(shown["tasks"]) == 2 and shown["metrics"]
     before = tensors_in(folder)
     model.save_pretrained(folder)  # in its own place, and no tensor changes
-    assert json.loads((folder / "config.json").read_text())["format_version"] == 2
+    assert json.loads((folder / "config.json").read_text())["format_version"] == 3
     assert tensors_in(folder) == before
     again = ContinualModel.from_pretrained(folder, backbone=model.backbone)
     assert all(torch.equal(tensor, said(model)[what]) for what, tensor in said(again).items())
@@ -89,12 +89,17 @@ def test_it_is_read_and_predicts_the_same(name, old, backbone):
 
 def tensors_in(folder):
     """Every tensor by file and name; version 1 wrote empty ones for a router that was not there."""
-    return {
-        (path.relative_to(folder), key): tensor.numpy().tobytes()
-        for path in folder.rglob("*.safetensors")
-        for key, tensor in load_file(path).items()
-        if tensor.numel()
-    }
+    tasks = [task["name"] for task in json.loads((folder / "config.json").read_text())["tasks"]]
+    found = {}
+    for path in folder.rglob("*.safetensors"):
+        tensors = load_file(path)
+        if "counts" in tensors and path.name == "heads.safetensors":  # versions before 3 had those of each task
+            counts = tensors.pop("counts").tolist()
+            split = {key: zip(tasks, tensor.split(counts), strict=True) for key, tensor in tensors.items()}
+            tensors = {f"{task}.{key}": rows for key, of_tasks in split.items() for task, rows in of_tasks}
+        kept = {key: tensor.numpy().tobytes() for key, tensor in tensors.items() if tensor.numel()}
+        found |= {(path.relative_to(folder), key): content for key, content in kept.items()}
+    return found
 
 
 def state_of(name):
@@ -123,7 +128,7 @@ def test_it_learns_on_and_is_pushed_where_version_1_was(name, old, hub):
     ]
     assert sorted(repo.tags) == ["task-001", "task-002"]
     versions = {tag: json.loads(repo.files(tag)["config.json"])["format_version"] for tag in repo.tags}
-    assert versions == {"task-001": 1, "task-002": 2}
+    assert versions == {"task-001": 1, "task-002": 3}
     check_said(ContinualModel.from_pretrained(repo_id, revision="task-001", token="hf_alice"), name)
     pulled = ContinualModel.from_pretrained(repo_id, token="hf_alice")
     assert torch.equal(said(pulled)["logits"], said(trainer.model)["logits"]) and len(pulled.config.classes) == 6
@@ -187,8 +192,8 @@ DAMAGED = {
     "nothing": (method(experts="none", peft={}), "experts='none', classifier='head', joint=False .* not go together"),
     "experts of none": (method(experts="none", joint=True), "experts='none', .* not go together"),
     "another kind": (method("l2l", experts="pool"), "its tasks need the experts"),
-    "true": (lambda config: config.update(format_version=True), "format_version True is not 2"),
-    "version 0": (lambda config: config.update(format_version=0), "format_version 0 is not 2"),
+    "true": (lambda config: config.update(format_version=True), "format_version True is not 3"),
+    "version 0": (lambda config: config.update(format_version=0), "format_version 0 is not 3"),
     "called version 2": (lambda config: config.update(format_version=2), "method s_lora has no option"),
 }
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import re
 from dataclasses import fields
 from functools import lru_cache
@@ -155,6 +156,8 @@ def fits(value: object, hint: Any) -> bool:
 
     ```
     """
+    if type(value) is hint:
+        return True
     origin, arguments = _parts_of(hint)
     if origin is Literal:
         return value in arguments
@@ -189,25 +192,63 @@ def read_json(path: str | Path) -> dict:
 
     ```
     """
-    path = Path(path)
-    if path.stat().st_size > LARGEST_JSON:
-        raise ConfigError(f"{path.name} has {path.stat().st_size:,} bytes; at most {LARGEST_JSON:,} are read.")
+    return parse_json(read_small(path), Path(path).name)
+
+
+def read_small(path: str | Path) -> bytes:
+    """Reads a file, or raises [`ConfigError`] if it is too large for JSON that is to be parsed.
+
+    Example:
+
+    ```py
+    >>> from pathlib import Path
+    >>> from hf_clpeft.config.checks import read_small
+
+    >>> _ = Path("config.json").write_text("{}")
+    >>> read_small("config.json")
+    b'{}'
+
+    ```
+    """
+    size = os.stat(path).st_size
+    if size > LARGEST_JSON:
+        raise ConfigError(f"{Path(path).name} has {size:,} bytes; at most {LARGEST_JSON:,} are read.")
+    with open(path, "rb") as file:
+        return file.read()
+
+
+def parse_json(text: bytes, name: str) -> dict:
+    """Parses the content of a JSON file; `name` is that of the file, for error messages.
+
+    Raises:
+        [`ConfigError`]: It is not valid JSON, or not a mapping.
+
+    Example:
+
+    ```py
+    >>> from hf_clpeft.config.checks import parse_json
+
+    >>> parse_json(b'{"k": 5}', "config.json")
+    {'k': 5}
+
+    ```
+    """
     try:
         values = json.loads(
-            path.read_text(encoding="utf-8"),
+            text.decode("utf-8"),
             object_pairs_hook=_unique_fields,
             parse_float=_finite,
             parse_constant=_finite,
         )
     except (ValueError, RecursionError) as error:
-        raise ConfigError(f"{path.name} is not valid JSON: {error}.") from error
+        raise ConfigError(f"{name} is not valid JSON: {error}.") from error
     if not isinstance(values, dict):
-        raise ConfigError(f"{path.name} does not hold a mapping.")
+        raise ConfigError(f"{name} does not hold a mapping.")
     try:
-        for name, value in values.items():
-            _check_values(value, check_text(name, "a field's name"))
+        for field, value in values.items():
+            _check_values(value, check_text(field, "a field's name"))
     except ConfigError as error:
-        raise ConfigError(f"{path.name} cannot be used: {error}") from error
+        raise ConfigError(f"{name} cannot be used: {error}") from error
     return values
 
 

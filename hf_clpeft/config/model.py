@@ -2,7 +2,8 @@
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass, field
+from copy import copy
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
 from .checks import check_path, check_task_name, check_types, read_json
@@ -13,7 +14,7 @@ from .version1 import upgrade
 
 
 CONFIG_NAME = "config.json"
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 LARGEST_IMAGE = 4096  # px of a side
 RESIZED_BY = "pil"  # library that resizes images
 
@@ -186,19 +187,23 @@ class ContinualConfig:
 
     def to_dict(self) -> dict:
         """Plain `dict`, JSON-serialisable."""
-        return {**asdict(self), "method": self.method.to_dict()}
+        # Of thousands of tasks, `asdict` would copy every name.
+        tasks = [{**vars(task), "classes": [*task.classes]} for task in self.tasks]
+        parts = {"method": self.method.to_dict(), "backbone": asdict(self.backbone), "tasks": tasks}
+        return {each.name: parts.get(each.name, copy(getattr(self, each.name))) for each in fields(self)}
 
     @classmethod
     def from_dict(cls, values: dict) -> "ContinualConfig":
         """Inverse of [`~ContinualConfig.to_dict`]; raises [`ConfigError`] on unknown fields or values."""
         version = values.get("format_version")
-        if version is True or version not in (1, FORMAT_VERSION):
+        if version is True or version not in (1, 2, FORMAT_VERSION):
             raise ConfigError(
                 f"format_version {version!r} is not {FORMAT_VERSION}: this is no hf_clpeft "
                 "model, or a newer one. Try `pip install --upgrade hf-clpeft`."
             )
         try:
-            values = upgrade(values) if version == 1 else dict(values)
+            # Version 2 differs in `heads.safetensors` alone.
+            values = {**(upgrade(values) if version == 1 else values), "format_version": FORMAT_VERSION}
             values["method"] = read_options(values["method"])
             values["backbone"] = BackboneConfig(**values["backbone"])
             values["tasks"] = [TaskConfig(**task) for task in values["tasks"]]

@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import MISSING, dataclass, fields
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from ..backbones import Backbone
 from ..backbones.probe import to_meta
 from ..config.adapters import check_peft
-from ..config.checks import read_json
+from ..config.checks import parse_json, read_small
 from ..config.errors import ConfigError, HfClpeftError
 from .prefix import PrefixConfig, PrefixTunedVisionModel, layers_of
 from .prompts import PromptTunedVisionModel
@@ -184,23 +185,28 @@ class Expert:
         Raises:
             [`ExpertError`]: A file is missing or damaged, or a tensor is not finite.
         """
-        for file in (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME):
-            if not Path(folder, file).is_file():
-                raise ExpertError(f"Expert {name!r} lacks the file {Path(folder, file)}.")
-        path = Path(folder, SAFETENSORS_WEIGHTS_NAME)
+        path, described = Path(folder, SAFETENSORS_WEIGHTS_NAME), Path(folder, CONFIG_NAME)
+        for file in (described, path):
+            if not file.is_file():
+                raise ExpertError(f"Expert {name!r} lacks the file {file}.")
         try:
             names = _read_header(path)
-            config = _read_config(Path(folder, CONFIG_NAME), names)
+            config = _read_config(described, names)
             loaded = load(path.read_bytes())  # faster than mapping thousands of small files
         except SafetensorError as error:
             raise ExpertError(f"{path} is damaged: {error}") from error
         tensors = {name: loaded[name] for name in names}  # in the order of the file
-        # A sum is finite if all values are; in float64, that of float32 does not overflow.
-        broken = [key for key, tensor in tensors.items() if not math.isfinite(tensor.sum(dtype=torch.float64))]
-        if broken:
-            raise ExpertError(f"{path} has values that are not finite in {broken[0]}.")
+        if tensors and not _is_finite(torch.cat([tensor.flatten() for tensor in tensors.values()])):
+            broken = [key for key, tensor in tensors.items() if not _is_finite(tensor)]
+            if broken:  # and not only the sum of all
+                raise ExpertError(f"{path} has values that are not finite in {broken[0]}.")
         config.inference_mode = False
         return cls(name, config, tensors)
+
+
+def _is_finite(tensor: torch.Tensor) -> bool:
+    """A sum is finite if all values are; in float64, that of float32 does not overflow."""
+    return math.isfinite(tensor.sum(dtype=torch.float64))
 
 
 def _read_header(path: Path) -> list[str]:
@@ -221,14 +227,24 @@ def _read_header(path: Path) -> list[str]:
 def _read_config(path: Path, names: list[str]) -> PeftConfig:
     """Reads and validates an `adapter_config.json`, given the names of the tensors saved with it."""
     try:
-        values = read_json(path)
-        whole = values.get("modules_to_save")
-        if isinstance(whole, list) and not any(f".{module}." in name for module in whole for name in names):
-            # Usually the classifier it was trained with, which is not in the file.
-            values["modules_to_save"] = None
-        return _make_config(values)
+        config = copy.copy(_parse_config(read_small(path), path.name, tuple(names)))
     except Exception as error:  # on tampered files, PEFT may raise anything, even RecursionError
         raise ExpertError(f"{path} cannot be used: {error}") from error
+    for field, value in vars(config).items():
+        if isinstance(value, dict | list | set):
+            setattr(config, field, value.copy())
+    return config
+
+
+@lru_cache(maxsize=4)
+def _parse_config(text: bytes, name: str, names: tuple[str, ...]) -> PeftConfig:
+    """Thousands of experts usually have one configuration. It must not be modified."""
+    values = parse_json(text, name)
+    whole = values.get("modules_to_save")
+    if isinstance(whole, list) and not any(f".{module}." in name for module in whole for name in names):
+        # Usually the classifier it was trained with, which is not in the file.
+        values["modules_to_save"] = None
+    return _make_config(values)
 
 
 def _make_config(values: dict) -> Any:

@@ -1,12 +1,14 @@
 """Gaussians of all classes seen so far, and the alignment of a head on features sampled from them."""
 
+from collections.abc import Iterable
+
 import torch
 from torch.nn.functional import cross_entropy
 
 from ..backbones.precision import KeepsPrecision, without_autocast
 from ..config import ConfigError
 from ..routing.covariance import shrink
-from .heads import Heads
+from .heads import Heads, Rows
 
 
 PRIOR = 0.1  # images of the pooled covariance in that of a class, per dimension
@@ -173,8 +175,8 @@ class AlignedHeads(Heads):
     def __init__(self, hidden_size: int):
         super().__init__(hidden_size, shared=True)
 
-    def write(self, weight: torch.Tensor, bias: torch.Tensor, classes: list[int], single: bool = False) -> None:
-        super().write(weight, bias, classes)
+    def extend(self, tasks: Iterable[Rows]) -> None:
+        super().extend((weight, bias, classes, False) for weight, bias, classes, _ in tasks)
 
     def extended(self, weight: torch.Tensor, bias: torch.Tensor, classes: list[int]) -> torch.nn.Linear:
         """A layer for all classes: the given rows for `classes`, and those of this head for all others."""

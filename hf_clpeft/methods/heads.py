@@ -1,5 +1,8 @@
 """The linear classifier: one head shared by all tasks, or one per task."""
 
+from collections.abc import Iterable, Sequence
+from itertools import accumulate, islice
+
 import torch
 
 from ..backbones.precision import KeepsPrecision, in_float32
@@ -8,6 +11,9 @@ from ..config import TaskConfig
 
 
 MOST_AT_ONCE = 2**24  # numbers of the rows that are gathered for a part of a batch
+
+# Of a task: weight, bias, class indices, and whether it has a single class.
+Rows = tuple[torch.Tensor, torch.Tensor, list[int], bool]
 
 
 class Heads(KeepsPrecision):
@@ -44,12 +50,29 @@ class Heads(KeepsPrecision):
     def __init__(self, hidden_size: int, shared: bool):
         super().__init__()
         self.hidden_size, self.shared = hidden_size, shared
-        self.weights = torch.nn.ParameterList()  # by task
-        self.biases = torch.nn.ParameterList()
+        # The rows of all tasks are one tensor: thousands of small ones take longer to look through than to copy.
+        self.weight = torch.nn.Parameter(torch.zeros(0, hidden_size, dtype=torch.float32), requires_grad=False)
+        self.bias = torch.nn.Parameter(torch.zeros(0, dtype=torch.float32), requires_grad=False)
+        self._starts = [0]  # the first row of each task
         self.classes: list[list[int]] = []  # class indices of each task's rows
         self.single: list[bool] = []  # whether the task had a single class
         self._placed: tuple[tuple[torch.device, bool], list[torch.Tensor]] | None = None  # see `_place`
         self.num_classes = 0  # one more than the highest class index
+
+    @property
+    def weights(self) -> Sequence[torch.Tensor]:
+        """Weight of each task's rows."""
+        return self.weight.split([*map(len, self.classes)]) if self.classes else ()
+
+    @property
+    def biases(self) -> Sequence[torch.Tensor]:
+        """Bias of each task's rows."""
+        return self.bias.split([*map(len, self.classes)]) if self.classes else ()
+
+    def _rows(self, task: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Weight and bias of one task's rows."""
+        rows = slice(*self._starts[task : task + 2])
+        return self.weight[rows], self.bias[rows]
 
     def start(self, classes: list[int]) -> torch.nn.Linear:
         """A layer for the next task to train. Existing rows of a shared head are copied, all others start at zero.
@@ -64,13 +87,12 @@ class Heads(KeepsPrecision):
         torch.nn.init.zeros_(layer.weight)
         torch.nn.init.zeros_(layer.bias)
         if self.shared:
+            flat = [number for numbers in self.classes for number in numbers]
             with torch.no_grad():
-                for task, numbers in enumerate(self.classes):
-                    for old_row, number in enumerate(numbers):
-                        if number in classes:
-                            row = classes.index(number)
-                            layer.weight[row] = self.weights[task][old_row]
-                            layer.bias[row] = self.biases[task][old_row]
+                for old_row, number in enumerate(flat):
+                    if number in classes:
+                        row = classes.index(number)
+                        layer.weight[row], layer.bias[row] = self.weight[old_row], self.bias[old_row]
         return layer
 
     def write(self, weight: torch.Tensor, bias: torch.Tensor, classes: list[int], single: bool = False) -> None:
@@ -85,66 +107,105 @@ class Heads(KeepsPrecision):
         Raises:
             `ValueError`: Shapes do not match.
         """
+        self.extend([(weight, bias, classes, single)])
+
+    def extend(self, tasks: Iterable[Rows]) -> None:
+        """Appends the rows of several tasks, with the arguments and errors of [`~Heads.write`] for each."""
+        tasks, weights, biases, num_classes = list(tasks), [*self.weights], [*self.biases], self.num_classes
+        for weight, bias, classes, _ in tasks:
+            self._check(weight, bias, classes)
+        for weight, bias, classes, single in tasks:
+            if self.shared and not single and any(number < num_classes for number in classes):  # else all are new
+                self._drop(set(classes), weights, biases)
+            num_classes = max([num_classes, *(1 + number for number in classes)])
+            weights.append(weight)
+            biases.append(bias)
+            self.classes.append(list(classes))
+            self.single.append(single)
+        self.num_classes = num_classes
+        self._set(weights, biases)
+
+    def _check(self, weight: torch.Tensor, bias: torch.Tensor, classes: list[int]) -> None:
         if weight.shape != (len(classes), self.hidden_size) or bias.shape != (len(classes),):
             raise ValueError(
                 f"weight {tuple(weight.shape)} and bias {tuple(bias.shape)} are no rows of width {self.hidden_size} "
                 f"for {len(classes)} classes."
             )
-        if self.shared and not single and any(number < self.num_classes for number in classes):  # else all are new
-            self._drop(set(classes))
-        self.num_classes = max([self.num_classes, *(1 + number for number in classes)])
-        self._placed = None
-        self.weights.append(_fixed(weight))
-        self.biases.append(_fixed(bias))
-        self.classes.append(list(classes))
-        self.single.append(single)
 
-    def _drop(self, trained: set[int]) -> None:
+    def _drop(self, trained: set[int], weights: list[torch.Tensor], biases: list[torch.Tensor]) -> None:
         """Drops the rows of classes of a shared head that are trained again."""
         for task, numbers in enumerate(self.classes):
             if not (self.single[task] or trained.isdisjoint(numbers)):
                 kept = [row for row, number in enumerate(numbers) if number not in trained]
-                self.weights[task] = _fixed(self.weights[task][kept])
-                self.biases[task] = _fixed(self.biases[task][kept])
+                weights[task], biases[task] = weights[task][kept], biases[task][kept]
                 self.classes[task] = [numbers[row] for row in kept]
 
-    def to_tensors(self, tasks: list[TaskConfig]) -> dict[str, torch.Tensor]:
-        """State dict: weight, bias and class indices by task name."""
-        tensors = {}
-        for task, weight, bias, classes in zip(tasks, self.weights, self.biases, self.classes, strict=True):
-            tensors[f"{task.name}.weight"], tensors[f"{task.name}.bias"] = weight, bias
-            tensors[f"{task.name}.classes"] = torch.tensor(classes, dtype=torch.int64)
-        return tensors
+    def _set(self, weights: Sequence[torch.Tensor], biases: Sequence[torch.Tensor]) -> None:
+        """Copies the rows of all tasks."""
+        self._placed, self._starts = None, [0, *accumulate(map(len, weights))]
+        with torch.no_grad():
+            self.weight, self.bias = (
+                torch.nn.Parameter(torch.cat([own[:0], *(part.to(own) for part in parts)]), requires_grad=False)
+                for own, parts in ((self.weight, weights), (self.bias, biases))
+            )
+
+    def to_tensors(self) -> dict[str, torch.Tensor]:
+        """State dict: weight, bias and class index of the rows of all tasks, and how many each task has."""
+        flat = [number for numbers in self.classes for number in numbers]
+        counts = [*map(len, self.classes)]
+        lists = {"classes": torch.tensor(flat, dtype=torch.int64), "counts": torch.tensor(counts, dtype=torch.int64)}
+        return {"weight": self.weight, "bias": self.bias, **lists}
 
     def load(self, tensors: dict[str, torch.Tensor], tasks: list[TaskConfig], num_classes: int) -> None:
         """Inverse of [`~Heads.to_tensors`], for a head without rows.
 
         Args:
-            tensors (`dict[str, torch.Tensor]`): State dict, from a file.
+            tensors (`dict[str, torch.Tensor]`): State dict, from a file; before version 3 of the format, it had
+                weight, bias and classes by task name.
             tasks (`list[TaskConfig]`): All tasks of the model.
             num_classes (`int`): Number of classes of the model.
 
         Raises:
             `ValueError`: A tensor is missing, unexpected, or does not match.
         """
-        tensors, written, known = dict(tensors), set(), set(range(num_classes))
-        for task in tasks:
-            names = [f"{task.name}.{part}" for part in ("weight", "bias", "classes")]
+        read, known = self._by_task(tensors, tasks), range(num_classes)
+        for task, (weight, bias, numbers, _) in zip(tasks, read, strict=True):
             try:
-                weight, bias, classes = (tensors.pop(name) for name in names)
-                if [tensor.dtype for tensor in (weight, bias, classes)] != [torch.float32, torch.float32, torch.int64]:
-                    raise ValueError("rows are float32, and the numbers of their classes int64.")
-                numbers = classes.tolist()
-                if len(set(numbers)) < len(numbers) or not known.issuperset(numbers):
+                self._check(weight, bias, numbers)
+                if len(set(numbers)) < len(numbers) or not all(number in known for number in numbers):
                     raise ValueError(f"classes {numbers[:20]} are not among the {num_classes} of the model.")
-                self.write(weight, bias, numbers, single=len(task.classes) == 1)
-                written |= set(numbers)
-            except (ValueError, KeyError, TypeError) as error:
+            except ValueError as error:
                 raise ValueError(f"the head of task {task.name!r} does not fit: {error}") from error
-        if tensors or len(written) < num_classes:
-            raise ValueError(
-                f"it has rows for {len(written)} of {num_classes} classes, and {sorted(tensors)[:3]} too many."
-            )
+        if len(written := {number for _, _, numbers, _ in read for number in numbers}) < num_classes:
+            raise ValueError(f"it has rows for {len(written)} of {num_classes} classes.")
+        self.extend(read)
+
+    def _by_task(self, tensors: dict[str, torch.Tensor], tasks: list[TaskConfig]) -> list[Rows]:
+        """The rows of each task in a state dict."""
+        kinds = {"weight": (torch.float32, 2), "bias": (torch.float32, 1), "classes": (torch.int64, 1)}
+        wanted = {**kinds, "counts": (torch.int64, 1)}
+        together = tensors.keys() == wanted.keys()
+        if not together:
+            wanted = {f"{task.name}.{part}": kind for task in tasks for part, kind in kinds.items()}
+        missing, unknown = sorted(wanted.keys() - tensors.keys()), sorted(tensors.keys() - wanted.keys())
+        if missing or unknown:
+            raise ValueError(f"it lacks {missing[:3]}, and has {unknown[:3]} too many.")
+        for name, tensor in tensors.items():
+            if (tensor.dtype, tensor.dim()) != wanted[name]:
+                raise ValueError(f"{name} is {tensor.dtype} of shape {tuple(tensor.shape)}.")
+        single = [len(task.classes) == 1 for task in tasks]
+        if not together:
+            weights, biases, classes = ([tensors[f"{task.name}.{part}"] for task in tasks] for part in kinds)
+            return [*zip(weights, biases, (numbers.tolist() for numbers in classes), single, strict=True)]
+        counts, flat = tensors["counts"].tolist(), tensors["classes"].tolist()
+        if len(counts) != len(tasks) or min(counts, default=0) < 0 or sum(counts) != len(flat):
+            raise ValueError(f"it has {len(flat)} rows, which are not those of {len(tasks)} tasks.")
+        if not len(tensors["weight"]) == len(tensors["bias"]) == len(flat):
+            raise ValueError("weight, bias and classes have different numbers of rows.")
+        if not counts:  # of a model without tasks, and torch splits nothing into no parts
+            return []
+        split, rest = (tensors["weight"].split(counts), tensors["bias"].split(counts)), iter(flat)
+        return [*zip(*split, ([*islice(rest, count)] for count in counts), single, strict=True)]
 
     def rows_of(self, task: int, classes: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
         """The rows that are applied for given classes to images routed to the expert of a task.
@@ -159,9 +220,9 @@ class Heads(KeepsPrecision):
         # In a shared head, the row of a class may belong to a later task that has trained it again.
         together = [number for number in range(len(self.classes)) if not self.single[number]]
         row_of = {
-            number: (self.weights[owner][row], self.biases[owner][row])
+            number: (weight, bias)
             for owner in ([task] if not self.shared or self.single[task] else together)
-            for row, number in enumerate(self.classes[owner])
+            for number, weight, bias in zip(self.classes[owner], *self._rows(owner), strict=True)
         }
         rows = [row_of[number] for number in classes]
         return torch.stack([weight for weight, _ in rows]), torch.stack([bias for _, bias in rows])
@@ -173,10 +234,9 @@ class Heads(KeepsPrecision):
             task (`int`): Index of the task.
             number (`dict[int, int]`): Maps old to new indices of the remaining classes.
         """
-        self._placed = None
         kept = [i for i in range(len(self.classes)) if i != task]
-        self.weights = torch.nn.ParameterList([self.weights[i] for i in kept])
-        self.biases = torch.nn.ParameterList([self.biases[i] for i in kept])
+        weights, biases = self.weights, self.biases
+        self._set([weights[i] for i in kept], [biases[i] for i in kept])
         self.classes = [[number[old] for old in self.classes[i]] for i in kept]
         self.single = [self.single[i] for i in kept]
         self.num_classes = 1 + max((row for rows in self.classes for row in rows), default=-1)
@@ -239,7 +299,7 @@ class Heads(KeepsPrecision):
             logits = features.new_zeros(len(features), biases.shape[1])
             for task in owners.unique().tolist():
                 rows = owners == task
-                own = torch.nn.functional.linear(features[rows], self.weights[task], self.biases[task])
+                own = torch.nn.functional.linear(features[rows], *self._rows(task))
                 logits[rows, : own.shape[1]] = own
             return logits
         at_once = max(1, MOST_AT_ONCE // max(1, weights[0].numel()))
@@ -247,7 +307,3 @@ class Heads(KeepsPrecision):
         # Not a matrix product, whose rounding would depend on the number of rows of other tasks.
         found = [(weights[tasks] * rows[:, None]).sum(dim=-1) + biases[tasks] for rows, tasks in parts]
         return torch.cat(found)
-
-
-def _fixed(rows: torch.Tensor) -> torch.nn.Parameter:
-    return torch.nn.Parameter(rows.detach().to(torch.float32, copy=True), requires_grad=False)

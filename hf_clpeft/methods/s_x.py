@@ -149,8 +149,8 @@ class PerTask(ManyViews):
         self.bank.extend([Expert(name, expert.config, expert.tensors) for name, expert in experts])
         self.router.merge(other.router, number_of)
         heads = other.heads
-        for weight, bias, old, single in zip(heads.weights, heads.biases, heads.classes, heads.single, strict=True):
-            self.heads.write(weight, bias, [number_of[number] for number in old], single)
+        classes = [[number_of[number] for number in old] for old in heads.classes]
+        self.heads.extend(zip(heads.weights, heads.biases, classes, heads.single, strict=True))
 
 
 def check_giver(method: Method, giver: Method) -> None:

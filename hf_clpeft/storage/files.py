@@ -10,7 +10,7 @@ from peft.utils import CONFIG_NAME as ADAPTER_CONFIG_NAME, SAFETENSORS_WEIGHTS_N
 
 from ..config import CONFIG_NAME, ConfigError, ContinualConfig
 from ..reports.card import CARD_NAME
-from .folder import READY, hash_file, unfinished_change
+from .folder import READY, Version, hash_file, unfinished_change, version_of
 from .lineage import difference
 from .pictures import EXAMPLES, THUMBNAILS, check_listed, check_size, task_of
 
@@ -38,14 +38,14 @@ def check_same_model(
         overwrite (`bool`, *optional*, defaults to `False`): Accept another model in the folder.
 
     Returns:
-        [`ContinualConfig`], *optional*: Configuration of the model in the folder.
+        [`ContinualConfig`], *optional*: Configuration of the model in the folder, which must not be modified.
 
     Raises:
         [`ConfigError`]: Another model would be lost, or the folder has unknown weights, with which it would not load.
     """
     saved, there, what = as_saved(folder), None, None
     try:
-        there = ContinualConfig.load(saved)
+        there = known_config(saved)
     except FileNotFoundError:
         pass
     except ConfigError as error:
@@ -99,6 +99,24 @@ def as_saved(folder: str | Path) -> Path:
     return place
 
 
+def known_config(folder: str | Path) -> ContinualConfig:
+    """[`ContinualConfig.load`], cached until the file changes: each save would read that of the save before it.
+
+    It must not be modified.
+    """
+    version = version_of(Path(folder, CONFIG_NAME))
+    known = _latest.get(version) if version is not None else None
+    if known is None:
+        known = ContinualConfig.load(folder)
+        _latest.clear()
+        if version is not None:
+            _latest[version] = known
+    return known
+
+
+_latest: dict[Version, ContinualConfig] = {}  # at most one
+
+
 def expert_files(name: str) -> list[str]:
     """Paths of an expert's files in a model's folder."""
     return [f"{EXPERTS_FOLDER}/{name}/{file}" for file in (ADAPTER_CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME)]
@@ -128,12 +146,13 @@ def check_files(folder: Path, config: ContinualConfig) -> None:
             f"{folder / CONFIG_NAME} does not fit together: of the files that its tasks need it lacks "
             f"{sorted(unnamed)[:3]}, and it names {sorted(unknown)[:3]}, which no task needs."
         )
-    check_names(_names_in(folder), config, folder)
+    check_names([name for name in _names_in(folder) if name not in config.files], config, folder)
     for path, digest in config.files.items():
-        if not (folder / path).is_file():
+        version = version_of(f"{folder}/{path}")
+        if version is None:
             raise ConfigError(f"{folder} lacks the file {path}, so the model is not whole.")
-        check_size(path, (folder / path).stat().st_size)
-        if hash_file(folder / path) != digest:
+        check_size(path, version.size)
+        if hash_file(f"{folder}/{path}") != digest:
             raise ConfigError(
                 f"{folder / path} is not the file that {CONFIG_NAME} vouches for: it is damaged or from another model."
             )

@@ -14,7 +14,7 @@ import stat
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError
@@ -26,6 +26,15 @@ from ..config.errors import ConfigError
 STAGING, READY, LOCK = ".saving", ".saved", ".lock"
 REMOVED = ".removed.json"
 DEEPEST = 8  # nested folders
+
+
+class Version(NamedTuple):
+    """What changes whenever a file does, and not if it is moved."""
+
+    device: int
+    inode: int
+    size: int
+    modified: int
 
 
 @contextmanager
@@ -214,6 +223,32 @@ def hash_file(path: str | Path) -> str:
     """SHA-256 of a file, as 64 hexadecimal digits."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def known_hash(path: str | Path) -> str:
+    """SHA-256 of a file, cached until the file changes, so that a save does not read all earlier experts again.
+
+    Empty if it is no file.
+    """
+    version = version_of(path)
+    if version is None:
+        return ""
+    if version not in _hashes:
+        _hashes[version] = hash_file(path)
+    return _hashes[version]
+
+
+def version_of(path: str | Path) -> Version | None:
+    """The [`Version`] of a file; `None` if it is none."""
+    try:
+        status = os.stat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    is_file = stat.S_ISREG(status.st_mode)
+    return Version(status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns) if is_file else None
+
+
+_hashes: dict[Version, str] = {}
 
 
 def _read_change(folder: Path, change: Path) -> tuple[list[str], list[str]]:

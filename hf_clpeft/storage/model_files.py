@@ -1,6 +1,6 @@
 """Saves models atomically, and loads them with validation."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from copy import copy
 from dataclasses import replace
 from pathlib import Path
@@ -30,9 +30,10 @@ from .files import (
     check_same_model,
     expert_files,
     is_sums,
+    known_config,
     sums_file,
 )
-from .folder import atomic, hash_file, recover, remove_with, safe_path
+from .folder import atomic, hash_file, known_hash, recover, remove_with, safe_path
 from .pictures import check_size, of_tasks, task_of
 
 
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
     from transformers.image_processing_utils import BaseImageProcessor
 
 STORED = (torch.float32, torch.int64)  # features; indices and counts
+SMALL = 2**16  # numbers of a tensor
 Hashes = dict[str, dict[str, str]]  # SHA-256 by path, for each expert's name and each path of sums
 
 
@@ -54,7 +56,7 @@ def save_files(
 ) -> Hashes:
     """Saves a model to a folder atomically. Unchanged experts are not written again.
 
-    The new files are loaded from the staging folder as a check before the change is committed.
+    What is new is loaded as a check before the change is committed.
 
     Args:
         folder (`str` or `Path`): Created if missing.
@@ -94,10 +96,10 @@ def save_files(
     with atomic(folder, num_bytes + sum(4 * expert.num_parameters for expert in changed.values())) as staging:
         for name, expert in changed.items():
             expert.save(staging / EXPERTS_FOLDER / name)
-            unchanged[name] = {path: _known_hash(staging / path) for path in expert_files(name)}
+            unchanged[name] = {path: known_hash(staging / path) for path in expert_files(name)}
         for name, of_file in written.items():
             _write(staging / name, of_file)
-        unchanged |= {path: {path: _known_hash(staging / path)} for path in new_sums}
+        unchanged |= {path: {path: known_hash(staging / path)} for path in new_sums}
         for name, content in pictures.items():
             check_size(name, len(content))
             (staging / name).parent.mkdir(exist_ok=True)
@@ -119,7 +121,7 @@ def save_files(
         if report is not None:
             report.save(staging)
         make_card(config, report).save(staging / CARD_NAME)
-        _check_loads(method, staging, folder, list(changed))
+        _check_loads(method, staging, {**tensors, **sums}, [*written], list(changed))
         gone = [f"{EXPERTS_FOLDER}/{name}" for name in set(there.expert_names if there else []) - set(names)]
         gone += [path for path in (there.files if there else ()) if is_sums(path) and path not in sums]
         gone += [path for path in (there.files if there else ()) if task_of(path) and path not in pictures]
@@ -150,7 +152,7 @@ def load_files(folder: str | Path, method: Method) -> tuple[StreamReport | None,
         )
     experts = (Expert.load(name, folder / EXPERTS_FOLDER / name) for name in names)
     method.bank.extend(map(renamer_for(method.backbone), experts), len(names))
-    _read_parts(method, folder)
+    _read_parts(method, lambda name: _read(folder / name) if (folder / name).is_file() else {})
     method.check()
     hashes = {name: {path: config.files[path] for path in expert_files(name)} for name in names}
     return _read_report(config, folder), hashes | {
@@ -159,16 +161,16 @@ def load_files(folder: str | Path, method: Method) -> tuple[StreamReport | None,
 
 
 def _tensors(method: Method) -> tuple[dict[str, State], dict[str, State]]:
-    """State dicts by file name, those of single tasks apart."""
+    """State dicts as they are stored, by file name, those of single tasks apart."""
     tasks = method.config.tasks
     shared, parts = ({}, []) if method.router is None else method.router.split(_numbers(method))
     tensors = {
         ROUTER_NAME: shared,
-        HEADS_NAME: {} if method.heads is None else method.heads.to_tensors(method.config.tasks),
+        HEADS_NAME: {} if method.heads is None else method.heads.to_tensors(),
         METHOD_NAME: method.state(),
     }
-    sums = {sums_file(task.name): part for task, part in zip(tasks, parts, strict=False)}
-    return {name: of_file for name, of_file in tensors.items() if of_file or name != METHOD_NAME}, sums
+    sums = {sums_file(task.name): _as_stored(part) for task, part in zip(tasks, parts, strict=False)}
+    return {name: _as_stored(part) for name, part in tensors.items() if part or name != METHOD_NAME}, sums
 
 
 def _numbers(method: Method) -> list[list[int]]:
@@ -177,24 +179,19 @@ def _numbers(method: Method) -> list[list[int]]:
     return [[number_of[label] for label in task.classes] for task in method.config.tasks]
 
 
-def _read_parts(method: Method, folder: Path, committed: Path | None = None) -> None:
-    """Loads router, heads and further state.
-
-    With `committed`, the folder is a staging folder, and unchanged sums are in the other one. A router then only
-    validates, to save time and memory.
-    """
+def _read_parts(method: Method, read: Callable[[str], State], trial: bool = False) -> None:
+    """Loads router, heads and further state, by the names of their files. In a trial, a router only validates."""
     router, heads = method.router, method.heads
     tasks, num_classes = method.config.tasks, len(method.config.classes)
     for name in (ROUTER_NAME, HEADS_NAME, METHOD_NAME):
-        tensors = _read(folder / name) if name != METHOD_NAME or (folder / name).is_file() else {}
+        tensors = read(name)
         try:
             if name == METHOD_NAME:
                 method.load_state(tensors)
             elif name == ROUTER_NAME and router is not None:
                 paths = [path for task in tasks if (path := sums_file(task.name)) in method.config.files]
-                sums = [_read((folder if (folder / path).is_file() else committed or folder) / path) for path in paths]
-                tensors = router.join(tensors, sums, _numbers(method))
-                (router.load if committed is None else router.check)(tensors, len(tasks), num_classes)
+                tensors = router.join(tensors, [*map(read, paths)], _numbers(method))
+                (router.check if trial else router.load)(tensors, len(tasks), num_classes)
             elif name == HEADS_NAME and heads is not None:
                 heads.load(tensors, tasks, num_classes)
             elif any(tensor.numel() for tensor in tensors.values()):  # version 1 saved empty ones
@@ -205,34 +202,21 @@ def _read_parts(method: Method, folder: Path, committed: Path | None = None) -> 
 
 def _has(folder: Path, files: dict[str, str]) -> bool:
     """Whether a folder has the files of an expert with these hashes."""
-    paths = {folder / path: digest for path, digest in files.items()}
-    return bool(paths) and all(path.is_file() and _known_hash(path) == digest for path, digest in paths.items())
-
-
-def _known_hash(path: Path) -> str:
-    """SHA-256 of a file, cached until the file changes, so that a save does not read all earlier experts again."""
-    status = path.stat()
-    version = (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
-    if version not in _hashes:
-        _hashes[version] = hash_file(path)
-    return _hashes[version]
-
-
-_hashes: dict[tuple[int, int, int, int], str] = {}
+    return bool(files) and all(known_hash(f"{folder}/{path}") == digest for path, digest in files.items())
 
 
 def _write(path: Path, tensors: dict[str, torch.Tensor]) -> None:
     # Written by Python, which raises `OSError` on a full disk, unlike safetensors.
-    stored = {
-        key: tensor.detach().to("cpu", _stored_dtype(tensor)).contiguous().numpy() for key, tensor in tensors.items()
-    }
     path.parent.mkdir(exist_ok=True)
-    path.write_bytes(save(stored))
+    path.write_bytes(save({key: tensor.numpy() for key, tensor in tensors.items()}))
 
 
-def _stored_dtype(tensor: torch.Tensor) -> torch.dtype:
-    """Independent of the dtype of the model."""
-    return torch.float32 if tensor.is_floating_point() else torch.int64
+def _as_stored(tensors: State) -> State:
+    """On the CPU, and in a dtype independent of that of the model."""
+    return {
+        key: tensor.detach().to("cpu", torch.float32 if tensor.is_floating_point() else torch.int64).contiguous()
+        for key, tensor in tensors.items()
+    }
 
 
 def _read(path: Path) -> dict[str, torch.Tensor]:
@@ -240,12 +224,24 @@ def _read(path: Path) -> dict[str, torch.Tensor]:
         tensors = load_file(path)
     except SafetensorError as error:
         raise ConfigError(f"{path} is damaged: {error}") from error
+    _check_stored(tensors, path)
+    return tensors
+
+
+def _check_stored(tensors: State, where: str | Path) -> None:
+    """Raises [`ConfigError`] unless all numbers are of the stored dtypes, and finite."""
     for key, tensor in tensors.items():
         if tensor.dtype not in STORED:
-            raise ConfigError(f"{path} has {tensor.dtype} in {key}; features are stored as float32, numbers as int64.")
+            raise ConfigError(
+                f"{where} has {tensor.dtype} in {key}; features are stored as float32, numbers as int64."
+            )
+    features = {key: tensor for key, tensor in tensors.items() if tensor.dtype == torch.float32}
+    small = [tensor.flatten() for tensor in features.values() if tensor.numel() < SMALL]
+    if small and torch.isfinite(torch.cat(small)).all():  # at once, as a head may have thousands
+        features = {key: tensor for key, tensor in features.items() if tensor.numel() >= SMALL}
+    for key, tensor in features.items():
         if not torch.isfinite(tensor).all():
-            raise ConfigError(f"{path} has values that are not finite in {key}.")
-    return tensors
+            raise ConfigError(f"{where} has values that are not finite in {key}.")
 
 
 def _read_report(config: ContinualConfig, folder: Path) -> StreamReport | None:
@@ -253,13 +249,24 @@ def _read_report(config: ContinualConfig, folder: Path) -> StreamReport | None:
     return StreamReport.from_dict(read_json(path), config.tasks) if path.is_file() else None
 
 
-def _check_loads(method: Method, staging: Path, folder: Path, changed: list[str]) -> None:
-    """Loads a staging folder like [`load_files`], except that experts are not tried on the backbone again."""
+def _check_loads(method: Method, staging: Path, parts: dict[str, State], new: list[str], changed: list[str]) -> None:
+    """Loads what is new like [`load_files`], except that experts are not tried on the backbone again.
+
+    Args:
+        method ([`Method`]): The model's.
+        staging (`Path`): Folder with the new files.
+        parts (`dict`): State dicts as they are stored, by file name, of all of the model.
+        new (`list[str]`): Names of those that are in the staging folder.
+        changed (`list[str]`): Names of the experts in the staging folder.
+    """
     try:
-        config = ContinualConfig.load(staging)
+        config = copy(known_config(staging))
+        config.method = copy(config.method)
         for name in changed:
             Expert.load(name, staging / EXPERTS_FOLDER / name)
-        _read_parts(make_method(method.backbone, config), staging, committed=folder)
+        for name in new:
+            _check_stored(parts[name], name)
+        _read_parts(make_method(method.backbone, config), lambda name: dict(parts.get(name, {})), trial=True)
         read_json(staging / PROCESSOR_NAME)
         _read_report(config, staging)
     except HfClpeftError as error:
