@@ -66,8 +66,8 @@ class Confidence(ReadsOnce):
             spread (`float`, *optional*, defaults to 0.0): Of its classes, at this moment; 0 if that is not known.
             known (`int`, *optional*, defaults to 0): Number of classes known by now; 0 if that is not known.
         """
-        self.spreads = torch.cat([self.spreads, self.spreads.new_tensor([spread])])
-        self.known = torch.cat([self.known, self.known.new_tensor([known])])
+        self.spreads = torch.cat([self.spreads, torch.tensor([spread]).to(self.spreads)])
+        self.known = torch.cat([self.known, torch.tensor([known]).to(self.known)])
         self.origins = torch.cat([self.origins, self.origins.new_zeros(1)])
         self.losses = torch.cat([self.losses, losses.to(self.losses)[None]])
 
