@@ -49,7 +49,10 @@ class ClosedForm(ManyViews):
                 f"{self.name} needs a router that knows classes, and {self._which!r} knows tasks alone: choose "
                 "'gaussian', 'class_means' or 'ridge', or a ClassRouter of your own."
             )
-        self.router, self.confidence = router, Confidence(router.spreads) if router.gives_likelihoods else None
+        self.router, self.confidence = router, Confidence(self._spreads) if router.gives_likelihoods else None
+
+    def _spreads(self) -> torch.Tensor:
+        return self.router.spreads()  # of the router by then, which may be another one
 
     def route(self, query: torch.Tensor) -> Routing:
         return self.router(query)

@@ -218,7 +218,8 @@ class Keeper(KeepsPrecision):
             return 0
         kept = [*self.state().values()]
         for part in (self.router, self.heads):
-            kept += [] if part is None else part.state_dict().values()
+            state = {} if part is None else part.state_dict()
+            kept += [tensor for name, tensor in state.items() if name != "few" or tensor.any()]  # as it is saved
         return 4 * self.bank.num_parameters + sum(tensor.nbytes for tensor in kept)
 
     def _find_layers(self, option: str) -> list[int] | None:

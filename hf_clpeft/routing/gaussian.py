@@ -137,7 +137,7 @@ class GaussianRouter(ClassRouter):
     def spreads(self) -> torch.Tensor:
         centres, owners = self._centres.cpu().double(), self.owners.cpu()
         found = [torch.pdist(centres[owners == owner]).square() for owner in range(self.num_owners)]
-        return torch.stack([squares.sum() / max(1, len(squares)) for squares in found]).float()
+        return torch.tensor([float(squares.sum()) / max(1, len(squares)) for squares in found])
 
     def merge_sums(self, other: Self) -> None:
         if len(other.scatter):
