@@ -18,6 +18,13 @@ THEME = gr.themes.Soft(primary_hue="blue", font=SYSTEM_FONTS, font_mono=("ui-mon
     button_primary_background_fill_hover="*primary_800",
     button_primary_background_fill_dark="*primary_700",
     button_primary_background_fill_hover_dark="*primary_800",
+    # Nor do its fields, upload areas and buttons have an edge there.
+    block_border_width="1px",
+    block_border_color="*neutral_200",
+    input_border_width="1px",
+    input_border_color="*neutral_400",
+    button_secondary_background_fill="*neutral_100",
+    button_secondary_background_fill_hover="*neutral_200",
 )
 
 SPEAK = """() => {
