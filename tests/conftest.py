@@ -12,6 +12,7 @@ import tempfile
 import zipfile
 from contextlib import ExitStack, contextmanager
 from copy import deepcopy
+from functools import cache
 from pathlib import Path
 
 import hub_server
@@ -54,6 +55,11 @@ SLOW = (
 )  # files, the slowest first
 _modules = 0  # that were imported when garbage was last looked for
 disable_progress_bars()
+
+
+def pytest_xdist_auto_num_workers(config):
+    """One more than there are cores, as tests wait for browsers and other processes."""
+    return (os.cpu_count() or 1) + 1
 
 
 def pytest_collection_modifyitems(items):
@@ -312,18 +318,26 @@ def vouch(folder):
     path.write_text(json.dumps(config))
 
 
-@pytest.fixture(scope="session", params=["s_lora", "s_prompts"])
-def learnt(request, tmp_path_factory):
-    """A trainer that has learnt the first three digit tasks, one for each PEFT technique. Not to be changed."""
+@pytest.fixture(scope="session")
+def _trainers(tmp_path_factory):
     from hf_clpeft import METHODS, load_benchmark
 
-    folder = tmp_path_factory.mktemp(request.param)
-    options = {"k": 10} if request.param.startswith("s_") else {}
-    trainer = make_trainer(METHODS[request.param].Config(**options), folder, train_batch_size=32)
-    trainer.stream = load_benchmark("digits", max_train_samples_per_task=96, max_test_samples_per_task=24)[:3]
-    with drawing():
-        trainer.learn_stream(trainer.stream)
-    return trainer
+    @cache  # while another one takes its turn as `learnt`
+    def learn(name):
+        options = {"k": 10} if name.startswith("s_") else {}
+        trainer = make_trainer(METHODS[name].Config(**options), tmp_path_factory.mktemp(name), train_batch_size=32)
+        trainer.stream = load_benchmark("digits", max_train_samples_per_task=96, max_test_samples_per_task=24)[:3]
+        with drawing():
+            trainer.learn_stream(trainer.stream)
+        return trainer
+
+    return learn
+
+
+@pytest.fixture(scope="session", params=["s_lora", "s_prompts"])
+def learnt(request, _trainers):
+    """A trainer that has learnt the first three digit tasks, one for each PEFT technique. Not to be changed."""
+    return _trainers(request.param)
 
 
 @pytest.fixture(scope="session")

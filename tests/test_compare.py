@@ -2,7 +2,7 @@
 
 import csv
 import json
-import subprocess
+import runpy
 import sys
 from concurrent.futures import Future
 from dataclasses import fields
@@ -47,13 +47,13 @@ def rows_of(path):
         return list(csv.DictReader(file))
 
 
-def test_two_methods_of_the_small_table_are_measured_in_two_processes():
+def test_two_methods_of_the_small_table_are_measured_in_two_processes(monkeypatch, capfd):
     path = Path("digits.yaml")
     path.write_text(f"base: {REPO / 'recipes' / 'configs' / 'digits.yaml'}\noptions: {{num_train_epochs: 3}}\n")
-    command = [sys.executable, str(REPO / "recipes" / "compare.py"), "--config", str(path)]
-    command += ["--methods", "s_lora", "ncm", "--benchmarks", "digits", "--seeds", "0"]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-2000:]
+    options = ["--methods", "s_lora", "ncm", "--benchmarks", "digits", "--seeds", "0", "--num_workers", "2"]
+    monkeypatch.setattr(sys, "argv", [script := str(REPO / "recipes" / "compare.py"), "--config", str(path), *options])
+    runpy.run_path(script, run_name="__main__")
+    printed = capfd.readouterr().out
     ncm, s_lora = rows_of("out/digits/results.csv")
     assert (ncm["method"], s_lora["method"]) == ("ncm", "s_lora")
     assert float(s_lora["average_accuracy"]) > 0.85 and float(ncm["average_accuracy"]) == pytest.approx(
@@ -63,7 +63,7 @@ def test_two_methods_of_the_small_table_are_measured_in_two_processes():
     assert s_lora["weight_hash"].startswith("e7afa38e4187") and "torch" in json.loads(s_lora["versions"])
     assert len(json.loads(s_lora["accuracy_matrix"])) == 5 and s_lora["backbone"] == "hf-clpeft/vit-tiny-glyphs"
     table = Path("out/digits/results.md").read_text()
-    assert table.index("| experts per task | s_lora |") < table.index("| closed form | ncm |") and table in done.stdout
+    assert table.index("| experts per task | s_lora |") < table.index("| closed form | ncm |") and table in printed
     for what in ("curves", "accuracy", "routing"):
         assert Path(f"out/digits/results_{what}.png").read_bytes()[:4] == b"\x89PNG"
 

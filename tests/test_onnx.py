@@ -147,7 +147,7 @@ def test_what_cannot_be_a_graph_is_refused_and_nothing_is_written(backbone, monk
         graph, "run_graph", lambda session, pixels: [np.zeros((len(pixels), 4)), np.zeros(len(pixels))]
     )
     with pytest.raises(ExpertError, match="differ"):
-        export_onnx(model, "graph")
+        export_onnx(model, "graph", task="task-000")
     monkeypatch.setattr(graph, "find_spec", lambda name: None if name == "onnxscript" else True)
     with pytest.raises(ConfigError, match=r'onnxscript: pip install "hf-clpeft\[onnx\]"'):
         export_onnx(model, "graph")
@@ -168,9 +168,9 @@ def test_a_rounded_graph_that_names_other_classes_is_refused(backbone, monkeypat
     model = untaught(backbone=two_layers(backbone))
     monkeypatch.setattr(onnx, "LEAST_AGREEMENT", 1.1)
     with pytest.raises(ConfigError, match="too few: export it without int8"):
-        export_onnx(model, "graph", int8=True, pictures=EXAMPLES)
+        export_onnx(model, "graph", task="task-000", int8=True, pictures=EXAMPLES)
     assert not Path("graph").exists()
-    export_onnx(model, "graph", int8=True)
+    export_onnx(model, "graph", task="task-000", int8=True)
     assert "which are invented" in caplog.text
 
 

@@ -3,8 +3,7 @@
 `version1/models.zip` was made by commit 684ff39, the last to write that version: each method learnt the first two
 tasks of `load_benchmark("digits", max_train_samples_per_task=48, max_test_samples_per_task=16)` on the bundled
 backbone, in one epoch of batches of 32; then card, tables and pictures were left out. `version1/expected.safetensors`
-is what they said of `torch.randn(8, 3, 32, 32, generator=torch.Generator().manual_seed(0))`, on one thread of a CPU
-with AVX512.
+is what they said of `torch.randn(8, 3, 32, 32, generator=torch.Generator().manual_seed(0))`, on one thread of a CPU.
 """
 
 import copy
@@ -63,11 +62,9 @@ def said(model):
 
 
 def check_said(model, name):
-    """To the bit on a machine like the one that it was made on."""
-    alike = (torch.get_num_threads(), torch.backends.cpu.get_cpu_capability()) == (1, "AVX512")
-    exact = {"atol": 0, "rtol": 0} if alike else {}
+    """But for rounding, which differs from processor to processor, AVX512 or not."""
     for what, found in said(model).items():
-        torch.testing.assert_close(found, EXPECTED[f"{name}.{what}"], **exact)
+        torch.testing.assert_close(found, EXPECTED[f"{name}.{what}"], atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("name", NAMES)
