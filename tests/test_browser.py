@@ -298,10 +298,9 @@ def test_what_is_no_picture_gets_a_friendly_word(page, visitor):
     visitor.wait("[data-testid=toast-text]", "broken.png is no picture")
 
 
-@pytest.mark.parametrize("theme", ["light", "dark"])
 @pytest.mark.parametrize("width", [1280, 390])
-def test_everything_fits_on_the_screen(page, visitor, width, theme):
-    visitor.open(page, width, theme)
+def test_everything_fits_on_the_screen(page, visitor, width):
+    visitor.open(page, width)
     visitor.give("#picture", EXAMPLES / "digit-7.png")
     visitor.wait("#verdict .verdict", "7")
     visitor.wait("#experts li")
