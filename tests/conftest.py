@@ -49,17 +49,15 @@ from hf_clpeft.reports.plots import plot_report
 BACKBONE = "hf-clpeft/vit-tiny-glyphs"
 EXAMPLES = sorted((bundled_folder(DIGITS_MODEL) / "examples").glob("*.png"))
 SEVEN = EXAMPLES[7]
-SLOW = (
-    "every_method foreign_device processes recipes kill training compare readme checkpoints torch_export onnx learn "
-    "demo_methods demo browser trunk together docs notebook".split()
-)  # files, the slowest first
+SLOW = """
+    onnx every_method recipes foreign_device processes browser torch_export checkpoints push kill compare bank trunk
+    readme backbone_families docstrings precision lora_sums together version1 model prefix streamed fuzz package
+    training slca_ssiat docs prompt_methods threads callbacks tuna space cli speed combine notebook mos sums console
+    adapters saving controls hub_answers tutorials export tried demo_teaching resume demo_methods strangers parallel
+    ease demo_pictures aper learn output own_routers demo
+""".split()  # files, the slowest first
 _modules = 0  # that were imported when garbage was last looked for
 disable_progress_bars()
-
-
-def pytest_xdist_auto_num_workers(config):
-    """One more than there are cores, as tests wait for browsers and other processes."""
-    return (os.cpu_count() or 1) + 1
 
 
 def pytest_collection_modifyitems(items):

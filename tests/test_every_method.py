@@ -38,17 +38,21 @@ def options_of(name):
     return PACKAGE[name].Config(**{f.name: SMALL[f.name] for f in fields(PACKAGE[name].Config) if f.name in SMALL})
 
 
-def taught_on_two_layers(name, backbone, folder, **training):
-    """A model of two tasks on a ViT of two layers, of which graphs are made in seconds."""
-    options, tiny = options_of(name), two_layers(backbone)
+def trainer_on(tiny, name, folder, **training):
+    """A trainer of a method on a backbone of two layers."""
+    options = options_of(name)
     if getattr(options, "query_layers", None):
         options.query_layers = options.query_layers[-2:]
     model = ContinualModel(tiny, ContinualConfig(options, tiny.config))
     args = ContinualTrainingArguments(str(folder), **{**ARGS, "num_train_epochs": 1, "disable_tqdm": True, **training})
-    ContinualTrainer(model, args).learn_stream(
-        TaskStream.class_incremental(pattern_dataset(4, per_class=4), num_tasks=2)
-    )
-    return model
+    return ContinualTrainer(model, args)
+
+
+def taught_on_two_layers(name, backbone, folder):
+    """A model of two tasks on a ViT of two layers, of which graphs are made in seconds."""
+    trainer = trainer_on(two_layers(backbone), name, folder)
+    trainer.learn_stream(TaskStream.class_incremental(pattern_dataset(4, per_class=4), num_tasks=2))
+    return trainer.model
 
 
 class Interrupt(TrainerCallback):

@@ -1,12 +1,14 @@
 """As on a GPU: no tensor of another device is mixed in, and no batch makes the CPU wait."""
 
 from contextlib import contextmanager
+from copy import deepcopy
 
 import pytest
 import torch
 from conftest import make_trainer, pattern_dataset
 from foreign import DEVICE, ForeignDevice
-from test_every_method import NAMES, options_of
+from test_every_method import NAMES, options_of, trainer_on
+from test_export import two_layers
 
 from hf_clpeft import ContinualModel, TaskStream
 from hf_clpeft.methods import SLora
@@ -23,6 +25,11 @@ BATCH = 4
 def stream():
     """Two tasks of two classes."""
     return TaskStream.class_incremental(pattern_dataset(4, per_class=4), num_tasks=2)
+
+
+@pytest.fixture(scope="module")
+def tiny(backbone):
+    return two_layers(backbone)
 
 
 @contextmanager
@@ -52,10 +59,10 @@ def watching(device):
         yield found
 
 
-def learn(name, stream, device):
+def learn(name, stream, device, backbone):
     """Learns two tasks on the foreign device, and returns what the batches of the second have waited for."""
-    sizes = {"num_train_epochs": 1, "train_batch_size": BATCH, "eval_batch_size": BATCH, "logging_steps": 1000}
-    trainer = make_trainer(options_of(name), augmentation="crop_flip", **sizes)
+    sizes = {"train_batch_size": BATCH, "eval_batch_size": BATCH, "logging_steps": 1000}
+    trainer = trainer_on(deepcopy(backbone), name, "out", augmentation="crop_flip", **sizes)
     trainer.learn_stream(stream[:1])  # whatever is read once, and not with every batch, is known now
     with watching(device) as waits:
         trainer.learn_stream(stream)
@@ -73,10 +80,10 @@ def judge(model, device):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_every_method_lives_on_one_device_and_no_batch_makes_it_wait(name, stream):
+def test_every_method_lives_on_one_device_and_no_batch_makes_it_wait(name, stream, tiny):
     images = [open_image(encoded) for encoded, _, _ in stream[1].test]
     with ForeignDevice().patched() as device:
-        model, waits = learn(name, stream, device)
+        model, waits = learn(name, stream, device, tiny)
         assert waits == []
         assert {tensor.device for tensor in model.state_dict().values()} == {DEVICE}
         # MOS asks a further expert only about images whose class is another's, and so must know which.
@@ -86,7 +93,7 @@ def test_every_method_lives_on_one_device_and_no_batch_makes_it_wait(name, strea
             device.waits.clear()
             found = model.predict(images)
         assert len(device.waits) <= allowed, device.waits
-    for here, there in zip(ContinualModel.from_pretrained("out").predict(images), found, strict=True):
+    for here, there in zip(ContinualModel.from_pretrained("out", backbone=tiny).predict(images), found, strict=True):
         assert (here.label, here.expert) == (there.label, there.expert)
         assert here.score == pytest.approx(there.score, abs=1e-4)
         assert here.typicality == pytest.approx(there.typicality, abs=0.02)
@@ -111,7 +118,7 @@ def test_tasks_that_are_trained_together_do_not_wait_either(name, stream, monkey
 
 
 @pytest.mark.parametrize("place", ["loss", "classify", "look", "read"])
-def test_a_hidden_copy_to_the_cpu_is_found(place, stream, monkeypatch):
+def test_a_hidden_copy_to_the_cpu_is_found(place, stream, tiny, monkeypatch):
     known = getattr(SLora, place)
 
     def copying(self, first, *args):
@@ -120,13 +127,13 @@ def test_a_hidden_copy_to_the_cpu_is_found(place, stream, monkeypatch):
 
     monkeypatch.setattr(SLora, place, copying)
     with ForeignDevice().patched() as device:
-        model, waits = learn("s_lora", stream, device)
+        model, waits = learn("s_lora", stream, device, tiny)
         if place == "classify":
             waits = judge(model, device)
     assert any("a copy to the CPU" in wait for wait in waits)
 
 
-def test_a_tensor_left_on_the_cpu_is_found(stream, monkeypatch):
+def test_a_tensor_left_on_the_cpu_is_found(stream, tiny, monkeypatch):
     monkeypatch.setattr(SLora, "route", lambda self, query: self.router(query + torch.zeros(query.shape[1])))
     with ForeignDevice().patched() as device, pytest.raises(RuntimeError, match="same device"):
-        learn("s_lora", stream, device)
+        learn("s_lora", stream, device, tiny)

@@ -143,9 +143,7 @@ def test_what_cannot_be_a_graph_is_refused_and_nothing_is_written(backbone, monk
     for wrong, options, kind, message in cases:
         with pytest.raises(kind, match=message):
             export_onnx(wrong, "graph", **options)
-    monkeypatch.setattr(
-        graph, "run_graph", lambda session, pixels: [np.zeros((len(pixels), 4)), np.zeros(len(pixels))]
-    )
+    monkeypatch.setattr(graph, "run_graph", lambda session, pixels: [np.zeros((len(pixels), 2))])
     with pytest.raises(ExpertError, match="differ"):
         export_onnx(model, "graph", task="task-000")
     monkeypatch.setattr(graph, "find_spec", lambda name: None if name == "onnxscript" else True)
