@@ -98,7 +98,9 @@ def test_a_run_that_died_inside_a_task_ends_like_one_that_did_not(name, stop_aft
     assert not (tmp_path / "pieces" / "checkpoints").exists()
 
 
-@pytest.mark.parametrize("options", [{"optim": "sgd"}, {"gradient_accumulation_steps": 2, "save_steps": 1}])
+@pytest.mark.parametrize(
+    "options", [{"optim": "sgd", "augmentation_views": 2}, {"gradient_accumulation_steps": 2, "save_steps": 1}]
+)
 def test_other_optimizers_and_accumulated_batches_go_on_too(options, stream, tmp_path):
     method = s_prompts(prompt_length=2, k=2)
     make_trainer(method, tmp_path / "whole", **{**OPTIONS, **options}).learn_stream(stream)

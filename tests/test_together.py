@@ -73,7 +73,7 @@ def passes(monkeypatch):
         (s_lora(r=2, k=2), {}),
         (s_prompts(prompt_length=2, k=2), {"gradient_accumulation_steps": 2}),
         (s_x(peft=PREFIX, k=2), {"gradient_checkpointing": True}),
-        (s_lora_mix(r=1, expert_layers=[-2, -1]), {"augmentation": "none"}),
+        (s_lora_mix(r=1, expert_layers=[-2, -1]), {"augmentation_views": 2}),
         (ease(r=1), {"optim": "sgd", "weight_decay": 0.1}),
     ],
     ids=lambda value: getattr(value, "name", ""),

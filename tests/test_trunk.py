@@ -13,11 +13,22 @@ from peft import PeftModel
 from test_every_method import ARGS, NAMES, PACKAGE, options_of
 from transformers import AutoModel
 
-from hf_clpeft import ConfigError, ContinualModel, HfClpeftError, TaskStream, dualprompt, s_lora, s_lora_mix, s_x
+from hf_clpeft import (
+    ConfigError,
+    ContinualModel,
+    ContinualTrainingArguments,
+    HfClpeftError,
+    TaskStream,
+    dualprompt,
+    s_lora,
+    s_lora_mix,
+    s_x,
+)
 from hf_clpeft.backbones.bundled import bundled_folder
 from hf_clpeft.backbones.trunk import Hidden, Trunk
 from hf_clpeft.experts.bank import ExpertBank
 from hf_clpeft.streams import cache_images
+from hf_clpeft.training.lesson import Lesson
 from hf_clpeft.training.trunk_cache import TrunkCaches
 
 
@@ -126,7 +137,7 @@ def test_a_cache_that_is_too_large_is_not_made(backbone, stream, monkeypatch):
     pixels, index = torch.randn(2, 3, 32, 32), torch.arange(2)
     with caches.recalling(images, pixels, index):
         model.bank.frozen(pixels)
-    assert list(caches._caches.values()) == [None]
+    assert list(caches._caches.values()) == [{0: None}]
     caches.limit, caches._caches = 10**9, type(caches._caches)()
     with caches.recalling(images, pixels, index):
         wanted = model.bank.frozen(pixels)
@@ -198,3 +209,55 @@ def test_the_recipe_counts_the_passes(tmp_path, monkeypatch, capsys):
     rows = list(csv.DictReader(Path("speed/upper_layers.csv").read_text().splitlines()))
     predicted = [float(row["forwards"]) for row in rows if row["mode"] == "predict"]
     assert predicted == [2, 1.333, 1, 4, 2] and [float(row["forwards"]) for row in rows[5:]] == [1, 1, 0.333]
+
+
+def test_training_on_fixed_views_runs_the_trunk_once_per_view(stream, tmp_path):
+    options = {"augmentation": "crop_flip", "augmentation_views": 3, "num_train_epochs": 7}
+    trainer = make_trainer(s_lora(expert_layers=[-1], query_layers=[5]), tmp_path / "cached", **options)
+    counts = watch(trainer.model)
+    trainer.learn(stream[0])
+    train, test = len(stream[0].train.dataset), len(stream[0].test.dataset)
+    assert sum(counts) <= 5 * (3 * train + test) + 7 * train + test + 40  # probes, and embeddings of one image
+    plain = make_trainer(s_lora(expert_layers=[-1], query_layers=[5]), tmp_path / "plain", trunk_cache_gb=0, **options)
+    plain.learn(stream[0])
+    pixels = torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        assert torch.allclose(trainer.model(pixels).logits, plain.model(pixels).logits, atol=1e-4)
+
+
+def test_fixed_views_are_taken_in_turn_and_stay(stream, tmp_path, monkeypatch):
+    """Every image is seen as it is, and in the same crop of it, in every second epoch, in whatever order."""
+    seen, pixels_of = {}, Lesson.pixels
+
+    def noted(lesson, batch):
+        pixels = pixels_of(lesson, batch)
+        for index, row in zip(batch["index"].tolist(), pixels, strict=True):
+            seen[lesson.loop.progress.epoch, index] = row
+        return pixels
+
+    monkeypatch.setattr(Lesson, "pixels", noted)
+    options = {"augmentation": "crop", "augmentation_views": 2, "num_train_epochs": 4, "train_batch_size": 5}
+    make_trainer(s_lora(), tmp_path, **options).learn(stream[0])
+    count = len(stream[0].train.dataset)
+    first, second, third, fourth = (torch.stack([seen[epoch, i] for i in range(count)]) for epoch in range(4))
+    assert torch.equal(first, third) and torch.equal(second, fourth)
+    assert not torch.isclose(first, second).flatten(1).all(dim=1).any()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"augmentation_views": 2}, "augmentation_views=2 must be from 0 to 0 with augmentation=none"),
+        ({"augmentation_views": 3, "augmentation": "flip"}, "from 0 to 2 with augmentation=flip"),
+        ({"augmentation_views": -1, "augmentation": "crop"}, "from 0 to 64 with augmentation=crop"),
+    ],
+)
+def test_views_that_cannot_be_are_refused(options, message):
+    with pytest.raises(ConfigError, match=message):
+        ContinualTrainingArguments(**options)
+
+
+def test_streamed_images_have_no_fixed_views(stream, tmp_path):
+    options = {"augmentation": "crop", "augmentation_views": 2, "cache_size_gb": 1e-5}
+    with pytest.raises(HfClpeftError, match="Leave out augmentation_views, or streaming and cache_size_gb"):
+        make_trainer(s_lora(), tmp_path, **options).learn(stream[0])

@@ -40,7 +40,7 @@ def draw_views(
 
 
 def views_for_sums(count: int, views: int, augmentation: str, seed: int) -> list[torch.Tensor | None]:
-    """Views over which features are summed: each image as it is, its mirror image if that is asked for, then random.
+    """Views to sum features over or to train on in turn: each image as it is, mirrored if asked for, then random ones.
 
     Args:
         count (`int`): Number of images.

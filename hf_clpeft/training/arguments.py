@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import torch
 
+from ..backbones.views import MOST as MOST_VIEWS
 from ..config.checks import MOST, check_ranges, check_types
 from ..config.errors import ConfigError
 
@@ -139,6 +140,14 @@ class ContinualTrainingArguments:
         default="none",
         metadata={"help": "Augmentation of training images, on the device; mirror images are wrong for text."},
     )
+    augmentation_views: int = field(
+        default=0,
+        metadata={
+            "help": "Fixed views of each image that epochs take in turn: the image, its mirror image if augmentation "
+            "has these, random crops. With expert_layers, the layers below run once per view, within "
+            "trunk_cache_gb. Default: new views in every step."
+        },
+    )
     cache_query_features: bool = field(
         default=True,
         metadata={
@@ -262,6 +271,12 @@ class ContinualTrainingArguments:
             raise ConfigError("output_dir is empty; pass a folder, or . for the current one.")
         if self.cache_size_gb is not None and not 0 < self.cache_size_gb <= MOST:
             raise ConfigError(f"cache_size_gb={self.cache_size_gb} must be more than 0.")
+        most = MOST_VIEWS[self.augmentation] if self.augmentation != "none" else 0
+        if not 0 <= self.augmentation_views <= most:
+            raise ConfigError(
+                f"augmentation_views={self.augmentation_views} must be from 0 to {most} with "
+                f"augmentation={self.augmentation}."
+            )
         if self.gradient_checkpointing and self.torch_compile:
             raise ConfigError(
                 "torch_compile cannot compile layers that gradient_checkpointing runs twice; leave out one of them."

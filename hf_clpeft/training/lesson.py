@@ -49,9 +49,10 @@ class Lesson:
 
     def recalling(self, batch: dict[str, torch.Tensor], pixels: torch.Tensor) -> AbstractContextManager[None]:
         """Context manager: passes over `pixels` start above the layers below experts, where these are cached."""
-        if isinstance(self.images, TaskImages) and "view" not in batch:
-            return self.caches.recalling(self.images, pixels, batch["index"])
-        return nullcontext()
+        view = self.loop.view
+        if view is None or not isinstance(self.images, TaskImages):
+            return nullcontext()
+        return self.caches.recalling(self.images, pixels, batch["index"], view)
 
     def loss(self, batch: dict[str, torch.Tensor], pixels: torch.Tensor) -> torch.Tensor:
         """The weighted sum of the losses of a batch."""

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
-from ..backbones.views import draw_views
+from ..backbones.views import draw_views, views_for_sums
 from ..config.text import get_logger
 from ..methods import Batch, Method
-from ..streams import StreamedImages, TaskImages
+from ..streams import StreamedImages, StreamError, TaskImages
 from .arguments import ContinualTrainingArguments
 from .batches import Share, make_batches
 from .checkpoints import Checkpoints, Progress, pack_optimizer, set_random_state, unpack_optimizer
@@ -108,6 +108,7 @@ class StepLoop:
         )
         self.scheduler = accelerator.prepare(scheduler)
         self._unusable = torch.zeros((), dtype=torch.bool, device=accelerator.device)
+        self._views = self._fixed_views(images)
         sizes = {"images": len(images), "num_processes": accelerator.num_processes}
         self.progress = Progress(method.task.name, {**args.decisive(), **sizes, **made_with}, logged=logged)
 
@@ -167,13 +168,34 @@ class StepLoop:
             progress.epoch, progress.batch, position = progress.epoch + 1, 0, None
         self.module.eval()
 
+    @property
+    def view(self) -> int | None:
+        """Which of their fixed views the images of this epoch are taken in, 0 as they are; `None` if it is random."""
+        if not self._views:
+            return 0 if self.args.augmentation == "none" else None
+        return self.progress.epoch % len(self._views)
+
+    def _fixed_views(self, images: TaskImages | StreamedImages) -> list[torch.Tensor | None]:
+        """Views that epochs take in turn, of all images each; none if they are drawn anew in every step."""
+        args, device = self.args, self.accelerator.device
+        if args.augmentation_views and isinstance(images, StreamedImages):
+            raise StreamError(
+                f"{images.split.title}: images that are streamed cannot keep their {args.augmentation_views} views. "
+                "Leave out augmentation_views, or streaming and cache_size_gb."
+            )
+        found = views_for_sums(len(images), args.augmentation_views, args.augmentation, args.seed)
+        return [None if view is None else view.to(device) for view in found[: args.augmentation_views]]
+
     def _complete(self, batch: dict[str, torch.Tensor], share: Share) -> None:
         """Adds the weights and the augmentations of a batch."""
         length, device = len(batch["label"]), self.accelerator.device
         batch["weight"] = share.weights(length, self.accelerator.num_processes).to(device, non_blocking=True)
-        views = draw_views(share.total, self.args.augmentation, device)
-        if views is not None:
+        if self.view is None:
+            views = draw_views(share.total, self.args.augmentation, device)
+            assert views is not None
             batch["view"] = share.own(views, length)
+        elif self._views and (fixed := self._views[self.view]) is not None:
+            batch["view"] = fixed[batch["index"]]
 
     def _save_or_stop(self, stop: Stop) -> None:
         progress, every = self.progress, self.args.save_steps

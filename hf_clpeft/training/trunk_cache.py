@@ -62,7 +62,7 @@ class TrunkCache:
 
 
 class TrunkCaches:
-    """The caches of a run, each for the images of one split, as long as these are in use.
+    """The caches of a run, each for one view of the images of a split, as long as these are in use.
 
     Args:
         bank ([`ExpertBank`]): Its experts decide how deep the trunk is; without one, nothing is cached.
@@ -71,25 +71,29 @@ class TrunkCaches:
 
     def __init__(self, bank: ExpertBank, limit_gb: float):
         self.bank, self.limit = bank, int(limit_gb * 1e9)
-        self._caches: weakref.WeakKeyDictionary[TaskImages, TrunkCache | None] = weakref.WeakKeyDictionary()
+        self._caches: weakref.WeakKeyDictionary[TaskImages, dict[int, TrunkCache | None]] = weakref.WeakKeyDictionary()
 
     @contextmanager
-    def recalling(self, images: TaskImages, pixels: torch.Tensor, index: torch.Tensor) -> Iterator[None]:
+    def recalling(
+        self, images: TaskImages, pixels: torch.Tensor, index: torch.Tensor, view: int = 0
+    ) -> Iterator[None]:
         """Context manager: passes over `pixels` start above the trunk if its outputs are known, else fill the cache.
 
         Args:
             images ([`TaskImages`]): Images of a split.
-            pixels (`torch.Tensor` of shape `(batch, 3, height, width)`): Some of them, normalised, not augmented.
+            pixels (`torch.Tensor` of shape `(batch, 3, height, width)`): Some of them, normalised.
             index (integer `torch.Tensor` of shape `(batch,)`): Their indices.
+            view (`int`, *optional*): Which of their fixed views `pixels` are; default: the images as they are.
         """
         with self.bank.sharing() as trunk:
             if not (trunk.depth and self.limit):
                 yield
                 return
             index = index.cpu()
-            cache = self._caches.get(images)
+            caches = self._caches.setdefault(images, {})
+            cache = caches.get(view)
             if cache is not None and cache.layers != trunk.depth:
-                del self._caches[images]
+                del caches[view]
                 cache = None
             hidden = None if cache is None else cache.read(index)
             if hidden is not None:
@@ -98,24 +102,21 @@ class TrunkCaches:
             yield
             found = trunk.find(pixels) if hidden is None else None
             if found is not None:
-                cache = cache or self._make(images, found)
+                if view not in caches:
+                    cache = caches[view] = self._make(len(images), found)
                 if cache is not None:
                     cache.write(index, found)
 
-    def _make(self, images: TaskImages, like: Hidden) -> TrunkCache | None:
-        """A cache for images, unless it is too large; then that is said once."""
-        if images in self._caches:
-            return None
-        size = TrunkCache.bytes_for(len(images), like)
-        used = sum(cache.tokens.nbytes for cache in self._caches.values() if cache is not None)
-        self._caches[images] = None
+    def _make(self, count: int, like: Hidden) -> TrunkCache | None:
+        """A cache for so many images, unless it is too large, which is said."""
+        size = TrunkCache.bytes_for(count, like)
+        made = (cache for caches in self._caches.values() for cache in caches.values())
+        used = sum(cache.tokens.nbytes for cache in made if cache is not None)
         if used + size > self.limit:
-            logger.info(
-                "The outputs of the trunk for %d images take %d MB, and are not cached.", len(images), size >> 20
-            )
+            logger.info("The outputs of the trunk for %d images take %d MB, and are not cached.", count, size >> 20)
             return None
         try:
-            self._caches[images] = TrunkCache(len(images), like)
+            return TrunkCache(count, like)
         except OSError as error:
             logger.warning("The outputs of the trunk are computed anew in every epoch: no cache of them (%s).", error)
-        return self._caches[images]
+            return None
