@@ -83,6 +83,7 @@ def test_a_lesson_that_fails_says_so_and_what_helps(ask):
         Image.fromarray(blurred).save(f"{number}.png")
     outcome, _, _ = ask("/teach", "not a thing", [Path(f"{number}.png") for number in range(4)], "")
     assert "Taught <b>" in outcome and "<b>0 of your 4 pictures</b>" in outcome and "More pictures help" in outcome
+    assert "Gaussian router" in outcome  # which this model does not have
 
 
 def test_leaving_one_out_is_what_a_new_picture_meets(handlers, letters):

@@ -48,9 +48,9 @@ def trainer_on(tiny, name, folder, **training):
     return ContinualTrainer(model, args)
 
 
-def taught_on_two_layers(name, backbone, folder):
+def taught_on_two_layers(name, backbone, folder, **training):
     """A model of two tasks on a ViT of two layers, of which graphs are made in seconds."""
-    trainer = trainer_on(two_layers(backbone), name, folder)
+    trainer = trainer_on(two_layers(backbone), name, folder, **training)
     trainer.learn_stream(TaskStream.class_incremental(pattern_dataset(4, per_class=4), num_tasks=2))
     return trainer.model
 

@@ -68,3 +68,13 @@ def test_experts_that_run_one_after_another_are_refused():
     model(images(2))
     with pytest.raises(ExpertError, match="one after another.*choose LoRA"):
         torch.export.export(model, (images(2),), dynamic_shapes=BATCH)
+
+
+def test_a_class_of_few_pictures_is_recorded(backbone):
+    model = untaught(backbone=two_layers(backbone))
+    model.router.learns_few = True
+    model.start_task("photos", ["yak"])
+    model.finish_task(lambda features: (features(images(5)), torch.zeros(5, dtype=torch.int64)), num_train_images=5)
+    assert model.router.few.any() and not model.router.few.all()
+    model(images(2))
+    check(model)

@@ -268,7 +268,7 @@ class Handlers:
         )
         progress(0.95, desc="Packing the model")
         archive = shutil.make_archive(str(lesson.folder), "zip", lesson.folder)
-        return views.lesson(lesson, classes, left_out), lesson.key, archive
+        return views.lesson(lesson, classes, self.models.get(lesson.key), left_out), lesson.key, archive
 
     @friendly
     def add_drawing(self, drawing: bytes | str | None, files: list[str] | None) -> list[str]:

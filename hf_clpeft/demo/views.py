@@ -15,6 +15,7 @@ from ..model import ContinualModel
 from ..prediction import Prediction
 from ..reports.card import describe
 from ..reports.report import margin_bins
+from ..routing import PrototypeRouter
 from .charts import Plane, bars, heat_table, map_of, thumbnail
 from .names import Name, bdi, expert_names, task_names
 from .pictures import VisitorError
@@ -28,6 +29,7 @@ ADVICE = (
     "More pictures help, above all from other sides and in other light; or other classes beside it, each in a folder "
     "of a zip archive, so that they are weighed against each other."
 )
+GAUSSIAN = " A model that was trained with a Gaussian router (<code>--router gaussian</code>) needs fewer."
 OWN = "From now on you use your own model, which no other visitor sees, also after this page is reloaded."
 CLEAR = ("a close call", "fairly clear", "clear")
 FEWEST_MEASURED = 20  # test pictures that a measured share needs
@@ -334,14 +336,16 @@ def learnt(model: ContinualModel, step: int, small: dict[str, list[PIL.Image.Ima
     return f'<p>After task {step} of {len(tasks)}:</p><ol class="tasks" tabindex=0 aria-label="Tasks">{items}</ol>'
 
 
-def lesson(found: Lesson, classes: dict[str, list], left_out: Sequence[str] = ()) -> str:
-    """The result of teaching, as HTML: what was learnt, how well, what it changed, and what would help."""
+def lesson(found: Lesson, classes: dict[str, list], model: ContinualModel, left_out: Sequence[str] = ()) -> str:
+    """The result of teaching a model, as HTML: what was learnt, how well, what it changed, and what would help."""
     names = ", ".join(f"<b>{bdi(label)}</b> ({len(pictures)} pictures)" for label, pictures in classes.items())
     well = found.recognised >= WELL * found.tried
     text = f"<p>{'Learnt' if well else 'Taught'} {names} in {found.seconds:.0f} seconds. "
     text += f"<b>{found.recognised} of your {found.tried} pictures</b> would be recognised "
     text += "if each were new, and the model had seen only the others. "
-    text += "</p>" if well else f"That is few. {ADVICE}</p>"
+    if not well:
+        text += f"That is few. {ADVICE}{GAUSSIAN if isinstance(model.router, PrototypeRouter) else ''}"
+    text += "</p>"
     if found.answers:
         text += f"<p>No old weight has changed; {found.changed} of {found.answers} answers to the examples have.</p>"
     else:
