@@ -117,6 +117,23 @@ def test_a_mixed_model_says_who_judged_and_can_be_taught(tmp_path):
     assert models.get(lesson.key).predict(Image.new("RGB", (32, 32), (250, 7, 7)))[0].label == "red"
 
 
+@pytest.mark.parametrize("name", ["slda", "slda_pp"])
+def test_what_keeps_sums_of_classes_can_be_taught(name, tmp_path):
+    """Also where the first task has trained an expert, which a lesson leaves as it is."""
+    stream = TaskStream.class_incremental(pattern_dataset(), num_tasks=2)
+    make_trainer(METHODS[name].Config(), tmp_path, num_train_epochs=1).learn_stream(stream)
+    models, old = Models(str(tmp_path)), [row["image"] for row in pattern_dataset()["test"]]
+    red = [Image.new("RGB", (32, 32), (250, 3 * shade, 3 * shade)) for shade in range(5)]
+    assert refusal(models.served) is None
+    lesson = teach(models, "", {"red": red}, old)
+    assert (lesson.tried, lesson.recognised, lesson.answers, lesson.changed) == (5, 5, len(old), 0)
+    (found,) = models.get(lesson.key).predict(Image.new("RGB", (32, 32), (250, 7, 7)))
+    assert found.label == "red"
+    assert "What is in your picture?" in views.introduction(models.served, "here")
+    table = views.file_table([("a.png", "", found)], models.served)
+    assert "Expert" not in table and table.count("<th scope") == table.count("<td")
+
+
 @pytest.mark.parametrize("router, learns", [("prototypes", True), ("gaussian", True), ("linear_ridge", False)])
 def test_lessons_are_for_routers_that_keep_what_they_know_of_old_classes(tmp_path, router, learns):
     stream = TaskStream.class_incremental(pattern_dataset(), num_tasks=2)

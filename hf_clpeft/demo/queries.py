@@ -3,12 +3,29 @@
 import PIL.Image
 import torch
 
+from ..backbones.views import augment, views_for_sums
+from ..methods.views import ManyViews
 from ..model import ContinualModel
 
 
+@torch.no_grad()
 def query_of(model: ContinualModel, image: PIL.Image.Image) -> torch.Tensor:
     """Query features of one picture, of shape `(1, query_size)`; of several views the first."""
-    pixels = torch.from_numpy(model.backbone.transform.resize([image])).to(model.device)
-    with torch.no_grad():
-        query = model.method.query(model.backbone.transform.normalize(pixels))
+    query = model.method.query(_pixels(model, image))
     return query if query.dim() == 2 else query[:, 0]
+
+
+@torch.no_grad()
+def lesson_of(model: ContinualModel, image: PIL.Image.Image) -> torch.Tensor:
+    """What a router learns from one picture, of shape `(1, views, query_size)`, or `(1, query_size)` without views."""
+    method, pixels = model.method, _pixels(model, image)
+    count = getattr(method.options, "views", 1)
+    if not isinstance(method, ManyViews) or count == 1:
+        return query_of(model, image)
+    views = views_for_sums(1, count, method.options.view_kind, seed=0)
+    return torch.stack([method.look(augment(pixels, view)) for view in views], dim=1)
+
+
+def _pixels(model: ContinualModel, image: PIL.Image.Image) -> torch.Tensor:
+    pixels = torch.from_numpy(model.backbone.transform.resize([image])).to(model.device)
+    return model.backbone.transform.normalize(pixels)

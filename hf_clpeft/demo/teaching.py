@@ -12,6 +12,7 @@ import torch
 from datasets import Dataset, DatasetDict
 
 from ..config.errors import ConfigError
+from ..methods.closed_form import ClosedForm
 from ..model import ContinualModel
 from ..routing import GaussianRouter, PrototypeRouter, Router
 from ..routing.registry import router_name
@@ -20,7 +21,7 @@ from ..training import ContinualTrainer, ContinualTrainingArguments, TrainerCall
 from ..training.progress import disable_progress_bars
 from .models import Models
 from .pictures import VisitorError
-from .queries import query_of
+from .queries import lesson_of, query_of
 
 
 FEWEST, MOST_PICTURES, MOST_CLASSES, MOST_SECONDS = 3, 200, 20, 180
@@ -131,6 +132,8 @@ def refusal(model: ContinualModel) -> str | None:
             "changes what it knows of old ones. Teach a model with router='prototypes' or router='gaussian' here, or "
             "train this one with a recipe."
         )
+    if isinstance(method, ClosedForm):  # trains on the first task at most
+        return None
     if not method.independent:
         return (
             f"{method.name} trains the same parameters on every task, which changes what it has learnt. Teach a model "
@@ -242,6 +245,7 @@ def leave_one_out(
     labels = torch.tensor([number for number, _ in pictures])
     known = len(model.config.classes)
     queries = torch.cat([query_of(model, picture) for _, picture in pictures])
+    lessons = torch.cat([lesson_of(model, picture) for _, picture in pictures])
     points = torch.nn.functional.normalize(queries, dim=-1).cpu()
     tried = list(range(0, len(pictures), -(-len(pictures) // MOST_TRIED)))
     recognised = 0
@@ -249,7 +253,7 @@ def leave_one_out(
         others = torch.arange(len(pictures)) != left_out
         router = copy.deepcopy(model.router)
         expect_few(router, classes)
-        router.learn(queries[others], known + labels[others])
+        router.learn(lessons[others], known + labels[others])
         routing = router(queries[left_out : left_out + 1])
         own = int(routing.selection.flatten()[0]) == router.num_owners - 1
         if own and model.can_reject:

@@ -38,11 +38,14 @@ FEWEST_MEASURED = 20  # test pictures that a measured share needs
 def introduction(model: ContinualModel, source: str) -> str:
     """The header of the page, as HTML."""
     config, experts = model.config, describe(model.config.method)["experts"]
+    title, see = "What is in your picture?", "what it is, and how sure the model can be"
+    if model.method.routes:
+        title, see = "Which expert takes your picture?", "who takes it, and what it is"
     return (
-        '<div id="intro"><h1>Which expert takes your picture?</h1>'
+        f'<div id="intro"><h1>{title}</h1>'
         f"<p>A frozen vision transformer has learnt {len(config.classes)} classes in {len(config.tasks)} tasks, one "
         f"after another, with {bdi(config.method.name)}: {escape(experts)}. <b>Give it a picture</b>, "
-        f"and see who takes it, and what it is. <code>{bdi(source)}</code></p></div>"
+        f"and see {see}. <code>{bdi(source)}</code></p></div>"
     )
 
 
@@ -248,12 +251,13 @@ def file_table(rows: Sequence[Sequence[Any]], model: ContinualModel) -> str:
     Returns:
         `str`: HTML, with untrusted names escaped.
     """
-    names = expert_names(model)
+    names = expert_names(model) if model.method.routes else None
     body = "".join(
-        f"<tr><td>{_image(small)}</td><td>{bdi(file)}</td>{_cells(found, model, names)}</tr>"
+        f"<tr><td>{_image(small)}</td>{_cells(found, model, names)}<td>{bdi(file)}</td></tr>"
         for file, small, found in rows
     )
-    heads = "".join(f"<th scope=col>{text}</th>" for text in ("Picture", "File", "Answer", "Confidence", "Expert"))
+    columns = ("Picture", "Answer", "Confidence", *([] if names is None else ["Expert"]), "File")
+    heads = "".join(f"<th scope=col>{text}</th>" for text in columns)
     table = f"<table><thead><tr>{heads}</tr></thead><tbody>{body}</tbody></table>"
     return f'<div class="files" role=region tabindex=0 aria-label="Predictions">{table}</div>'
 
@@ -262,13 +266,16 @@ def _image(address: str | None) -> str:
     return f'<img src="{address}" alt="">' if address else ""
 
 
-def _cells(found: Prediction | VisitorError, model: ContinualModel, names: dict[str, Name]) -> str:
+def _cells(found: Prediction | VisitorError, model: ContinualModel, names: dict[str, Name] | None) -> str:
     if isinstance(found, VisitorError):
-        return f'<td colspan=3 class="problem">{bdi(str(found))}</td>'
+        return f'<td colspan={2 if names is None else 3} class="problem">{bdi(str(found))}</td>'
     label = NONE if found.label is None else f"<b>{bdi(found.label)}</b>"
     sure = "" if found.label is None else _confidence(found, model)
+    cells = f"<td>{label}</td><td>{sure}</td>"
+    if names is None:
+        return cells
     expert = "" if found.expert is None else names[found.expert].html() if found.expert in names else bdi(found.expert)
-    return f"<td>{label}</td><td>{sure}</td><td>{expert}</td>"
+    return f"{cells}<td>{expert}</td>"
 
 
 def accuracy_table(model: ContinualModel, step: int) -> str:
