@@ -169,7 +169,7 @@ def map_of(plane: Plane, points: np.ndarray, owners: np.ndarray, names: Sequence
     if len(query):
         nearest = int(np.argmin(np.linalg.norm(points - query[0], axis=1)))
         (x, y), (to_x, to_y) = at(picture[0]), at(places[nearest])
-        side, shift = ("end", -14) if x > WIDTH * 0.7 else ("start", 14)
+        side, shift = ("end", -14) if x > WIDTH / 2 else ("start", 14)
         marks.append(
             f'<line x1="{x}" y1="{y}" x2="{to_x}" y2="{to_y}"/><text class=star x="{x}" y="{y}">★</text>'
             f'<text class=yours x="{x}" y="{y}" dx="{shift}" style="text-anchor:{side}">your picture</text>'
