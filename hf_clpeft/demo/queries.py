@@ -8,11 +8,16 @@ from ..methods.views import ManyViews
 from ..model import ContinualModel
 
 
-@torch.no_grad()
 def query_of(model: ContinualModel, image: PIL.Image.Image) -> torch.Tensor:
     """Query features of one picture, of shape `(1, query_size)`; of several views the first."""
-    query = model.method.query(_pixels(model, image))
+    query = views_of(model, image)
     return query if query.dim() == 2 else query[:, 0]
+
+
+@torch.no_grad()
+def views_of(model: ContinualModel, image: PIL.Image.Image) -> torch.Tensor:
+    """What a prediction sees of one picture: `(1, query_size)`, or `(1, test_views, query_size)`."""
+    return model.method.query(_pixels(model, image))
 
 
 @torch.no_grad()

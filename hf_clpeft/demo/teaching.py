@@ -21,7 +21,7 @@ from ..training import ContinualTrainer, ContinualTrainingArguments, TrainerCall
 from ..training.progress import disable_progress_bars
 from .models import Models
 from .pictures import VisitorError
-from .queries import lesson_of, query_of
+from .queries import lesson_of, views_of
 
 
 FEWEST, MOST_PICTURES, MOST_CLASSES, MOST_SECONDS = 3, 200, 20, 180
@@ -244,9 +244,9 @@ def leave_one_out(
     pictures = [(number, picture) for number, own in enumerate(classes.values()) for picture in own]
     labels = torch.tensor([number for number, _ in pictures])
     known = len(model.config.classes)
-    queries = torch.cat([query_of(model, picture) for _, picture in pictures])
+    queries = torch.cat([views_of(model, picture) for _, picture in pictures])
     lessons = torch.cat([lesson_of(model, picture) for _, picture in pictures])
-    points = torch.nn.functional.normalize(queries, dim=-1).cpu()
+    points = torch.nn.functional.normalize(queries if queries.dim() == 2 else queries[:, 0], dim=-1).cpu()
     tried = list(range(0, len(pictures), -(-len(pictures) // MOST_TRIED)))
     recognised = 0
     for left_out in tried:

@@ -29,7 +29,9 @@ ADVICE = (
     "More pictures help, above all from other sides and in other light; or other classes beside it, each in a folder "
     "of a zip archive, so that they are weighed against each other."
 )
-GAUSSIAN = " A model that was trained with a Gaussian router (<code>--router gaussian</code>) needs fewer."
+GAUSSIAN = (
+    " A model trained with a Gaussian router (<code>--router gaussian</code>) learns somewhat more from few pictures."
+)
 OWN = "From now on you use your own model, which no other visitor sees, also after this page is reloaded."
 CLEAR = ("a close call", "fairly clear", "clear")
 FEWEST_MEASURED = 20  # test pictures that a measured share needs
