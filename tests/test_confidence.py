@@ -42,8 +42,25 @@ def test_an_image_that_is_left_out_is_in_neither_mean_nor_covariance(views, seen
     for image in range(20):
         means, covariance = fit(torch.arange(20) != image)
         apart = features[image, :seen, None] - torch.cat([others, means])
+        own, count = int(entries[image]), int((entries == entries[image]).sum())
+        mean = features[entries == own].mean(dim=(0, 1))
+        further = ((count + 1) / (count - 1)) ** 0.5 - 1
+        apart[:, 2 + own] = features[image, :seen] - mean + further * (features[image].mean(dim=0) - mean)
         wanted = -torch.einsum("vei,ij,vej->ve", apart, covariance.inverse(), apart).mean(dim=0) / 2
         torch.testing.assert_close(found[image], wanted)
+
+
+@pytest.mark.parametrize("count", [2, 5])
+def test_an_image_that_is_left_out_is_as_far_from_its_class_as_a_new_one_is(count):
+    classes, width = 400, 64
+    entries = torch.arange(classes).repeat_interleave(count)
+    images = drawn(classes * count, 2, width) + 3 * drawn(classes * count, 1, width, seed=1)  # of two views each
+    means = images.unflatten(0, (classes, count)).mean(dim=(1, 2))
+    found = leave_one_out(images - means[entries][:, None], means, entries, 1e-12)
+    new = drawn(classes, 2, width, seed=2) + 3 * drawn(classes, 1, width, seed=3)
+    wanted = (new - means[:, None]).square().sum(dim=2).mean() / 2
+    own = -found.gather(1, entries[:, None]).mean()
+    assert float(own) == pytest.approx(float(wanted), rel=0.02)
 
 
 @pytest.mark.parametrize("name", ["gaussian", "klda"])
@@ -120,6 +137,51 @@ def test_losses_of_tasks_add_up_and_leave_with_what_they_were_beside():
     one.check(2)
     with pytest.raises(ConfigError, match="the confidence of 2 tasks, not 3"):
         one.check(3)
+
+
+def test_images_that_have_trained_the_features_count_as_long_as_there_are_no_others():
+    logs = torch.log_softmax(4 * drawn(4_000, 4), dim=1)
+    targets = torch.multinomial(logs.exp(), 1, generator=torch.Generator().manual_seed(1))[:, 0]
+    confidence = Confidence(adapted=lambda: True)
+    confidence.add(losses_on_grid(3 * logs, targets))
+    assert confidence.fitted()[0] == pytest.approx(3, rel=0.1)
+    confidence.add(torch.zeros(222))  # nothing was measured
+    assert confidence.fitted()[0] == pytest.approx(3, rel=0.1)
+    confidence.add(losses_on_grid(12 * logs, targets))
+    assert confidence.fitted()[0] == pytest.approx(12, rel=0.1)
+
+
+def test_one_temperature_suits_images_of_much_noise_and_of_little():
+    width, means = 60, 4 * drawn(10, 60) / 60**0.5
+    noisy, targets = torch.arange(8_000) % 2 == 1, torch.arange(8_000) // 2 % 10
+    images = means[targets] + torch.where(noisy, 2.0, 0.7)[:, None] * drawn(8_000, width, seed=1)
+    scores, known = -torch.cdist(images, means).square() / 2, torch.arange(8_000) < 4_000
+
+    def errors(confidence):
+        confidence.add(confidence.measure(scores[known], targets[known]))
+        said = confidence(scores)
+        assert (said.argmax(dim=1) == scores.argmax(dim=1)).all()
+        new = [~known & noisy, ~known & ~noisy]
+        return [calibration_error(reliability_of(said[rows], targets[rows])) for rows in new]
+
+    assert max(errors(Confidence(width=width))) < 0.04 < 0.08 < min(errors(Confidence()))
+
+
+def test_models_of_before_tails_were_lengthened_stay_as_they_are():
+    old, new = Confidence(width=8), Confidence(width=8)
+    old.width = torch.tensor(0)
+    old.add(torch.ones(222))
+    new.add(torch.ones(222))
+    old.merge(new)
+    assert old.losses.any(dim=1).tolist() == [True, False] and old.width == 0
+    none = Confidence(width=8)
+    none.width = torch.tensor(0)
+    none.add(torch.zeros(222))
+    none.merge(new)
+    assert none.losses.any(dim=1).tolist() == [False, True] and none.width == 8
+    none.width = torch.tensor(9)
+    with pytest.raises(ConfigError, match="confidence of 9 features"):
+        none.check(2)
 
 
 def test_what_was_measured_early_is_brought_up_to_date():

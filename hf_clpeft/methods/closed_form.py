@@ -8,7 +8,7 @@ import torch
 from ..backbones import Backbone
 from ..config import ConfigError, ContinualConfig, TaskConfig
 from ..routing import ROUTERS, ClassRouter, Routing, find_router
-from ..routing.confidence import GRID, losses_on_grid
+from ..routing.confidence import GRID
 from ..routing.held_out import held_out_scores
 from .confidence import Confidence
 from .heads import Heads
@@ -49,10 +49,15 @@ class ClosedForm(ManyViews):
                 f"{self.name} needs a router that knows classes, and {self._which!r} knows tasks alone: choose "
                 "'gaussian', 'class_means' or 'ridge', or a ClassRouter of your own."
             )
-        self.router, self.confidence = router, Confidence(self._spreads) if router.gives_likelihoods else None
+        self.router, self.confidence = router, None
+        if router.gives_likelihoods:
+            self.confidence = Confidence(self._spreads, self.query_size, self._adapted)
 
     def _spreads(self) -> torch.Tensor:
         return self.router.spreads()  # of the router by then, which may be another one
+
+    def _adapted(self) -> bool:
+        return len(self.bank) > 0
 
     def route(self, query: torch.Tensor) -> Routing:
         return self.router(query)
@@ -70,7 +75,8 @@ class ClosedForm(ManyViews):
             apart = apart or held_out_scores(self.router, features, classes)
         self.router.learn(features, classes, seed=self.seed)
         if self.confidence is not None:
-            losses, spread = torch.zeros(GRID) if apart is None else losses_on_grid(*apart), self.router.spreads()[-1]
+            losses = torch.zeros(GRID) if apart is None else self.confidence.measure(*apart)
+            spread = self.router.spreads()[-1]
             self.confidence.add(losses, float(spread), self.router.num_classes)
 
     @classmethod
@@ -99,7 +105,8 @@ class ClosedForm(ManyViews):
             tensors = self.state()
         if "confidence.losses" in tensors:
             none = torch.zeros(len(tensors["confidence.losses"]))  # saved before these were noted
-            tensors = {"confidence.spreads": none, "confidence.known": none.long(), **tensors}
+            none_of = {"spreads": none, "known": none.long(), "width": torch.tensor(0)}
+            tensors = {**{f"confidence.{name}": tensor for name, tensor in none_of.items()}, **tensors}
         super().load_state(tensors)
 
     def remove(self, position: int, number_of: dict[int, int]) -> None:

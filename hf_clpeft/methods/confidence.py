@@ -6,18 +6,28 @@ import torch
 
 from ..backbones.tracing import ReadsOnce
 from ..config import ConfigError
-from ..routing.confidence import GRID, at_other_temperatures, best_on_grid, calibrate
+from ..routing.confidence import (
+    GRID,
+    at_other_temperatures,
+    best_on_grid,
+    calibrate,
+    lengthen_tails,
+    losses_on_grid,
+)
 
 
 class Confidence(ReadsOnce):
     """Temperature of scores, and share of the probability for all classes alike, from held-out images of the tasks.
 
     A task is measured among the classes known by then. So removing a task also drops what was measured of those that
-    have followed it, of which its classes are a part.
+    have followed it, of which its classes are a part. Images that have trained the features look easier than others
+    are: they count as long as there are no others.
 
     Args:
         spreads (callable, *optional*): [`ClassRouter.spreads`] of the router. When a task was measured, they were
             noted, so that its losses can be brought up to date.
+        width (`int`, *optional*, defaults to 0): Number of features, for [`lengthen_tails`].
+        adapted (callable, *optional*): Whether the first task has trained the features.
 
     Example:
 
@@ -31,14 +41,21 @@ class Confidence(ReadsOnce):
     ```
     """
 
+    width: torch.Tensor
     losses: torch.Tensor
     origins: torch.Tensor
     spreads: torch.Tensor
     known: torch.Tensor
 
-    def __init__(self, spreads: Callable[[], torch.Tensor] | None = None) -> None:
+    def __init__(
+        self,
+        spreads: Callable[[], torch.Tensor] | None = None,
+        width: int = 0,
+        adapted: Callable[[], bool] | None = None,
+    ) -> None:
         super().__init__()
-        self._spreads_now = spreads
+        self._spreads_now, self._features, self._adapted = spreads, width, adapted
+        self.register_buffer("width", torch.tensor(width))  # 0 in what was saved before tails were lengthened
         self.register_buffer("losses", torch.zeros(0, GRID, dtype=torch.float32))  # of each task; zeros: not measured
         self.register_buffer("origins", torch.zeros(0, dtype=torch.int64))  # the first task that each was beside
         self.register_buffer("spreads", torch.zeros(0, dtype=torch.float32))  # when it was measured; 0: not known
@@ -56,13 +73,17 @@ class Confidence(ReadsOnce):
     def forward(self, scores: torch.Tensor) -> torch.Tensor:
         """Log-probabilities of classes, `(batch, classes)`, from their scores; the scores if nothing was measured."""
         fitted, measured = self.once("losses", self._fit)
-        return calibrate(scores, *fitted) if measured else scores
+        return calibrate(self._lengthen(scores), *fitted) if measured else scores
+
+    def measure(self, scores: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """Losses of held-out images for [`Confidence.add`]; see [`losses_on_grid`]."""
+        return losses_on_grid(self._lengthen(scores), targets)
 
     def add(self, losses: torch.Tensor, spread: float = 0.0, known: int = 0) -> None:
         """Adds a task.
 
         Args:
-            losses (`torch.Tensor` of shape `(222,)`): See [`losses_on_grid`].
+            losses (`torch.Tensor` of shape `(222,)`): From [`Confidence.measure`].
             spread (`float`, *optional*, defaults to 0.0): Of its classes, at this moment; 0 if that is not known.
             known (`int`, *optional*, defaults to 0): Number of classes known by now; 0 if that is not known.
         """
@@ -85,7 +106,10 @@ class Confidence(ReadsOnce):
         self.origins = torch.cat([self.origins, other.origins.to(self.origins) + len(self.losses)])
         self.spreads = torch.cat([self.spreads, other.spreads.to(self.spreads)])
         self.known = torch.cat([self.known, other.known.to(self.known)])
-        self.losses = torch.cat([self.losses, other.losses.to(self.losses)])
+        if not self.losses.any():
+            self.width = other.width.to(self.width)
+        alike = self.width.tolist() == other.width.tolist()  # else its losses are of other probabilities
+        self.losses = torch.cat([self.losses, other.losses.to(self.losses) * alike])
 
     def check(self, num_tasks: int) -> None:
         """Raises [`ConfigError`] unless it fits a model, after it was read from a file."""
@@ -99,7 +123,12 @@ class Confidence(ReadsOnce):
             raise ConfigError("method.safetensors has losses below 0, or of tasks beside later ones.")
         if not (self.spreads.isfinite() & (self.spreads >= 0)).all() or not (self.known >= 0).all():
             raise ConfigError("method.safetensors has distances between classes, or numbers of them, below 0.")
+        if self.width.tolist() not in (0, self._features):
+            raise ConfigError(f"method.safetensors has confidence of {self.width.tolist()} features.")
         self.fitted()  # so that it is known when the model is exported
+
+    def _lengthen(self, scores: torch.Tensor) -> torch.Tensor:
+        return lengthen_tails(scores, self.once("width", int))
 
     def _fit(self, losses: torch.Tensor) -> tuple[tuple[float, float], bool]:
         """What [`Confidence.fitted`] returns, and whether anything was measured."""
@@ -107,6 +136,9 @@ class Confidence(ReadsOnce):
         if self._spreads_now is not None and then.any():
             now = self._spreads_now().cpu().double()
             losses = at_other_temperatures(losses, torch.where((then > 0) & (now > 0), now / then, 1))
+        first = self.origins.cpu() == torch.arange(len(losses))
+        if self._adapted is not None and self._adapted() and losses[~first].any():
+            losses = losses * ~first[:, None]
         if known.any():
             losses = losses * torch.where(known > 0, known / known.max(), 1)[:, None]
         return best_on_grid(losses.sum(dim=0)), bool(losses.any())

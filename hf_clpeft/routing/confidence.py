@@ -5,6 +5,9 @@ like none of them in particular. For every pair of a grid, a task adds up the lo
 classes known by then: a sum, as everything else that a router stores. No image is needed later. Temperature scaling:
 Guo et al., arXiv 1706.04599.
 
+Before, scores are given longer tails, as some images are noisier than others: one temperature for all would be too
+sure of photos, which lie far from every class, and not sure enough of sketches, which lie near.
+
 What was measured early is brought up to date in two ways. Distances between the same classes change while the
 covariance becomes better known, and scores and temperatures change with them. And among few classes there is less to
 be mistaken about, so that a task counts by how many were known.
@@ -16,6 +19,35 @@ import torch
 TEMPERATURES = 2.0 ** (torch.arange(-16, 21, dtype=torch.float64) / 2)
 SHARES = torch.tensor([0.0, 0.01, 0.03, 0.1, 0.2, 0.4], dtype=torch.float64)
 GRID = len(TEMPERATURES) * len(SHARES)
+
+
+def lengthen_tails(scores: torch.Tensor, width: int) -> torch.Tensor:
+    """Log-likelihoods under a Student's t distribution, in the place of a Gaussian.
+
+    A squared distance d² counts as `width · log(1 + d² / width)`. So the scale of the noise is no longer the same for
+    all images: it is unknown, was guessed from as many numbers as an image has, and follows from the image as well.
+
+    Args:
+        scores (`torch.Tensor`): Log-likelihoods, −d²/2. May hold −inf. Where they are above 0, they stay.
+        width (`int`): Number of features; 0: scores stay as they are.
+
+    Returns:
+        `torch.Tensor` of the same shape, in the same order.
+
+    Example:
+
+    ```py
+    >>> import torch
+    >>> from hf_clpeft.routing.confidence import lengthen_tails
+
+    >>> lengthen_tails(torch.tensor([-1.0, -500.0, -1000.0]), width=1000).round()
+    tensor([  -1., -347., -549.])
+
+    ```
+    """
+    if not width:
+        return scores
+    return scores.clamp(min=0) - width / 2 * torch.log1p(scores.clamp(max=0) * (-2 / width))
 
 
 def losses_on_grid(scores: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:

@@ -155,7 +155,9 @@ def leave_one_out(
     """Log-likelihoods of images, up to a constant, each without it in the covariance and in the mean of its class.
 
     What an image adds to the covariance is of low rank, so that the inverse without it follows by Woodbury's identity
-    from the inverse with it.
+    from the inverse with it. Without the image, the mean of its class would be less exact than it is: the image is as
+    far from it, on average, as new ones are from the mean of all n images, by √((n + 1) / (n − 1)) of what it is from
+    the mean with it.
 
     Args:
         residuals (`torch.Tensor` of shape `(images, views, width)`): Features minus the mean of their entry, whitened.
@@ -172,11 +174,12 @@ def leave_one_out(
     mean = residuals.mean(dim=1)
     parts = torch.cat([residuals / residuals.shape[1] ** 0.5, (mean / others.sqrt())[:, None]], dim=1) * share**0.5
     values, vectors = torch.linalg.eigh(parts @ parts.mT)
+    further = (1 + 2 / others) ** 0.5 - 1
     gain = vectors @ torch.diag_embed(1 / (1 - values.clamp(max=1 - 1e-6))) @ vectors.mT
     far, rows = parts @ centres.T, torch.arange(len(owns), device=owns.device)
     scores = torch.zeros(len(owns), len(centres)).to(centres)
     for view in residuals[:, :views].unbind(dim=1):
-        place, own = centres[owns] + view, view + mean / others
+        place, own = centres[owns] + view, view + mean * further
         squared = torch.cdist(place, centres) ** 2
         squared[rows, owns] = own.square().sum(dim=1)
         along = (parts @ place[:, :, None] - far).mT
