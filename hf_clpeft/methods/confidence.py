@@ -123,7 +123,7 @@ class Confidence(ReadsOnce):
             raise ConfigError("method.safetensors has losses below 0, or of tasks beside later ones.")
         if not (self.spreads.isfinite() & (self.spreads >= 0)).all() or not (self.known >= 0).all():
             raise ConfigError("method.safetensors has distances between classes, or numbers of them, below 0.")
-        if self.width.tolist() not in (0, self._features):
+        if self.width.dim() or self.once("width", int) not in (0, self._features):
             raise ConfigError(f"method.safetensors has confidence of {self.width.tolist()} features.")
         self.fitted()  # so that it is known when the model is exported
 
