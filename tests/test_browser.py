@@ -236,6 +236,7 @@ def test_a_class_taught_from_five_pictures_is_recognised(page, visitor, letters)
     visitor.press("Teach", "button.primary")
     assert "4 of your 5 pictures would be recognised" in visitor.read("#outcome", "Learnt letter A")
     assert "0 of 10 answers" in visitor.read("#outcome", "No old weight has changed")
+    visitor.wait("label[data-testid=block-label]", "Your model")
     visitor.press("Try it", "button[role=tab]")
     visitor.give("#picture", letters[6])
     visitor.read("#verdict .verdict", "letter A")
@@ -289,6 +290,9 @@ def test_the_route_shows_the_visitors_own_pictures_after_a_lesson(page, visitor,
     visitor.press("Go back to the model")
     visitor.gone("#outcome", "Learnt")
     time.sleep(2)  # the browser forgets the model
+    assert not visitor.all("[data-testid=toast-text]")
+    visitor.press("Look inside", "button[role=tab]")
+    visitor.wait("#tasks", "After task 5")
 
 
 def test_what_is_no_picture_gets_a_friendly_word(page, visitor):

@@ -85,7 +85,7 @@ def build_demo(
         with gr.Tab("Many pictures"):
             _many_pictures(handlers, key)
         with gr.Tab("Look inside") as tab:
-            step = _look_inside(handlers, key, picture, tab)
+            _look_inside(handlers, key, picture, tab)
         reason = refusal(models.served)
         if teaching and reason is not None:
             with gr.Tab("Teach it"):
@@ -96,7 +96,7 @@ def build_demo(
             saved = gr.BrowserState("", storage_key="hf-clpeft-model")
             demo.load(handlers.recall, saved, [outcome, key], **HIDDEN)
             # An empty text would not be written over the key of a model that the visitor has left.
-            key.change(lambda key: (_last(models.get(key)), key or "none"), key, [step, saved], **HIDDEN)
+            key.change(lambda key: key or "none", key, saved, **HIDDEN)
         if examples:
             demo.load(lambda: keep(examples[0].read_bytes(), examples[0].name), None, picture, **HIDDEN)
         demo.load(fn=None, js=SPEAK)
@@ -168,11 +168,12 @@ def _many_pictures(handlers: Handlers, key: gr.Textbox) -> None:
     files = Files(file_count="multiple", file_types=FILE_TYPES, label="Pictures, or zip archives")
     classify = gr.Button("Classify", variant="primary")
     table = gr.HTML(label="Predictions", elem_id="predictions")
-    sheet = gr.File(label="The same as CSV", interactive=False)
-    classify.click(handlers.predict_files, [files, key], [table, sheet], api_name="predict_files", **SHARED)
+    sheet = gr.File(label="The same as CSV", interactive=False, visible=False)
+    found = classify.click(handlers.predict_files, [files, key], [table, sheet], api_name="predict_files", **SHARED)
+    found.success(lambda: gr.File(visible=True), None, sheet, **HIDDEN)  # an empty box says nothing
 
 
-def _look_inside(handlers: Handlers, key: gr.Textbox, picture: Picture, tab: gr.Tab) -> Step:
+def _look_inside(handlers: Handlers, key: gr.Textbox, picture: Picture, tab: gr.Tab) -> None:
     model = handlers.models.served
     step = _last(model, step=1, label="The model as it was after task", elem_id="step")
     with gr.Row(equal_height=False):
@@ -188,17 +189,20 @@ def _look_inside(handlers: Handlers, key: gr.Textbox, picture: Picture, tab: gr.
     matrix = gr.HTML(label="Accuracy matrix")
     gr.Markdown("## Where the test pictures of each task went")
     routing = gr.HTML(label="Routing")
+    given, told = [step, picture, key], [learnt, matrix, routing, plane, answer]
     gr.on(
-        [tab.select, step.change, key.change],
+        [tab.select, step.change],
         handlers.look_inside,
-        [step, picture, key],
-        [learnt, matrix, routing, plane, answer],
+        given,
+        told,
         api_name="look_inside",
         show_progress="hidden",
         trigger_mode="always_last",  # the slider passes many values while it is dragged
         **SHARED,
     )
-    return step
+    # Another model may have fewer tasks: first the slider, then what it shows.
+    settled = key.change(lambda key: _last(handlers.models.get(key)), key, step, **HIDDEN)
+    settled.then(handlers.look_inside, given, told, **HIDDEN, **SHARED)
 
 
 def _teach_it(handlers: Handlers, key: gr.Textbox, drawing: bool) -> gr.HTML:
@@ -228,7 +232,7 @@ def _teach_it(handlers: Handlers, key: gr.Textbox, drawing: bool) -> gr.HTML:
             learn = gr.Button("Teach", variant="primary")
         with gr.Column(min_width=300):
             outcome = gr.HTML(label="Outcome", elem_id="outcome", min_height=90)
-            archive = gr.File(label="Your model", interactive=False)
+            archive = gr.File(label="Your model", interactive=False, visible=False)
             returned = Archive("Give back a model that you downloaded", file_types=[".zip"], elem_id="returned")
             forget = gr.Button("Go back to the model as it was")
             with gr.Accordion("Push it to the Hub", open=False):
@@ -239,8 +243,9 @@ def _teach_it(handlers: Handlers, key: gr.Textbox, drawing: bool) -> gr.HTML:
     pushing = push.click(handlers.push, [repo_id, token, key], pushed, api_name="push")
     pushing.then(lambda: "", None, token, **HIDDEN)  # nobody who comes to this screen later shall find it
     returned.upload(handlers.give_back, returned, [outcome, key], api_name="give_back")
-    forget.click(lambda: ("", "", None), None, [outcome, key, archive], **HIDDEN)
-    learn.click(handlers.teach, [name, pictures, key], [outcome, key, archive], api_name="teach")
+    forget.click(lambda: ("", "", gr.File(None, visible=False)), None, [outcome, key, archive], **HIDDEN)
+    taught = learn.click(handlers.teach, [name, pictures, key], [outcome, key, archive], api_name="teach")
+    taught.success(lambda: gr.File(visible=True), None, archive, **HIDDEN)
     return outcome
 
 
