@@ -7,7 +7,7 @@ import torch
 
 from ..backbones import Backbone
 from ..config import ConfigError, ContinualConfig, TaskConfig
-from ..routing import ROUTERS, ClassRouter, Routing, find_router
+from ..routing import ROUTERS, ClassRouter, GaussianRouter, Routing, find_router
 from ..routing.confidence import GRID
 from ..routing.held_out import held_out_scores
 from .confidence import Confidence
@@ -51,7 +51,8 @@ class ClosedForm(ManyViews):
             )
         self.router, self.confidence = router, None
         if router.gives_likelihoods:
-            self.confidence = Confidence(self._spreads, self.query_size, self._adapted)
+            width = self.query_size if isinstance(router, GaussianRouter) else 0  # others may add what they like
+            self.confidence = Confidence(self._spreads, width, self._adapted)
 
     def _spreads(self) -> torch.Tensor:
         return self.router.spreads()  # of the router by then, which may be another one
