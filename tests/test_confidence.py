@@ -188,7 +188,7 @@ def test_models_of_before_tails_were_lengthened_stay_as_they_are():
 def test_what_was_measured_early_is_brought_up_to_date():
     logs, now = torch.log_softmax(4 * drawn(4_000, 4), dim=1), torch.ones(2)
     targets = torch.multinomial(logs.exp(), 1, generator=torch.Generator().manual_seed(1))[:, 0]
-    confidence = Confidence(lambda: now)
+    confidence = Confidence(lambda origins: now)
     confidence.add(losses_on_grid(3 * logs, targets), spread=0.5, known=4)
     confidence.add(torch.zeros(222))  # nothing was measured
     assert confidence.fitted()[0] == pytest.approx(6, rel=0.1)  # scores are twice as large by now
@@ -204,13 +204,17 @@ def test_what_was_measured_early_is_brought_up_to_date():
     assert confidence.spreads.tolist() == confidence.known.tolist() == [0, 0] and confidence.temperature() is None
 
 
-def test_a_router_tells_how_far_apart_the_classes_of_a_task_are():
+@pytest.mark.parametrize("origins", [None, [0, 0, 0], [0, 1, 1], [0, 1, 2]])
+def test_a_router_tells_how_far_apart_classes_are_that_were_known_together(origins):
     router = GaussianRouter(query_size=4)
-    router.learn(drawn(40, 4).float(), torch.arange(40) % 3)
-    router.learn(drawn(20, 4, seed=1).float(), torch.full((20,), 3))
-    centres = router._centres[:3].double()
-    wanted = sum(float((centres[i] - centres[j]).square().sum()) for i in range(3) for j in range(i)) / 3
-    assert router.spreads().tolist() == pytest.approx([wanted, 0.0])
+    for task, classes in enumerate(([0, 1, 2], [3], [4, 0])):  # one of them in another domain
+        router.learn(drawn(40, 4, seed=task).float(), torch.tensor(classes * 40)[:40])
+    centres, found = router._centres.double(), router.spreads(None if origins is None else torch.tensor(origins))
+    for task, first in enumerate(origins or [0, 0, 0]):
+        known = [place for place, owner in enumerate(router.owners.tolist()) if first <= owner <= task]
+        pairs = [(i, j) for i in known for j in known if i < j and router.owners[j] == task]
+        wanted = [float((centres[i] - centres[j]).square().sum()) for i, j in pairs]
+        assert found[task].item() == pytest.approx(np.mean(wanted) if wanted else 0, abs=1e-5)
 
 
 def test_calibration_error_counts_images_and_bins():
@@ -242,7 +246,7 @@ def test_a_model_keeps_its_confidence_and_reads_what_was_saved_without(stream, t
         vouch(tmp_path / "model")
         with pytest.raises(ConfigError, match="losses below 0, or of tasks beside|numbers of them, below 0"):
             ContinualModel.from_pretrained(tmp_path / "model")
-    noted = ("confidence.spreads", "confidence.known")
+    noted = ("confidence.spreads", "confidence.known", "confidence.width")
     save_file({key: value for key, value in state.items() if key not in noted}, tmp_path / "model/method.safetensors")
     vouch(tmp_path / "model")
     old = ContinualModel.from_pretrained(tmp_path / "model")

@@ -54,8 +54,8 @@ class ClosedForm(ManyViews):
             width = self.query_size if isinstance(router, GaussianRouter) else 0  # others may add what they like
             self.confidence = Confidence(self._spreads, width, self._adapted)
 
-    def _spreads(self) -> torch.Tensor:
-        return self.router.spreads()  # of the router by then, which may be another one
+    def _spreads(self, origins: torch.Tensor) -> torch.Tensor:
+        return self.router.spreads(origins)  # of the router by then, which may be another one
 
     def _adapted(self) -> bool:
         return len(self.bank) > 0
@@ -104,10 +104,10 @@ class ClosedForm(ManyViews):
             for _ in self.config.tasks:
                 self.confidence.add(torch.zeros(GRID))
             tensors = self.state()
-        if "confidence.losses" in tensors:
-            none = torch.zeros(len(tensors["confidence.losses"]))  # saved before these were noted
-            none_of = {"spreads": none, "known": none.long(), "width": torch.tensor(0)}
-            tensors = {**{f"confidence.{name}": tensor for name, tensor in none_of.items()}, **tensors}
+        if "confidence.losses" in tensors and "confidence.width" not in tensors:  # of before that was noted
+            none = torch.zeros(len(tensors["confidence.losses"]))
+            unknown = {"confidence.spreads": none, "confidence.width": torch.tensor(0)}
+            tensors = {"confidence.known": none.long(), **tensors, **unknown}
         super().load_state(tensors)
 
     def remove(self, position: int, number_of: dict[int, int]) -> None:

@@ -49,7 +49,7 @@ class Confidence(ReadsOnce):
 
     def __init__(
         self,
-        spreads: Callable[[], torch.Tensor] | None = None,
+        spreads: Callable[[torch.Tensor], torch.Tensor] | None = None,
         width: int = 0,
         adapted: Callable[[], bool] | None = None,
     ) -> None:
@@ -84,7 +84,8 @@ class Confidence(ReadsOnce):
 
         Args:
             losses (`torch.Tensor` of shape `(222,)`): From [`Confidence.measure`].
-            spread (`float`, *optional*, defaults to 0.0): Of its classes, at this moment; 0 if that is not known.
+            spread (`float`, *optional*, defaults to 0.0): Of its classes and those before, at this moment; 0 if that
+                is not known.
             known (`int`, *optional*, defaults to 0): Number of classes known by now; 0 if that is not known.
         """
         self.spreads = torch.cat([self.spreads, torch.tensor([spread]).to(self.spreads)])
@@ -134,7 +135,7 @@ class Confidence(ReadsOnce):
         """What [`Confidence.fitted`] returns, and whether anything was measured."""
         losses, then, known = losses.cpu().double(), self.spreads.cpu().double(), self.known.cpu().double()
         if self._spreads_now is not None and then.any():
-            now = self._spreads_now().cpu().double()
+            now = self._spreads_now(self.origins).cpu().double()
             losses = at_other_temperatures(losses, torch.where((then > 0) & (now > 0), now / then, 1))
         first = self.origins.cpu() == torch.arange(len(losses))
         if self._adapted is not None and self._adapted() and losses[~first].any():

@@ -184,12 +184,16 @@ class ClassRouter(Router, ABC):
         """
         return None
 
-    def spreads(self) -> torch.Tensor:
-        """How far apart a task's classes are in the metric of the scores, for every task, on the CPU.
+    def spreads(self, origins: torch.Tensor | None = None) -> torch.Tensor:
+        """How far a task's classes are from one another and from those before, in the metric of the scores.
+
+        Args:
+            origins (integer `torch.Tensor` of shape `(tasks,)`, *optional*): The first task that counts as before
+                each. Default: the first of all.
 
         Returns:
-            `torch.Tensor` of shape `(tasks,)`: Mean squared distance between the means of its classes, of which scores
-            are multiples; 0 where there is one class, or no such metric.
+            `torch.Tensor` of shape `(tasks,)`, on the CPU: Mean squared distance between means of classes, of which
+            scores are multiples; 0 where there is one class, or no such metric.
         """
         return torch.zeros(self.num_owners)
 

@@ -134,10 +134,15 @@ class GaussianRouter(ClassRouter):
         )
         return log_sum_exp(scores[kept], known, count(known)).cpu(), classes.to(place)[kept].cpu()
 
-    def spreads(self) -> torch.Tensor:
+    def spreads(self, origins: torch.Tensor | None = None) -> torch.Tensor:
         centres, owners = self._centres.cpu().double(), self.owners.cpu()
-        found = [torch.pdist(centres[owners == owner]).square() for owner in range(self.num_owners)]
-        return torch.tensor([float(squares.sum()) / max(1, len(squares)) for squares in found])
+        centres = centres - centres.mean(dim=0)
+        # Of all classes up to a task: their number, and the sums of their means and of the squares of these.
+        rows = torch.cat([torch.ones(len(centres), 1), centres.square().sum(dim=1, keepdim=True), centres], dim=1)
+        sums = rows.new_zeros(self.num_owners + 1, rows.shape[1]).index_add(0, owners + 1, rows).cumsum(dim=0)
+        start = sums[0] if origins is None else sums[origins.cpu()]
+        (squares, pairs), (old_squares, old_pairs) = (_between(part - start) for part in (sums[1:], sums[:-1]))
+        return (squares - old_squares) / (pairs - old_pairs).clamp(min=1)
 
     def merge_sums(self, other: Self) -> None:
         if len(other.scatter):
@@ -347,6 +352,12 @@ class GaussianRouter(ClassRouter):
     def _lift(self, query: torch.Tensor) -> torch.Tensor:
         """What the Gaussians are of, from query features."""
         return torch.nn.functional.normalize(query.to(self.prototypes), dim=-1)
+
+
+def _between(sums: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Sum over all pairs of points of their squared distance, and the number of pairs."""
+    count, squares, totals = sums[:, 0], sums[:, 1], sums[:, 2:]
+    return count * squares - totals.square().sum(dim=1), count * (count - 1) / 2
 
 
 def log_sum_exp(scores: torch.Tensor, groups: torch.Tensor, count: int) -> torch.Tensor:
