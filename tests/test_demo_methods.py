@@ -1,5 +1,7 @@
 """The demo of every kind of method: what is not there is not shown."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from conftest import SEVEN, make_trainer, pattern_dataset
@@ -130,6 +132,8 @@ def test_what_keeps_sums_of_classes_can_be_taught(name, tmp_path):
     (found,) = models.get(lesson.key).predict(Image.new("RGB", (32, 32), (250, 7, 7)))
     assert found.label == "red"
     assert "What is in your picture?" in views.introduction(models.served, "here")
+    Path("secret/birds").mkdir(parents=True)
+    assert "<bdi>birds</bdi>" in (said := views.introduction(models.served, "secret/birds")) and "secret" not in said
     table = views.file_table([("a.png", "", found)], models.served)
     assert "Expert" not in table and table.count("<th scope") == table.count("<td")
 

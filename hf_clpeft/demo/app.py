@@ -187,8 +187,9 @@ def _look_inside(handlers: Handlers, key: gr.Textbox, picture: Picture, tab: gr.
             plane = gr.HTML(label="Map", visible=shown, elem_id="plane")
     gr.Markdown("## Accuracy on each task after each task")
     matrix = gr.HTML(label="Accuracy matrix")
-    gr.Markdown("## Where the test pictures of each task went")
-    routing = gr.HTML(label="Routing")
+    routes = model.method.routes
+    gr.Markdown("## Where the test pictures of each task went", visible=routes)
+    routing = gr.HTML(label="Routing", visible=routes)
     given, told = [step, picture, key], [learnt, matrix, routing, plane, answer]
     gr.on(
         [tab.select, step.change],

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from html import escape
 from math import ceil
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -38,16 +39,17 @@ FEWEST_MEASURED = 20  # test pictures that a measured share needs
 
 
 def introduction(model: ContinualModel, source: str) -> str:
-    """The header of the page, as HTML."""
+    """The header of the page, as HTML; of a folder, visitors see the name alone."""
     config, experts = model.config, describe(model.config.method)["experts"]
     title, see = "What is in your picture?", "what it is, and how sure the model can be"
     if model.method.routes:
         title, see = "Which expert takes your picture?", "who takes it, and what it is"
+    name = Path(source).resolve().name if Path(source).is_dir() else source
     return (
         f'<div id="intro"><h1>{title}</h1>'
         f"<p>A frozen vision transformer has learnt {len(config.classes)} classes in {len(config.tasks)} tasks, one "
         f"after another, with {bdi(config.method.name)}: {escape(experts)}. <b>Give it a picture</b>, "
-        f"and see {see}. <code>{bdi(source)}</code></p></div>"
+        f"and see {see}. <code>{bdi(name)}</code></p></div>"
     )
 
 
