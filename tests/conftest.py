@@ -5,6 +5,7 @@ import gc
 import hashlib
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -41,7 +42,7 @@ from PIL import Image as PILImage
 
 from hf_clpeft import TrainerCallback
 from hf_clpeft.backbones import loading
-from hf_clpeft.backbones.bundled import DIGITS_MODEL, bundled_folder
+from hf_clpeft.backbones.bundled import ASSETS, BUNDLED_BACKBONES, DIGITS_MODEL, bundled_folder
 from hf_clpeft.reports import report
 from hf_clpeft.reports.plots import plot_report
 
@@ -119,10 +120,10 @@ def _no_drawing():
 @pytest.fixture(scope="session", autouse=True)
 def _one_backbone():
     """The bundled backbone does not change: it is read and tried out once, and copied a thousand times."""
-    build, load, kept, bundled = loading._build_on_meta, loading._load_weights, {}, bundled_folder(BACKBONE)
+    build, load, kept = loading._build_on_meta, loading._load_weights, {}
 
     def build_once(config, folder, shape, name):
-        if folder != bundled:
+        if folder != bundled_folder(BACKBONE):
             return build(config, folder, shape, name)
         key = shape, config.to_json_string()
         if key not in kept:
@@ -130,7 +131,7 @@ def _one_backbone():
         return kept[key]
 
     def load_once(folder, config, attention, name, **quantized):
-        if folder != bundled or quantized:
+        if folder != bundled_folder(BACKBONE) or quantized:
             return load(folder, config, attention, name, **quantized)
         key = attention, config.to_json_string()
         if key not in kept:
@@ -140,6 +141,43 @@ def _one_backbone():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(loading, "_build_on_meta", build_once)
         patch.setattr(loading, "_load_weights", load_once)
+        yield
+
+
+@cache
+def _shallow_folder(layers):
+    """A checkpoint like the bundled one, but for the layers: the last few are all there are."""
+    from safetensors.torch import load_file, save_file
+
+    folder = Path(_until_exit.enter_context(tempfile.TemporaryDirectory()), "vit-tiny-glyphs")
+    shutil.copytree(ASSETS / "vit-tiny-glyphs", folder)
+    config = json.loads((folder / "config.json").read_text())
+    left_out = config["num_hidden_layers"] - layers
+    (folder / "config.json").write_text(json.dumps({**config, "num_hidden_layers": layers}))
+    kept = {}
+    for name, tensor in load_file(folder / "model.safetensors").items():
+        before, number, after = re.fullmatch(r"(?:(.*\.layer\.)(\d+))?(.*)", name).groups()
+        if number is None:
+            kept[name] = tensor
+        elif int(number) >= left_out:
+            kept[f"{before}{int(number) - left_out}{after}"] = tensor
+    save_file(kept, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+@contextmanager
+def shallowing(layers=2):
+    """In this process, the bundled backbone has these few layers instead of six; `None`: all six again."""
+    folder = "vit-tiny-glyphs" if layers is None else str(_shallow_folder(layers))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(BUNDLED_BACKBONES, BACKBONE, folder)
+        yield
+
+
+@pytest.fixture(scope="module")
+def shallow():
+    """For modules to which any ViT will do: theirs has two layers."""
+    with shallowing():
         yield
 
 
@@ -224,7 +262,8 @@ def other_precision():
 def backbone():
     from hf_clpeft import load_backbone
 
-    return load_backbone(BACKBONE)
+    with shallowing(None):
+        return load_backbone(BACKBONE)
 
 
 @pytest.fixture
@@ -323,7 +362,9 @@ def _trainers(tmp_path_factory):
     @cache  # while another one takes its turn as `learnt`
     def learn(name):
         options = {"k": 10} if name.startswith("s_") else {}
-        trainer = make_trainer(METHODS[name].Config(**options), tmp_path_factory.mktemp(name), train_batch_size=32)
+        folder = tmp_path_factory.mktemp(name)
+        with shallowing(None):
+            trainer = make_trainer(METHODS[name].Config(**options), folder, train_batch_size=32)
         trainer.stream = load_benchmark("digits", max_train_samples_per_task=96, max_test_samples_per_task=24)[:3]
         with drawing():
             trainer.learn_stream(trainer.stream)
@@ -385,7 +426,8 @@ def ask(page):
 def digits():
     from hf_clpeft import ContinualModel
 
-    return ContinualModel.from_pretrained(DIGITS_MODEL)
+    with shallowing(None):
+        return ContinualModel.from_pretrained(DIGITS_MODEL)
 
 
 @pytest.fixture(scope="session")
