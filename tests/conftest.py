@@ -80,7 +80,7 @@ def _torch_as_it_was():
 
 @pytest.fixture(autouse=True)
 def _no_garbage_in_modules():
-    """The trainer looks for garbage after every task: not among half a million objects of imported modules."""
+    """Python looks for garbage now and then: not among half a million objects of imported modules."""
     global _modules
     if len(sys.modules) > _modules:
         gc.collect()
@@ -114,6 +114,17 @@ def drawn():
 def _no_drawing():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(report, "plot_report", lambda *args: Path(args[4]).touch())
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _no_search_for_garbage():
+    """After every task, Accelerate looks at every object there is; Python itself looks often enough."""
+    from accelerate.utils import memory
+
+    clear = memory.clear_device_cache
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(memory, "clear_device_cache", lambda garbage_collection=False: clear())
         yield
 
 
@@ -178,6 +189,13 @@ def shallowing(layers=2):
 def shallow():
     """For modules to which any ViT will do: theirs has two layers."""
     with shallowing():
+        yield
+
+
+@pytest.fixture
+def deep():
+    """For tests of such modules to which it matters."""
+    with shallowing(None):
         yield
 
 
@@ -259,11 +277,15 @@ def other_precision():
 
 
 @pytest.fixture(scope="session")
-def backbone():
+def _backbones():
     from hf_clpeft import load_backbone
 
-    with shallowing(None):
-        return load_backbone(BACKBONE)
+    return cache(lambda folder: load_backbone(BACKBONE))
+
+
+@pytest.fixture(scope="module")
+def backbone(_backbones):
+    return _backbones(bundled_folder(BACKBONE))
 
 
 @pytest.fixture
@@ -360,11 +382,9 @@ def _trainers(tmp_path_factory):
     from hf_clpeft import METHODS, load_benchmark
 
     @cache  # while another one takes its turn as `learnt`
-    def learn(name):
+    def learn(name, backbone):
         options = {"k": 10} if name.startswith("s_") else {}
-        folder = tmp_path_factory.mktemp(name)
-        with shallowing(None):
-            trainer = make_trainer(METHODS[name].Config(**options), folder, train_batch_size=32)
+        trainer = make_trainer(METHODS[name].Config(**options), tmp_path_factory.mktemp(name), train_batch_size=32)
         trainer.stream = load_benchmark("digits", max_train_samples_per_task=96, max_test_samples_per_task=24)[:3]
         with drawing():
             trainer.learn_stream(trainer.stream)
@@ -373,10 +393,10 @@ def _trainers(tmp_path_factory):
     return learn
 
 
-@pytest.fixture(scope="session", params=["s_lora", "s_prompts"])
+@pytest.fixture(scope="module", params=["s_lora", "s_prompts"])
 def learnt(request, _trainers):
     """A trainer that has learnt the first three digit tasks, one for each PEFT technique. Not to be changed."""
-    return _trainers(request.param)
+    return _trainers(request.param, bundled_folder(BACKBONE))
 
 
 @pytest.fixture(scope="session")

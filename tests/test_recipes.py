@@ -20,6 +20,7 @@ from hf_clpeft.training.options import BackboneArguments, StreamArguments, parse
 from hf_clpeft.training.recipe import resuming_command
 
 
+pytestmark = pytest.mark.usefixtures("shallow")
 REPO = Path(__file__).parents[1]
 GROUPS = (StreamArguments, BackboneArguments, ContinualTrainingArguments)
 QUICK = ["--num_train_epochs", "1", "--max_train_samples_per_task", "32", "--max_test_samples_per_task", "16"]
@@ -95,7 +96,8 @@ def test_under_a_quiet_launcher_no_traceback_follows_a_line(monkeypatch):
 
 def test_a_digits_model_is_pushed_task_by_task_and_a_refusal_ends_it(hub, run_here, monkeypatch, capfd):
     monkeypatch.setenv("HF_TOKEN", "hf_alice")
-    printed = run_here("publish_digits.py", "alice", "--method", "aper")  # it trains on one task only
+    options = ["--method", "aper", "--recipe-options", " ".join(QUICK)]  # it trains on one task only
+    printed = run_here("publish_digits.py", "alice", *options)
     assert re.search(r"aper +\d+\.\d", printed), printed
     assert sorted(hub.repo("alice/aper-digits").tags) == [f"task-00{i}" for i in range(5)]
     assert 'from_pretrained("alice/aper-digits")' in Path("out/digits_models/aper-digits/README.md").read_text()
