@@ -51,11 +51,11 @@ BACKBONE = "hf-clpeft/vit-tiny-glyphs"
 EXAMPLES = sorted((bundled_folder(DIGITS_MODEL) / "examples").glob("*.png"))
 SEVEN = EXAMPLES[7]
 SLOW = """
-    onnx every_method recipes foreign_device processes browser torch_export checkpoints push kill compare bank trunk
-    readme backbone_families docstrings precision lora_sums together version1 model prefix streamed fuzz package
-    training slca_ssiat docs prompt_methods threads callbacks tuna space cli speed combine notebook mos sums console
-    adapters saving controls hub_answers tutorials export tried demo_teaching resume demo_methods strangers parallel
-    ease demo_pictures aper learn output own_routers demo
+    browser recipes processes onnx every_method torch_export compare readme version1 trunk docstrings
+    backbone_families foreign_device checkpoints kill push speed lora_sums precision bank package streamed cli
+    threads docs notebook space model prefix training fuzz slca_ssiat prompt_methods hub_answers sums adapters
+    tutorials tuna mos callbacks together strangers demo_methods combine parallel tried saving demo_teaching
+    own_routers learn controls console resume download card ease confidence output aper demo_pictures demo
 """.split()  # files, the slowest first
 _modules = 0  # that were imported when garbage was last looked for
 disable_progress_bars()
