@@ -6,6 +6,7 @@ python recipes/publish_digits.py --output-dir hf_clpeft/assets     # pushes noth
 What is there already is not learnt again. Minutes, on a CPU.
 """
 
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -25,12 +26,14 @@ def main(
     namespace: Annotated[str | None, typer.Argument(help="Whose repos to push to; none: nothing is pushed.")] = None,
     output_dir: Annotated[Path, typer.Option(help="Folder for the models.")] = Path("out/digits_models"),
     method: Annotated[list[str], typer.Option(help="Only this method; may be given several times.")] = RECIPES,
+    recipe_options: Annotated[str, typer.Option(help="Further options of the recipes, as one text.")] = "",
 ):
     for recipe in method:
         name = f"{recipe.replace('_', '-')}-digits"
         folder, repo_id = output_dir / name, f"{namespace or 'hf-clpeft'}/{name}"
         script = Path(__file__).with_name(f"{recipe}.py")
         options = ["--benchmark", "digits", "--output_dir", folder, "--resume_from_checkpoint", "auto"]
+        options += shlex.split(recipe_options)
         if namespace is not None:
             options += ["--push_to_hub", "--hub_model_id", repo_id]
         ended = subprocess.run([sys.executable, script, *options]).returncode

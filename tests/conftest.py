@@ -5,6 +5,7 @@ import gc
 import hashlib
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -41,7 +42,7 @@ from PIL import Image as PILImage
 
 from hf_clpeft import TrainerCallback
 from hf_clpeft.backbones import loading
-from hf_clpeft.backbones.bundled import DIGITS_MODEL, bundled_folder
+from hf_clpeft.backbones.bundled import ASSETS, BUNDLED_BACKBONES, DIGITS_MODEL, bundled_folder
 from hf_clpeft.reports import report
 from hf_clpeft.reports.plots import plot_report
 
@@ -50,11 +51,11 @@ BACKBONE = "hf-clpeft/vit-tiny-glyphs"
 EXAMPLES = sorted((bundled_folder(DIGITS_MODEL) / "examples").glob("*.png"))
 SEVEN = EXAMPLES[7]
 SLOW = """
-    onnx every_method recipes foreign_device processes browser torch_export checkpoints push kill compare bank trunk
-    readme backbone_families docstrings precision lora_sums together version1 model prefix streamed fuzz package
-    training slca_ssiat docs prompt_methods threads callbacks tuna space cli speed combine notebook mos sums console
-    adapters saving controls hub_answers tutorials export tried demo_teaching resume demo_methods strangers parallel
-    ease demo_pictures aper learn output own_routers demo
+    browser recipes processes onnx every_method torch_export compare readme version1 trunk docstrings
+    backbone_families foreign_device checkpoints kill push speed lora_sums precision bank package streamed cli
+    threads docs notebook space model prefix training fuzz slca_ssiat prompt_methods hub_answers sums adapters
+    tutorials tuna mos callbacks together strangers demo_methods combine parallel tried saving demo_teaching
+    own_routers learn controls console resume download card ease confidence output aper demo_pictures demo
 """.split()  # files, the slowest first
 _modules = 0  # that were imported when garbage was last looked for
 disable_progress_bars()
@@ -79,7 +80,7 @@ def _torch_as_it_was():
 
 @pytest.fixture(autouse=True)
 def _no_garbage_in_modules():
-    """The trainer looks for garbage after every task: not among half a million objects of imported modules."""
+    """Python looks for garbage now and then: not among half a million objects of imported modules."""
     global _modules
     if len(sys.modules) > _modules:
         gc.collect()
@@ -117,12 +118,23 @@ def _no_drawing():
 
 
 @pytest.fixture(scope="session", autouse=True)
+def _no_search_for_garbage():
+    """After every task, Accelerate looks at every object there is; Python itself looks often enough."""
+    from accelerate.utils import memory
+
+    clear = memory.clear_device_cache
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(memory, "clear_device_cache", lambda garbage_collection=False: clear())
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
 def _one_backbone():
     """The bundled backbone does not change: it is read and tried out once, and copied a thousand times."""
-    build, load, kept, bundled = loading._build_on_meta, loading._load_weights, {}, bundled_folder(BACKBONE)
+    build, load, kept = loading._build_on_meta, loading._load_weights, {}
 
     def build_once(config, folder, shape, name):
-        if folder != bundled:
+        if folder != bundled_folder(BACKBONE):
             return build(config, folder, shape, name)
         key = shape, config.to_json_string()
         if key not in kept:
@@ -130,7 +142,7 @@ def _one_backbone():
         return kept[key]
 
     def load_once(folder, config, attention, name, **quantized):
-        if folder != bundled or quantized:
+        if folder != bundled_folder(BACKBONE) or quantized:
             return load(folder, config, attention, name, **quantized)
         key = attention, config.to_json_string()
         if key not in kept:
@@ -140,6 +152,50 @@ def _one_backbone():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(loading, "_build_on_meta", build_once)
         patch.setattr(loading, "_load_weights", load_once)
+        yield
+
+
+@cache
+def _shallow_folder(layers):
+    """A checkpoint like the bundled one, but for the layers: the last few are all there are."""
+    from safetensors.torch import load_file, save_file
+
+    folder = Path(_until_exit.enter_context(tempfile.TemporaryDirectory()), "vit-tiny-glyphs")
+    shutil.copytree(ASSETS / "vit-tiny-glyphs", folder)
+    config = json.loads((folder / "config.json").read_text())
+    left_out = config["num_hidden_layers"] - layers
+    (folder / "config.json").write_text(json.dumps({**config, "num_hidden_layers": layers}))
+    kept = {}
+    for name, tensor in load_file(folder / "model.safetensors").items():
+        before, number, after = re.fullmatch(r"(?:(.*\.layer\.)(\d+))?(.*)", name).groups()
+        if number is None:
+            kept[name] = tensor
+        elif int(number) >= left_out:
+            kept[f"{before}{int(number) - left_out}{after}"] = tensor
+    save_file(kept, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+@contextmanager
+def shallowing(layers=2):
+    """In this process, the bundled backbone has these few layers instead of six; `None`: all six again."""
+    folder = "vit-tiny-glyphs" if layers is None else str(_shallow_folder(layers))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(BUNDLED_BACKBONES, BACKBONE, folder)
+        yield
+
+
+@pytest.fixture(scope="module")
+def shallow():
+    """For modules to which any ViT will do: theirs has two layers."""
+    with shallowing():
+        yield
+
+
+@pytest.fixture
+def deep():
+    """For tests of such modules to which it matters."""
+    with shallowing(None):
         yield
 
 
@@ -221,10 +277,15 @@ def other_precision():
 
 
 @pytest.fixture(scope="session")
-def backbone():
+def _backbones():
     from hf_clpeft import load_backbone
 
-    return load_backbone(BACKBONE)
+    return cache(lambda folder: load_backbone(BACKBONE))
+
+
+@pytest.fixture(scope="module")
+def backbone(_backbones):
+    return _backbones(bundled_folder(BACKBONE))
 
 
 @pytest.fixture
@@ -321,7 +382,7 @@ def _trainers(tmp_path_factory):
     from hf_clpeft import METHODS, load_benchmark
 
     @cache  # while another one takes its turn as `learnt`
-    def learn(name):
+    def learn(name, backbone):
         options = {"k": 10} if name.startswith("s_") else {}
         trainer = make_trainer(METHODS[name].Config(**options), tmp_path_factory.mktemp(name), train_batch_size=32)
         trainer.stream = load_benchmark("digits", max_train_samples_per_task=96, max_test_samples_per_task=24)[:3]
@@ -332,10 +393,10 @@ def _trainers(tmp_path_factory):
     return learn
 
 
-@pytest.fixture(scope="session", params=["s_lora", "s_prompts"])
+@pytest.fixture(scope="module", params=["s_lora", "s_prompts"])
 def learnt(request, _trainers):
     """A trainer that has learnt the first three digit tasks, one for each PEFT technique. Not to be changed."""
-    return _trainers(request.param)
+    return _trainers(request.param, bundled_folder(BACKBONE))
 
 
 @pytest.fixture(scope="session")
@@ -385,7 +446,8 @@ def ask(page):
 def digits():
     from hf_clpeft import ContinualModel
 
-    return ContinualModel.from_pretrained(DIGITS_MODEL)
+    with shallowing(None):
+        return ContinualModel.from_pretrained(DIGITS_MODEL)
 
 
 @pytest.fixture(scope="session")

@@ -16,6 +16,7 @@ from hf_clpeft import (
     load_benchmark,
     s_lora,
 )
+from hf_clpeft.backbones.bundled import BUNDLED_BACKBONES
 from hf_clpeft.reports import report
 from hf_clpeft.training.options import BackboneArguments
 from hf_clpeft.training.processes import TrainingError
@@ -26,10 +27,17 @@ from hf_clpeft.training.steps import StepLoop
 METHODS = {"s_lora": s_lora(k=5), "l2l": l2l(pool_size=4, top_n=2)}
 
 
-def hurry() -> None:
-    """Leaves out what takes most of the time of a tiny run: pictures, and garbage among imported modules."""
+BACKBONE = "hf-clpeft/vit-tiny-glyphs"
+
+
+def hurry(backbone: str | None = None) -> None:
+    """Leaves out what takes most of the time of a tiny run: pictures, and garbage among imported modules.
+
+    `backbone` is the folder of the bundled one from now on: that of the process which starts this one.
+    """
     gc.freeze()
     report.plot_report = lambda *args: Path(args[4]).touch()
+    BUNDLED_BACKBONES[BACKBONE] = backbone or BUNDLED_BACKBONES[BACKBONE]
 
 
 def run_together(rank: int, num_processes: int, port: int, *args, **options) -> None:
@@ -45,14 +53,16 @@ def run_together(rank: int, num_processes: int, port: int, *args, **options) -> 
         raise
 
 
-def run_noted(rank: int, num_processes: int, port: int, num_images: int, method: str, folder: str, **options) -> None:
+def run_noted(
+    rank: int, num_processes: int, port: int, num_images: int, method: str, folder: str, backbone: str, **options
+) -> None:
     """Learns two tasks of `num_images` each, and notes every row that is trained on: its pixels, label and view.
 
     What the method keeps is noted, too. The second process rounds otherwise, as another kind of processor would.
     """
     from conftest import pattern_dataset
 
-    hurry()
+    hurry(backbone)
     rows, complete, save, learn_task = [], StepLoop._complete, ContinualTrainer._save, PrototypeRouter.learn
 
     def noted(loop, batch, share):
@@ -83,16 +93,16 @@ def run_noted(rank: int, num_processes: int, port: int, num_images: int, method:
     defaults = {"num_train_epochs": 2, "train_batch_size": 16, "disable_tqdm": True, "augmentation": "crop_flip"}
     args = ContinualTrainingArguments(output_dir=folder, **{**defaults, **options})
     stream = TaskStream.class_incremental(data, num_tasks=2)
-    learn(stream, BackboneArguments(backbone="hf-clpeft/vit-tiny-glyphs"), args, METHODS[method])
+    learn(stream, BackboneArguments(backbone=BACKBONE), args, METHODS[method])
     Path(folder, f"rows-{rank}").write_text("\n".join(rows))
 
 
-def run(method: str, folder: str, repo_id: str | None = None, **options) -> None:
+def run(method: str, folder: str, repo_id: str | None = None, backbone: str | None = None, **options) -> None:
     """Learns three digit tasks into a folder, or what is left of them, and pushes each, if it is told where."""
-    hurry()
+    hurry(backbone)
     stream = load_benchmark("digits", max_train_samples_per_task=64, max_test_samples_per_task=16)[:3]
     defaults = {"num_train_epochs": 2, "train_batch_size": 16, "disable_tqdm": True}
     defaults |= {"resume_from_checkpoint": "auto", "save_steps": 2}
     push = {"push_to_hub": repo_id is not None, "hub_model_id": repo_id, "hub_token": "hf_alice"}
     args = ContinualTrainingArguments(output_dir=folder, **{**defaults, **push, **options})
-    learn(stream, BackboneArguments(backbone="hf-clpeft/vit-tiny-glyphs"), args, METHODS[method])
+    learn(stream, BackboneArguments(backbone=BACKBONE), args, METHODS[method])

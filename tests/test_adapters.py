@@ -18,6 +18,7 @@ from hf_clpeft.experts.naming import migrate_adapter
 from hf_clpeft.methods.method import Batch
 
 
+pytestmark = pytest.mark.usefixtures("shallow")
 IMAGES = torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 OPTIONS = {  # what a technique needs on layers as small as these
     "ADALORA": {"init_r": 2, "target_r": 1, "total_step": 10},

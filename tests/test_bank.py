@@ -2,6 +2,7 @@
 
 import copy
 from dataclasses import replace
+from functools import cache
 
 import pytest
 import torch
@@ -28,7 +29,8 @@ TECHNIQUES = {
 }
 
 
-def small_backbone(dtype=torch.float32):
+@cache
+def _small_backbone(dtype):
     torch.manual_seed(0)
     config = ViTConfig(
         hidden_size=16,
@@ -41,7 +43,14 @@ def small_backbone(dtype=torch.float32):
     )
     model = ViTModel(config, add_pooling_layer=False).to(dtype)
     processor = ViTImageProcessorPil(size={"height": SIZE, "width": SIZE})
-    return Backbone(model, processor, BackboneConfig("small", SIZE, "0"))
+    return Backbone(model, processor, BackboneConfig("small", SIZE, "0")), torch.get_rng_state()
+
+
+def small_backbone(dtype=torch.float32):
+    """A copy, as it takes long to try one out; random numbers go on as after making one."""
+    backbone, random_state = _small_backbone(dtype)
+    torch.set_rng_state(random_state)
+    return copy.deepcopy(backbone)
 
 
 def random_experts(backbone, arguments, seed=0):

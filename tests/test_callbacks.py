@@ -10,6 +10,7 @@ from conftest import make_trainer, outcome, pattern_dataset
 from hf_clpeft import ContinualModel, TaskStream, TrainerCallback, l2l, s_lora, s_x, sequential_lora, slda
 
 
+pytestmark = pytest.mark.usefixtures("shallow")
 REPO = "alice/model"
 EVENTS = [name for name in vars(TrainerCallback) if name.startswith("on_")]
 OPTIONS = {"num_train_epochs": 1, "logging_steps": 2}  # two steps a task

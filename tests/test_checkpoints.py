@@ -33,6 +33,7 @@ from hf_clpeft.training.checkpoints import random_state, set_random_state
 from hf_clpeft.training.steps import TrainingError, TrainingStopped
 
 
+pytestmark = pytest.mark.usefixtures("shallow")
 OPTIONS = {"augmentation": "crop_flip", "save_steps": 2, "train_batch_size": 5, "resume_from_checkpoint": "auto"}
 
 
@@ -276,6 +277,7 @@ def test_a_signal_ends_a_recipe_with_the_command_that_goes_on(tmp_path):
     import signal
     import subprocess
     import sys
+    import time
 
     repo = Path(__file__).parents[1]
     command = [sys.executable, str(repo / "recipes" / "s_lora.py"), "--benchmark", "digits", "--disable_tqdm"]
@@ -283,6 +285,7 @@ def test_a_signal_ends_a_recipe_with_the_command_that_goes_on(tmp_path):
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     while not list(tmp_path.glob("out/checkpoints/task-*")):
         assert process.poll() is None, process.stderr.read()
+        time.sleep(0.05)
     process.send_signal(signal.SIGTERM)
     output, errors = process.communicate(timeout=60)
     assert process.returncode == 128 + signal.SIGTERM, errors[-2000:]

@@ -18,7 +18,10 @@ from hf_clpeft.streams.images import open_image
 
 
 REPO = "alice/model"
-pytestmark = pytest.mark.parametrize("learnt", ["s_lora"], indirect=True)
+pytestmark = [
+    pytest.mark.usefixtures("shallow"),
+    pytest.mark.parametrize("learnt", ["s_lora"], indirect=True),
+]
 
 
 def run(*words, fails=False):
@@ -181,6 +184,7 @@ def test_migrate_renames_an_old_adapter(saved):
     assert load_file("new/adapter_model.safetensors").keys() == tensors.keys()
 
 
+@pytest.mark.usefixtures("deep")
 def test_env_and_test(saved):
     assert json.loads(run("env", "--json"))["accelerator"]
     results = json.loads(run("test", "--json"))

@@ -22,6 +22,7 @@ from hf_clpeft.training.plan import make_plan
 from hf_clpeft.training.recipe import resuming_command
 
 
+pytestmark = pytest.mark.usefixtures("shallow")
 OPTIONS = {"num_train_epochs": 3, "train_batch_size": 5, "gradient_accumulation_steps": 2}
 
 
@@ -50,6 +51,7 @@ def test_a_plan_is_what_comes(method):
         assert (task.expert_parameters, task.head_parameters) == (expert, head)
 
 
+@pytest.mark.usefixtures("deep")
 @pytest.mark.parametrize("name", METHODS)
 def test_every_method_has_a_plan(name):
     stream = TaskStream.class_incremental(pattern_dataset(), num_tasks=2)

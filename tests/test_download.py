@@ -11,7 +11,10 @@ from hf_clpeft.hub.download import fetch_config
 
 
 REPO = "alice/model"
-pytestmark = pytest.mark.parametrize("learnt", ["s_lora"], indirect=True)
+pytestmark = [
+    pytest.mark.usefixtures("shallow"),
+    pytest.mark.parametrize("learnt", ["s_lora"], indirect=True),
+]
 
 
 @pytest.fixture

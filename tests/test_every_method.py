@@ -25,6 +25,7 @@ from hf_clpeft.config import ContinualConfig
 from hf_clpeft.streams.images import open_image
 
 
+pytestmark = pytest.mark.usefixtures("shallow")
 PACKAGE = {name: kind for name, kind in METHODS.items() if kind.__module__.startswith("hf_clpeft.")}
 # What has the option `peft`, or any router, is the general form of a method with a name of its own.
 NAMES = [name for name, kind in PACKAGE.items() if "peft" not in {f.name for f in fields(kind.Config)}]
@@ -35,15 +36,16 @@ ARGS = {"num_train_epochs": 3, "train_batch_size": 4, "learning_rate": 1e-2, "he
 
 
 def options_of(name):
-    return PACKAGE[name].Config(**{f.name: SMALL[f.name] for f in fields(PACKAGE[name].Config) if f.name in SMALL})
+    """Small ones of a method, for a backbone of two layers."""
+    options = PACKAGE[name].Config(**{f.name: SMALL[f.name] for f in fields(PACKAGE[name].Config) if f.name in SMALL})
+    if getattr(options, "query_layers", None):
+        options.query_layers = options.query_layers[-2:]
+    return options
 
 
 def trainer_on(tiny, name, folder, **training):
     """A trainer of a method on a backbone of two layers."""
-    options = options_of(name)
-    if getattr(options, "query_layers", None):
-        options.query_layers = options.query_layers[-2:]
-    model = ContinualModel(tiny, ContinualConfig(options, tiny.config))
+    model = ContinualModel(tiny, ContinualConfig(options_of(name), tiny.config))
     args = ContinualTrainingArguments(str(folder), **{**ARGS, "num_train_epochs": 1, "disable_tqdm": True, **training})
     return ContinualTrainer(model, args)
 

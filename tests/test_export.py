@@ -125,14 +125,20 @@ def test_interpolated_positions_are_exported_with_their_size():
     assert pipeline("image-classification", "merged").image_processor.size["height"] == 48
 
 
-def other_backbone(backbone, model_class, config_class):
-    size = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 32, "patch_size": 8}
-    return Backbone(model_class(config_class(**size)), backbone.processor, backbone.config)
+def other_backbone(backbone, model_class, config_class, layers=2):
+    size = {"hidden_size": 16, "num_attention_heads": 2, "image_size": 32, "patch_size": 8}
+    config = config_class(num_hidden_layers=layers, **size)
+    return Backbone(model_class(config), backbone.processor, backbone.config)
 
 
 def two_layers(backbone):
     """A ViT of two layers, so that a graph of it is made in seconds."""
     return other_backbone(backbone, partial(ViTModel, add_pooling_layer=False), ViTConfig)
+
+
+def one_layer(backbone):
+    """For tests that make several graphs, or look at something else."""
+    return other_backbone(backbone, partial(ViTModel, add_pooling_layer=False), ViTConfig, layers=1)
 
 
 def test_a_classifier_that_reads_more_than_cls_reads_it_with_zeros(backbone):

@@ -19,6 +19,7 @@ from hf_clpeft.streams.locate import load_source
 from hf_clpeft.streams.task import split_of
 
 
+pytestmark = pytest.mark.usefixtures("shallow")
 EXAMPLES = int(os.environ.get("HF_CLPEFT_FUZZ", 60))  # for each method
 DOCUMENTED = (BackboneError, ConfigError, ExpertError, OSError)
 JSON_VALUES = st.recursive(

@@ -10,8 +10,10 @@ import pytest
 from conftest import outcome
 
 from hf_clpeft import ContinualModel
+from hf_clpeft.backbones.bundled import bundled_folder
 
 
+pytestmark = pytest.mark.usefixtures("shallow")
 KILLS = int(os.environ.get("HF_CLPEFT_KILLS", 4))  # for each method
 _processes = multiprocessing.get_context("forkserver")  # forked from a process that has imported everything already
 _processes.set_forkserver_preload(
@@ -28,7 +30,8 @@ def _warm():
 
 
 def start(*args):
-    process = _processes.Process(target=killable.run, args=args)
+    backbone = str(bundled_folder(killable.BACKBONE))  # a shallow one
+    process = _processes.Process(target=killable.run, args=args, kwargs={"backbone": backbone})
     process.start()
     return process
 

@@ -24,6 +24,9 @@ from hf_clpeft.methods.inflora import complement, principal
 from hf_clpeft.methods.inputs import combine_tokens, second_moments
 
 
+pytestmark = pytest.mark.usefixtures("shallow")
+
+
 def naive_updates(bank):
     """`s B A` of every expert, by layer."""
     updates = []
@@ -217,6 +220,7 @@ def test_the_loss_is_over_the_classes_of_the_task_with_all_updates(method):
         torch.testing.assert_close(method.loss(Batch(pixels, labels + 4)), wanted, atol=1e-4, rtol=1e-3)
 
 
+@pytest.mark.usefixtures("deep")
 @pytest.mark.parametrize("method", [inflora(), sd_lora()], ids=lambda method: method.name)
 def test_five_tasks_are_learnt_in_sequence_and_not_forgotten(method, tmp_path):
     options = {"num_train_epochs": 4, "train_batch_size": 16, "eval_batch_size": 128}

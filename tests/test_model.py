@@ -27,6 +27,9 @@ from hf_clpeft import (
 from hf_clpeft.streams.images import open_image
 
 
+pytestmark = pytest.mark.usefixtures("shallow")
+
+
 def pixels(model, count=24, seed=0):
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(count, 3, 32, 32, generator=generator)
@@ -125,6 +128,7 @@ def test_a_single_class_is_learnt_by_its_route_and_changes_no_other_answer(learn
     assert model.predict(rows["image"][5], expert="task-000")[0].label in ("0", "1", "2", "3", "4", "5")
 
 
+@pytest.mark.usefixtures("deep")
 def test_digits_are_seldom_rejected_and_what_is_no_digit_nearly_always():
     model = ContinualModel.from_pretrained("hf-clpeft/s-lora-digits")
     test = [open_image(encoded) for task in load_benchmark("digits") for encoded, _, _ in task.test]

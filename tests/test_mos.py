@@ -8,6 +8,7 @@ from safetensors.torch import load_file
 from hf_clpeft import ConfigError, ContinualModel, ContinualTrainer, TaskStream, load_benchmark, mos, s_lora
 
 
+pytestmark = pytest.mark.usefixtures("shallow")
 BACKBONE = "hf-clpeft/vit-tiny-glyphs"
 
 

@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ import torch
 from conftest import BACKBONE, EXAMPLES, SEVEN
 from test_cli import run
 from test_every_method import options_of, taught_on_two_layers
-from test_export import logits_of, two_layers, untaught
+from test_export import logits_of, one_layer, two_layers, untaught
 from transformers import AutoImageProcessor
 
 from hf_clpeft import ConfigError, ContinualModel, ExpertError, load_backbone
@@ -22,6 +23,17 @@ from hf_clpeft.export import export_adapter, export_onnx, graph, onnx
 
 
 onnxruntime = pytest.importorskip("onnxruntime")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _operators_once():
+    """What torch can say in ONNX is read anew for every graph, out of the source of a library that does not change."""
+    from torch.onnx._internal.exporter import _registration
+
+    with pytest.MonkeyPatch.context() as patch:
+        read = _registration.onnxscript_apis.get_torchlib_ops
+        patch.setattr(_registration.onnxscript_apis, "get_torchlib_ops", cache(read))
+        yield
 
 
 METHODS = ("s_lora", "s_lora_mix", "s_prompts_pp", "l2p", "ease", "slda_pp")
@@ -130,10 +142,10 @@ def test_the_script_prepares_pictures_as_the_model_does(settings, backbone, tmp_
 
 
 def test_what_cannot_be_a_graph_is_refused_and_nothing_is_written(backbone, monkeypatch):
-    dora = untaught(backbone=two_layers(backbone), lora={"use_dora": True})
+    dora = untaught(backbone=one_layer(backbone), lora={"use_dora": True})
     half = untaught(backbone=load_backbone(BACKBONE, dtype="bfloat16"))
-    none = untaught(backbone=two_layers(backbone), tasks=())
-    model = untaught(backbone=two_layers(backbone))
+    none = untaught(backbone=one_layer(backbone), tasks=())
+    model = untaught(backbone=one_layer(backbone))
     cases = [
         (dora, {}, ExpertError, "one after another"),
         (half, {}, ExpertError, "load it in float32"),
@@ -153,7 +165,7 @@ def test_what_cannot_be_a_graph_is_refused_and_nothing_is_written(backbone, monk
 
 
 def test_operators_that_onnx_lacks_are_named(backbone):
-    tiny, options = two_layers(backbone), options_of("klda")
+    tiny, options = one_layer(backbone), options_of("klda")
     model = ContinualModel(tiny, ContinualConfig(options, tiny.config))
     model.start_task("pets", ["cat", "dog"])
     labels = torch.tensor([0, 1] * 4)
@@ -163,7 +175,7 @@ def test_operators_that_onnx_lacks_are_named(backbone):
 
 
 def test_a_rounded_graph_that_names_other_classes_is_refused(backbone, monkeypatch, caplog):
-    model = untaught(backbone=two_layers(backbone))
+    model = untaught(backbone=one_layer(backbone))
     monkeypatch.setattr(onnx, "LEAST_AGREEMENT", 1.1)
     with pytest.raises(ConfigError, match="too few: export it without int8"):
         export_onnx(model, "graph", task="task-000", int8=True, pictures=EXAMPLES)
@@ -173,7 +185,7 @@ def test_a_rounded_graph_that_names_other_classes_is_refused(backbone, monkeypat
 
 
 def test_another_model_is_not_overwritten_unless_told(backbone):
-    model, other = untaught(backbone=two_layers(backbone)), untaught(backbone=two_layers(backbone))
+    model, other = untaught(backbone=one_layer(backbone)), untaught(backbone=one_layer(backbone))
     export_adapter(other, "task-000", "taken")
     for folder, first in (("taken", None), ("graph", lambda: export_onnx(other, "graph", task="task-000"))):
         if first:

@@ -13,6 +13,7 @@ from hf_clpeft.training.output import check_output
 from hf_clpeft.training.recipe import run_recipe
 
 
+pytestmark = pytest.mark.usefixtures("shallow")
 METHODS = {
     "s_lora": s_lora(k=1),
     "l2l": l2l(pool_size=2, top_n=1),

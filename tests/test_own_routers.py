@@ -26,6 +26,9 @@ from hf_clpeft.methods import Slda, SLora
 from hf_clpeft.routing import ClassMeanRouter, GaussianRouter, PrototypeRouter, RidgeRouter
 
 
+pytestmark = pytest.mark.usefixtures("shallow")
+
+
 class Cosine(PrototypeRouter):
     title = "nearest prototype, in my own way"
 

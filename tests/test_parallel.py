@@ -7,6 +7,7 @@ from hf_clpeft import ConfigError, ContinualTrainingArguments, TaskStream, l2l, 
 from hf_clpeft.training.parallel import ParallelExperts
 
 
+pytestmark = pytest.mark.usefixtures("shallow")
 OPTIONS = {"augmentation": "crop_flip", "train_batch_size": 5}
 
 

@@ -32,6 +32,7 @@ from hf_clpeft.experts.expert import make_peft_config, make_peft_model
 from hf_clpeft.experts.prefix import insert_prefixes, prepare_for_prefixes
 
 
+pytestmark = pytest.mark.usefixtures("shallow")
 PREFIX = {"peft_type": "PREFIX_TUNING", "num_virtual_tokens": 3}
 LAST = PREFIX | {"layers_to_transform": [1]}
 
@@ -374,6 +375,7 @@ def logits(model):
     return model(torch.randn(8, 3, 32, 32, generator=torch.Generator().manual_seed(0))).logits
 
 
+@pytest.mark.usefixtures("deep")
 @pytest.mark.parametrize("name", ["s_x", "s_x_mix"])
 def test_methods_train_save_load_and_push_prefixes(name, hub, stream):
     peft = {"peft_type": "PREFIX_TUNING", "num_virtual_tokens": 5, "layers_to_transform": [2, 3]}

@@ -21,8 +21,10 @@ from accelerate.utils import DistributedType
 from conftest import make_trainer, outcome
 
 from hf_clpeft import ContinualModel, s_lora
+from hf_clpeft.backbones.bundled import bundled_folder
 
 
+pytestmark = pytest.mark.usefixtures("shallow")
 KILLS = int(os.environ.get("HF_CLPEFT_KILLS", 4)) // 4  # for each kind of images
 _processes = multiprocessing.get_context("forkserver")
 _processes.set_forkserver_preload(
@@ -44,7 +46,7 @@ def free_port():
 
 
 def start(*args, **options):
-    port = free_port()
+    port, options = free_port(), {**options, "backbone": str(bundled_folder(killable.BACKBONE))}
     processes = [
         _processes.Process(target=killable.run_together, args=(rank, 2, port, *args), kwargs=options)
         for rank in (0, 1)
@@ -96,7 +98,9 @@ def test_two_processes_train_on_the_rows_of_one_and_give_its_matrix(num_images, 
     places = [(0, 2, port, together), (1, 2, port, together), (0, 1, port, alone)]
     started = [
         _processes.Process(
-            target=killable.run_noted, args=(rank, count, port, num_images, method, folder), kwargs=options
+            target=killable.run_noted,
+            args=(rank, count, port, num_images, method, folder, str(bundled_folder(killable.BACKBONE))),
+            kwargs=options,
         )
         for rank, count, port, folder in places
     ]
@@ -149,6 +153,7 @@ echo second
 """
 
 
+@pytest.mark.usefixtures("deep")  # as the processes of the nodes have it
 def test_the_slurm_recipe_gives_on_two_nodes_the_matrix_of_one_process(tmp_path, other_precision, monkeypatch):
     recipes = Path(__file__).parents[1] / "recipes"
     for name, text in (("srun", SRUN), ("scontrol", SCONTROL)):
@@ -159,7 +164,8 @@ def test_the_slurm_recipe_gives_on_two_nodes_the_matrix_of_one_process(tmp_path,
     environment |= {"SLURM_NNODES": "2", "SLURM_JOB_NODELIST": "first,second", "MAIN_PORT": str(free_port())}
     environment |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     recipe = [str(recipes / "s_lora.py"), "--benchmark", "digits", "--num_train_epochs", "2"]
-    recipe += ["--max_train_samples_per_task", "64", "--disable_tqdm", "--output_dir"]
+    recipe += ["--max_train_samples_per_task", "64", "--max_test_samples_per_task", "24"]
+    recipe += ["--disable_tqdm", "--output_dir"]
     command = ["bash", recipes / "slurm.sbatch", *recipe, tmp_path / "2"]
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]

@@ -29,6 +29,7 @@ from hf_clpeft.methods.coda_prompt import PARTS, orthonormal, overlap, weights_o
 from hf_clpeft.methods.layers import scaled
 
 
+pytestmark = pytest.mark.usefixtures("shallow")
 OPTIONS = {
     "dualprompt": dualprompt(general_length=2, expert_length=3),
     "coda_prompt": coda_prompt(components=3, prefix_length=2),
@@ -63,6 +64,7 @@ def options(request):
     return OPTIONS[request.param]
 
 
+@pytest.mark.usefixtures("deep")
 def test_layers_are_those_of_the_paper_in_proportion_to_the_depth():
     assert [(scaled(2, n), scaled(5, n)) for n in (1, 2, 6, 12, 24, 32)] == [
         (1, 1),
@@ -259,6 +261,7 @@ def test_the_loss_of_coda_prompt_trains_new_components_beside_the_frozen_ones():
         assert torch.equal(getattr(model.method, part)[:, :3], old)
 
 
+@pytest.mark.usefixtures("deep")
 def test_a_file_with_other_components_is_refused(tmp_path):
     model = ContinualModel.from_backbone("hf-clpeft/vit-tiny-glyphs", coda_prompt(components=2))
     pixels = torch.randn(4, 3, 32, 32)
@@ -348,6 +351,7 @@ class Look(TrainerCallback):
             self.found.append(type(error).__name__)
 
 
+@pytest.mark.usefixtures("deep")
 @pytest.mark.parametrize("name, seen", {"dualprompt": "ExpertError", "coda_prompt": (1, 2)}.items())
 def test_it_learns_domains_in_half_precision_and_comes_back_to_the_bit(name, seen, other_precision):
     domains = pattern_dataset(2, per_class=8, domains=["plain", "negative"])
@@ -363,6 +367,7 @@ def test_it_learns_domains_in_half_precision_and_comes_back_to_the_bit(name, see
     assert "prefix" in Path("out/README.md").read_text()
 
 
+@pytest.mark.usefixtures("deep")
 @pytest.mark.parametrize("name", OPTIONS)
 def test_it_forgets_far_less_than_one_adapter_for_all(name):
     stream = load_benchmark("digits", max_train_samples_per_task=64, max_test_samples_per_task=24)

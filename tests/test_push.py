@@ -19,6 +19,7 @@ from hf_clpeft.hub import push
 from hf_clpeft.hub.outbox import Outbox
 
 
+pytestmark = pytest.mark.usefixtures("shallow")
 REPO = "alice/model"
 COMMIT, PUT = f"/api/models/{REPO}/commit/", "/lfs/"
 

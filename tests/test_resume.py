@@ -24,6 +24,7 @@ from hf_clpeft.training.options import BackboneArguments
 from hf_clpeft.training.recipe import learn
 
 
+pytestmark = pytest.mark.usefixtures("shallow")
 METHOD, BARE = s_lora(k=2), BackboneArguments(backbone=BACKBONE)
 CLASSES = [f"class {i}" for i in range(6)]
 ARGS = ContinualTrainingArguments(

@@ -27,6 +27,7 @@ from hf_clpeft.storage.files import check_same_model
 from hf_clpeft.storage.folder import atomic
 
 
+pytestmark = pytest.mark.usefixtures("shallow")
 CLASSES = [["cat", "dog"], ["owl", "emu"], ["fox", "elk"]]
 EVERY = {
     "s_lora": {"k": 2},
@@ -108,13 +109,14 @@ def test_a_model_that_has_unlearnt_replaces_itself(make):
     assert [path.name for path in sorted(Path("out/experts").iterdir())] == ["task-001", "task-002"]
 
 
-def test_a_model_from_before_it_was_known_goes_on(backbone):
+@pytest.mark.usefixtures("deep")
+def test_a_model_from_before_it_was_known_goes_on(fresh_backbone):
     folder = shutil.copytree(bundled_folder("hf-clpeft/s-lora-digits"), "old")
-    model = ContinualModel.from_pretrained(folder, backbone=backbone)
+    model = ContinualModel.from_pretrained(folder, backbone=fresh_backbone)
     model.save_pretrained(folder)
     model.remove("task-001")
     model.save_pretrained(folder)
-    other = ContinualModel.from_pretrained("hf-clpeft/s-prompts-digits", backbone=backbone)
+    other = ContinualModel.from_pretrained("hf-clpeft/s-prompts-digits", backbone=fresh_backbone)
     with pytest.raises(ConfigError, match="old holds another model, .*: one of the method s_lora"):
         other.save_pretrained(folder)
 
@@ -261,8 +263,9 @@ def test_an_expert_that_was_harmed_on_disk_is_written_again(make, harm):
     assert path.read_bytes() == whole and len(ContinualModel.from_pretrained("out").config.tasks) == 3
 
 
-def test_what_was_learnt_by_hand_is_saved_with_its_report(backbone, monkeypatch):
-    model = ContinualModel.from_pretrained("hf-clpeft/s-lora-digits", backbone=backbone)
+@pytest.mark.usefixtures("deep")
+def test_what_was_learnt_by_hand_is_saved_with_its_report(fresh_backbone, monkeypatch):
+    model = ContinualModel.from_pretrained("hf-clpeft/s-lora-digits", backbone=fresh_backbone)
     model.start_task("by-hand", ["p", "q"])
     finish_without_router(model, monkeypatch)
     with pytest.raises(ConfigError, match="The router has learnt 5 of 6 tasks, not by-hand. The method's .end. must"):

@@ -12,6 +12,7 @@ from hf_clpeft.methods.cosine import CosineHead
 from hf_clpeft.methods.ssiat import RIDGE, mean_drift, ridge_drift
 
 
+pytestmark = pytest.mark.usefixtures("shallow")
 WIDTH, BACKBONE = 128, "hf-clpeft/vit-tiny-glyphs"
 METHODS = {"slca": slca(r=2), "ssiat": ssiat(r=2), "ridge": ssiat(r=2, drift="ridge")}
 
@@ -198,6 +199,7 @@ def test_options_that_cannot_work_are_refused(make, message):
         make()
 
 
+@pytest.mark.usefixtures("deep")
 @pytest.mark.parametrize("name", METHODS)
 def test_digits_are_remembered_where_plain_fine_tuning_forgets_them(name, tmp_path):
     stream = load_benchmark("digits", max_train_samples_per_task=64, max_test_samples_per_task=24)

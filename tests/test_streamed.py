@@ -20,6 +20,7 @@ from hf_clpeft import ContinualModel, ContinualTrainer, TaskStream, l2l, s_lora,
 from hf_clpeft.streams import StreamedImages, StreamError, TaskImages, open_images, streamed
 
 
+pytestmark = pytest.mark.usefixtures("shallow")
 SOAK_ROWS = int(os.environ.get("HF_CLPEFT_SOAK_ROWS", 8_000))
 NO_ROOM = 1e-4  # GB: 32 images of the tiny backbone
 FEATURES = Features({"image": Image(decode=False), "label": ClassLabel(names=["even", "odd"])})

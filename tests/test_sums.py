@@ -24,6 +24,7 @@ from hf_clpeft.routing import ROUTERS, GaussianRouter
 from hf_clpeft.routing.covariance import factorize
 
 
+pytestmark = pytest.mark.usefixtures("shallow")
 REMOVABLE = ["gaussian", "class_means", "klda"]
 WIDTH = 12
 

@@ -26,6 +26,7 @@ from hf_clpeft import (
 from hf_clpeft.experts import together as experts_together
 
 
+pytestmark = pytest.mark.usefixtures("shallow")
 OPTIONS = {"augmentation": "crop_flip", "train_batch_size": 5}
 PREFIX = {"peft_type": "PREFIX_TUNING", "num_virtual_tokens": 3}
 

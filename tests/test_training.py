@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import make_trainer, pattern_dataset
+from conftest import BACKBONE, make_trainer, pattern_dataset
 
 from hf_clpeft import (
     METHODS,
@@ -25,16 +25,20 @@ from hf_clpeft import (
     s_x,
     sequential_lora,
 )
+from hf_clpeft.backbones.bundled import bundled_folder
 from hf_clpeft.routing.prototypes import fit_prototypes
 from hf_clpeft.streams import cache_images
 from hf_clpeft.streams.images import open_image
 
 
+pytestmark = pytest.mark.usefixtures("shallow")
 REPO = Path(__file__).parents[1]
 
 
-def test_tasks_are_learnt_and_kept(learnt):
-    report = learnt.report
+@pytest.mark.usefixtures("deep")
+@pytest.mark.parametrize("name", ["s_lora", "s_prompts"])
+def test_tasks_are_learnt_and_kept(name, _trainers):
+    report = _trainers(name, bundled_folder(BACKBONE)).report
     matrix = np.array(report.accuracy_matrix)
     assert matrix.shape == (3, 3) and np.isnan(matrix[np.triu_indices(3, 1)]).all()
     assert report.summary()["average_accuracy"] > 0.75
@@ -202,6 +206,7 @@ def test_masked_rows_of_a_shared_head_stay_bit_identical_while_a_pool_learns_on(
     assert torch.equal(trainer.model.heads.weights[0], before)
 
 
+@pytest.mark.usefixtures("deep")
 def test_routing_behind_a_layer_runs_only_the_layers_up_to_it(tmp_path):
     stream = TaskStream.class_incremental(pattern_dataset(), num_tasks=2)
     trainer = make_trainer(s_lora(k=2, query_layers=[2]), tmp_path)
@@ -215,6 +220,7 @@ def test_routing_behind_a_layer_runs_only_the_layers_up_to_it(tmp_path):
     assert ContinualModel.from_pretrained(tmp_path).config.method.query_layers == [2]
 
 
+@pytest.mark.usefixtures("deep")
 def test_a_layer_that_the_backbone_does_not_have_is_refused():
     with pytest.raises(ConfigError, match=r"query_layers=\[7\], but the backbone has 6 layers"):
         make_trainer(s_lora(query_layers=[7]))

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import make_trainer, outcome, pattern_dataset
+from conftest import make_trainer, outcome, pattern_dataset, shallowing
 from peft import PeftModel
 from test_every_method import ARGS, NAMES, PACKAGE, options_of
 from transformers import AutoModel
@@ -75,6 +75,13 @@ def test_a_trunk_forgets_images_that_are_gone():
     assert len(trunk._kept) == 1 and trunk.find(kept).layers == 4
 
 
+@pytest.fixture
+def three_layers():
+    with shallowing(3):
+        yield
+
+
+@pytest.mark.usefixtures("three_layers")
 @pytest.mark.parametrize("name", UPPER)
 def test_every_method_answers_as_without_sharing(name, stream, tmp_path, monkeypatch):
     trainer = make_trainer(upper(name), tmp_path / "cached", **ARGS)

@@ -26,6 +26,9 @@ from hf_clpeft.methods.tuna import SCALE, elect, merge, overlap
 from hf_clpeft.streams.images import open_image
 
 
+pytestmark = pytest.mark.usefixtures("shallow")
+
+
 @pytest.fixture(scope="module")
 def stream():
     return TaskStream.class_incremental(pattern_dataset(6), num_tasks=3)
@@ -267,6 +270,7 @@ def test_tasks_of_one_class_are_told_apart():
     assert make_trainer(tuna()).learn_stream(stream).summary()["average_accuracy"] > 0.9
 
 
+@pytest.mark.usefixtures("deep")
 def test_it_remembers_digits():
     stream = load_benchmark("digits", max_train_samples_per_task=48, max_test_samples_per_task=24)
     trainer = make_trainer(tuna(), num_train_epochs=3, learning_rate=1e-2, train_batch_size=16)
