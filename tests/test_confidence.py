@@ -247,7 +247,13 @@ def test_a_model_keeps_its_confidence_and_reads_what_was_saved_without(stream, t
         with pytest.raises(ConfigError, match="losses below 0, or of tasks beside|numbers of them, below 0"):
             ContinualModel.from_pretrained(tmp_path / "model")
     noted = ("confidence.spreads", "confidence.known", "confidence.width")
-    save_file({key: value for key, value in state.items() if key not in noted}, tmp_path / "model/method.safetensors")
+    of_before = {key: value for key, value in state.items() if key not in noted}
+    for wrong, said in ((torch.tensor(1.0), "has shape"), (state["confidence.losses"][:2], "of 2 tasks, not 3")):
+        save_file({**of_before, "confidence.losses": wrong}, tmp_path / "model" / "method.safetensors")
+        vouch(tmp_path / "model")
+        with pytest.raises(ConfigError, match=said):
+            ContinualModel.from_pretrained(tmp_path / "model")
+    save_file(of_before, tmp_path / "model" / "method.safetensors")
     vouch(tmp_path / "model")
     old = ContinualModel.from_pretrained(tmp_path / "model")
     assert old.method.confidence.fitted() == best_on_grid(state["confidence.losses"].double().sum(dim=0))

@@ -105,7 +105,7 @@ class ClosedForm(ManyViews):
                 self.confidence.add(torch.zeros(GRID))
             tensors = self.state()
         if "confidence.losses" in tensors and "confidence.width" not in tensors:  # of before that was noted
-            none = torch.zeros(len(tensors["confidence.losses"]))
+            none = torch.zeros(len(self.config.tasks))
             unknown = {"confidence.spreads": none, "confidence.width": torch.tensor(0)}
             tensors = {"confidence.known": none.long(), **tensors, **unknown}
         super().load_state(tensors)

@@ -115,8 +115,9 @@ class Confidence(ReadsOnce):
     def check(self, num_tasks: int) -> None:
         """Raises [`ConfigError`] unless it fits a model, after it was read from a file."""
         places = torch.arange(num_tasks, device=self.origins.device)
-        if {len(self.losses), len(self.origins), len(self.spreads), len(self.known)} != {num_tasks}:
-            raise ConfigError(f"method.safetensors has the confidence of {len(self.losses)} tasks, not {num_tasks}.")
+        counts = {len(self.losses), len(self.origins), len(self.spreads), len(self.known)} - {num_tasks}
+        if counts:
+            raise ConfigError(f"method.safetensors has the confidence of {min(counts)} tasks, not {num_tasks}.")
         if (
             not (self.losses.isfinite() & (self.losses >= 0)).all()
             or not ((self.origins >= 0) & (self.origins <= places)).all()
