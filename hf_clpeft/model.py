@@ -144,8 +144,8 @@ class ContinualModel(torch.nn.Module):
         they raise an error.
 
         With `reject_rate`, the label of out-of-distribution images is withheld. For new images of any learnt task that
-        are exchangeable with its training images, the label is withheld at most at this rate (conformal prediction).
-        The guarantee is weaker with few training images; see [`fit_thresholds`].
+        are exchangeable with its training images, the label is withheld at this rate (conformal prediction).
+        With few training images it may be withheld less often; see [`fit_thresholds`].
 
         Args:
             images (an image, or an iterable of images): `PIL.Image.Image`, path, `bytes`, binary file, array or

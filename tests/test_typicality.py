@@ -1,5 +1,6 @@
 """How typical an image is: conformal p-values of Mahalanobis distances, from each task alone."""
 
+import numpy as np
 import pytest
 import torch
 from conftest import make_trainer, pattern_dataset
@@ -8,7 +9,7 @@ from hf_clpeft import ConfigError, ContinualModel, TaskStream, ranpac, s_lora, s
 from hf_clpeft.demo.views import verdict
 from hf_clpeft.routing import ROUTERS, GaussianRouter
 from hf_clpeft.routing.covariance import factorize, shrink
-from hf_clpeft.routing.typicality import Metric, cross_fit
+from hf_clpeft.routing.typicality import FOLDS, Metric, cross_fit, fit_thresholds
 
 
 WIDTH = 16
@@ -46,6 +47,24 @@ def test_of_images_that_were_learnt_as_many_are_rejected_as_stated(name, rank, c
     strange = Task(7).images(300)[0][:, 0]
     least = 0.9 if name == "gaussian" else 0.4  # Fourier features tell less of what is far
     assert (router.typicality(strange, router(strange).distances) < 0.05).float().mean() > least
+
+
+def test_with_few_images_a_class_as_many_are_rejected_as_stated():
+    rejected = []
+    for seed in range(30):
+        task, router = Task(seed), GaussianRouter(WIDTH, 8)
+        features, labels = task.images(4 * 6)
+        router.learn(features, labels)
+        query = task.images(200)[0][:, 0]
+        rejected.append((router.typicality(query, router(query).distances) < 0.1).float().mean())
+    assert torch.stack(rejected).mean() == pytest.approx(0.1, abs=0.02)
+
+
+@pytest.mark.parametrize("count", [21, 30, 99, 118])
+def test_a_threshold_is_exceeded_by_its_percentage_whatever_the_number_of_distances(count):
+    drawn = np.random.default_rng(0).random((4000, count))  # a new one exceeds t with a probability of 1 - t
+    mean = np.mean([fit_thresholds(distances) for distances in drawn], axis=0)
+    assert 1 - mean[4:95] == pytest.approx(np.arange(5, 96) / 100, abs=0.003)
 
 
 def test_it_depends_on_the_nearest_task_alone():
@@ -90,7 +109,7 @@ def test_no_image_is_measured_by_a_fit_that_knows_it():
         seen.append(held_out)
         return held_out.float()
 
-    assert cross_fit(entries, fit).tolist() == list(range(23)) and len(seen) == 5
+    assert cross_fit(entries, fit).tolist() == list(range(23)) and len(seen) == FOLDS
     few = cross_fit(torch.tensor([0, 0, 1]), lambda fitted, held_out: torch.ones(len(held_out)))
     assert few.isnan().tolist() == [False, False, True]
 

@@ -13,15 +13,16 @@ import torch
 
 
 PERCENT = 100  # thresholds per task, for reject rates of 1 %, 2 %, ... 100 %
-FOLDS = 5
+FOLDS = 10
 
 
 def fit_thresholds(distances: np.ndarray) -> np.ndarray:
     """Quantiles of the distances of held-out images of a task.
 
-    The distance of a new image of the task exceeds the i-th threshold with a probability of at most i %, if it is
-    exchangeable with these. Quantiles beyond the largest distance, which occur with fewer than 99 images, are
-    extrapolated by Student's prediction bound for normally distributed distances.
+    The distance of a new image of the task exceeds the i-th threshold with a probability of i %, on average over such
+    sets, if it is exchangeable with these. A threshold that falls between two distances is interpolated: the next
+    larger distance would be exceeded by fewer, by up to one in as many as there are. Beyond the largest distance,
+    which is needed with fewer than 99 images, it is Student's prediction bound for normally distributed distances.
 
     Args:
         distances (array of shape `(images,)`): Two or more.
@@ -35,8 +36,8 @@ def fit_thresholds(distances: np.ndarray) -> np.ndarray:
     >>> import numpy as np
     >>> from hf_clpeft.routing.typicality import fit_thresholds
 
-    >>> fit_thresholds(np.arange(1000.0))[[4, 49]]
-    array([950., 500.])
+    >>> fit_thresholds(np.arange(1.0, 100.0))[[4, 49]]
+    array([95., 50.])
 
     ```
     """
@@ -44,9 +45,9 @@ def fit_thresholds(distances: np.ndarray) -> np.ndarray:
 
     count, seen = len(distances), np.sort(distances)
     rates = np.arange(1, PERCENT + 1) / PERCENT
-    ranks = np.ceil((1 - rates) * (count + 1) - 1e-9).astype(int)  # 1 is the nearest image
+    ranks = ((1 - rates) * (count + 1)).round(9)  # 1 is the nearest image
     spread = seen.std(ddof=1) * np.sqrt(1 + 1 / count)
-    thresholds = seen[np.clip(ranks, 1, count) - 1]
+    thresholds = np.interp(ranks, np.arange(1, count + 1), seen)
     few = ranks > count
     thresholds[few] = np.maximum(seen[-1], seen.mean() + student.ppf(1 - rates[few], count - 1) * spread)
     return thresholds
@@ -68,7 +69,7 @@ def p_values(distances: torch.Tensor, thresholds: torch.Tensor) -> torch.Tensor:
 def cross_fit(
     entries: torch.Tensor, fit: Callable[[torch.Tensor, torch.Tensor], torch.Tensor], seed: int = 0
 ) -> torch.Tensor:
-    """Values of all images of a task, each from a fit to four fifths of them that do not include it.
+    """Values of all images of a task, each from a fit to nine tenths of them that do not include it.
 
     Args:
         entries (integer `torch.Tensor` of shape `(images,)`): Class of each image; folds are balanced over classes.
@@ -85,7 +86,7 @@ def cross_fit(
     >>> from hf_clpeft.routing.typicality import cross_fit
 
     >>> cross_fit(torch.zeros(10).long(), lambda fitted, held_out: torch.full((len(held_out),), float(len(fitted))))
-    tensor([8., 8., 8., 8., 8., 8., 8., 8., 8., 8.])
+    tensor([9., 9., 9., 9., 9., 9., 9., 9., 9., 9.])
 
     ```
     """
