@@ -19,6 +19,19 @@ from pathlib import Path
 import hub_server
 
 
+ROOMY = 8 << 30  # bytes; the tests need a tenth of them
+
+
+def _write_to_memory():
+    """Tests write thousands of small files, and models wait until theirs are on the disk: there need not be one."""
+    place = "/dev/shm"
+    if "TMPDIR" not in os.environ and os.path.isdir(place):
+        status = os.statvfs(place)
+        if status.f_bavail * status.f_frsize > ROOMY and not status.f_flag & (os.ST_NOEXEC | os.ST_RDONLY):
+            os.environ["TMPDIR"], tempfile.tempdir = place, None
+
+
+_write_to_memory()
 # All of this is read when huggingface_hub and datasets are imported.
 _until_exit = ExitStack()
 atexit.register(_until_exit.close)
@@ -59,6 +72,11 @@ SLOW = """
 """.split()  # files, the slowest first
 _modules = 0  # that were imported when garbage was last looked for
 disable_progress_bars()
+
+
+def pytest_xdist_auto_num_workers():
+    """One more than there are cores, as some tests wait for a browser, a server or another process."""
+    return os.cpu_count() + 1
 
 
 def pytest_collection_modifyitems(items):

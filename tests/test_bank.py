@@ -104,12 +104,13 @@ def lora_cases(draw):
     return arguments, selection if several else selection[:, 0], draw(st.integers(0, 1000))
 
 
-@settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@settings(max_examples=40, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(lora_cases())
 def test_lora_gives_pefts_outputs_and_gradients(case):
     arguments, selection, seed = case
     experts = random_experts(small_backbone(), arguments, seed)
-    pixels, probe = images(len(selection), seed), torch.randn(len(selection), 16)
+    pixels = images(len(selection), seed)
+    probe = torch.randn(len(selection), 16, generator=torch.Generator().manual_seed(seed))
     reference = peft_with(experts)
     expected = []
     for row, chosen in enumerate(selection.reshape(len(selection), -1).tolist()):

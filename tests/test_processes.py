@@ -163,7 +163,7 @@ def test_the_slurm_recipe_gives_on_two_nodes_the_matrix_of_one_process(tmp_path,
     environment = {**os.environ, "PATH": f"{tmp_path}:{Path(sys.executable).parent}:{os.environ['PATH']}"}
     environment |= {"SLURM_NNODES": "2", "SLURM_JOB_NODELIST": "first,second", "MAIN_PORT": str(free_port())}
     environment |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    recipe = [str(recipes / "s_lora.py"), "--benchmark", "digits", "--num_train_epochs", "2"]
+    recipe = [str(recipes / "s_lora.py"), "--benchmark", "digits", "--num_tasks", "2", "--num_train_epochs", "3"]
     recipe += ["--max_train_samples_per_task", "64", "--max_test_samples_per_task", "24"]
     recipe += ["--disable_tqdm", "--output_dir"]
     command = ["bash", recipes / "slurm.sbatch", *recipe, tmp_path / "2"]
@@ -179,7 +179,7 @@ def test_the_slurm_recipe_gives_on_two_nodes_the_matrix_of_one_process(tmp_path,
         assert metrics["environment"]["num_processes"] == count
         matrices.append(np.array(metrics["accuracy_matrix"], dtype=float))
         prototypes.append(ContinualModel.from_pretrained(tmp_path / str(count)).router.prototypes)
-    lower = np.tril_indices(5)
+    lower = np.tril_indices(2)
     assert matrices[0][lower].mean() > 0.6
     assert abs(matrices[0][lower] - matrices[1][lower]).mean() <= 0.02
     # k-means on the same features in the same order gives the same centres: no image was lost or seen twice.

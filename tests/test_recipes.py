@@ -105,7 +105,7 @@ def test_a_digits_model_is_pushed_task_by_task_and_a_refusal_ends_it(hub, run_he
     assert sorted(hub.repo("alice/aper-digits").tags) == [f"task-00{i}" for i in range(5)]
     assert 'from_pretrained("alice/aper-digits")' in Path("out/digits_models/aper-digits/README.md").read_text()
     with pytest.raises(SystemExit) as end:
-        run_here("publish_digits.py", "bob", "--method", "l2p")
+        run_here("publish_digits.py", "bob", "--method", "l2p", *options[2:])
     said = capfd.readouterr().err
     assert end.value.code == 1 and "error: " in said and "Traceback" not in said
 

@@ -114,10 +114,10 @@ def test_a_backbone_in_a_folder_elsewhere_is_explained_and_can_be_set(learnt, tm
 
 
 def _client(url, app):
-    for _ in range(240):
+    for _ in range(720):
         assert app.poll() is None, "the app has ended"
         try:
             return Client(url, verbose=False, ssl_verify=False)
         except Exception:
             time.sleep(0.25)
-    raise AssertionError("the app has not started within a minute")
+    raise AssertionError("the app has not started within three minutes")
