@@ -2,9 +2,9 @@
 
     python recipes/lift.py --config recipes/configs/lift.yaml --data_root my/data --backbone my/vit
 
-Ridge regression and LDA, each on the query features themselves and on random features of them (LayUP and RanPAC, SLDA++
-and KLDA), see the same features of a quarter, a half and all of the training images. These are computed once, of
-several views of every image, with the first task's expert, which has learnt from all of its task.
+Ridge regression and LDA, each on the query features themselves and on random features of them (LayUP and RanPAC,
+SLDA++ and KLDA), see the same features of a quarter, a half and all of the training images. These are computed once,
+of several views of every image, with the first task's expert, which has learnt from all of its task.
 """
 
 from pathlib import Path
@@ -72,6 +72,11 @@ def of_tests(model: ContinualModel, stream: TaskStream) -> list[tuple[torch.Tens
     return found
 
 
+def accuracy(router: ClassRouter, queries: torch.Tensor, classes: torch.Tensor) -> float:
+    scores = [router.class_scores(router(some.float()).scores) for some in queries.split(256)]
+    return (torch.cat(scores).argmax(dim=1) == classes).double().mean().item()
+
+
 def measure(run: Run) -> list[dict]:
     """Learns a stream once, and fits all routers to its features. Gives rows of the CSV."""
     (stream_options, backbone_options, training_options), _ = split_options(run)
@@ -89,14 +94,7 @@ def measure(run: Run) -> list[dict]:
                 kept = order[: max(1, round(share * len(classes)))]
                 router.learn(features[kept][:, :, part].float(), classes[kept], seed=run.seed)
                 count += len(kept)
-            right = [
-                torch.cat([router.class_scores(router(some[:, :, part].float()).scores) for some in queries.split(256)])
-                .argmax(dim=1)
-                .eq(classes)
-                .double()
-                .mean()
-                for queries, classes in tests
-            ]
+            right = [accuracy(router, queries[:, :, part], classes) for queries, classes in tests]
             rows.append(
                 {
                     "benchmark": run.benchmark,
@@ -104,7 +102,7 @@ def measure(run: Run) -> list[dict]:
                     "seed": run.seed,
                     "training_images": count,
                     "views": model.method.options.views,
-                    "average_accuracy": round(float(torch.stack(right).mean()), 6),
+                    "average_accuracy": round(sum(right) / len(right), 6),
                     "test_images": sum(len(classes) for _, classes in tests),
                     "random_features": LIFT if name in ("klda", "ranpac") else 0,
                     "weight_hash": environment["backbone"]["weight_hash"],

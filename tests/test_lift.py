@@ -24,9 +24,10 @@ def test_every_router_learns_from_the_same_images_and_nothing_is_measured_twice(
     lift.main()
     with results.open() as file:
         rows = list(csv.DictReader(file))
-    assert [row["method"] for row in rows] == 3 * ["slda_pp", "klda", "layup", "ranpac"]
-    assert [int(row["training_images"]) for row in rows] == 4 * [30] + 4 * [60] + 4 * [120]
-    assert all(float(row["average_accuracy"]) > 0.6 for row in rows) and rows[0]["views"] == "2"
+    assert {(row["method"], int(row["training_images"])) for row in rows} == {
+        (method, count) for method in ("slda_pp", "klda", "layup", "ranpac") for count in (30, 60, 120)
+    }
+    assert len(rows) == 12 and all(float(row["average_accuracy"]) > 0.6 for row in rows)
     written = results.read_text()
     monkeypatch.setattr(lift, "measure", None)
     lift.main()
