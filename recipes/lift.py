@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from hf_clpeft import METHODS, ContinualModel
+from hf_clpeft import METHODS, ConfigError, ContinualModel
 from hf_clpeft.comparing import CompareArguments, Run, plan, read_config, read_rows, write_rows
 from hf_clpeft.comparing.plan import folder_of, make_method, split_options
 from hf_clpeft.config.errors import errors_in_one_line
@@ -27,7 +27,7 @@ SHARES = (0.25, 0.5, 1.0)
 LIFT = 5_000  # random features
 RANK = 128  # of a task's covariance, as in SLDA++
 BATCH = 64
-DEPTHS = 4  # layers, counted from the last, that all routers but LayUP's see
+ALL, DEPTHS = 6, 4  # layers that LayUP's router sees; last ones of them that the others see
 
 
 class Looks(METHODS["slda_pp"], name="looks"):
@@ -44,7 +44,7 @@ class Looks(METHODS["slda_pp"], name="looks"):
 
 def routers(width: int) -> dict[str, tuple[ClassRouter, slice]]:
     """Routers by name, and the features that they see."""
-    last = slice(width - width * DEPTHS // 6, width)
+    last = slice(width - width * DEPTHS // ALL, width)
     size = last.stop - last.start
     gaussian, klda = GaussianRouter(size, RANK), KldaRouter(size, LIFT, covariance_rank=RANK)
     gaussian.measures = klda.measures = False  # no rejection
@@ -119,8 +119,13 @@ def main():
     (args,) = OptionParser((CompareArguments,)).read()
     results = Path(args.results or folder_of(args) / "results.csv")
     rows = read_rows(results)
-    for run in plan(args, read_config(args.config)):
+    runs = plan(args, read_config(args.config))
+    for run in runs:
+        layers = getattr(make_method(run), "query_layers", None)
+        if run.options["method"] != "slda_pp" or layers is None or len(layers) != ALL:
+            raise ConfigError(f"{run.method} must be slda_pp with {ALL} query_layers, and has {layers}.")
         run.options["method"] = "looks"
+    for run in runs:
         if (run.benchmark, run.seed) not in {(row["benchmark"], int(row["seed"])) for row in rows}:
             rows += measure(run)
             write_rows(rows, results)

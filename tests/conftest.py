@@ -17,26 +17,14 @@ from functools import cache
 from pathlib import Path
 
 import hub_server
+from temporary import write_to_memory
 
 
-ROOMY = 8 << 30  # bytes; the tests need a tenth of them
-
-
-def _write_to_memory():
-    """Tests write thousands of small files, and models wait until theirs are on the disk: there need not be one."""
-    place = "/dev/shm"
-    if "TMPDIR" not in os.environ and os.path.isdir(place):
-        status = os.statvfs(place)
-        if status.f_bavail * status.f_frsize > ROOMY and not status.f_flag & (os.ST_NOEXEC | os.ST_RDONLY):
-            os.environ["TMPDIR"], tempfile.tempdir = place, None
-
-
-_write_to_memory()
-# All of this is read when huggingface_hub and datasets are imported.
+write_to_memory()
 _until_exit = ExitStack()
 atexit.register(_until_exit.close)
 HUB = _until_exit.enter_context(hub_server.serve())
-os.environ.update(
+os.environ.update(  # read when huggingface_hub and datasets are imported
     HF_ENDPOINT=HUB.url,
     HF_HUB_DISABLE_XET="1",  # the server speaks LFS
     HF_HUB_OFFLINE="0",
@@ -75,8 +63,7 @@ disable_progress_bars()
 
 
 def pytest_xdist_auto_num_workers():
-    """One more than there are cores, as some tests wait for a browser, a server or another process."""
-    return os.cpu_count() + 1
+    return os.cpu_count() + 1  # as some tests wait for a browser, a server or another process
 
 
 def pytest_collection_modifyitems(items):

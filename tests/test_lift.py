@@ -4,6 +4,9 @@ import csv
 import sys
 
 import lift
+import pytest
+
+from hf_clpeft import ConfigError
 
 
 CONFIG = """
@@ -13,6 +16,16 @@ benchmarks:
 methods:
   slda_pp: {}
 """
+
+
+@pytest.mark.parametrize("old, new", [("[-6, -5, -4, -3, -2, -1]", "[-2, -1]"), ("slda_pp", "slda")])
+def test_features_of_other_layers_or_methods_are_refused_before_any_is_computed(tmp_path, monkeypatch, old, new):
+    config = tmp_path / "other.yaml"
+    config.write_text(CONFIG.replace(old, new))
+    monkeypatch.setattr(sys, "argv", ["lift.py", "--config", str(config), "--output_dir", str(tmp_path / "out")])
+    monkeypatch.setattr(lift, "measure", None)
+    with pytest.raises(ConfigError, match="must be slda_pp with 6 query_layers"):
+        lift.main()
 
 
 def test_every_router_learns_from_the_same_images_and_nothing_is_measured_twice(tmp_path, monkeypatch):

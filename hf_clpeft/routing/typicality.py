@@ -19,10 +19,10 @@ FOLDS = 10
 def fit_thresholds(distances: np.ndarray) -> np.ndarray:
     """Quantiles of the distances of held-out images of a task.
 
-    The distance of a new image of the task exceeds the i-th threshold with a probability of i %, on average over such
-    sets, if it is exchangeable with these. A threshold that falls between two distances is interpolated: the next
-    larger distance would be exceeded by fewer, by up to one in as many as there are. Beyond the largest distance,
-    which is needed with fewer than 99 images, it is Student's prediction bound for normally distributed distances.
+    The distance of a new image of the task exceeds the i-th threshold with a probability of i %, on average over
+    training sets, if it is exchangeable with their images. A threshold between two distances is interpolated, as the
+    larger of them would be exceeded too seldom, by up to 1 / (images + 1). Small rates of few images need thresholds
+    beyond the largest distance: these are Student's prediction bound for normally distributed distances.
 
     Args:
         distances (array of shape `(images,)`): Two or more.
