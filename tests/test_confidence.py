@@ -264,6 +264,16 @@ def test_a_model_keeps_its_confidence_and_reads_what_was_saved_without(stream, t
     assert [found.label for found in old.predict(image)] == [found.label for found in model.predict(image)]
 
 
+def test_a_class_of_a_few_images_leaves_the_confidence_as_it_is(stream, tmp_path):
+    trainer = make_trainer(slda(), tmp_path / "model")
+    for task in stream[:2]:
+        trainer.learn(task)
+    before = trainer.model.method.confidence.fitted()
+    trainer.model.router.learns_few = True
+    trainer.learn(stream[2])
+    assert trainer.model.method.confidence.fitted() == before != (1.0, 0.0)
+
+
 def test_the_recommended_method_does_everything(stream, tmp_path):
     first, both = (TaskStream(list(stream)[:1]), TaskStream(list(stream)[1:]))
     for name, part in (("one", first), ("two", both)):

@@ -44,6 +44,7 @@ class ClassRouter(Router, ABC):
     landmark = "class"
     of_entries: ClassVar[tuple[str, ...]] = ("prototypes", "counts")
     measures = True  # how typical held-out images are, when a task is learnt
+    learns_few = False  # whether the next task has a few images of each class only; see [`GaussianRouter`]
     prototypes: torch.Tensor
     counts: torch.Tensor
     classes: torch.Tensor

@@ -11,6 +11,10 @@ from .routing import State, count, distances_to
 from .typicality import PERCENT, Metric, cross_fit, fit_thresholds, p_values
 
 
+ALONG = 2  # variance of images along the way to a new class, relative to what the covariance says of it
+LEFT = 0.3  # least share of the freedom that is thought to be left
+
+
 class GaussianRouter(ClassRouter):
     """Routes an image to the task of its likeliest class; classes are Gaussians with one shared covariance.
 
@@ -19,8 +23,8 @@ class GaussianRouter(ClassRouter):
     router that never knew it. The covariance is shrunk towards a multiple of the identity by oracle approximating
     shrinkage, which has no hyperparameter.
 
-    While `learns_few` is true, classes that are learnt are marked as known from a few images, and are favoured over
-    all others as [`bonus`] says.
+    While `learns_few` is true, classes that are learnt are marked as known from a few images. They are favoured over
+    all others as [`bonus`] says, and leave the covariance as it is.
 
     Args:
         query_size (`int`): Width of query features.
@@ -50,7 +54,6 @@ class GaussianRouter(ClassRouter):
     title = "Gaussian per class, one covariance"
     gives_likelihoods = rejects = True
     options: ClassVar[tuple[str, ...]] = ("covariance_rank",)
-    learns_few = False
     few: torch.Tensor
     scatter: torch.Tensor
     factors: torch.Tensor
@@ -73,7 +76,7 @@ class GaussianRouter(ClassRouter):
         self.register_buffer("_whitening", nothing.clone(), persistent=False)
         self.register_buffer("_centres", nothing.clone(), persistent=False)
         self.register_buffer("_bonus", None, persistent=False)  # of every entry, if there are any of few images
-        self._sum, self._summed = torch.zeros(0, 0), 0  # over how many tasks
+        self._sum, self._summed = torch.zeros(0, 0), list[int]()  # over which tasks with a factor
         self._metrics: dict[int, tuple[torch.Tensor, Metric, torch.Tensor]] = {}  # of the tasks
 
     @property
@@ -122,7 +125,8 @@ class GaussianRouter(ClassRouter):
         sums = lifted.new_zeros(len(numbers), self.num_features).index_add(0, entries, lifted.mean(dim=1))
         means = sums / counts[:, None]
         residuals = lifted - means[entries, None]
-        freedom = max(1, int(self.counts.sum() + counts.sum()) - len(known))
+        summed = self._well_known()
+        freedom = max(1, int(self.counts[summed].sum() + counts.sum()) - int(summed.sum()) - len(counts))
         covariance = (self.sum_up().to(place) + mean_square(residuals)) / freedom
         triangle = torch.linalg.cholesky(shrink(covariance, freedom, self.query_size))
         weight, _ = shrinkage(covariance.trace(), (covariance**2).sum(), freedom, self.query_size)
@@ -148,7 +152,7 @@ class GaussianRouter(ClassRouter):
         if len(other.scatter):
             # Tasks with one sum for all come first: those that are here join them.
             total = self.sum_up()
-            self.scatter, self._summed = (total + other.scatter.to(total)).to(self.scatter), 0
+            self.scatter, self._summed = (total + other.scatter.to(total)).to(self.scatter), []
             for name in ("factors", "ranks", "rests", "thresholds"):
                 setattr(self, name, getattr(self, name)[:0])
         self._append({name: getattr(other, name) for name in ("few", "factors", "ranks", "rests", "thresholds")})
@@ -163,7 +167,7 @@ class GaussianRouter(ClassRouter):
         kept = torch.arange(len(self.ranks), device=self.ranks.device) != place
         self.factors = torch.cat([self.factors[:0], *blocks])
         self.ranks, self.rests, self.thresholds = self.ranks[kept], self.rests[kept], self.thresholds[kept]
-        self.few, self._summed = few, 0
+        self.few, self._summed = few, []
         self.derive()
 
     def why_not_removed(self, owner: int) -> str | None:
@@ -313,36 +317,52 @@ class GaussianRouter(ClassRouter):
         few = self.few.bool()
         if not 0 < int(few.sum()) < len(few):
             return None
-        freedom = max(1, int(self.counts.sum()) - len(self.counts))
-        covariance = self.sum_up() / freedom
+        freedom, covariance = self._freedom(), self._covariance()
         weight, _ = shrinkage(covariance.trace(), (covariance**2).sum(), freedom, self.query_size)
-        dimensions = (1 - weight) * torch.cholesky_solve(covariance, self._factor()).trace()
+        precision = torch.cholesky_inverse(self._factor())
+        noise = (1 - weight) * (precision * covariance).sum()
+        single = (1 - weight) * (precision.diagonal() * self.rests[self._summed].sum(dim=0).to(precision)).sum()
         far = torch.cdist(self._centres[few].double(), self._centres[~few].double()).square().cpu()
-        counts, dimensions = self.counts[~few].cpu(), dimensions.cpu()
-        # Images that the sums do not hold lie farther from their mean than those in the sums, and vary more along any
-        # direction that was computed from the sums: by the share of the freedom that the dimensions take.
-        known = 1 - dimensions / freedom
-        middle, spread = far / 2 - dimensions / known / counts, (far / known).sqrt()
+        # Directions that were computed from the sums are those in which just these images vary little: others vary
+        # more, by the share of the freedom that the directions leave. Many views may have more of them than that.
+        left = (1 - (noise - single / freedom) / freedom).clamp(min=LEFT).cpu()
+        counts = self.counts[~few].cpu()
+        middle, spread = far / 2 - noise.cpu() / counts, (ALONG * far).sqrt() / left
         favour = torch.zeros(len(few))
         favour[few.cpu()] = torch.tensor([bonus(*pair, counts, len(far)) for pair in zip(middle, spread, strict=True)])
         return favour.to(self._centres)
 
     def _factor(self) -> torch.Tensor:
         """Cholesky factor of the shrunk covariance, `float64`; see [`~ClassRouter.place`]."""
-        freedom = max(1, int(self.counts.sum()) - len(self.counts))
-        return torch.linalg.cholesky(shrink(self.sum_up() / freedom, freedom, self.query_size))
+        return torch.linalg.cholesky(shrink(self._covariance(), self._freedom(), self.query_size))
+
+    def _covariance(self) -> torch.Tensor:
+        return self.sum_up() / self._freedom()
+
+    def _freedom(self) -> int:
+        """Degrees of freedom of the sums."""
+        known = self._well_known()
+        return max(1, int(self.counts[known].sum()) - int(known.sum()))
+
+    def _well_known(self) -> torch.Tensor:
+        """Whether the images of an entry are in the sums: those of few images are not, unless there are no others."""
+        few = self.few.bool()
+        return torch.ones_like(few) if few.all() else ~few
 
     def sum_up(self) -> torch.Tensor:
-        """The scatter matrix of all tasks, `float64`; added up in their order, for the same bits."""
-        place, width = self.place(), self.num_features
-        if not self._summed:
+        """The scatter matrix of all tasks but those of few images, `float64`; in their order, for the same bits."""
+        place, width, pooled = self.place(), self.num_features, self.num_owners - len(self.ranks)
+        owners = self.owners[self._well_known()].unique() - pooled
+        places = owners[owners >= 0].tolist()
+        if not self._summed or self._summed != places[: len(self._summed)]:
             self._sum = self.scatter.double() if len(self.scatter) else torch.zeros(width, width).double()
+            self._summed = []
         self._sum = self._sum.to(place)
         blocks = self.factors.split(self.ranks.tolist())
-        for factor, rest in zip(blocks[self._summed :], self.rests[self._summed :], strict=True):
-            factor = factor.to(self._sum)
-            self._sum = self._sum + factor.T @ factor + rest.to(self._sum).diag()
-        self._summed = len(blocks)
+        for task in places[len(self._summed) :]:
+            factor, rest = blocks[task].to(self._sum), self.rests[task].to(self._sum)
+            self._sum = self._sum + factor.T @ factor + rest.diag()
+        self._summed = places
         return self._sum
 
     def _whiten(self, query: torch.Tensor) -> torch.Tensor:
