@@ -115,6 +115,7 @@ def measure(args: FewPhotosArguments) -> list[dict]:
             "benchmark": Path(args.old_images).name,
             "method": config.method.name,
             "seed": args.seed,
+            "model": "/".join(Path(args.model).parts[-2:]),
             "router": getattr(config.method, "router", "") or models.served.method.which_router,
             "training_images": sum(task.num_train_images or 0 for task in config.tasks),
             "new": Path(args.new_images).name,

@@ -12,7 +12,6 @@ import sys
 import tempfile
 import zipfile
 from contextlib import ExitStack, contextmanager
-from copy import deepcopy
 from functools import cache
 from pathlib import Path
 
@@ -39,10 +38,10 @@ os.environ.setdefault("OMP_NUM_THREADS", "2")
 import numpy as np
 import pytest
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, Value, disable_progress_bars
+from kept import keep_backbone, keep_findings, keep_images
 from PIL import Image as PILImage
 
 from hf_clpeft import TrainerCallback
-from hf_clpeft.backbones import loading
 from hf_clpeft.backbones.bundled import ASSETS, BUNDLED_BACKBONES, DIGITS_MODEL, bundled_folder
 from hf_clpeft.reports import report
 from hf_clpeft.reports.plots import plot_report
@@ -134,29 +133,11 @@ def _no_search_for_garbage():
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _one_backbone():
-    """The bundled backbone does not change: it is read and tried out once, and copied a thousand times."""
-    build, load, kept = loading._build_on_meta, loading._load_weights, {}
-
-    def build_once(config, folder, shape, name):
-        if folder != bundled_folder(BACKBONE):
-            return build(config, folder, shape, name)
-        key = shape, config.to_json_string()
-        if key not in kept:
-            kept[key] = build(config, folder, shape, name)
-        return kept[key]
-
-    def load_once(folder, config, attention, name, **quantized):
-        if folder != bundled_folder(BACKBONE) or quantized:
-            return load(folder, config, attention, name, **quantized)
-        key = attention, config.to_json_string()
-        if key not in kept:
-            kept[key] = load(folder, config, attention, name)
-        return deepcopy(kept[key])
-
+def _made_once():
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loading, "_build_on_meta", build_once)
-        patch.setattr(loading, "_load_weights", load_once)
+        keep_backbone(patch, bundled_folder(BACKBONE))
+        keep_findings(patch)
+        keep_images(patch)
         yield
 
 
