@@ -108,7 +108,7 @@ Accuracy on test images, each routed by its own features alone:
 \|---\|---\|
 \| training \| num_train_epochs = 2, train_batch_size = 32, .*learning_rate = 0\.005, .+ seed = 0 \|
 \| hardware \| cpu, 1 process \|
-\| time \| [\d.,]+ s in all: images .+ train .+ \|
+\| time \| [\d.,]+ s in all: (images .+ )?.*train .+ \|
 \| versions \| hf-clpeft \S+, torch .+ \|
 
 ## Limits

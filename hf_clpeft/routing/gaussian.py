@@ -151,8 +151,8 @@ class GaussianRouter(ClassRouter):
     def merge_sums(self, other: Self) -> None:
         if len(other.scatter):
             # Tasks with one sum for all come first: those that are here join them.
-            total = self.sum_up()
-            self.scatter, self._summed = (total + other.scatter.to(total)).to(self.scatter), []
+            total = other.scatter.to(self._sum) + (self._sum if len(self._sum) else 0)
+            self.scatter, self._summed = total.to(self.scatter), []
             for name in ("factors", "ranks", "rests", "thresholds"):
                 setattr(self, name, getattr(self, name)[:0])
         self._append({name: getattr(other, name) for name in ("few", "factors", "ranks", "rests", "thresholds")})
