@@ -3,7 +3,7 @@
 import torch
 
 
-LOST = 0.01  # of images of well-known classes; up to twice as many in fact, as they are no perfect Gaussians
+LOST = 0.01  # of images of well-known classes; up to 2.5 times as many in fact, as they are no perfect Gaussians
 WIDE = 3  # variance of images along the way to another thing, relative to that of an average direction
 
 
