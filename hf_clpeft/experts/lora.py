@@ -1,6 +1,7 @@
 """Batched LoRA: every image has its own experts, at the cost of a plain forward pass."""
 
 import math
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
@@ -11,12 +12,16 @@ from peft.tuners.lora import LoraLayer
 from torch.nn.functional import embedding
 
 from ..backbones import Backbone
+from ..backbones.tracing import tracing
 from .calls import Call, active_call, attach_hook
 from .expert import ADAPTER
 from .table import ExpertTable
 
 
 MAX_STACKED_RATIO = 2  # run stacked up to this ratio of all components to selected ones
+
+
+Columns = Callable[[slice], torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -177,14 +182,23 @@ class LoraTable(ExpertTable):
         """
         components = self.components(selection)
         scales = self.scales[components]
-        rows = self.rows if rows is None else rows
-        # Indexed once for all layers: on a GPU, launching many small kernels costs more than the arithmetic.
+        down, up = self._parts(self.rows if rows is None else rows)
         if form == "stacked":
-            down, up = (part.to(dtype) for part in self._parts(rows))
-            weights = scales.new_zeros(components.shape[0], rows.shape[0]).scatter_add(1, components, scales)
-            return _Updating(self, down, up, weights[:, None, None].to(dtype))
-        down, up = self._parts(embedding(components, rows))  # several times as fast as rows[components] on a CPU
-        return _Updating(self, down.to(dtype), up.mul_(scales[..., None]).to(dtype))
+            down, up = down.to(dtype), up.to(dtype)
+            weights = scales.new_zeros(components.shape[0], down.shape[0]).scatter_add(1, components, scales)
+            return _Updating(self, lambda own: down[:, own], lambda own: up[:, own], weights[:, None, None].to(dtype))
+
+        # `embedding` is several times as fast as rows[components] on a CPU.
+        def downs(own: slice) -> torch.Tensor:
+            return embedding(components, down[:, own]).to(dtype)
+
+        def ups(own: slice) -> torch.Tensor:
+            return embedding(components, up[:, own]).mul_(scales[..., None]).to(dtype)
+
+        if _reads_by_layer(down):
+            return _Updating(self, downs, ups)
+        all_downs, all_ups = downs(slice(None)), ups(slice(None))
+        return _Updating(self, lambda own: all_downs[..., own], lambda own: all_ups[..., own])
 
     def _parts(self, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The columns of A, and those of B."""
@@ -195,15 +209,15 @@ class _Updating:
     """A [`Call`] that applies to every image its own LoRA modules.
 
     Args:
-        table ([`LoraTable`]): Defines the columns of each layer in `down` and `up`.
-        down (`torch.Tensor` of shape `(batch, components, width)` or `(components, width)`): A of the selected
-            components (gathered), or of all (stacked).
-        up (`torch.Tensor` of the same number of dimensions): B, scaled if gathered.
+        table ([`LoraTable`]): Defines the columns of each layer.
+        downs (callable): Given columns, A of the selected components of shape `(batch, components, columns)`
+            (gathered), or of all, of shape `(components, columns)` (stacked).
+        ups (callable): B likewise, scaled if gathered.
         weights (`torch.Tensor` of shape `(batch, 1, 1, components)`, *optional*): Scales of all components if stacked.
     """
 
-    def __init__(self, table: LoraTable, down: torch.Tensor, up: torch.Tensor, weights: torch.Tensor | None = None):
-        self.table, self.down, self.up, self.weights = table, down, up, weights
+    def __init__(self, table: LoraTable, downs: Columns, ups: Columns, weights: torch.Tensor | None = None):
+        self.table, self.downs, self.ups, self.weights = table, downs, ups, weights
         self.projected: torch.Tensor | None = None  # x Aᵀ, shared by layers with the same input
 
     def update(self, key: str, args: tuple, output: torch.Tensor) -> torch.Tensor | None:
@@ -214,7 +228,7 @@ class _Updating:
         if site.position == 0:
             self.projected = self._project(site.input, args[0].to(output.dtype))
         assert self.projected is not None
-        up = self.up[..., site.up]
+        up = self.ups(site.up)
         rank = up.shape[-2]
         down = self.projected[..., site.position * rank : (site.position + 1) * rank]
         if self.weights is None:
@@ -225,12 +239,21 @@ class _Updating:
         """x Aᵀ for all layers with input x, of shape `(batch, tokens, layers * rank)`."""
         count, width, start = self.table.inputs[number]
         # Concatenates the A of these layers: a view for one layer or rank 1, else a small copy.
-        down = self.down[..., start : start + count * width].unflatten(-1, (count, width))
+        down = self.downs(slice(start, start + count * width)).unflatten(-1, (count, width))
         down = down.transpose(-3, -2).flatten(-3, -2)
         if self.weights is None:
             return torch.bmm(x, down.mT)
         projected = torch.nn.functional.linear(x, down).unflatten(-1, (count, -1))
         return (projected * self.weights).flatten(-2)
+
+
+def _reads_by_layer(rows: torch.Tensor) -> bool:
+    """Whether each layer indexes its own columns when it runs, or all are indexed at once.
+
+    On a CPU the columns of one layer are still in its cache when they are used. On a GPU, launching many small kernels
+    costs more than the arithmetic; in training, adding up gradients of the whole table for each layer does.
+    """
+    return rows.device.type == "cpu" and not torch.is_grad_enabled() and not tracing()
 
 
 def _is_plain(config: PeftConfig) -> bool:
