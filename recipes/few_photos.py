@@ -9,6 +9,7 @@ lesson are training images, all others test images; nothing is rejected. A secon
 """
 
 import random
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -78,8 +79,8 @@ def labels_of(model: ContinualModel, photos: list[PIL.Image.Image]) -> list[str]
     return [prediction.label for batch in batches for prediction in model.predict(batch)]
 
 
-def measure(args: FewPhotosArguments) -> list[dict]:
-    """The rows of one model."""
+def measure(args: FewPhotosArguments) -> Iterator[dict]:
+    """The rows of one model, each as soon as it is known."""
     rng, models = random.Random(args.seed), Models(args.model, backbone=args.backbone)
     (lessons, news), (_, olds) = photos_of(args.new_images), photos_of(args.old_images)
     known = dict.fromkeys(models.served.config.classes)
@@ -111,7 +112,7 @@ def measure(args: FewPhotosArguments) -> list[dict]:
 
     def row(mode: str, lessons: int, recognised: float, changed: float) -> dict:
         backbone, config = models.served.backbone, models.served.config
-        found = {
+        return {
             "benchmark": Path(args.old_images).name,
             "method": config.method.name,
             "seed": args.seed,
@@ -131,26 +132,25 @@ def measure(args: FewPhotosArguments) -> list[dict]:
             "device": str(backbone.device),
             "versions": str(library_versions()),
         }
-        print(found, flush=True)
-        return found
 
     def lesson(key: str, name: str) -> str:
         return teach(models, key, {name: taught[name][0]}).key
 
     alone = [shares(lesson("", name), [name]) for name in taught]
-    rows, key = [row("alone", 1, *np.mean(alone, axis=0).tolist())], ""
+    yield row("alone", 1, *np.mean(alone, axis=0).tolist())
+    key = ""
     for count, name in enumerate(taught, 1):
         key = lesson(key, name)
         if count in AFTER or count == len(taught):
-            rows.append(row("in a row", count, *shares(key, list(taught)[:count])))
-    return rows
+            yield row("in a row", count, *shares(key, list(taught)[:count]))
 
 
 def main():
     (args,) = OptionParser((FewPhotosArguments,)).read()
     results = Path(args.results)
-    rows = measure(args)
-    write_rows(read_rows(results) + rows, results)
+    for row in measure(args):
+        print(row, flush=True)
+        write_rows([*read_rows(results), row], results)
 
 
 if __name__ == "__main__":
