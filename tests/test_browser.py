@@ -8,9 +8,12 @@ import subprocess
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from hf_clpeft.backbones.bundled import DIGITS_MODEL, bundled_folder
+from hf_clpeft.demo.charts import heat_table
+from hf_clpeft.demo.names import Name
 
 
 CHROMIUM, DRIVER = shutil.which("chromium") or shutil.which("google-chrome"), shutil.which("chromedriver")
@@ -31,6 +34,13 @@ UNDER_BUTTONS = """
         const buttons = label.parentElement.querySelector('.icon-button-wrapper');
         return label.offsetParent && buttons && box(label).right > box(buttons).left;
     }).map((label) => label.innerText)
+"""
+
+
+CUT_OFF = """
+    const shown = document.querySelector('.heat');
+    shown.insertAdjacentHTML('afterend', arguments[0]);
+    return shown.nextElementSibling.scrollWidth - shown.nextElementSibling.clientWidth
 """
 
 
@@ -320,6 +330,9 @@ def test_everything_fits_on_the_screen(page, visitor, width):
             assert visitor.driver.execute_script(UNDER_BUTTONS) == []
         if tab == "Look inside":
             visitor.wait("#tasks", "After task")
+            names = [Name(f"Task {number}", "0, 1", "0, 1") for number in range(1, 21)]
+            heat = heat_table(np.full((20, 20), 0.99), names, names, "After \\ on task, %")
+            assert visitor.driver.execute_script(CUT_OFF, heat) <= 0
         time.sleep(0.5)
         assert visitor.overflow() <= 0, tab
 

@@ -47,9 +47,9 @@ def introduction(model: ContinualModel, source: str) -> str:
     name = Path(source).resolve().name if Path(source).is_dir() else source
     return (
         f'<div id="intro"><h1>{title}</h1>'
-        f"<p>A frozen vision transformer has learnt {len(config.classes)} classes in {len(config.tasks)} tasks, one "
-        f"after another, with {bdi(config.method.name)}: {escape(experts)}. <b>Give it a picture</b>, "
-        f"and see {see}. <code>{bdi(name)}</code></p></div>"
+        f"<p><code>{bdi(name)}</code> is a frozen vision transformer that has learnt {len(config.classes)} classes in "
+        f"{len(config.tasks)} tasks, one after another, with {bdi(config.method.name)}: {escape(experts)}. "
+        f"<b>Give it a picture</b>, and see {see}.</p></div>"
     )
 
 
