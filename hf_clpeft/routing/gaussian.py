@@ -11,8 +11,8 @@ from .routing import State, count, distances_to
 from .typicality import PERCENT, Metric, cross_fit, fit_thresholds, p_values
 
 
-# Variance of images along the way to a new class, relative to what the covariance says of it: the least at which held-out
-# training images of four benchmarks lose at most `LOST`.
+# Variance of images along the way to a new class, relative to what the covariance says of it: the least at which
+# held-out training images of four benchmarks lose at most `LOST`.
 ALONG = 2
 LEFT = 0.3  # least share of the freedom that is thought to be left
 
