@@ -29,8 +29,8 @@ class ExpertBank(Guarded):
 
     There are three exact forms, of which the bank chooses one:
 
-    - *gathered*: indexes every image's own LoRA modules, prompts or prefixes from a table in one operation. Costs as
-      much as a plain forward pass, for any number of experts.
+    - *gathered*: indexes every image's own LoRA modules, prompts or prefixes from a table. Costs as much as a plain
+      forward pass, for any number of experts.
     - *stacked*: multiplies by all LoRA modules and masks those not selected. For small pools; see [`LoraTable`].
     - *grouped*: one PEFT forward pass per expert present in the batch. For all other PEFT techniques.
 

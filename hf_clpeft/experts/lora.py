@@ -51,7 +51,7 @@ class LoraTable(ExpertTable):
         y = x Wᵀ + Σ_e s_e (x A_eᵀ) B_eᵀ
 
     There are two exact ways to compute it, both without a loop over experts. *Gathered* indexes every image's own A
-    and B, once for all layers, and uses batched matrix products: its cost does not depend on the number of experts.
+    and B and uses batched matrix products: its cost does not depend on the number of experts.
     *Stacked* multiplies by all experts and masks those that are not selected: plain matrix products, faster for a
     small pool. Layers with the same input, such as query and value, share one product with A.
 
