@@ -81,11 +81,12 @@ def measure_scores(model: ContinualModel, split: Split) -> dict[str, torch.Tenso
         rows = list(range(start, min(start + BATCH, len(images))))
         query = method.query(model.backbone.transform.normalize(images.__getitems__(rows)["pixels"].to(model.device)))
         distances = method.route(query).distances
-        first = router._lift(query if query.dim() == 2 else query[:, 0]).cpu().double() - centre
+        apart = router._lift(query).cpu().double() - centre
+        behind = ((apart @ background) * apart).sum(dim=-1).reshape(len(rows), -1).mean(dim=1)  # the mean of its views
         nearest = distances.amin(dim=1).cpu().double() ** 2
         found["p_value"].append(method.typicality(query, distances).cpu().double())
         found["mahalanobis"].append(-nearest)
-        found["relative"].append(((first @ background) * first).sum(dim=1) - nearest)
+        found["relative"].append(behind - nearest)
     return {name: torch.cat(parts) for name, parts in found.items()}
 
 
