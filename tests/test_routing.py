@@ -65,7 +65,7 @@ def test_a_share_of_the_tasks_own_images_as_stated_lies_beyond_a_threshold():
 
 def test_few_images_still_tell_what_is_far():
     generator = torch.Generator().manual_seed(0)
-    centre, rejected, trials = torch.randn(16, generator=generator), 0.0, 300
+    centre, rejected, trials = torch.randn(16, generator=generator), 0.0, 100
     for _ in range(trials):
         router = PrototypeRouter(16)
         learn(router, 5, centre + 0.3 * torch.randn(5, 16, generator=generator))
