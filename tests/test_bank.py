@@ -12,6 +12,7 @@ from transformers import ViTConfig, ViTImageProcessorPil, ViTModel
 
 from hf_clpeft import Backbone, Expert, ExpertBank, ExpertError
 from hf_clpeft.config import BackboneConfig
+from hf_clpeft.experts import lora
 from hf_clpeft.experts.expert import make_peft_config, make_peft_model
 
 
@@ -102,6 +103,24 @@ def lora_cases(draw):
     pick = st.permutations(range(len(ranks)))
     selection = torch.tensor([draw(pick)[: max(several, 1)] for _ in range(batch)])
     return arguments, selection if several else selection[:, 0], draw(st.integers(0, 1000))
+
+
+def test_on_a_cpu_a_layer_indexes_its_own_columns_when_it_runs_to_the_same_bits(monkeypatch):
+    indexed = []
+
+    def recorded(components, rows):
+        indexed.append(rows.shape[1])
+        return torch.nn.functional.embedding(components, rows)
+
+    monkeypatch.setattr(lora, "embedding", recorded)
+    options = {"peft_type": "LORA", "r": 4, "target_modules": ["q_proj", "v_proj", "fc2"]}
+    bank = bank_of(random_experts(small_backbone(), 3 * [options]))
+    selection = torch.tensor([2, 0, 1])
+    together = bank(images(3), selection)
+    assert indexed == [bank.table.rows.shape[1]]
+    with torch.no_grad():
+        assert torch.equal(bank(images(3), selection), together)
+    assert len(indexed) > 1 and max(indexed[1:]) < indexed[0] / 2 and sum(indexed[1:]) == indexed[0]
 
 
 @settings(max_examples=40, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))

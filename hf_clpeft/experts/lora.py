@@ -182,23 +182,22 @@ class LoraTable(ExpertTable):
         """
         components = self.components(selection)
         scales = self.scales[components]
-        down, up = self._parts(self.rows if rows is None else rows)
+        rows = self.rows if rows is None else rows
         if form == "stacked":
-            down, up = down.to(dtype), up.to(dtype)
-            weights = scales.new_zeros(components.shape[0], down.shape[0]).scatter_add(1, components, scales)
+            down, up = (part.to(dtype) for part in self._parts(rows))
+            weights = scales.new_zeros(components.shape[0], rows.shape[0]).scatter_add(1, components, scales)
             return _Updating(self, lambda own: down[:, own], lambda own: up[:, own], weights[:, None, None].to(dtype))
-
         # `embedding` is several times as fast as rows[components] on a CPU.
-        def downs(own: slice) -> torch.Tensor:
-            return embedding(components, down[:, own]).to(dtype)
-
-        def ups(own: slice) -> torch.Tensor:
-            return embedding(components, up[:, own]).mul_(scales[..., None]).to(dtype)
-
-        if _reads_by_layer(down):
-            return _Updating(self, downs, ups)
-        all_downs, all_ups = downs(slice(None)), ups(slice(None))
-        return _Updating(self, lambda own: all_downs[..., own], lambda own: all_ups[..., own])
+        if _reads_by_layer(rows):
+            down, up = self._parts(rows)
+            return _Updating(
+                self,
+                lambda own: embedding(components, down[:, own]).to(dtype),
+                lambda own: embedding(components, up[:, own]).mul_(scales[..., None]).to(dtype),
+            )
+        down, up = self._parts(embedding(components, rows))
+        down, up = down.to(dtype), up.mul_(scales[..., None]).to(dtype)
+        return _Updating(self, lambda own: down[..., own], lambda own: up[..., own])
 
     def _parts(self, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The columns of A, and those of B."""
