@@ -18,6 +18,7 @@ from hf_clpeft import (
     sequential_lora,
 )
 from hf_clpeft.reports.tables import print_table
+from hf_clpeft.training import progress
 from hf_clpeft.training.plan import make_plan
 from hf_clpeft.training.recipe import resuming_command
 
@@ -112,3 +113,15 @@ def test_the_command_that_goes_on_says_so_once(monkeypatch):
     assert resuming_command().startswith("accelerate launch --quiet recipes/l2l.py --output_dir")
     monkeypatch.setattr("sys.argv", ["recipes/l2l.py", "--resume_from_checkpoint", "auto"])
     assert resuming_command().count("--resume_from_checkpoint") == 1
+
+
+def test_a_log_has_lines_of_progress_rather_than_bars(monkeypatch, capsys):
+    monkeypatch.setattr(progress, "EVERY", 0)
+    stream = TaskStream.class_incremental(pattern_dataset(), num_tasks=2)
+    trainer = make_trainer(s_lora(k=1), disable_tqdm=False, **OPTIONS)
+    capsys.readouterr()  # the bar of transformers, which loads weights
+    trainer.learn_stream(stream)
+    said = capsys.readouterr().err
+    lines = said.splitlines()
+    assert any("Training task-001 (" in line and "100%" in line for line in lines)
+    assert "\r" not in said and "\x1b" not in said and all(line.strip() for line in lines)

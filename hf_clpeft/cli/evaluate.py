@@ -73,6 +73,6 @@ def _row(title: str, name: str, score: "Score") -> dict[str, Any]:
 
 
 def _counted(images: Iterator[tuple[Any, str]]) -> Iterator[tuple[Any, str]]:
-    from tqdm.auto import tqdm
+    from ..training.progress import progress_bar
 
-    return tqdm(images, desc="Evaluating", unit="image", disable=not sys.stderr.isatty())
+    return progress_bar(images, desc="Evaluating", unit="image")

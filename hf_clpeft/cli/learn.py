@@ -1,7 +1,6 @@
 """`hf-clpeft learn`: makes a model of one's own pictures, or teaches one that is there a further task."""
 
 import shlex
-import sys
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -200,7 +199,8 @@ def _open(options: dict[str, Any], there: "Destination") -> "ContinualModel":
     from ..backbones.bundled import BUNDLED_BACKBONES
     from ..config.errors import ConfigError
     from ..model import ContinualModel
-    from ..training.choices import RECOMMENDED, choose_backbone
+    from ..prediction import best_device
+    from ..training.choices import RECOMMENDED, USUAL_BACKBONE, choose_backbone
 
     chosen, named, token = options["backbone"], options["named"], options["training"].hub_token
     how = {"dtype": chosen.dtype, "attn_implementation": chosen.attn_implementation, "token": token}
@@ -221,6 +221,8 @@ def _open(options: dict[str, Any], there: "Destination") -> "ContinualModel":
     if "backbone" not in named:
         name, reason = choose_backbone(token)
     _say("backbone", f"{name}, {reason}")
+    if name == USUAL_BACKBONE and "backbone" not in named and best_device(None).type == "cpu":
+        _say("", "Without a GPU it takes minutes; --image_size 112 is four times as fast, and less accurate.")
     if name in BUNDLED_BACKBONES:
         _say("", "WARNING: it is made for drawn letters and signs, and bad at photographs; --backbone is another one")
     if there.place.is_repo and Path(name).is_dir():
@@ -244,7 +246,6 @@ def _training_arguments(
         push_to_hub=there.place.is_repo,
         hub_model_id=there.place.name if there.place.is_repo else None,
         resume_from_checkpoint="auto" if there.interrupted else None,
-        disable_tqdm=args.disable_tqdm or not sys.stderr.isatty(),
     )
     if there.place.is_repo and args.num_examples and not args.hub_private_repo:
         _say("examples", f"up to {args.num_examples} pictures go along, for people to try it; --num_examples 0: none")

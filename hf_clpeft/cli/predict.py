@@ -67,11 +67,10 @@ def _classified(
     """Rows of the pictures that can be read; what is wrong with the others is added to `bad`."""
     from dataclasses import asdict
 
-    from tqdm.auto import tqdm
-
     from ..backbones.pictures import PictureError, open_image
+    from ..training.progress import progress_bar
 
-    with tqdm(desc="Predicting", unit="image", disable=not sys.stderr.isatty() or sys.stdout.isatty()) as bar:
+    with progress_bar(desc="Predicting", unit="image", disable=sys.stdout.isatty()) as bar:
         while batch := list(islice(paths, batch_size)):
             pictures = {}
             for number, path in enumerate(batch):

@@ -5,17 +5,17 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import numpy as np
-from tqdm.auto import tqdm
 
 from ..config.text import percent, printable
 from ..reports.report import StreamReport
 from ..reports.tables import print_table
+from .progress import progress_bar
 
 
 @contextmanager
 def waiting(text: str, shows: bool) -> Iterator[None]:
     """Shows a status line during a step without measurable progress."""
-    with tqdm(desc=text, bar_format="{desc} ...", leave=False, disable=not shows):
+    with progress_bar(desc=text, bar_format="{desc} ...", leave=False, disable=not shows):
         yield
 
 

@@ -5,7 +5,6 @@ from contextlib import nullcontext
 
 import torch
 from accelerate import Accelerator
-from tqdm.auto import tqdm
 
 from ..backbones.views import augment
 from ..model import ContinualModel
@@ -14,6 +13,7 @@ from ..streams.streamed import share_of
 from .arguments import ContinualTrainingArguments
 from .batches import on_device
 from .processes import TrainingError
+from .progress import progress_bar
 from .trunk_cache import TrunkCaches
 
 
@@ -59,7 +59,8 @@ def extract(
     own = [share[accelerator.process_index] for share in shares]
     loader = on_device(images.loader(own, **args.loading(len(own), accelerator.device)), accelerator)
     silent = args.disable_tqdm or not accelerator.is_main_process
-    for share, index, batch in zip(shares, own, tqdm(loader, desc=desc, disable=silent, leave=False), strict=True):
+    bar = progress_bar(loader, desc=desc, disable=silent, leave=False)
+    for share, index, batch in zip(shares, own, bar, strict=True):
         pixel_values = model.backbone.transform.normalize(batch["pixels"])
         places = torch.tensor(index)
         recalling = nullcontext() if caches is None else caches.recalling(images, pixel_values, places)

@@ -13,7 +13,6 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import is_initialized
 from accelerate.utils import DataLoaderConfiguration, set_seed
-from tqdm.auto import tqdm
 
 from ..backbones.precision import go_fast
 from ..backbones.views import views_for_sums
@@ -43,6 +42,7 @@ from .output import check_output
 from .parallel import LocalAccelerator, ParallelExperts, check_independent
 from .pictures import KeepPictures
 from .processes import Stop, any_process_stops, cpu_only, explaining_lost_processes, join_processes, same_everywhere
+from .progress import progress_bar
 from .pushing import Pusher
 from .steps import StepLoop, TrainingStopped, stopping_on_signals
 from .together import TrainedTogether
@@ -397,7 +397,7 @@ class ContinualTrainer:
         queries = None if queries is None else queries.to(accelerator.device)
         assert method.task is not None
         desc = f"Training {task.name} ({method.task.title})"
-        bar = tqdm(total=loop.num_steps, desc=desc, disable=not self._shows, leave=False)
+        bar = progress_bar(total=loop.num_steps, desc=desc, disable=not self._shows, leave=False)
 
         def after_step(progress: Progress, loss: torch.Tensor) -> None:
             bar.update(progress.step - bar.n)
