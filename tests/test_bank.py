@@ -378,5 +378,14 @@ def test_a_removed_expert_is_gone_and_the_others_answer_as_before(arguments):
         assert torch.equal(bank(images(4), torch.tensor([0, 1, 2, 2])), before)
     assert bank.names == ["expert-0", "expert-2", "again"]
     bank.remove("again")
+    bank.remove("expert-0")
+    bank.remove("expert-2")
+    other = random_experts(small_backbone(), [TECHNIQUES["vera"]])  # an empty bank takes any kind
+    bank.extend(other)
+    with torch.no_grad():
+        zeros = torch.zeros(4, dtype=torch.int64)
+        assert torch.equal(bank(images(4), zeros), bank_of(other)(images(4), zeros))
+    bank.remove("expert-0")
+    bank.extend([replace(experts[0], name="first"), replace(experts[2], name="third")])
     weights = {tensor.sum().item() for tensor in bank.state_dict().values() if tensor.is_floating_point()}
     assert not weights & {tensor.sum().item() for tensor in experts[1].tensors.values()}

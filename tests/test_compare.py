@@ -10,10 +10,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import pictures, run as run_command
+from conftest import make_trainer, pattern_dataset, pictures, run as run_command
 from sweep import draw, line_of, points_of, read_sweep
 
-from hf_clpeft import METHODS, ConfigError, ContinualModel, load_benchmark
+from hf_clpeft import METHODS, ConfigError, ContinualModel, TaskStream, load_benchmark, s_x
 from hf_clpeft.comparing import CompareArguments, Run, draw as draw_table, make_table, plan, read_config, run_all
 from hf_clpeft.comparing.plan import copy_of, read_yaml
 from hf_clpeft.comparing.runs import chains_of, check_same, forwards_per_image, in_order
@@ -286,6 +286,15 @@ def test_forwards_are_counted_layer_by_layer(fresh_backbone):
         assert forwards_per_image(model, stream) == expected
     model.method.query_layers = [2, 3]  # of six: half a pass, and three with an expert each
     assert forwards_per_image(model, stream) == 3.5
+
+
+def test_forwards_of_experts_that_run_on_a_copy_are_counted_too(tmp_path):
+    stream = TaskStream.class_incremental(pattern_dataset(4, per_class=4), num_tasks=2)
+    for layers, expected in ((None, 2), ([2], 1.5)):  # of two
+        peft = {"peft_type": "IA3", "target_modules": ["v_proj", "fc2"], "feedforward_modules": ["fc2"]}
+        trainer = make_trainer(s_x(peft=peft, expert_layers=layers), tmp_path / str(layers), num_train_epochs=1)
+        trainer.learn_stream(stream)
+        assert forwards_per_image(trainer.model, stream) == expected
 
 
 SWEEP = """

@@ -44,8 +44,9 @@ def options_of(name):
 
 
 def trainer_on(tiny, name, folder, **training):
-    """A trainer of a method on a backbone of two layers."""
-    model = ContinualModel(tiny, ContinualConfig(options_of(name), tiny.config))
+    """A trainer of a method, or of its options, on a backbone of two layers."""
+    options = options_of(name) if isinstance(name, str) else name
+    model = ContinualModel(tiny, ContinualConfig(options, tiny.config))
     args = ContinualTrainingArguments(str(folder), **{**ARGS, "num_train_epochs": 1, "disable_tqdm": True, **training})
     return ContinualTrainer(model, args)
 

@@ -15,6 +15,7 @@ from hf_clpeft.methods import SLora
 from hf_clpeft.streams.images import open_image
 from hf_clpeft.training import evaluation, features
 from hf_clpeft.training.steps import Gradients, StepLoop
+from hf_clpeft.training.trunk_cache import TrunkCache
 
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*to a meta parameter")  # which is none: the copy is done
@@ -60,10 +61,13 @@ def watching(device):
         yield found
 
 
-def learn(name, stream, device, backbone):
+def learn(name, stream, device, backbone, expert_layers=None, augmentation="crop_flip", **args):
     """Learns two tasks on the foreign device, and returns what the batches of the second have waited for."""
     sizes = {"train_batch_size": BATCH, "eval_batch_size": BATCH, "logging_steps": 1000}
-    trainer = trainer_on(deepcopy(backbone), name, "out", augmentation="crop_flip", **sizes)
+    options = options_of(name)
+    if expert_layers is not None:
+        options.expert_layers = expert_layers
+    trainer = trainer_on(deepcopy(backbone), options, "out", augmentation=augmentation, **sizes, **args)
     trainer.learn_stream(stream[:1])  # whatever is read once, and not with every batch, is known now
     with watching(device) as waits:
         trainer.learn_stream(stream)
@@ -98,6 +102,25 @@ def test_every_method_lives_on_one_device_and_no_batch_makes_it_wait(name, strea
         assert (here.label, here.expert) == (there.label, there.expert)
         assert here.score == pytest.approx(there.score, abs=1e-4)
         assert here.typicality == pytest.approx(there.typicality, abs=0.02)
+
+
+@pytest.mark.parametrize("name", ["s_lora", "s_lora_mix", "slda_pp", "sd_lora"])
+def test_experts_in_upper_layers_wait_once_for_what_is_cached(name, stream, tiny, monkeypatch):
+    filled, write = [], TrunkCache.write
+
+    def filling(*args):
+        before = len(device.waits)
+        write(*args)
+        filled.append(device.waits[before:])
+        del device.waits[before:]
+
+    monkeypatch.setattr(TrunkCache, "write", filling)
+    with ForeignDevice().patched() as device:
+        model, waits = learn(name, stream, device, tiny, expert_layers=[-1], augmentation="none", num_train_epochs=3)
+        assert waits == [] and {tensor.device for tensor in model.state_dict().values()} == {DEVICE}
+        assert judge(model, device) == []
+    rows = sum(len(split.dataset) for task in stream for split in (task.train, task.test))
+    assert filled and all(len(found) == 1 for found in filled) and len(filled) <= rows / BATCH + 4
 
 
 @pytest.mark.parametrize("name", ["s_lora", "s_prompts"])

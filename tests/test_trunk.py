@@ -19,15 +19,18 @@ from hf_clpeft import (
     ContinualTrainingArguments,
     HfClpeftError,
     TaskStream,
+    TrainerCallback,
     dualprompt,
     s_lora,
     s_lora_mix,
     s_x,
+    tuna,
 )
 from hf_clpeft.backbones.bundled import bundled_folder
 from hf_clpeft.backbones.trunk import Hidden, Trunk
 from hf_clpeft.experts.bank import ExpertBank
 from hf_clpeft.streams import cache_images
+from hf_clpeft.training.evaluation import Evaluator
 from hf_clpeft.training.lesson import Lesson
 from hf_clpeft.training.trunk_cache import TrunkCaches
 
@@ -46,6 +49,16 @@ def upper(name, layers=(-2, -1)):
 def stream():
     """Two tasks of two classes."""
     return TaskStream.class_incremental(pattern_dataset(4, per_class=6), num_tasks=2)
+
+
+class Losses(TrainerCallback):
+    """Collects what is logged in training."""
+
+    def __init__(self):
+        self.logged = []
+
+    def on_log(self, model, values, step):
+        self.logged += [values] if "train/loss" in values else []
 
 
 def watch(model):
@@ -94,6 +107,8 @@ def test_every_method_answers_as_without_sharing(name, stream, tmp_path, monkeyp
         assert torch.equal(model(pixels).logits, shared.logits)
     make_trainer(upper(name), tmp_path / "plain", trunk_cache_gb=0, **ARGS).learn_stream(stream)
     (cached, measured), (plain, wanted) = outcome(tmp_path / "cached"), outcome(tmp_path / "plain")
+    passes = [one.pop("test_forwards_per_image") for one in (measured, wanted)]
+    assert passes[0] <= passes[1]
     assert {**measured, "environment": 0} == {**wanted, "environment": 0} and cached.keys() == plain.keys()
     assert ContinualModel.from_pretrained(tmp_path / "plain")(pixels).logits.allclose(shared.logits, atol=1e-4)
 
@@ -115,6 +130,48 @@ def test_a_prediction_runs_the_trunk_once(options, layers_run, stream, tmp_path)
     counts = watch(trainer.model)
     trainer.model.predict(list(pattern_dataset(4, per_class=1)["train"]["image"])[:4], batch_size=4)
     assert sum(size for size in counts if size > 1) == 4 * layers_run
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        s_lora(),
+        s_lora(expert_layers=[-2, -1]),
+        s_lora(expert_layers=[-2, -1], query_layers=[4]),
+        s_lora(expert_layers=[-2, -1], query_layers=[2]),
+        tuna(expert_layers=[-2, -1]),
+    ],
+)
+def test_the_passes_of_a_report_are_those_that_evaluation_has_run(options, stream, tmp_path, monkeypatch):
+    trainer = make_trainer(options, tmp_path, num_train_epochs=1)
+    counts, seen = watch(trainer.model), []
+
+    def counting(run):
+        def counted(*args, **more):
+            before = len(counts)
+            result = run(*args, **more)
+            seen.extend(counts[before:])
+            return result
+
+        return counted
+
+    for name in ("add", "evaluate"):
+        monkeypatch.setattr(Evaluator, name, counting(getattr(Evaluator, name)))
+    report = trainer.learn_stream(stream)
+    images = sum(len(task.test.dataset) for task in stream)
+    layers = sum(size for size in seen if size > 1)  # others are embeddings of one image
+    assert report.test_forwards_per_image == pytest.approx(layers / (6 * images))
+
+
+def test_a_bank_of_upper_layers_is_one_graph(stream, tmp_path):
+    trainer = make_trainer(s_lora(expert_layers=[-2, -1]), tmp_path, num_train_epochs=1, torch_compile=True)
+    assert trainer.model.bank._compiled_call_impl is None  # passes start at different layers
+    trainer.learn_stream(stream)
+    bank, pixels, selection = trainer.model.bank, torch.randn(2, 3, 32, 32), torch.tensor([0, 1])
+    with torch.no_grad(), bank.sharing():
+        wanted = bank(pixels, selection)
+        found = torch.compile(bank, backend="eager", fullgraph=True)(pixels, selection)
+    torch.testing.assert_close(found, wanted, atol=1e-5, rtol=0)
 
 
 def test_experts_that_run_one_after_another_share_it_too(stream, tmp_path, monkeypatch):
@@ -191,7 +248,7 @@ def test_an_expert_is_an_adapter_of_peft(stream, tmp_path):
         (lambda: s_lora(expert_layers=[2, 1]), "rising"),
         (lambda: s_lora(expert_layers=[7]), "has 6 layers"),
         (lambda: s_lora(expert_layers=[-7]), "has 6 layers"),
-        (lambda: s_lora(expert_layers=[-1, 6]), "has 6 layers"),
+        (lambda: s_lora(expert_layers=[-1, 6]), r"must rise, but of 6 layers these are \[6, 6\]"),
         (lambda: s_lora(expert_layers=[6], lora={"target_modules": "all-linear"}), "list of names"),
         (lambda: s_lora(expert_layers=[6], lora={"target_modules": ["none_such"]}), "none_such"),
         (lambda: s_x(peft={"peft_type": "PROMPT_TUNING", "num_virtual_tokens": 2}, expert_layers=[6]), "all layers"),
@@ -219,14 +276,18 @@ def test_the_recipe_counts_the_passes(tmp_path, monkeypatch, capsys):
 
 
 def test_training_on_fixed_views_runs_the_trunk_once_per_view(stream, tmp_path):
-    options = {"augmentation": "crop_flip", "augmentation_views": 3, "num_train_epochs": 7}
+    options = {"augmentation": "crop_flip", "augmentation_views": 3, "num_train_epochs": 7, "logging_steps": 1}
     trainer = make_trainer(s_lora(expert_layers=[-1], query_layers=[5]), tmp_path / "cached", **options)
-    counts = watch(trainer.model)
+    counts, seen, unseen = watch(trainer.model), Losses(), Losses()
+    trainer.callbacks.callbacks.append(seen)
     trainer.learn(stream[0])
     train, test = len(stream[0].train.dataset), len(stream[0].test.dataset)
     assert sum(counts) <= 5 * (3 * train + test) + 7 * train + test + 40  # probes, and embeddings of one image
     plain = make_trainer(s_lora(expert_layers=[-1], query_layers=[5]), tmp_path / "plain", trunk_cache_gb=0, **options)
+    plain.callbacks.callbacks.append(unseen)
     plain.learn(stream[0])
+    losses = [[value["train/loss"] for value in one.logged] for one in (seen, unseen)]
+    assert len(losses[0]) > 7 and losses[0] == pytest.approx(losses[1], abs=1e-5)
     pixels = torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         assert torch.allclose(trainer.model(pixels).logits, plain.model(pixels).logits, atol=1e-4)

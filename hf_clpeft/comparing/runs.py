@@ -10,8 +10,10 @@ from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wai
 from itertools import islice
 from multiprocessing.queues import Queue
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch.nn.modules.module import register_module_forward_hook
 
 from ..backbones.pictures import open_image
 from ..config.errors import ConfigError, HfClpeftError
@@ -51,15 +53,16 @@ def forwards_per_image(model: ContinualModel, stream: TaskStream) -> float:
     backbone, counts = model.backbone, [0]
     whole = backbone.layout.layers is None
     layers = [backbone.model] if whole else list(backbone.model.get_submodule(backbone.layout.layers))
+    kinds = {type(layer) for layer in layers}
 
-    def count(layer: torch.nn.Module, inputs: tuple, options: dict) -> None:
-        counts[0] += len(next(value for value in (*inputs, *options.values()) if isinstance(value, torch.Tensor)))
+    def count(module: torch.nn.Module, inputs: tuple, output: Any) -> None:
+        if type(module) in kinds:  # of the backbone, or of the copy of it that an expert runs on
+            counts[0] += len(output[0] if isinstance(output, tuple) else getattr(output, "last_hidden_state", output))
 
     images = [open_image(encoded) for task in stream for encoded, _, _ in islice(task.test or (), IMAGES_COUNTED)]
-    handles = [layer.register_forward_pre_hook(count, with_kwargs=True) for layer in layers]
+    handle = register_module_forward_hook(count)
     model.predict(images)
-    for handle in handles:
-        handle.remove()
+    handle.remove()
     return counts[0] / (len(layers) * len(images))
 
 

@@ -331,6 +331,8 @@ class ExpertBank(Guarded):
             if self._trained is not None and self._trained[0] == name:
                 self.abandon()
             del self.names[index], self._configs[index], self._sizes[name]
+            if not self.names:
+                self.table = None  # the next expert may be of another kind
 
     # Forward passes
 
@@ -434,8 +436,8 @@ class ExpertBank(Guarded):
 
     @property
     def trunk(self) -> Trunk | None:
-        """What the passes of this thread share now: nothing while a method inserts something of its own."""
-        return None if active_calls() else shared(self)
+        """What the passes of this thread share now: nothing while a method inserts something, or in one graph."""
+        return None if active_calls() or torch.compiler.is_compiling() else shared(self)
 
     def compute_dtype(self) -> torch.dtype:
         """Dtype in which the backbone computes now."""

@@ -228,6 +228,8 @@ class Keeper(KeepsPrecision):
         if wanted is None:
             return None
         layers = [number + count + 1 if number < 0 else number for number in wanted]
-        if layers != sorted(set(layers)) or not 1 <= layers[0] <= layers[-1] <= count:
+        if not 1 <= min(layers) <= max(layers) <= count:
             raise ConfigError(f"{option}={wanted}, but the backbone has {count} layers.")
+        if layers != sorted(set(layers)):
+            raise ConfigError(f"{option}={wanted} must rise, but of {count} layers these are {layers}.")
         return layers

@@ -45,11 +45,14 @@ class TaskImages(torch.utils.data.Dataset):
     def __len__(self) -> int:
         return len(self.labels)
 
-    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+    def __getitem__(self, index: int) -> dict[str, Any]:
         return {name: value[0] for name, value in self.__getitems__([index]).items()}
 
-    def __getitems__(self, indices: Sequence[int]) -> dict[str, torch.Tensor]:
-        """A batch: `pixels` of shape `(batch, 3, height, width)`, `label` and `index` of shape `(batch,)`."""
+    def __getitems__(self, indices: Sequence[int]) -> dict[str, Any]:
+        """A batch: `pixels` of shape `(batch, 3, height, width)`, `label` and `index` of shape `(batch,)`.
+
+        Once the batch is on a GPU, `rows` still has the index in the memory of the host, as an array.
+        """
         rows = self.dataset[list(indices)]["pixels"]
         pixels = np.stack([np.frombuffer(row, dtype=np.uint8).reshape(self.shape) for row in rows])
         index = np.asarray(indices)
@@ -57,6 +60,7 @@ class TaskImages(torch.utils.data.Dataset):
             "pixels": torch.from_numpy(pixels),
             "label": torch.from_numpy(self.labels[index]),
             "index": torch.from_numpy(index),
+            "rows": index,
         }
 
     def loader(self, batch_sampler: Iterable[list[int]], **options: Any) -> torch.utils.data.DataLoader:

@@ -139,12 +139,18 @@ class Evaluator:
         return extract_all(images, method.query, self.model, self.accelerator, self.args, desc, caches=self.caches)
 
     def forwards_per_image(self) -> float:
-        """Forward passes so far per test image, including query features; unaffected by an interruption."""
+        """Forward passes so far per test image, including query features; unaffected by an interruption.
+
+        The layers below all experts count once for an image whose outputs of them are cached.
+        """
         depth, method = self.model.backbone.num_layers, self.model.method
-        of_query = method.query_passes * max(method.query_layers, default=0)
+        last = max(method.query_layers, default=0)
         layers, images, recalled = 0, 0, 0  # integers, so that sums are exact
         for name, test in self._tests.items():
-            layers += depth * test.forwards + (0 if name in self._recalled else of_query * len(test.images))
+            below = 0 if self.caches is None else self.caches.depth_for(test.images)
+            of_query = method.query_passes * last - (below if last >= below else 0)
+            layers += (depth - below) * test.forwards
+            layers += 0 if name in self._recalled else (below + of_query) * len(test.images)
             images += len(test.images)
             recalled += len(test.images) * (name in self._recalled)
         return (layers + round(self.before * depth * recalled)) / (depth * max(1, images))

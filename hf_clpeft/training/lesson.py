@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -47,12 +48,12 @@ class Lesson:
         """Images of a batch: augmented and normalised."""
         return augment(self._normalize(batch["pixels"]), batch.get("view"))
 
-    def recalling(self, batch: dict[str, torch.Tensor], pixels: torch.Tensor) -> AbstractContextManager[None]:
+    def recalling(self, batch: dict[str, Any], pixels: torch.Tensor) -> AbstractContextManager[None]:
         """Context manager: passes over `pixels` start above the layers below experts, where these are cached."""
         view = self.loop.view
         if view is None or not isinstance(self.images, TaskImages):
             return nullcontext()
-        return self.caches.recalling(self.images, pixels, batch["index"], view)
+        return self.caches.recalling(self.images, pixels, torch.from_numpy(batch["rows"]), view)
 
     def loss(self, batch: dict[str, torch.Tensor], pixels: torch.Tensor) -> torch.Tensor:
         """The weighted sum of the losses of a batch."""

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import send_to_device
 from safetensors.torch import load_file
 
 from ..config.checks import read_json
@@ -167,5 +168,5 @@ class _OnDevice:
         while batch is not None:
             following = next(batches, None)
             self.accelerator.last_batch = following is None
-            yield {name: tensor.to(self.accelerator.device, non_blocking=True) for name, tensor in batch.items()}
+            yield send_to_device(batch, self.accelerator.device, non_blocking=True)
             batch = following

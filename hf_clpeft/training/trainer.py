@@ -111,10 +111,13 @@ class ContinualTrainer:
         self.trackers = Trackers(self.accelerator, args)
         self.model = model.to(self.accelerator.device)
         set_checkpointing(model.backbone, args.gradient_checkpointing)
-        if args.torch_compile:
+        chosen = getattr(model.config.method, "expert_layers", None) is not None
+        self._compiles = args.torch_compile and not chosen
+        if args.torch_compile and chosen:
+            logger.warning("torch_compile is left out: with expert_layers, passes start at different layers.")
+        if self._compiles:
             model.backbone.compile()
             model.bank.compile()
-        chosen = getattr(model.config.method, "expert_layers", None) is not None
         self._caches = TrunkCaches(model.bank, args.trunk_cache_gb if chosen else 0)
         compute = None if compute_metrics is None else ComputedMetrics(compute_metrics)
         self.evaluator = Evaluator(self.model, self.accelerator, args, self._caches, compute)
@@ -390,7 +393,7 @@ class ContinualTrainer:
     ) -> tuple[Lesson, Callable[[Progress, torch.Tensor], None]]:
         """The training of the current task, and what to call after its optimizer steps."""
         args, method = self.args, self.model.method
-        if args.torch_compile and method.bank.slot is not None:
+        if self._compiles and method.bank.slot is not None:
             method.bank.slot.compile()
         made_with = {**self._made_with(), **trained_on, "model": self._state()}
         loop = StepLoop(method, images, accelerator, args, checkpoints, made_with, self._step)

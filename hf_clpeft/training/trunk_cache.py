@@ -51,12 +51,17 @@ class TrunkCache:
         """Size of the file in bytes."""
         return count * math.prod(like.tokens.shape[1:]) * like.tokens.element_size()
 
-    def read(self, index: torch.Tensor) -> Hidden | None:
-        """The outputs for images, on the CPU; `None` unless all of them are known."""
-        return Hidden(self.layers, self.tokens[index], self.wrapped) if self.known[index].all() else None
+    def read(self, index: torch.Tensor, device: torch.device) -> Hidden | None:
+        """The outputs for images, on their way to a device; `None` unless all of them are known."""
+        if not self.known[index].all():
+            return None
+        tokens = self.tokens[index]
+        if device.type == "cuda":
+            tokens = tokens.pin_memory()  # from elsewhere, a copy blocks
+        return Hidden(self.layers, tokens.to(device, non_blocking=True), self.wrapped)
 
     def write(self, index: torch.Tensor, hidden: Hidden) -> None:
-        """Keeps the outputs for images."""
+        """Keeps the outputs for images, for which the CPU waits once."""
         self.tokens[index] = hidden.tokens.detach().to("cpu", self.tokens.dtype)
         self.known[index] = True
 
@@ -73,6 +78,11 @@ class TrunkCaches:
         self.bank, self.limit = bank, int(limit_gb * 1e9)
         self._caches: weakref.WeakKeyDictionary[TaskImages, dict[int, TrunkCache | None]] = weakref.WeakKeyDictionary()
 
+    def depth_for(self, images: TaskImages) -> int:
+        """The number of layers whose outputs are cached for images, as they are; 0 if there are none."""
+        cache = self._caches.get(images, {}).get(0)
+        return 0 if cache is None else cache.layers
+
     @contextmanager
     def recalling(
         self, images: TaskImages, pixels: torch.Tensor, index: torch.Tensor, view: int = 0
@@ -82,23 +92,21 @@ class TrunkCaches:
         Args:
             images ([`TaskImages`]): Images of a split.
             pixels (`torch.Tensor` of shape `(batch, 3, height, width)`): Some of them, normalised.
-            index (integer `torch.Tensor` of shape `(batch,)`): Their indices.
+            index (integer `torch.Tensor` of shape `(batch,)`): Their indices, on the CPU.
             view (`int`, *optional*): Which of their fixed views `pixels` are; default: the images as they are.
         """
         with self.bank.sharing() as trunk:
             if not (trunk.depth and self.limit):
                 yield
                 return
-            index = index.cpu()
             caches = self._caches.setdefault(images, {})
             cache = caches.get(view)
             if cache is not None and cache.layers != trunk.depth:
                 del caches[view]
                 cache = None
-            hidden = None if cache is None else cache.read(index)
+            hidden = None if cache is None else cache.read(index, pixels.device)
             if hidden is not None:
-                tokens = hidden.tokens.to(pixels.device, non_blocking=True)
-                trunk.keep(pixels, hidden._replace(tokens=tokens))
+                trunk.keep(pixels, hidden)
             yield
             found = trunk.find(pixels) if hidden is None else None
             if found is not None:
