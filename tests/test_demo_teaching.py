@@ -1,6 +1,7 @@
 """The demo's lessons: what visitors teach is theirs alone, and is what they are told."""
 
 import shutil
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -103,17 +104,39 @@ def test_a_downloaded_model_can_be_given_back(ask, letters):
     outcome, again = ask("/give_back", Path(archive))
     assert again not in ("", key) and "It knows 11 classes, lastly <bdi>letter A</bdi>" in outcome
     assert ask("/predict", letters[6], again)[3] == ask("/predict", letters[6], key)[3]
+    with zipfile.ZipFile(archive) as packed:
+        files = {name: packed.read(name) for name in packed.namelist()}
+    assert "config.json" in files and not [name for name in files if f"/{name}".count("/.")]
+    # Unpacked, and packed again with its folder, as macOS does it.
+    junk = {".DS_Store": b"x", "__MACOSX/model/._config.json": b"x", "__MACOSX/._model": b"x"}
+    archive_of({**{f"model/{name}": data for name, data in files.items()}, **junk}, "model 2.zip")
+    _, third = ask("/give_back", Path("model 2.zip"))
+    assert ask("/predict", letters[6], third)[3] == ask("/predict", letters[6], key)[3]
 
 
 def test_what_was_not_downloaded_here_is_not_taken(ask, letters, saved):
     other = shutil.make_archive("other", "zip", saved)
     archive_of({"../../evil.json": b"{}"}, "outside.zip")
     archive_of({"config.json": b"{"}, "broken.zip")
+    archive_of({f"photos/{path.name}": path.read_bytes() for path in letters}, "photos.zip")
+    archive_of({path.name: path.read_bytes() for path in letters}, "loose.zip")
+    archive_of({}, "empty.zip")
+    archive_of({"config.json/a.json": b"{}"}, "folder.zip")
+    archive_of({"experts/task-000/config.json": b"{}"}, "deep.zip")
+    archive_of({"a/config.json": b"{}", "b/config.json": b"{}"}, "two.zip")
+    archive_of({".git/config.json": b"{}", "__MACOSX/config.json": b"{}"}, "hidden.zip")
     Path("no.zip").write_bytes(b"nothing")
     for name, message in (
         (other, "does not begin with the same tasks"),
         ("outside.zip", "was not made by this page"),
-        ("broken.zip", "config.json"),
+        ("broken.zip", "^config.json is not valid|^config.json cannot be used: config.json is not valid"),
+        ("photos.zip", "photos.zip holds no config.json, so it is no model"),
+        ("loose.zip", "holds no config.json"),
+        ("empty.zip", "holds no config.json"),
+        ("folder.zip", "holds no config.json"),
+        ("deep.zip", "holds no config.json"),
+        ("hidden.zip", "holds no config.json"),
+        ("two.zip", "holds more than one config.json"),
         ("no.zip", "is no archive of a model"),
     ):
         with pytest.raises(AppError, match=message):
@@ -134,3 +157,28 @@ def test_pictures_to_teach_from_fit_into_memory():
     big = Image.new("1", (20_000, 20_000))
     with pytest.raises(VisitorError, match="more than 800 megapixels together"):
         sort_pictures("cat", [(f"{number}.png", big) for number in range(3)], known=[])
+
+
+def test_an_edited_model_is_refused_without_a_word_of_the_servers_folders(ask, letters):
+    _, key, archive = ask("/teach", "letter A", list(letters[:5]), "")
+    with zipfile.ZipFile(archive) as packed:
+        files = {name: packed.read(name) for name in packed.namelist()}
+    expert = "experts/task-005/adapter_model.safetensors"
+    for name, data in (
+        ("config.json", b"{"),
+        ("config.json", b"[]"),
+        ("config.json", files["config.json"].replace(b"letter A", b"")),
+        ("router.safetensors", b"nothing"),
+        (expert, None),
+        (expert, files[expert] + b"x"),
+        ("experts/task-009/adapter_model.safetensors", b"x"),
+        ("heads.safetensors", None),
+        ("metrics.json", b"{"),
+        ("preprocessor_config.json", b"{"),
+    ):
+        edited = {path: content for path, content in {**files, name: data}.items() if content is not None}
+        archive_of(edited, "edited.zip")
+        with pytest.raises(AppError) as refused:
+            ask("/give_back", Path("edited.zip"))
+        said = str(refused.value)
+        assert name in said and "hf-clpeft-" not in said and "/model" not in said, said

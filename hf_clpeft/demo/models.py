@@ -1,5 +1,6 @@
 """The models of a running demo: the served one, those that visitors taught, and earlier states of each."""
 
+import re
 import secrets
 import shutil
 import threading
@@ -102,6 +103,12 @@ class Models:
     def folder(self, key: str | None) -> Path | None:
         """Folder of a taught model; `None` for the served one."""
         return self._folders.get(key or "")
+
+    def without_paths(self, text: str) -> str:
+        """A message for visitors: files of their models are named as in their archives, and not as on this server."""
+        homes = {self._home.name, str(Path(self._home.name).resolve())}
+        start = rf"(?:{'|'.join(map(re.escape, homes))})[/\\][0-9a-f]+[/\\]model"
+        return re.sub(start, "The model", re.sub(rf"{start}[/\\](?=\w)", "", text))
 
     def load(self, source: str | Path, revision: str | None = None) -> ContinualModel:
         """Loads a model onto the shared backbone."""
