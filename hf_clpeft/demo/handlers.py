@@ -20,6 +20,7 @@ from gradio.utils import get_upload_folder
 
 from ..config.checks import fits
 from ..config.errors import HfClpeftError
+from ..config.text import csv_text
 from ..model import ContinualModel
 from ..prediction import Prediction
 from . import views
@@ -336,9 +337,9 @@ def _png(image: PIL.Image.Image) -> bytes:
 def _cells(name: str, found: Prediction | VisitorError) -> list:
     """A row of the CSV file."""
     if isinstance(found, VisitorError):
-        return [name, "", "", "", "", "", found]
-    label = views.NONE if found.label is None else found.label
-    return [name, label, round(found.score, 4), found.expert, round(found.distance, 4), found.typicality, ""]
+        return [csv_text(name), "", "", "", "", "", csv_text(str(found))]
+    label, expert = csv_text(views.NONE if found.label is None else found.label), csv_text(found.expert or "")
+    return [csv_text(name), label, round(found.score, 4), expert, round(found.distance, 4), found.typicality, ""]
 
 
 def keep(content: bytes, name: str) -> str:
