@@ -313,6 +313,57 @@ def test_a_report_says_how_often_routes_were_right_by_how_clear_they_were(learnt
     assert margins == counts.tolist() and sum(margins[2]) > 20
     values = learnt.report.to_dict()
     assert StreamReport.from_dict(values, learnt.model.config.tasks).route_margins == margins
-    for wrong in ([[1, 1]], [[1], [1], [1]]):
-        with pytest.raises(ConfigError, match="metrics.json cannot be used"):
-            StreamReport.from_dict({**values, "route_margins": wrong}, learnt.model.config.tasks)
+
+
+WRONG_LISTS = {
+    "not a list": "x",
+    "a mapping": {},
+    "a number": 5,
+    "text": ["x", "y", "z"],
+    "text in rows": [["x"] * 3] * 3,
+    "one row": [[1, 2, 3, 4]],
+    "one short row": [[1, 1]],
+    "columns of one": [[1], [1], [1]],
+    "empty rows": [[], [], []],
+    "ragged": [[1, 1, 1], [1, 1], [1, 1, 1]],
+    "deep": [[[1, 1, 1]] * 3] * 3,
+    "negative": [[5, -1, -7]] * 3,
+    "huge": [[2**62, 2**62, 2**62]] * 3,
+    "huge floats": [[1e308, 1e308, 1e308]] * 15,
+    "many negative": [[-1.0, -1.0, -1.0]] * 15,
+    "more right than there are": [[10, 10.0, 30]] * 15,
+    "nothing measured": [[None, None, None]] * 15,
+    "truths": [[True, True, True]] * 3,
+}
+LISTS = ("accuracy_matrix", "routing_confusion", "reliability", "route_margins")
+
+
+@pytest.mark.parametrize("what", WRONG_LISTS)
+def test_a_report_with_a_wrong_list_is_refused_and_named(learnt, what):
+    values, tasks = learnt.report.to_dict(), learnt.model.config.tasks
+    assert len(tasks) == 3 and values["reliability"] and values["routing_confusion"]
+    StreamReport.from_dict(values, tasks)
+    for name in LISTS:
+        with pytest.raises(ConfigError, match="^metrics.json cannot be used: "):
+            StreamReport.from_dict({**values, name: WRONG_LISTS[what]}, tasks)
+
+
+def test_a_report_of_impossible_numbers_is_refused(learnt):
+    values, tasks = learnt.report.to_dict(), learnt.model.config.tasks
+    for name, wrong, message in (
+        ("oracle_accuracy", [0.5, 0.5], "oracle_accuracy has 2 entries for 3 tasks"),
+        ("oracle_accuracy", [0.5, 0.5, 1.5], "an accuracy is 1.5"),
+        ("untrained_accuracy", [-1.0, 0.5, 0.5], "an accuracy is -1.0"),
+        ("untrained_accuracy", [], "untrained_accuracy has 0 entries"),
+        ("titles", ["a"], "titles has 1 entries"),
+        ("experts", [], "routing_confusion has a row of 3 numbers"),
+        ("stored_bytes", [1e308] * 3, "a cost is 1e"),
+        ("seconds", [{"train": 1e308}] * 3, "a cost is 1e"),
+        ("seconds", [{}], "seconds has 1 entries"),
+        ("test_forwards_per_image", -1e308, "a cost is -1e"),
+        ("temperature", 0.0, "temperature is 0.0"),
+        ("temperature", -2.0, "temperature is -2.0"),
+        ("computed", {"f1": [0.5]}, r"computed\['f1'\] has 1 entries"),
+    ):
+        with pytest.raises(ConfigError, match=f"^metrics.json cannot be used: .*{message}"):
+            StreamReport.from_dict({**values, name: wrong}, tasks)

@@ -1,5 +1,6 @@
 """The demo in the hands of those who mean harm: no request ends it, reads its disk, or fetches for them."""
 
+import csv
 import json
 import urllib.error
 import urllib.request
@@ -68,6 +69,29 @@ def test_hostile_archives_get_a_friendly_answer_and_the_server_lives(ask):
         with pytest.raises(AppError, match=message):
             ask("/predict_files", [Path(name)], "")
     assert ask("/predict", SEVEN, "")[3]["label"] == "7"
+
+
+FORMULAS = ["=cmd|' /C calc'!A0.png", "+1.png", "-1+1.png", "@SUM(1).png", "\t=1.png", " =1.png", "\uff1d1.png"]
+
+
+def test_no_name_becomes_a_formula_of_a_spreadsheet(handlers):
+    good = {name: SEVEN.read_bytes() for name in [*FORMULAS, "7-1=6.png"]}
+    archive_of({**good, "=HYPERLINK(1).txt": b"no picture"}, "names.zip")
+    _, sheet = handlers.predict_files(["names.zip"])
+    with open(sheet, newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["picture"] for row in rows[:-1]] == [*(f"'{name}" for name in FORMULAS), "7-1=6.png"]
+    assert rows[-1]["picture"].startswith("'=") and rows[-1]["problem"].startswith("'=HYPERLINK(1).txt is no picture")
+    assert not [text for row in rows for text in row.values() if text.startswith(("=", "+", "-", "@", "\t", "\r"))]
+
+
+def test_no_name_of_a_class_becomes_a_formula(handlers, letters):
+    archive_of({f"-1+1/{number}.png": path.read_bytes() for number, path in enumerate(letters[:5])}, "class.zip")
+    _, key, _ = handlers.teach("", ["class.zip"])
+    _, sheet = handlers.predict_files([str(letters[0])], key)
+    with open(sheet, newline="", encoding="utf-8") as file:
+        (row,) = csv.DictReader(file)
+    assert row["answer"] == "'-1+1"
 
 
 @pytest.mark.parametrize(

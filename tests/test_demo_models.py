@@ -5,7 +5,9 @@ import sys
 import threading
 from concurrent.futures import Future
 from dataclasses import replace
+from pathlib import Path
 
+import gradio as gr
 import pytest
 import torch
 from conftest import EXAMPLES, SEVEN, make_trainer, pattern_dataset
@@ -22,6 +24,7 @@ from hf_clpeft import (
     s_lora,
 )
 from hf_clpeft.demo.batching import Batcher
+from hf_clpeft.demo.handlers import Handlers
 from hf_clpeft.demo.models import Models
 from hf_clpeft.streams import PictureError
 
@@ -124,3 +127,28 @@ def test_a_branch_is_not_shown_with_the_past_of_another(hub):
     trainer.learn(replace(second, name=third.name))
     models = Models("alice/model", revision="other")
     assert models.after("", 2).config.tasks == models.served.config.tasks[:2]
+
+
+def test_models_given_back_take_no_place_from_those_that_were_taught(letters, monkeypatch):
+    monkeypatch.setattr("hf_clpeft.demo.models.MOST_MODELS", 2)
+    monkeypatch.setattr("hf_clpeft.demo.models.MOST_RETURNED", 2)
+    handlers = Handlers(Models("hf-clpeft/s-lora-digits"))
+    _, first, archive = handlers.teach("letter A", [str(path) for path in letters[:3]])
+    _, second, _ = handlers.teach("letter B", [str(path) for path in letters[:3]])
+    _, same = handlers.give_back(archive)
+    assert [handlers.give_back(archive)[1] for _ in range(4)] == [same] * 4
+    given = [same]
+    shutil.unpack_archive(archive, "model")
+    for number in range(3):  # any change makes another model of it
+        Path("model/config.json").write_text(Path("model/config.json").read_text() + "\n")
+        given.append(handlers.give_back(shutil.make_archive(str(number), "zip", "model"))[1])
+        handlers.predict(str(SEVEN), given[-1])
+    models = handlers.models
+    assert len({*given}) == 4 and [models.has(key) for key in [first, second, *given]] == [1, 1, 0, 0, 1, 1]
+    assert sum(models.folder(key).is_dir() for key in [first, second, *given[2:]]) == 4
+    assert len(list(Path(models._home.name).glob("*/model/config.json"))) == 4
+    with pytest.raises(gr.Error, match="has been evicted: give its download back"):
+        handlers.predict(str(SEVEN), same)
+    assert handlers.give_back(archive)[1] not in given  # and it is there again
+    _, third, _ = handlers.teach("letter C", [str(path) for path in letters[:3]])
+    assert [models.has(key) for key in (first, second, third)] == [False, True, True]

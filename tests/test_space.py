@@ -98,6 +98,9 @@ def test_a_model_that_cannot_be_loaded_is_explained_to_its_owner(learnt, hub, mo
     for name in ("alice/secret", "alice/none"):
         text = said(build_or_explain(name))
         assert "no such model repo, or it is private" in text and "HF_TOKEN" in text
+    Path("photos").mkdir()
+    text = said(build_or_explain("photos"))
+    assert "photos holds no config.json, so it is no hf_clpeft model" in text and "CL_REPO_ID" in text
     (part,) = build_or_explain("<script>").get_config_file()["components"]
     assert "<script" not in part["props"]["value"]
 

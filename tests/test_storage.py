@@ -296,6 +296,20 @@ def edit_json(path, **values):
 
 
 @pytest.mark.parametrize("learnt", ["s_lora"], indirect=True)
+@pytest.mark.parametrize("label", ["", " ", "\t", "\u3000"])
+def test_a_class_without_a_name_is_neither_learnt_nor_read(saved, label):
+    with pytest.raises(ConfigError, match="Class 1 of task 'blank' is .*; a class needs a name"):
+        ContinualModel.from_pretrained(saved).start_task("blank", ["cat", label])
+    config = json.loads((saved / "config.json").read_text())
+    known = config["tasks"][-1]["classes"].pop()
+    config["tasks"][-1]["classes"].append(label)
+    edit_json(saved / "config.json", tasks=config["tasks"], classes=[*config["classes"][:-1], label])
+    with pytest.raises(ConfigError, match="config.json cannot be used: Class 1 of task 'task-002' is"):
+        ContinualModel.from_pretrained(saved)
+    assert known == config["classes"][-1]
+
+
+@pytest.mark.parametrize("learnt", ["s_lora"], indirect=True)
 @pytest.mark.parametrize("what", BROKEN)
 def test_a_broken_folder_is_refused(saved, what):
     breaking, message = BROKEN[what]
@@ -305,8 +319,11 @@ def test_a_broken_folder_is_refused(saved, what):
 
 
 def test_a_folder_without_a_model_is_refused(tmp_path):
-    with pytest.raises(FileNotFoundError, match="no hf_clpeft model"):
-        ContinualModel.from_pretrained(tmp_path)
+    Path(tmp_path, "config.json").mkdir()
+    for folder in (tmp_path, tmp_path / "config.json"):
+        for kind in (FileNotFoundError, ConfigError):
+            with pytest.raises(kind, match=r"holds no config.json, so it is no hf_clpeft model\.$"):
+                ContinualModel.from_pretrained(folder)
 
 
 @pytest.mark.parametrize("learnt", ["s_lora"], indirect=True)

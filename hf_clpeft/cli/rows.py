@@ -6,10 +6,7 @@ import sys
 from collections.abc import Iterable
 from enum import StrEnum
 
-from ..config.text import printable, printable_json
-
-
-FORMULAS = ("=", "+", "-", "@", "\t", "\r")  # what spreadsheets take for the beginning of a formula
+from ..config.text import csv_text, printable, printable_json
 
 
 class Format(StrEnum):
@@ -57,15 +54,10 @@ def _cells(row: dict) -> Iterable[tuple[str, object]]:
     for name, value in row.items():
         if isinstance(value, dict):
             for place, (key, number) in enumerate(value.items(), start=1):
-                yield f"{name} {place}", _no_formula(key)
+                yield f"{name} {place}", csv_text(key)
                 yield f"{name} {place} value", number
         else:
-            yield name, _no_formula(value) if isinstance(value, str) else value
-
-
-def _no_formula(text: str) -> str:
-    """Names come from whoever made a model or a file, and a spreadsheet would run some of them."""
-    return f"'{text}" if text.startswith(FORMULAS) else text
+            yield name, csv_text(value) if isinstance(value, str) else value
 
 
 def _jsonl(rows: Iterable[dict], widths: dict[str, int]) -> None:

@@ -50,6 +50,28 @@ class ConfigError(HfClpeftError, ValueError):
     """
 
 
+class NoModelError(ConfigError, FileNotFoundError):
+    """A folder that holds no model.
+
+    Example:
+
+    ```py
+    >>> from pathlib import Path
+
+    >>> from hf_clpeft import ContinualModel
+    >>> from hf_clpeft.config.errors import NoModelError
+
+    >>> Path("photos").mkdir()
+    >>> try:
+    ...     ContinualModel.from_pretrained("photos")
+    ... except NoModelError as error:
+    ...     print(error)
+    photos holds no config.json, so it is no hf_clpeft model.
+
+    ```
+    """
+
+
 class OptionError(ConfigError):
     """An invalid command line or options file. The message names the option and the values allowed.
 

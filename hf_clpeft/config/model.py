@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
 from .checks import check_path, check_task_name, check_types, read_json
-from .errors import ConfigError
+from .errors import ConfigError, NoModelError
 from .method import MethodOptions, read_options
 from .text import printable
 from .version1 import upgrade
@@ -99,6 +99,9 @@ class TaskConfig:
         check_task_name(self.name)
         if not self.classes or len(set(self.classes)) < len(self.classes):
             raise ConfigError(f"Task {self.name!r} needs classes, each once; got {self.classes}.")
+        for number, label in enumerate(self.classes):
+            if not label.strip():
+                raise ConfigError(f"Class {number} of task {self.name!r} is {label!r}; a class needs a name.")
 
     @property
     def title(self) -> str:
@@ -220,10 +223,15 @@ class ContinualConfig:
 
     @classmethod
     def load(cls, folder: str | Path) -> "ContinualConfig":
-        """Reads `config.json` from `folder`."""
+        """Reads `config.json` from `folder`.
+
+        Raises:
+            [`NoModelError`]: There is none.
+            [`ConfigError`]: It cannot be used.
+        """
         path = Path(folder, CONFIG_NAME)
         if not path.is_file():
-            raise FileNotFoundError(f"{folder} holds no {CONFIG_NAME}, so it is no hf_clpeft model.")
+            raise NoModelError(f"{folder} holds no {CONFIG_NAME}, so it is no hf_clpeft model.")
         try:
             return cls.from_dict(read_json(path))
         except ConfigError as error:

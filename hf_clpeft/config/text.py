@@ -16,6 +16,7 @@ _RANGES = (
 )
 _UNSAFE = re.compile(f"[{_RANGES}]")
 _UNSAFE_IN_JSON = re.compile(f"(?!\n)[{_RANGES}]")
+FORMULAS = ("=", "+", "-", "@", "\t", "\r", "\uff1d", "\uff0b", "\uff0d", "\uff20")  # also of full width
 _BREAKS = re.compile(r"[^\S\r\n]*[\r\n]\s*")
 
 
@@ -67,6 +68,24 @@ def one_line(text: object) -> str:
     ```
     """
     return printable(_BREAKS.sub(" ", str(text)).strip())
+
+
+def csv_text(text: str) -> str:
+    """Text for a cell of a CSV: after an apostrophe, if a spreadsheet would take it for a formula, and run it.
+
+    Names come from whoever made a model or a file.
+
+    Example:
+
+    ```py
+    >>> from hf_clpeft.config.text import csv_text
+
+    >>> csv_text("=1+1"), csv_text("7.png")
+    ("'=1+1", '7.png')
+
+    ```
+    """
+    return f"'{text}" if text.lstrip(" \n\ufeff").startswith(FORMULAS) else text
 
 
 def percent(value: float, digits: int = 1, unit: str = " %") -> str:

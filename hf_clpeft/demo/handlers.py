@@ -6,13 +6,12 @@ import html
 import inspect
 import io
 import math
-import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
-from typing import Any, ParamSpec, TypeVar, get_type_hints
+from typing import Any, Concatenate, ParamSpec, TypeVar, get_type_hints
 
 import gradio as gr
 import PIL.Image
@@ -21,6 +20,7 @@ from gradio.utils import get_upload_folder
 
 from ..config.checks import fits
 from ..config.errors import HfClpeftError
+from ..config.text import csv_text
 from ..model import ContinualModel
 from ..prediction import Prediction
 from . import views
@@ -31,7 +31,7 @@ from .gpu import on_gpu
 from .models import Models
 from .pictures import VisitorError, open_picture, read_uploads
 from .queries import query_of
-from .returning import take_back
+from .returning import pack, take_back
 from .saliency import overlay, saliency
 from .teaching import sort_pictures, teach
 
@@ -44,21 +44,22 @@ R = TypeVar("R")
 TABLE = ["picture", "answer", "score", "expert", "distance", "typicality", "problem"]
 
 
-def friendly(method: Callable[P, R]) -> Callable[P, R]:
-    """Validates argument types, and shows errors of the library to the visitor, but no traceback of the server."""
+def friendly(method: Callable[Concatenate["Handlers", P], R]) -> Callable[Concatenate["Handlers", P], R]:
+    """Validates argument types, and shows errors of the library to the visitor: no traceback or path of the server."""
     signature, hints = inspect.signature(method), get_type_hints(method)
 
     @functools.wraps(method)
-    def wrapper(*args: P.args, **kwargs: P.kwargs) -> R:
+    def wrapper(handlers: "Handlers", /, *args: P.args, **kwargs: P.kwargs) -> R:
         try:
-            for name, value in signature.bind(*args, **kwargs).arguments.items():
+            for name, value in signature.bind(handlers, *args, **kwargs).arguments.items():
                 if name in hints and not fits(value, hints[name]):
                     wanted = getattr(hints[name], "__name__", hints[name])
                     raise VisitorError(f"{name} must be of type {wanted}, and not {type(value).__name__}.")
-            return method(*args, **kwargs)
+            return method(handlers, *args, **kwargs)
         except HfClpeftError as error:
             # Rendered as HTML, and may contain untrusted file names.
-            raise gr.Error(html.escape(str(error), quote=False), print_exception=False) from None
+            said = handlers.models.without_paths(str(error))
+            raise gr.Error(html.escape(said, quote=False), print_exception=False) from None
 
     return wrapper
 
@@ -267,7 +268,7 @@ class Handlers:
             self.models, key, classes, self.examples, self.reject_rate, lambda share, text: progress(share, desc=text)
         )
         progress(0.95, desc="Packing the model")
-        archive = shutil.make_archive(str(lesson.folder), "zip", lesson.folder)
+        archive = pack(lesson.folder)
         return views.lesson(lesson, classes, self.models.get(lesson.key), left_out), lesson.key, archive
 
     @friendly
@@ -336,9 +337,9 @@ def _png(image: PIL.Image.Image) -> bytes:
 def _cells(name: str, found: Prediction | VisitorError) -> list:
     """A row of the CSV file."""
     if isinstance(found, VisitorError):
-        return [name, "", "", "", "", "", found]
-    label = views.NONE if found.label is None else found.label
-    return [name, label, round(found.score, 4), found.expert, round(found.distance, 4), found.typicality, ""]
+        return [csv_text(name), "", "", "", "", "", csv_text(str(found))]
+    label, expert = csv_text(views.NONE if found.label is None else found.label), csv_text(found.expert or "")
+    return [csv_text(name), label, round(found.score, 4), expert, round(found.distance, 4), found.typicality, ""]
 
 
 def keep(content: bytes, name: str) -> str:

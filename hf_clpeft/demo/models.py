@@ -1,5 +1,6 @@
 """The models of a running demo: the served one, those that visitors taught, and earlier states of each."""
 
+import re
 import secrets
 import shutil
 import threading
@@ -21,6 +22,7 @@ from .pictures import VisitorError
 
 
 MOST_MODELS = 32  # limit of taught models on disk, and of models cached in memory; the oldest are evicted
+MOST_RETURNED = 8  # limit of models given back, which cost no training: they evict each other alone
 
 
 class Models:
@@ -59,6 +61,7 @@ class Models:
         self._kept: OrderedDict[tuple[str, int | None], ContinualModel] = OrderedDict()
         self._home = TemporaryDirectory(prefix="hf-clpeft-")
         self._folders: OrderedDict[str, Path] = OrderedDict()
+        self._returned: dict[str, str] = {}  # what identifies the content of those given back, by key
         self._lock = threading.Lock()
 
     def examples(self) -> list[Path]:
@@ -77,23 +80,42 @@ class Models:
         if not key:
             return self.served
         if key not in self._folders:
-            raise VisitorError("The model you taught has been evicted, only its download is left. Teach it again.")
+            raise VisitorError("The model you taught has been evicted: give its download back, or teach it again.")
         return self._keep((key, None), lambda: self.load(self._folders[key]))
 
     def new_folder(self) -> Path:
         """A new folder to save a taught model in."""
         return Path(self._home.name, secrets.token_hex(8), "model")
 
-    def add(self, folder: Path) -> str:
-        """Registers a taught model. Returns its key, an unguessable token."""
+    def add(self, folder: Path, content: str | None = None) -> str:
+        """Registers a taught model, or one that was given back. Returns its key, an unguessable token.
+
+        Args:
+            folder (`Path`): Its folder.
+            content (`str`, *optional*): Of one given back, what identifies its content.
+        """
         key = secrets.token_urlsafe(16)
         with self._lock:
             self._folders[key] = folder
-            gone = [self._folders.popitem(last=False) for _ in range(len(self._folders) - MOST_MODELS)]
-            self._kept = OrderedDict(item for item in self._kept.items() if item[0][0] not in dict(gone))
-        for _, old in gone:
+            if content is not None:
+                self._returned[key] = content
+            rivals = [each for each in self._folders if (each in self._returned) == (content is not None)]
+            most = MOST_MODELS if content is None else MOST_RETURNED
+            gone = {each: self._folders.pop(each) for each in rivals[:-most]}
+            self._returned = {each: what for each, what in self._returned.items() if each not in gone}
+            self._kept = OrderedDict(item for item in self._kept.items() if item[0][0] not in gone)
+        for old in gone.values():
             shutil.rmtree(old.parent, ignore_errors=True)
         return key
+
+    def returned(self, content: str) -> str | None:
+        """Key of a model with this content that was given back before, which becomes the newest of them."""
+        with self._lock:
+            for key, known in self._returned.items():
+                if known == content:
+                    self._folders.move_to_end(key)
+                    return key
+        return None
 
     def has(self, key: str | None) -> bool:
         """Whether a taught model is still there."""
@@ -102,6 +124,12 @@ class Models:
     def folder(self, key: str | None) -> Path | None:
         """Folder of a taught model; `None` for the served one."""
         return self._folders.get(key or "")
+
+    def without_paths(self, text: str) -> str:
+        """A message for visitors: files of their models are named as in their archives, and not as on this server."""
+        homes = {self._home.name, str(Path(self._home.name).resolve())}
+        start = rf"(?:{'|'.join(map(re.escape, homes))})[/\\][0-9a-f]+[/\\]model"
+        return re.sub(start, "The model", re.sub(rf"{start}[/\\](?=\w)", "", text))
 
     def load(self, source: str | Path, revision: str | None = None) -> ContinualModel:
         """Loads a model onto the shared backbone."""

@@ -28,7 +28,7 @@ _OTHER_KINDS = {
     rb"....ftyp": "a HEIC picture or a video",
     rb".{0,1000}<svg": "an SVG drawing",
 }
-_JUNK = ("__macosx", "thumbs.db", "desktop.ini")
+JUNK = ("__macosx", "thumbs.db", "desktop.ini")
 
 
 class VisitorError(HfClpeftError, ValueError):
@@ -174,7 +174,7 @@ def _members(path: Path) -> dict[zipfile.ZipInfo, str]:
         place = PurePosixPath(name)
         if place.is_absolute() or ".." in place.parts or re.match("[a-zA-Z]:", name):
             raise VisitorError(f"{path.name} holds a path outside of the archive, {name}; {again}.")
-        if name.endswith("/") or any(part[0] == "." or part.lower() in _JUNK for part in place.parts):
+        if name.endswith("/") or any(part[0] == "." or part.lower() in JUNK for part in place.parts):
             continue
         if entry.flag_bits & 1:
             raise VisitorError(f"{path.name} is locked with a password; {again}, without one.")

@@ -1,7 +1,6 @@
 """Learns a new task from a visitor's pictures, on a copy of the model, while others are being served."""
 
 import copy
-import re
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from ..streams import load_task
 from ..training import ContinualTrainer, ContinualTrainingArguments, TrainerCallback
 from ..training.progress import disable_progress_bars
 from .models import Models
+from .names import check_class_name, class_name
 from .pictures import VisitorError
 from .queries import lesson_of, views_of
 
@@ -63,8 +63,10 @@ def sort_pictures(
 ) -> tuple[dict[str, list[PIL.Image.Image]], list[str]]:
     """Groups uploaded pictures by class: the name of their folder, else the given name.
 
+    The pictures of a folder, or without one, that are too few for a class are left out if there are others.
+
     Args:
-        name (`str`): Class of the pictures without a folder.
+        name (`str`): Class of the pictures without a folder; and of those of a single folder, if it is not empty.
         uploads (iterable): Paths and pictures; see [`read_uploads`].
         known (sequence of `str`): Classes that the model knows.
 
@@ -87,9 +89,11 @@ def sort_pictures(
 
     ```
     """
+    folders: dict[str, list[tuple[str, PIL.Image.Image]]] = {}
     classes: dict[str, list[PIL.Image.Image]] = {}
     left_out: list[str] = []
-    pixels = 0
+    loose: list[str] = []
+    name, pixels = class_name(name), 0
     for path, picture in uploads:
         if isinstance(picture, VisitorError):
             left_out.append(str(picture))
@@ -99,21 +103,26 @@ def sort_pictures(
             raise VisitorError(
                 f"These pictures have more than {MOST_PIXELS // 10**6} megapixels together; make them smaller first."
             )
-        label = " ".join((Path(path).parent.name or name).split())
-        classes.setdefault(label, []).append(picture)
-    if not classes:
+        folder = class_name(Path(path).parent.name)
+        folders.setdefault(folder or name, []).append((path, picture))
+        loose += [] if folder else [path]
+    if not folders:
         raise VisitorError(" ".join([f"There is no picture yet: add {FEWEST} or more, ideally five.", *left_out[:3]]))
-    for label, pictures in classes.items():
-        if not re.fullmatch(r"[\w .,'()&+-]{1,40}", label):
-            raise VisitorError(
-                "Give the class a name of 1 to 40 letters, digits or .,'()&+-, or put the pictures into a folder "
-                "of that name."
-            )
-        if label in known:
+    few = [label for label, given in folders.items() if len(given) < FEWEST]
+    for label in few if len(few) < len(folders) else ():  # a stray picture stops no lesson
+        for path, _ in folders.pop(label):
+            where = "outside of the folders" if path in loose else f"in the folder {label!r}"
+            left_out.append(f"{path}, {where}: a class needs {FEWEST} pictures.")
+    if name and len(folders) == 1:  # then that is meant, whatever the folder is called
+        folders = {name: folders.popitem()[1]}
+    for label, given in folders.items():
+        check_class_name(label, folder=label != name)
+        if label in {class_name(each) for each in known}:
             raise VisitorError(f"The model knows {label!r} already. Give the new class another name.")
-        if len(pictures) < FEWEST:
-            few = f"{label!r} has {len(pictures)} pictures; give {FEWEST} or more, ideally five."
-            raise VisitorError(" ".join([few, *left_out[:3]]))
+        if len(given) < FEWEST:
+            what = f"{label!r} has {len(given)} picture{'s' * (len(given) > 1)}; give {FEWEST} or more, ideally five."
+            raise VisitorError(" ".join([what, *left_out[:3]]))
+        classes[label] = [picture for _, picture in given]
     count = sum(map(len, classes.values()))
     if count > MOST_PICTURES or len(classes) > MOST_CLASSES:
         raise VisitorError(

@@ -97,7 +97,7 @@ def fetch_config(
                 raise ConfigError(f"{repo_id} lacks the file {name}, so the model is incomplete.")
             check_size(name, sizes[name])
     except ConfigError:
-        (folder / CONFIG_NAME).unlink()  # else the next call takes it from the cache unchecked
+        (folder / CONFIG_NAME).unlink(missing_ok=True)  # else the next call takes it from the cache unchecked
         raise
     return folder
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from .. import metrics
-from ..config.checks import check_types
+from ..config.checks import LARGEST_INTEGER, MOST, check_types
 from ..config.errors import ConfigError
 from ..config.model import TaskConfig
 from .plots import plot_report
@@ -22,9 +22,9 @@ PLOT_NAME = "accuracy_and_routing.png"
 REPORT_FILES = (METRICS_NAME, MATRIX_NAME, PLOT_NAME)
 
 
-# Fields of StreamReport with one value per task.
 MARGINS = (0.05, 0.2)
-COSTS = (
+ROUNDING = 1e-5  # of sums of confidences
+COSTS = (  # fields of StreamReport with one value per task
     "expert_parameters",
     "head_parameters",
     "stored_bytes",
@@ -214,7 +214,7 @@ class StreamReport:
             tasks (`list[TaskConfig]`): The tasks of the model.
 
         Raises:
-            [`ConfigError`]: It has other tasks, unknown fields, or lists of a wrong length.
+            [`ConfigError`]: It has other tasks, unknown fields, lists of a wrong shape, or impossible numbers.
         """
         try:
             values = {name: _with_nan(value) for name, value in values.items() if name != "summary"}
@@ -224,19 +224,58 @@ class StreamReport:
             if report.tasks != [task.name for task in tasks]:
                 raise ConfigError(f"it is about the tasks {report.tasks}, but the model has learnt others.")
             check_types(report)
-            lists = [getattr(report, name) for name in (*COSTS, "accuracy_matrix", "titles")]
-            lists += [*report.computed.values(), *report.accuracy_matrix]
-            lists += filter(None, [report.oracle_accuracy, report.routing_confusion])
-            if {len(values) for values in lists} - {len(tasks)}:
-                raise ConfigError(f"its lists are not all {len(tasks)} tasks long.")
-            if {len(row) for row in report.routing_confusion} - {len(report.experts)}:
-                raise ConfigError(f"its routing_confusion has no column for each of {len(report.experts)} experts.")
-            if report.route_margins and np.shape(report.route_margins) != (len(MARGINS) + 1, 2):
-                raise ConfigError(f"its route_margins are not {len(MARGINS) + 1} pairs.")
+            report._check_shapes()
+            report._check_numbers()
             report.summary()
         except (TypeError, ValueError, AttributeError) as error:
             raise ConfigError(f"{METRICS_NAME} cannot be used: {error}") from error
         return report
+
+    def _check_shapes(self) -> None:
+        """Raises [`ConfigError`] unless all lists have the lengths that those who show them rely on."""
+        count = len(self.tasks)
+        of_tasks = {name: getattr(self, name) for name in (*COSTS, "accuracy_matrix", "titles")}
+        of_tasks |= {name: getattr(self, name) for name in ("oracle_accuracy", "routing_confusion")}
+        of_tasks |= {f"computed[{name!r:.40}]": values for name, values in self.computed.items()}
+        for name, values in of_tasks.items():
+            optional = name in ("oracle_accuracy", "routing_confusion")
+            if len(values) != count and (values or not optional):
+                raise ConfigError(f"its {name} has {len(values)} entries for {count} tasks.")
+        for name, rows, wanted in (
+            ("accuracy_matrix", self.accuracy_matrix, count),
+            ("routing_confusion", self.routing_confusion, len(self.experts)),
+            ("route_margins", self.route_margins, 2),
+            ("reliability", self.reliability, 3),
+        ):
+            lengths = {len(row) for row in rows} - {wanted}
+            if lengths:
+                raise ConfigError(f"its {name} has a row of {lengths.pop()} numbers; each must have {wanted}.")
+        for name, number in (("route_margins", len(MARGINS) + 1), ("reliability", metrics.continual.BINS)):
+            if len(getattr(self, name)) not in (0, number):
+                raise ConfigError(f"its {name} has {len(getattr(self, name))} rows; it must have {number}.")
+
+    def _check_numbers(self) -> None:
+        """Raises [`ConfigError`] on numbers that nothing measured can come to."""
+        shares = [*self.accuracy_matrix, self.oracle_accuracy, self.untrained_accuracy]
+        costs = [getattr(self, name) for name in COSTS if name not in ("seconds", "untrained_accuracy")]
+        costs += [[*of_task.values()] for of_task in self.seconds] + [[self.test_forwards_per_image]]
+        for what, rows, least, most in (
+            ("an accuracy", shares, 0, 1),
+            ("a cost", costs, -LARGEST_INTEGER, LARGEST_INTEGER),  # a task may even save bytes
+        ):
+            for value in (value for row in rows for value in row):
+                if not (math.isnan(value) or least <= value <= most):
+                    raise ConfigError(f"{what} is {value}; it must be from {least:,} to {most:,}.")
+        for name in ("routing_confusion", "route_margins", "reliability"):
+            for value in (value for row in getattr(self, name) for value in row):
+                if not 0 <= value <= MOST:
+                    raise ConfigError(f"its {name} counts {value} pictures; that must be from 0 to {MOST:,}.")
+        for name in ("route_margins", "reliability"):
+            for total, *parts in getattr(self, name):
+                if max(parts) > total + ROUNDING * (total + 1):
+                    raise ConfigError(f"its {name} counts more pictures as right than there are: {max(parts)}.")
+        if self.temperature is not None and not 0 < self.temperature <= MOST:
+            raise ConfigError(f"its temperature is {self.temperature}; it must be above 0, and {MOST:,} at most.")
 
     def save(self, folder: str | Path) -> None:
         """Writes `metrics.json`, `accuracy_matrix.csv` and `accuracy_and_routing.png`."""
