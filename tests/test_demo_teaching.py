@@ -1,7 +1,11 @@
 """The demo's lessons: what visitors teach is theirs alone, and is what they are told."""
 
+import re
 import shutil
+import time
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,8 +15,9 @@ from PIL import Image
 from test_pictures import archive_of
 
 from hf_clpeft import ContinualModel
+from hf_clpeft.demo import views
 from hf_clpeft.demo.pictures import VisitorError
-from hf_clpeft.demo.teaching import leave_one_out, sort_pictures, teach
+from hf_clpeft.demo.teaching import Lesson, leave_one_out, sort_pictures, teach
 
 
 def test_a_taught_class_is_recognised_and_every_old_answer_stays(ask, letters, digits):
@@ -83,7 +88,10 @@ def test_a_lesson_that_fails_says_so_and_what_helps(ask):
         Image.fromarray(blurred).save(f"{number}.png")
     outcome, _, _ = ask("/teach", "not a thing", [Path(f"{number}.png") for number in range(4)], "")
     assert "Taught <b>" in outcome and "<b>0 of your 4 pictures</b>" in outcome and "More pictures help" in outcome
-    assert "Gaussian router" in outcome  # which this model does not have
+    advice = re.findall(r"[\d.]+ %", outcome)
+    measured = (Path(__file__).parents[1] / "docs" / "demo.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| (SLDA\+\+|S-LoRA, prototypes).*?\| ([\d.]+) \|", measured, re.MULTILINE)
+    assert advice == [f"{recognised} %" for _, recognised in rows] and "<code>slda_pp</code>" in outcome
 
 
 def test_leaving_one_out_is_what_a_new_picture_meets(handlers, letters):
@@ -134,3 +142,32 @@ def test_pictures_to_teach_from_fit_into_memory():
     big = Image.new("1", (20_000, 20_000))
     with pytest.raises(VisitorError, match="more than 800 megapixels together"):
         sort_pictures("cat", [(f"{number}.png", big) for number in range(3)], known=[])
+
+
+def test_copies_of_one_picture_teach_that_picture_and_the_lesson_says_so(handlers, letters):
+    image, models = Image.open(letters[8]).convert("RGB"), handlers.models
+    for count in (3, 5):
+        lesson = teach(models, "", {"X": [image] * count})
+        (found,) = models.batcher.predict(models.get(lesson.key), [image], reject_rate=0.05)
+        assert (found.label, lesson.tried, lesson.recognised) == ("X", count, count)
+        said = views.lesson(lesson, {"X": [image] * count}, models.served)
+        assert said.startswith("<p>Taught") and "all are the same" in said and "give different ones" in said
+
+
+def test_a_lesson_lets_others_in_between_and_ends_in_time(handlers, letters, monkeypatch):
+    images, model = [Image.open(path).convert("RGB") for path in letters[:5]], handlers.models.served
+    ran = []
+
+    def run(function):
+        ran.append(function)
+        return function()
+
+    assert leave_one_out(model, {"A": images}, 0.05, run) == (5, 4) and len(ran) == 3 * 5
+    assert leave_one_out(model, {"A": images}, 0.05, end=time.monotonic()) == (0, 0)
+    clock = iter([*[0] * 5, 0, 0, 0, 2])  # time for reading all, and for trying three
+    monkeypatch.setattr("hf_clpeft.demo.teaching.time", SimpleNamespace(monotonic=lambda: next(clock)))
+    tried, recognised = leave_one_out(model, {"A": images}, 0.05, end=1)
+    assert tried == 3
+    lesson = Lesson("", Path(), "", 200, tried, recognised, 0, 0)
+    assert f"<b>{recognised} of 3 of your pictures</b>" in views.lesson(lesson, {"A": images}, model)
+    assert "no time left" in views.lesson(replace(lesson, tried=0, recognised=0), {"A": images}, model)

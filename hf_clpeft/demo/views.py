@@ -12,15 +12,15 @@ import torch
 
 from ..config.errors import ConfigError
 from ..config.text import percent
+from ..methods.closed_form import ClosedForm
 from ..model import ContinualModel
 from ..prediction import Prediction
 from ..reports.card import describe
 from ..reports.report import margin_bins
-from ..routing import PrototypeRouter
 from .charts import Plane, bars, heat_table, map_of, thumbnail
 from .names import Name, bdi, expert_names, task_names
 from .pictures import VisitorError
-from .teaching import Lesson
+from .teaching import FEWEST, Lesson, different
 
 
 NONE = "Not recognised"
@@ -30,9 +30,12 @@ ADVICE = (
     "More pictures help, above all from other sides and in other light; or other classes beside it, each in a folder "
     "of a zip archive, so that they are weighed against each other."
 )
-GAUSSIAN = (
-    " A model trained with a Gaussian router (<code>--router gaussian</code>) learns somewhat more from few pictures."
+SLDA_PP = (
+    " A model of <code>slda_pp</code> learns more from few pictures: after lessons of five photos it recognised "
+    "92.5 % of new ones, and one of <code>s_lora</code> 87.9 %."
 )
+AGAIN = "To try again, press <b>Forget what I taught</b>, and teach it with more."
+LEARNT = "Learnt"  # the first word of a lesson that has gone well
 OWN = "From now on you use your own model, which no other visitor sees, also after this page is reloaded."
 CLEAR = ("a close call", "fairly clear", "clear")
 FEWEST_MEASURED = 20  # test pictures that a measured share needs
@@ -350,12 +353,24 @@ def learnt(model: ContinualModel, step: int, small: dict[str, list[PIL.Image.Ima
 def lesson(found: Lesson, classes: dict[str, list], model: ContinualModel, left_out: Sequence[str] = ()) -> str:
     """The result of teaching a model, as HTML: what was learnt, how well, what it changed, and what would help."""
     names = ", ".join(f"<b>{bdi(label)}</b> ({len(pictures)} pictures)" for label, pictures in classes.items())
-    well = found.recognised >= WELL * found.tried
-    text = f"<p>{'Learnt' if well else 'Taught'} {names} in {found.seconds:.0f} seconds. "
-    text += f"<b>{found.recognised} of your {found.tried} pictures</b> would be recognised "
-    text += "if each were new, and the model had seen only the others. "
-    if not well:
-        text += f"That is few. {ADVICE}{GAUSSIAN if isinstance(model.router, PrototypeRouter) else ''}"
+    copied = {label: count for label, pictures in classes.items() if (count := different(pictures)) < FEWEST}
+    few = found.recognised < WELL * found.tried
+    text = f"<p>{'Taught' if few or copied else LEARNT} {names} in {found.seconds:.0f} seconds. "
+    if found.tried:
+        of = "your {}" if found.tried == sum(map(len, classes.values())) else "{} of your"
+        text += f"<b>{found.recognised} of {of.format(found.tried)} pictures</b> would be recognised "
+        text += "if each were new, and the model had seen only the others. "
+    else:
+        text += "There was no time left to find out how many of your pictures would be recognised. "
+    for label, count in copied.items():
+        same = "all are the same" if count == 1 else f"only {count} are different"
+        text += f"But of the pictures of {bdi(label)} {same}, so it knows no others: give different ones. "
+    if few:
+        text += f"That is few. {ADVICE}{'' if isinstance(model.method, ClosedForm) else SLDA_PP} "
+    if few or copied:
+        text += AGAIN
+    else:
+        text += "Now give it a new picture under <b>Try it</b>."
     text += "</p>"
     if found.answers:
         text += f"<p>No old weight has changed; {found.changed} of {found.answers} answers to the examples have.</p>"
