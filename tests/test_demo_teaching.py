@@ -128,8 +128,25 @@ def test_what_was_not_downloaded_here_is_not_taken(ask, letters, saved):
             ask("/give_back", Path(name))
 
 
-def test_a_model_is_recalled_only_while_it_is_there(handlers):
-    assert handlers.recall("gone") == handlers.recall(None) == ("", "")
+def test_a_model_is_recalled_with_its_download_while_it_is_there(handlers, letters):
+    assert handlers.recall(None)[:2] == ("", "")
+    said, key, archive = handlers.recall("gone")
+    assert "not here any more" in said and key == "" and not archive.visible
+    _, key, _ = handlers.teach("letter A", [str(path) for path in letters[:3]])
+    said, again, archive = handlers.recall(key)
+    assert "lastly <bdi>letter A</bdi>" in said and again == key and archive.visible
+    shutil.unpack_archive(handlers.models.folder(key).with_suffix(".zip"), "taught")
+    assert ContinualModel.from_pretrained("taught").config.classes[-1] == "letter A"
+    assert "which you taught" in views.introduction(handlers.models.get(key), "here", taught=True)
+
+
+def test_a_lesson_after_a_model_is_gone_begins_with_the_original(ask, letters):
+    with pytest.raises(AppError, match="not here any more"):
+        ask("/predict", letters[0], "gone")
+    outcome, key, _ = ask("/teach", "letter A", list(letters[:5]), "gone")
+    assert "began with the original model" in outcome and "Learnt" in outcome
+    assert ask("/predict", letters[6], key)[3]["label"] == "letter A"
+    assert "original model" not in ask("/teach", "letter X", [letters[8]] * 3, key)[0]
 
 
 def test_what_is_no_picture_is_left_out_and_said(ask, letters):

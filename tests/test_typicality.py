@@ -154,7 +154,7 @@ def test_models_reject_load_and_say_so(method, stream, tmp_path):
     images = [image for image, _, _ in stream[0].train]
     found = model.predict(images)
     assert all(0 <= one.typicality <= 1 for one in found)
-    assert "at least as far from its classes as this one" in verdict(found[0], model, reject_rate=0.05)
+    assert "of 100 pictures like those it learnt" in verdict(found[0], model, reject_rate=0.05)
     assert [one.label is None for one in model.predict(images, reject_rate=0.9)] == [
         one.typicality < 0.9 for one in found
     ]

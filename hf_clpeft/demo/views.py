@@ -36,24 +36,48 @@ SLDA_PP = (
 )
 AGAIN = "To try again, press <b>Forget what I taught</b>, and teach it with more."
 LEARNT = "Learnt"  # the first word of a lesson that has gone well
+LOST = "<p>What you taught before is not here any more, so this lesson began with the original model.</p>"
+GONE = "<p>The model that you taught is not here any more: upload its download, or teach it again.</p>"
+SHOWN = 0.005  # least score of a class among the likeliest, which are shown without decimals
+TYPICAL = 0.2  # least p-value of what is called typical
+NAMED = 45  # letters of the classes that the introduction names
 OWN = "From now on you use your own model, which no other visitor sees, also after this page is reloaded."
 CLEAR = ("a close call", "fairly clear", "clear")
 FEWEST_MEASURED = 20  # test pictures that a measured share needs
 
 
-def introduction(model: ContinualModel, source: str) -> str:
-    """The header of the page, as HTML; of a folder, visitors see the name alone."""
+def introduction(model: ContinualModel, source: str, taught: bool = False) -> str:
+    """The header of the page, as HTML; of a folder, visitors see the name alone.
+
+    Args:
+        model ([`ContinualModel`]): The model.
+        source (`str`): Repo id or folder of the served model.
+        taught (`bool`, *optional*, defaults to `False`): Whether it is a visitor's own.
+
+    Returns:
+        `str`: HTML, with untrusted names escaped.
+    """
     config, experts = model.config, describe(model.config.method)["experts"]
     title, see = "What is in your picture?", "what it is, and how sure the model can be"
     if model.method.routes:
         title, see = "Which expert takes your picture?", "who takes it, and what it is"
     name = Path(source).resolve().name if Path(source).is_dir() else source
     return (
-        f'<div id="intro"><h1>{title}</h1>'
-        f"<p><code>{bdi(name)}</code> is a frozen vision transformer that has learnt {len(config.classes)} classes in "
-        f"{len(config.tasks)} tasks, one after another, with {bdi(config.method.name)}: {escape(experts)}. "
-        f"<b>Give it a picture</b>, and see {see}.</p></div>"
+        f"<h1>{title}</h1><p>This model recognises {len(config.classes)} things: {_things(config.classes, taught)} "
+        f"<b>Give it a picture</b>, and see {see}.</p>"
+        f"<p><small><code>{bdi(name)}</code>: a frozen vision transformer that has learnt "
+        f"{len(config.tasks)} tasks, one after another, with {bdi(config.method.name)}: {escape(experts)}.</small></p>"
     )
+
+
+def _things(classes: Sequence[str], taught: bool) -> str:
+    """The first classes of a model, and the last one that a visitor has taught, as HTML."""
+    known = classes[:-1] if taught else classes
+    named = [name for i, name in enumerate(known) if sum(map(len, known[: i + 1])) <= NAMED] or [known[0][:NAMED]]
+    text, all_named = ", ".join(map(bdi, named)), list(known) == named
+    if taught:
+        return f"{text}{'' if all_named else ', …'} and {bdi(classes[-1])}, which you taught."
+    return f"{text}{'.' if all_named else ', …'}"
 
 
 def verdict(
@@ -77,13 +101,11 @@ def verdict(
     """
     sentences = _route(prediction, model) if model.method.routes and prediction.experts else []
     if prediction.typicality is not None:
-        share = percent(prediction.typicality, 0) if prediction.typicality else "Under 1 %"
-        own = f"{share} of a task's own pictures are at least as far from its {landmarks(model)} as this one."
-        sentences.append(own)
+        sentences.append(_typical(prediction.typicality))
     if prediction.label is None:
         sentences.append(
-            f"That is less than {percent(reject_rate, 0)}, so no answer is given; the likeliest class would have been "
-            f"{bdi(next(iter(prediction.classes)))}."
+            f"As these are fewer than {round(100 * reject_rate)}, no answer is given; the likeliest class would have "
+            f"been {bdi(next(iter(prediction.classes)))}."
         )
         answer = f"<b>{NONE}</b> <small>unlike anything learnt</small>"
     else:
@@ -91,6 +113,16 @@ def verdict(
         sentences += _measured(prediction, model)
     strip = _strip(prediction, model, image, like)
     return f'<div class="verdict">{answer}</div>{strip}<p>{" ".join(sentences)}</p>'
+
+
+def _typical(p_value: float) -> str:
+    """A conformal p-value in words."""
+    how = "typical" if p_value >= TYPICAL else "unusual"
+    count = round(100 * p_value)
+    many = "all" if count == 100 else f"about {count}" if count else "fewer than 1"
+    return (
+        f"It looks {how}: of 100 pictures like those it learnt, {many} would lie as far away as this one, or farther."
+    )
 
 
 def _alone(prediction: Prediction, model: ContinualModel) -> bool:
