@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import PIL.Image
 import torch
@@ -25,7 +24,7 @@ from ..training import ContinualTrainer, ContinualTrainingArguments, TrainerCall
 from ..training.progress import disable_progress_bars
 from .models import Models
 from .pictures import VisitorError
-from .queries import lesson_of, views_of
+from .queries import Run, lesson_of, views_of
 
 
 FEWEST, MOST_PICTURES, MOST_CLASSES, MOST_SECONDS = 3, 200, 20, 180
@@ -232,7 +231,7 @@ def leave_one_out(
     model: ContinualModel,
     classes: dict[str, list[PIL.Image.Image]],
     reject_rate: float,
-    run: Callable[[Callable[[], Any]], Any] = lambda function: function(),
+    run: Run = lambda function: function(),
     end: float = math.inf,
 ) -> tuple[int, int]:
     """How many of a lesson's pictures would find their class if it were taught from all the others alone.
@@ -244,7 +243,7 @@ def leave_one_out(
         model ([`ContinualModel`]): The model before the lesson.
         classes (`dict[str, list[PIL.Image.Image]]`): Pictures by class.
         reject_rate (`float`): As for [`ContinualModel.predict`].
-        run (callable, *optional*): Calls a function: of a [`Batcher`], so that others are served between any two.
+        run (callable, *optional*): Calls what looks at one view: of a [`Batcher`], so that others are served between.
         end (`float`, *optional*): Of `time.monotonic()`, after which no further picture is tried.
 
     Returns:
@@ -257,15 +256,15 @@ def leave_one_out(
         if time.monotonic() > end:
             return 0, 0
         seen.append(run(partial(views_of, model, picture)))
-        read.append(run(partial(lesson_of, model, picture)))
+        read.append(lesson_of(model, picture, run))
     queries, lessons = torch.cat(seen), torch.cat(read)
+    before = run(partial(copy.deepcopy, model.router))  # while nobody is routed
     points = torch.nn.functional.normalize(queries if queries.dim() == 2 else queries[:, 0], dim=-1).cpu()
 
     @torch.no_grad()
     def finds_its_class(left_out: int) -> bool:
-        assert model.router is not None
         others = torch.arange(len(pictures)) != left_out
-        router = copy.deepcopy(model.router)
+        router = copy.deepcopy(before)
         expect_few(router, classes)
         router.learn(lessons[others], len(model.config.classes) + labels[others])
         query = queries[left_out : left_out + 1]
@@ -282,7 +281,7 @@ def leave_one_out(
     for left_out in torch.randperm(len(pictures), generator=torch.Generator().manual_seed(0))[:MOST_TRIED].tolist():
         if time.monotonic() > end:
             break
-        tried, recognised = tried + 1, recognised + run(partial(finds_its_class, left_out))
+        tried, recognised = tried + 1, recognised + finds_its_class(left_out)
     return tried, recognised
 
 
