@@ -13,7 +13,9 @@ import pytest
 
 from hf_clpeft.backbones.bundled import DIGITS_MODEL, bundled_folder
 from hf_clpeft.demo.charts import heat_table
+from hf_clpeft.demo.models import Models
 from hf_clpeft.demo.names import Name
+from hf_clpeft.demo.pictures import VisitorError
 
 
 CHROMIUM, DRIVER = shutil.which("chromium") or shutil.which("google-chrome"), shutil.which("chromedriver")
@@ -259,7 +261,8 @@ def test_a_class_taught_from_five_pictures_is_recognised(page, visitor, letters)
     visitor.read("#verdict .verdict", "letter A")
     visitor.press("Teach it", "button[role=tab]")
     visitor.read("#outcome", "It knows 11 classes, lastly letter A")
-    visitor.press("Go back to the model")
+    visitor.wait("label[data-testid=block-label]", "Your model")
+    visitor.press("Forget what I taught")
     visitor.press("Try it", "button[role=tab]")
     visitor.gone("#distances li", "Task 6")
     time.sleep(2)
@@ -267,6 +270,50 @@ def test_a_class_taught_from_five_pictures_is_recognised(page, visitor, letters)
     visitor.read("#verdict .verdict", "0")
     time.sleep(2)
     visitor.gone("#distances li", "Task 6", 1)
+
+
+def test_what_one_tab_forgets_stays_in_another(page, visitor, letters):
+    visitor.open(page)
+    visitor.press("Teach it", "button[role=tab]")
+    assert not any(button.is_displayed() for button in visitor.all("#forget"))  # nothing was taught yet
+    visitor.wait("#class-name textarea, #class-name input").send_keys("letter A")
+    visitor.give("#lessons", *letters[:5])
+    visitor.wait("#lessons", letters[4].name[:5])
+    visitor.press("Teach", "button.primary")
+    visitor.read("#outcome", "Now give it a new picture under Try it")
+    visitor.read("#intro", "recognises 11 things")
+    visitor.gone("#lessons", letters[4].name[:5])
+    assert visitor.wait("#class-name textarea, #class-name input").get_attribute("value") == ""
+    first = visitor.driver.current_window_handle
+    visitor.driver.switch_to.new_window("tab")
+    try:
+        visitor.open(page)
+        visitor.read("#intro", "letter A, which you taught")  # a new tab finds it
+        visitor.press("Teach it", "button[role=tab]")
+        visitor.press("Forget what I taught")
+        visitor.read("#intro", "recognises 10 things")
+    finally:
+        visitor.driver.close()
+        visitor.driver.switch_to.window(first)
+    visitor.driver.refresh()
+    visitor.read("#intro", "letter A, which you taught")
+    visitor.press("Teach it", "button[role=tab]")
+    visitor.press("Forget what I taught")
+    visitor.read("#intro", "recognises 10 things")
+
+
+def test_no_answer_to_an_old_picture_stays_beside_a_new_one(page, visitor, monkeypatch):
+    def gone(models, key):
+        raise VisitorError("The model you taught is not here any more.")
+
+    visitor.open(page)
+    visitor.read("#verdict .verdict", "0")
+    visitor.wait("#experts li")
+    monkeypatch.setattr(Models, "get", gone)
+    visitor.all(".gallery-item")[7].click()
+    visitor.wait("[data-testid=toast-text]", "not here any more")
+    visitor.gone("#verdict", "0")
+    visitor.gone("#experts", "nearest")
 
 
 def test_a_heat_map_shows_where_the_model_looks(page, visitor):
@@ -297,7 +344,7 @@ def test_the_route_shows_the_visitors_own_pictures_after_a_lesson(page, visitor,
     visitor.wait("#tasks", "After task 6")
     assert len(visitor.all("#tasks img")) == 3
     visitor.press("Teach it", "button[role=tab]")
-    visitor.press("Go back to the model")
+    visitor.press("Forget what I taught")
     visitor.gone("#outcome", "Learnt")
     time.sleep(2)  # the browser forgets the model
     assert not visitor.all("[data-testid=toast-text]")

@@ -37,7 +37,8 @@ def test_an_answer_is_the_models_with_its_reasons(ask, digits):
     verdict, likeliest, bars, details = ask("/predict", SEVEN, "")
     (found,) = digits.predict(SEVEN, top_k=5, reject_rate=0.05)
     assert details == json.loads(json.dumps(vars(found)))
-    assert likeliest["label"] == "7" and len(likeliest["confidences"]) == 5
+    shown = [score for score in found.classes.values() if score >= 0.005]  # others would be "0 %"
+    assert likeliest["label"] == "7" and [row["confidence"] for row in likeliest["confidences"]] == shown[:5]
     assert "<b><bdi>7</bdi></b>" in verdict and 'expert of <b>Task 4</b> <bdi title="6, 7">6, 7</bdi>' in verdict
     assert [text[:6] for text in bars.split("<b>")[1:]] == [f"Task {number}" for number in range(1, 6)]
     assert "<li class=chosen><span class=who><b>Task 4</b>" in bars and bars.count("chosen</em>") == 1
@@ -158,7 +159,7 @@ def test_many_pictures_give_a_table_with_problems_in_their_rows(ask):
 def test_the_model_can_be_seen_as_it_was_after_each_task(ask):
     learnt, matrix, routing, points, answer = ask("/look_inside", 2, SEVEN, "")
     assert learnt.count("class=later") == 3 and matrix.count("<td") == 4 and "measured after task 5" in routing
-    assert points.count("<circle") == 40 and "your picture</text>" in points and "<bdi>7<" not in answer
+    assert points.count("<circle") == 40 and points.count("★</text>") == 1 and "<bdi>7<" not in answer
     assert ask("/look_inside", 5, SEVEN, "")[2].count("<td") == 25 and not ask("/look_inside", 5, None, "")[4]
 
 
@@ -205,3 +206,29 @@ def test_the_command_starts_the_page(monkeypatch, saved):
     assert (asked["server_name"], asked["server_port"], asked["inbrowser"]) == ("0.0.0.0", 7000, False)
     named = {function.api_name for function in asked["demo"].fns.values()}
     assert "predict" in named and not named & {"teach", "push", "add_drawing", "scan_drawing"}
+
+
+def test_the_page_begins_with_what_it_recognises(digits):
+    said = views.introduction(digits, "here")
+    assert "recognises 10 things: <bdi>0</bdi>, " in said and "<bdi>9</bdi>. <b>Give it" in said
+    digits = copy.copy(digits)
+    digits.config = copy.deepcopy(digits.config)
+    digits.config.tasks[-1].classes = ["8", "9", "<b>" * 20, "letter A"]
+    digits.config.classes[10:] = ["<b>" * 20, "letter A"]
+    said = views.introduction(digits, "here", taught=True)
+    assert "12 things" in said and "<bdi>9</bdi>, … and <bdi>letter A</bdi>, which you taught. <b>Give" in said
+
+
+@pytest.mark.parametrize(
+    "p_value, said",
+    [
+        (1.0, "typical: of 100 pictures like those it learnt, all "),
+        (0.35, "typical: .*about 35 "),
+        (0.0, "unusual: .*fewer than 1 "),
+    ],
+)
+def test_how_typical_a_picture_is_has_words(digits, p_value, said):
+    found = Prediction("a", 0.9, None, 0.0, p_value, {"a": 0.9, "b": 0.1}, {})
+    assert re.search(
+        f"It looks {said}would lie as far away as this one, or farther", views.verdict(found, digits, 0.05)
+    )

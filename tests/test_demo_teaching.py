@@ -1,9 +1,13 @@
 """The demo's lessons: what visitors teach is theirs alone, and is what they are told."""
 
+import re
 import shutil
+import time
 import unicodedata
 import zipfile
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,8 +17,9 @@ from PIL import Image
 from test_pictures import archive_of
 
 from hf_clpeft import ContinualModel
+from hf_clpeft.demo import views
 from hf_clpeft.demo.pictures import VisitorError
-from hf_clpeft.demo.teaching import leave_one_out, sort_pictures, teach
+from hf_clpeft.demo.teaching import Lesson, leave_one_out, sort_pictures, teach
 
 
 def test_a_taught_class_is_recognised_and_every_old_answer_stays(ask, letters, digits):
@@ -174,7 +179,10 @@ def test_a_lesson_that_fails_says_so_and_what_helps(ask):
         Image.fromarray(blurred).save(f"{number}.png")
     outcome, _, _ = ask("/teach", "not a thing", [Path(f"{number}.png") for number in range(4)], "")
     assert "Taught <b>" in outcome and "<b>0 of your 4 pictures</b>" in outcome and "More pictures help" in outcome
-    assert "Gaussian router" in outcome  # which this model does not have
+    advice = re.findall(r"[\d.]+ %", outcome)
+    measured = (Path(__file__).parents[1] / "docs" / "demo.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| (SLDA\+\+|S-LoRA, prototypes).*?\| ([\d.]+) \|", measured, re.MULTILINE)
+    assert advice == [f"{recognised} %" for _, recognised in rows] and "<code>slda_pp</code>" in outcome
 
 
 def test_leaving_one_out_is_what_a_new_picture_meets(handlers, letters):
@@ -233,8 +241,25 @@ def test_what_was_not_downloaded_here_is_not_taken(ask, letters, saved):
             ask("/give_back", Path(name))
 
 
-def test_a_model_is_recalled_only_while_it_is_there(handlers):
-    assert handlers.recall("gone") == handlers.recall(None) == ("", "")
+def test_a_model_is_recalled_with_its_download_while_it_is_there(handlers, letters):
+    assert handlers.recall(None)[:2] == ("", "")
+    said, key, archive = handlers.recall("gone")
+    assert "not here any more" in said and key == "" and not archive.visible
+    _, key, _ = handlers.teach("letter A", [str(path) for path in letters[:3]])
+    said, again, archive = handlers.recall(key)
+    assert "lastly <bdi>letter A</bdi>" in said and again == key and archive.visible
+    shutil.unpack_archive(handlers.models.folder(key).with_suffix(".zip"), "taught")
+    assert ContinualModel.from_pretrained("taught").config.classes[-1] == "letter A"
+    assert "which you taught" in views.introduction(handlers.models.get(key), "here", taught=True)
+
+
+def test_a_lesson_after_a_model_is_gone_begins_with_the_original(ask, letters):
+    with pytest.raises(AppError, match="not here any more"):
+        ask("/predict", letters[0], "gone")
+    outcome, key, _ = ask("/teach", "letter A", list(letters[:5]), "gone")
+    assert "began with the original model" in outcome and "Learnt" in outcome
+    assert ask("/predict", letters[6], key)[3]["label"] == "letter A"
+    assert "original model" not in ask("/teach", "letter X", [letters[8]] * 3, key)[0]
 
 
 def test_what_is_no_picture_is_left_out_and_said(ask, letters):
@@ -272,3 +297,32 @@ def test_an_edited_model_is_refused_without_a_word_of_the_servers_folders(ask, l
             ask("/give_back", Path("edited.zip"))
         said = str(refused.value)
         assert name in said and "hf-clpeft-" not in said and "/model" not in said, said
+
+
+def test_copies_of_one_picture_teach_that_picture_and_the_lesson_says_so(handlers, letters):
+    image, models = Image.open(letters[8]).convert("RGB"), handlers.models
+    for count in (3, 5):
+        lesson = teach(models, "", {"X": [image] * count})
+        (found,) = models.batcher.predict(models.get(lesson.key), [image], reject_rate=0.05)
+        assert (found.label, lesson.tried, lesson.recognised) == ("X", count, count)
+        said = views.lesson(lesson, {"X": [image] * count}, models.served)
+        assert said.startswith("<p>Taught") and "all are the same" in said and "give different ones" in said
+
+
+def test_a_lesson_lets_others_in_between_and_ends_in_time(handlers, letters, monkeypatch):
+    images, model = [Image.open(path).convert("RGB") for path in letters[:5]], handlers.models.served
+    ran = []
+
+    def run(function):
+        ran.append(function)
+        return function()
+
+    assert leave_one_out(model, {"A": images}, 0.05, run) == (5, 4) and len(ran) == 2 * 5 + 1
+    assert leave_one_out(model, {"A": images}, 0.05, end=time.monotonic()) == (0, 0)
+    clock = iter([*[0] * 5, 0, 0, 0, 2])  # time for reading all, and for trying three
+    monkeypatch.setattr("hf_clpeft.demo.teaching.time", SimpleNamespace(monotonic=lambda: next(clock)))
+    tried, recognised = leave_one_out(model, {"A": images}, 0.05, end=1)
+    assert tried == 3
+    lesson = Lesson("", Path(), "", 200, tried, recognised, 0, 0)
+    assert f"<b>{recognised} of 3 of your pictures</b>" in views.lesson(lesson, {"A": images}, model)
+    assert "no time left" in views.lesson(replace(lesson, tried=0, recognised=0), {"A": images}, model)

@@ -114,6 +114,24 @@ def test_no_image_is_measured_by_a_fit_that_knows_it():
     assert few.isnan().tolist() == [False, False, True]
 
 
+@pytest.mark.parametrize("name", ["prototypes", "gaussian", "klda"])
+@pytest.mark.parametrize("noise", [0, 1e-6])
+def test_rounding_does_not_reject_an_image_of_which_there_are_only_copies(name, noise):
+    one = torch.nn.functional.normalize(torch.randn(1, WIDTH, generator=torch.Generator().manual_seed(0)), dim=-1)
+    copies = one + noise * torch.randn(5, WIDTH, generator=torch.Generator().manual_seed(1))
+    query = torch.cat([one + 2e-5, one + 0.05])
+    features = Task(0).centres.repeat(25, 1)
+    features += 0.1 * torch.randn(features.shape, generator=torch.Generator().manual_seed(2))
+    for learns_few in (False, True):
+        router = ROUTERS[name](WIDTH)
+        router.kernel_features = 60
+        router.learn(features, torch.arange(100) % 4)
+        router.learns_few = learns_few
+        router.learn(copies, torch.full((5,), 4))
+        routing = router(query)
+        assert routing.selection[0] == 1 and router.typicality(query, routing.distances).tolist() == [1, 0]
+
+
 def test_too_few_images_are_not_measured():
     router = GaussianRouter(WIDTH)
     router.learn(torch.randn(2, WIDTH), torch.tensor([0, 1]))
@@ -136,7 +154,7 @@ def test_models_reject_load_and_say_so(method, stream, tmp_path):
     images = [image for image, _, _ in stream[0].train]
     found = model.predict(images)
     assert all(0 <= one.typicality <= 1 for one in found)
-    assert "at least as far from its classes as this one" in verdict(found[0], model, reject_rate=0.05)
+    assert "of 100 pictures like those it learnt" in verdict(found[0], model, reject_rate=0.05)
     assert [one.label is None for one in model.predict(images, reject_rate=0.9)] == [
         one.typicality < 0.9 for one in found
     ]

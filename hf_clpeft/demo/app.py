@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import gradio as gr
+from gradio.components import Component
 from starlette.middleware import Middleware
 
 from ..backbones.bundled import DIGITS_MODEL
@@ -14,6 +15,7 @@ from .access import SPEAK, THEME
 from .components import Archive, Files, Folder, NeverFetch, Picture, Step, canvas, take_brush, textbox
 from .handlers import Handlers, keep
 from .models import Models
+from .own import KEEP, RECALL
 from .pictures import FORMATS, LARGEST_ARCHIVE
 from .teaching import FEWEST, refusal
 
@@ -79,7 +81,7 @@ def build_demo(
     handlers = Handlers(models, examples)
     with gr.Blocks(title="Which expert?", analytics_enabled=False, delete_cache=(600, 3600)) as demo:
         key = textbox("Key", example="", value="", visible=False)
-        gr.HTML(views.introduction(models.served, source))
+        intro = gr.HTML(views.introduction(models.served, source), elem_id="intro")
         with gr.Tab("Try it"):
             picture = _try_it(handlers, key, examples, drawing)
         with gr.Tab("Many pictures"):
@@ -92,11 +94,13 @@ def build_demo(
                 gr.Markdown(reason)
         elif teaching:
             with gr.Tab("Teach it"):
-                outcome = _teach_it(handlers, key, drawing)
-            saved = gr.BrowserState("", storage_key="hf-clpeft-model")
-            demo.load(handlers.recall, saved, [outcome, key], **HIDDEN)
-            # An empty text would not be written over the key of a model that the visitor has left.
-            key.change(lambda key: key or "none", key, saved, **HIDDEN)
+                recalled = _teach_it(handlers, key, drawing)
+            loaded = demo.load(handlers.recall, key, recalled, js=RECALL, **HIDDEN)
+            loaded.then(fn=None, inputs=key, js=KEEP)  # it may not be there any more
+            key.change(fn=None, inputs=key, js=KEEP)
+            key.change(
+                lambda key: views.introduction(models.get(key), source, bool(key)), key, intro, **HIDDEN, **SHARED
+            )
         if examples:
             demo.load(lambda: keep(examples[0].read_bytes(), examples[0].name), None, picture, **HIDDEN)
         demo.load(fn=None, js=SPEAK)
@@ -153,6 +157,8 @@ def _try_it(handlers: Handlers, key: gr.Textbox, examples: Sequence[Path], drawi
     )
     explain.click(handlers.explain, [picture, key], [heat, grid], api_name="explain", **SHARED)
     found.then(lambda: "", None, heat, **HIDDEN)  # it was that of another picture
+    stale = [verdict, likeliest, distances, details, side_by_side, answers]
+    found.failure(lambda: ("", None, "", None, "", None), None, stale, **HIDDEN)
     found.success(
         handlers.compare_experts,
         [picture, key],
@@ -206,7 +212,8 @@ def _look_inside(handlers: Handlers, key: gr.Textbox, picture: Picture, tab: gr.
     settled.then(handlers.look_inside, given, told, **HIDDEN, **SHARED)
 
 
-def _teach_it(handlers: Handlers, key: gr.Textbox, drawing: bool) -> gr.HTML:
+def _teach_it(handlers: Handlers, key: gr.Textbox, drawing: bool) -> list[Component]:
+    """Returns what shows the model that was taught before: the words for it, its key, and its archive."""
     with gr.Row(equal_height=False):
         with gr.Column(min_width=300):
             gr.Markdown(
@@ -234,8 +241,8 @@ def _teach_it(handlers: Handlers, key: gr.Textbox, drawing: bool) -> gr.HTML:
         with gr.Column(min_width=300):
             outcome = gr.HTML(label="Outcome", elem_id="outcome", min_height=90)
             archive = gr.File(label="Your model", interactive=False, visible=False)
-            returned = Archive("Give back a model that you downloaded", file_types=[".zip"], elem_id="returned")
-            forget = gr.Button("Go back to the model as it was")
+            forget = gr.Button("Forget what I taught", visible=False, elem_id="forget")
+            returned = Archive("Upload a model you downloaded", file_types=[".zip"], elem_id="returned")
             with gr.Accordion("Push it to the Hub", open=False):
                 repo_id = textbox("Repo", example="me/my-digits", placeholder="me/my-digits")
                 token = textbox("Your token with write access", example="hf_...", type="password", elem_id="token")
@@ -245,9 +252,18 @@ def _teach_it(handlers: Handlers, key: gr.Textbox, drawing: bool) -> gr.HTML:
     pushing.then(lambda: "", None, token, **HIDDEN)  # nobody who comes to this screen later shall find it
     returned.upload(handlers.give_back, returned, [outcome, key], api_name="give_back")
     forget.click(lambda: ("", "", gr.File(None, visible=False)), None, [outcome, key, archive], **HIDDEN)
+    key.change(lambda key: gr.Button(visible=bool(key)), key, forget, **HIDDEN)
     taught = learn.click(handlers.teach, [name, pictures, key], [outcome, key, archive], api_name="teach")
     taught.success(lambda: gr.File(visible=True), None, archive, **HIDDEN)
-    return outcome
+    taught.success(
+        _clear, [outcome, name, pictures], [name, pictures], api_visibility="private", show_progress="hidden"
+    )
+    return [outcome, key, archive]
+
+
+def _clear(outcome: str, name: str, pictures: list[str] | None) -> tuple[str, list[str] | None]:
+    """Empties the name and the pictures after a lesson that went well; another is tried again with more."""
+    return ("", None) if outcome.startswith(f"<p>{views.LEARNT}") else (name, pictures)
 
 
 def _last(model: ContinualModel, **options: Any) -> Step:

@@ -166,18 +166,18 @@ def map_of(plane: Plane, points: np.ndarray, owners: np.ndarray, names: Sequence
             + (f'<text x="{x}" y="{y}">{owner + 1}</text></g>' if len(points) <= MANY else "</g>")
         )
     said = f"{len(points)} points, each with the number of its {'task' if names[0].about else 'expert'}."
+    yours = ""
     if len(query):
         nearest = int(np.argmin(np.linalg.norm(points - query[0], axis=1)))
         (x, y), (to_x, to_y) = at(picture[0]), at(places[nearest])
-        side, shift = ("end", -14) if x > WIDTH / 2 else ("start", 14)
         marks.append(
-            f'<line x1="{x}" y1="{y}" x2="{to_x}" y2="{to_y}"/><text class=star x="{x}" y="{y}">★</text>'
-            f'<text class=yours x="{x}" y="{y}" dx="{shift}" style="text-anchor:{side}">your picture</text>'
+            f'<line x1="{x}" y1="{y}" x2="{to_x}" y2="{to_y}"/>'
+            f'<text class=star x="{x}" y="{y}"><title>Your picture</title>★</text>'
         )
-        said += f" Your picture is nearest to {names[int(owners[nearest])]}."
+        yours = f"Your picture is nearest to {names[int(owners[nearest])]}."
     return (
-        f'<svg class="map" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(said)}">'
-        f"{''.join(marks)}</svg><p>{escape(said)}</p>"
+        f'<svg class="map" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(f"{said} {yours}".strip())}">'
+        f"{''.join(marks)}</svg><p>{escape(said)}{f' <b class=yours>★</b> {escape(yours)}' if yours else ''}</p>"
     )
 
 

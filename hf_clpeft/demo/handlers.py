@@ -104,10 +104,11 @@ class Handlers:
         (found,) = self.models.batcher.predict(model, [image], **options)
         details = asdict(found)
         details["classes"] = dict(list(found.classes.items())[:5])
+        likeliest = {name: score for name, score in details["classes"].items() if score >= views.SHOWN}
         like = self.models.batcher.run(lambda: self.models.gallery.nearest(model, found.expert, image))
         return (
             views.verdict(found, model, self.reject_rate, image, like),
-            None if found.label is None else details["classes"],
+            None if found.label is None else likeliest,
             views.distance_bars(found, model),
             details,
         )
@@ -257,19 +258,27 @@ class Handlers:
         Args:
             name: Name of the class; empty if there is one folder of pictures per class.
             files: Three or more pictures of each class, or a zip archive of folders named after the classes.
-            key: Key of the model to continue; empty for the served one.
+            key: Key of the model to continue; empty for the served one, which also takes the place of one that is
+                not there any more.
 
         Returns:
             A summary, as HTML; the key of the new model; and the model as a zip archive.
         """
+        lost = bool(key) and not self.models.has(key)
+        key = "" if lost else key
         known = self.models.get(key).config.classes
         classes, left_out = sort_pictures(name or "", read_uploads(files or []), known)
         lesson = teach(
             self.models, key, classes, self.examples, self.reject_rate, lambda share, text: progress(share, desc=text)
         )
         progress(0.95, desc="Packing the model")
-        archive = pack(lesson.folder)
-        return views.lesson(lesson, classes, self.models.get(lesson.key), left_out), lesson.key, archive
+        said = views.lesson(lesson, classes, self.models.get(lesson.key), left_out)
+        return said + views.LOST * lost, lesson.key, self._archive(lesson.folder)
+
+    def _archive(self, folder: Path) -> str:
+        """A taught model as a zip archive, which is made once."""
+        made = Path(f"{folder}.zip")
+        return str(made) if made.exists() else pack(folder)
 
     @friendly
     def add_drawing(self, drawing: bytes | str | None, files: list[str] | None) -> list[str]:
@@ -301,10 +310,13 @@ class Handlers:
         return views.own_model(self.models.get(key)), key
 
     @friendly
-    def recall(self, key: str | None) -> tuple[str, str]:
-        """A visitor's own model after a reload: the words for it, and its key; empty if it is not there any more."""
-        key = key or ""
-        return (views.own_model(self.models.get(key)), key) if self.models.has(key) else ("", "")
+    def recall(self, key: str | None) -> tuple[str, str, gr.File]:
+        """A visitor's own model after a reload: the words for it, its key, and its archive."""
+        if not key or not self.models.has(key):  # it was evicted, or the server started again
+            return views.GONE if key else "", "", gr.File(None, visible=False)
+        folder = self.models.folder(key)
+        assert folder is not None
+        return views.own_model(self.models.get(key)), key, gr.File(self._archive(folder), visible=True)
 
     @friendly
     def push(self, repo_id: str | None, token: str | None, key: str | None) -> str:

@@ -80,7 +80,9 @@ class Models:
         if not key:
             return self.served
         if key not in self._folders:
-            raise VisitorError("The model you taught has been evicted: give its download back, or teach it again.")
+            raise VisitorError(
+                "The model you taught is not here any more: upload its download under Teach it, or teach it again."
+            )
         return self._keep((key, None), lambda: self.load(self._folders[key]))
 
     def new_folder(self) -> Path:

@@ -1,9 +1,12 @@
 """Learns a new task from a visitor's pictures, on a copy of the model, while others are being served."""
 
 import copy
+import hashlib
+import math
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import PIL.Image
@@ -21,7 +24,7 @@ from ..training.progress import disable_progress_bars
 from .models import Models
 from .names import check_class_name, class_name
 from .pictures import VisitorError
-from .queries import lesson_of, views_of
+from .queries import Run, lesson_of, views_of
 
 
 FEWEST, MOST_PICTURES, MOST_CLASSES, MOST_SECONDS = 3, 200, 20, 180
@@ -42,7 +45,7 @@ class Lesson:
         folder (`Path`): Folder of the new model.
         task (`str`): Name of the new task.
         seconds (`float`): Duration.
-        tried (`int`): Number of the given pictures that were left out, one at a time.
+        tried (`int`): Number of the given pictures that were left out, one at a time; 0 if time was short.
         recognised (`int`): How many of them would be recognised by what the others teach; see [`leave_one_out`].
         answers (`int`): Number of answers to old pictures that were compared.
         changed (`int`): How many of them have another label now.
@@ -228,13 +231,17 @@ def teach(
     options = {"reject_rate": reject_rate} if old.can_reject else {}
     before, after = (models.batcher.predict(m, old_pictures, **options) for m in (old, new))
     changed = sum(was.label != now.label for was, now in zip(before, after, strict=True))
-    tried, recognised = models.batcher.run(lambda: leave_one_out(old, classes, reject_rate))
+    progress(0.92, "Leaving out each picture in turn")
+    tried, recognised = leave_one_out(old, classes, reject_rate, models.batcher.run, start + MOST_SECONDS)
     return Lesson(new_key, folder, task, time.monotonic() - start, tried, recognised, len(before), changed)
 
 
-@torch.no_grad()
 def leave_one_out(
-    model: ContinualModel, classes: dict[str, list[PIL.Image.Image]], reject_rate: float
+    model: ContinualModel,
+    classes: dict[str, list[PIL.Image.Image]],
+    reject_rate: float,
+    run: Run = lambda function: function(),
+    end: float = math.inf,
 ) -> tuple[int, int]:
     """How many of a lesson's pictures would find their class if it were taught from all the others alone.
 
@@ -245,32 +252,63 @@ def leave_one_out(
         model ([`ContinualModel`]): The model before the lesson.
         classes (`dict[str, list[PIL.Image.Image]]`): Pictures by class.
         reject_rate (`float`): As for [`ContinualModel.predict`].
+        run (callable, *optional*): Calls what looks at one view: of a [`Batcher`], so that others are served between.
+        end (`float`, *optional*): Of `time.monotonic()`, after which no further picture is tried.
 
     Returns:
         Number of pictures tried, at most `MOST_TRIED`; and how many of them find their class.
     """
-    assert model.router is not None
     pictures = [(number, picture) for number, own in enumerate(classes.values()) for picture in own]
     labels = torch.tensor([number for number, _ in pictures])
-    known = len(model.config.classes)
-    queries = torch.cat([views_of(model, picture) for _, picture in pictures])
-    lessons = torch.cat([lesson_of(model, picture) for _, picture in pictures])
+    seen, read = [], []
+    for _, picture in pictures:
+        if time.monotonic() > end:
+            return 0, 0
+        seen.append(run(partial(views_of, model, picture)))
+        read.append(lesson_of(model, picture, run))
+    queries, lessons = torch.cat(seen), torch.cat(read)
+    before = run(partial(copy.deepcopy, model.router))  # while nobody is routed
     points = torch.nn.functional.normalize(queries if queries.dim() == 2 else queries[:, 0], dim=-1).cpu()
-    tried = list(range(0, len(pictures), -(-len(pictures) // MOST_TRIED)))
-    recognised = 0
-    for left_out in tried:
+
+    @torch.no_grad()
+    def finds_its_class(left_out: int) -> bool:
         others = torch.arange(len(pictures)) != left_out
-        router = copy.deepcopy(model.router)
+        router = copy.deepcopy(before)
         expect_few(router, classes)
-        router.learn(lessons[others], known + labels[others])
-        routing = router(queries[left_out : left_out + 1])
-        own = int(routing.selection.flatten()[0]) == router.num_owners - 1
-        if own and model.can_reject:
-            own = float(router.typicality(queries[left_out : left_out + 1], routing.distances)) >= reject_rate
+        router.learn(lessons[others], len(model.config.classes) + labels[others])
+        query = queries[left_out : left_out + 1]
+        routing = router(query)
+        if int(routing.selection.flatten()[0]) != router.num_owners - 1:
+            return False
+        if model.can_reject and float(router.typicality(query, routing.distances)) < reject_rate:
+            return False
         means = torch.stack([points[others & (labels == number)].mean(dim=0) for number in range(len(classes))])
-        nearest = int(torch.cdist(points[left_out : left_out + 1], means).argmin())
-        recognised += own and nearest == int(labels[left_out])
-    return len(tried), recognised
+        return int(torch.cdist(points[left_out : left_out + 1], means).argmin()) == int(labels[left_out])
+
+    tried = recognised = 0
+    # In an order in which the first few are of all classes.
+    for left_out in torch.randperm(len(pictures), generator=torch.Generator().manual_seed(0))[:MOST_TRIED].tolist():
+        if time.monotonic() > end:
+            break
+        tried, recognised = tried + 1, recognised + finds_its_class(left_out)
+    return tried, recognised
+
+
+def different(pictures: Iterable[PIL.Image.Image]) -> int:
+    """Number of pictures, of which copies count as one.
+
+    Example:
+
+    ```py
+    >>> from PIL import Image
+    >>> from hf_clpeft.demo.teaching import different
+
+    >>> different([Image.new("RGB", (8, 8))] * 3)
+    1
+
+    ```
+    """
+    return len({(one.size, hashlib.blake2b(one.tobytes()).digest()) for one in pictures})
 
 
 def expect_few(router: Router | None, classes: dict[str, list[PIL.Image.Image]]) -> None:

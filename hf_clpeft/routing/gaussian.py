@@ -8,7 +8,7 @@ from .classes import ClassRouter
 from .covariance import factorize, leave_one_out, mean_square, shrink, shrinkage, unpack_triangle
 from .few import bonus
 from .routing import State, count, distances_to
-from .typicality import PERCENT, Metric, cross_fit, fit_thresholds, p_values
+from .typicality import PERCENT, SAME, Metric, cross_fit, fit_thresholds, p_values
 
 
 # Variance of images along the way to a new class, relative to what the covariance says of it: the least at which
@@ -110,7 +110,10 @@ class GaussianRouter(ClassRouter):
         """
         factor, rest = factorize(residuals, self.covariance_rank)
         rank = torch.tensor([len(factor)])
-        thresholds = self._fit_thresholds(features, entries) if self.measures else torch.zeros(PERCENT)
+        thresholds = torch.zeros(PERCENT)
+        if self.measures:
+            variance = residuals.square().sum() / residuals.shape[1] / max(1, len(residuals) - count(entries))
+            thresholds = self._fit_thresholds(features, entries, variance)
         self._append({"factors": factor, "ranks": rank, "rests": rest[None], "thresholds": thresholds[None]})
         self._append({"few": torch.full((count(entries),), int(self.learns_few))})
 
@@ -279,10 +282,11 @@ class GaussianRouter(ClassRouter):
             self.thresholds[place].cpu().double(),
         )
 
-    def _fit_thresholds(self, features: torch.Tensor, entries: torch.Tensor) -> torch.Tensor:
+    def _fit_thresholds(self, features: torch.Tensor, entries: torch.Tensor, variance: torch.Tensor) -> torch.Tensor:
         """Thresholds of shape `(100,)`, from distances of images held out of means and covariance.
 
-        The mean of n images is nearer to a new one than that of fewer, by √((1 + 1/n) / (1 + 1/fewer)).
+        The mean of n images is nearer to a new one than that of fewer, by √((1 + 1/n) / (1 + 1/fewer)). None is below
+        what `SAME` is under the task's own `variance`, of all directions together.
         """
 
         def distances(fitted: torch.Tensor, held_out: torch.Tensor) -> torch.Tensor:
@@ -297,7 +301,15 @@ class GaussianRouter(ClassRouter):
 
         values = cross_fit(entries, distances) if len(entries) > count(entries) else torch.zeros(0)
         values = values[values.isfinite()]
-        return torch.from_numpy(fit_thresholds(values.double().numpy())) if len(values) > 1 else torch.zeros(PERCENT)
+        if len(values) < 2:
+            return torch.zeros(PERCENT)
+        scale = (variance / self.num_features).clamp(min=self._least_variance) if variance > 0 else torch.ones(())
+        return torch.from_numpy(fit_thresholds(values.double().numpy())).clamp(min=SAME / float(scale.sqrt()))
+
+    @property
+    def _least_variance(self) -> float:
+        """In one direction, that of rounding, which is all by which copies of one image vary."""
+        return SAME**2 / self.num_features
 
     def _metric(self, factor: torch.Tensor, rest: torch.Tensor, freedom: int) -> Metric:
         """Metric of the shrunk covariance of a task."""
@@ -305,7 +317,8 @@ class GaussianRouter(ClassRouter):
         trace = gram.trace() + rest.sum()
         squares = (gram**2).sum() + 2 * (factor.square().sum(dim=0) * rest).sum() + (rest**2).sum()
         weight, scale = shrinkage(trace / freedom, squares / freedom**2, freedom, self.query_size)
-        return Metric.of(factor * ((1 - weight) / freedom) ** 0.5, (1 - weight) / freedom * rest + weight * scale)
+        diagonal = (1 - weight) / freedom * rest + weight * scale.clamp(min=self._least_variance)
+        return Metric.of(factor * ((1 - weight) / freedom) ** 0.5, diagonal)
 
     def derive(self) -> None:
         self._metrics = {}

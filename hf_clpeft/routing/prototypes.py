@@ -8,7 +8,7 @@ import torch
 from ..config.text import get_logger
 from .few import favour, metric_of
 from .routing import Router, Routing, State, distances_to
-from .typicality import FOLDS, PERCENT, fit_thresholds, p_values
+from .typicality import FOLDS, PERCENT, SAME, fit_thresholds, p_values
 
 
 if TYPE_CHECKING:
@@ -245,7 +245,8 @@ def fit_prototypes(features: torch.Tensor, k: int | str, seed: int = 0) -> torch
 def thresholds_of(features: torch.Tensor, k: int, seed: int = 0) -> torch.Tensor:
     """Thresholds of the distances of a task's images to its prototypes, by cross-fitting; see [`fit_thresholds`].
 
-    For a single image all thresholds are the maximum distance, so nothing is rejected.
+    For a single image all thresholds are the maximum distance, so nothing is rejected. None is below `SAME`, so that
+    rounding does not reject an image of which a task has only copies.
 
     Args:
         features (`torch.Tensor` of shape `(images, query_size)`): Query features of a task.
@@ -279,7 +280,7 @@ def thresholds_of(features: torch.Tensor, k: int, seed: int = 0) -> torch.Tensor
         fitted[fold] = False
         k_means = _k_means(normalized[fitted], min(k, int(fitted.sum())), seed)
         distances[fold] = k_means.transform(normalized[fold].numpy()).min(axis=1)
-    return torch.from_numpy(fit_thresholds(distances)).float()
+    return torch.from_numpy(fit_thresholds(distances)).float().clamp(min=SAME)
 
 
 def choose_k(features: torch.Tensor, seed: int = 0) -> int:

@@ -14,6 +14,7 @@ import torch
 
 PERCENT = 100  # thresholds per task, for reject rates of 1 %, 2 %, ... 100 %
 FOLDS = 10
+SAME = 1e-3  # distance on the unit sphere: by less, features of one image differ from batch to batch
 
 
 def fit_thresholds(distances: np.ndarray) -> np.ndarray:
