@@ -147,7 +147,7 @@ def test_models_given_back_take_no_place_from_those_that_were_taught(letters, mo
     assert len({*given}) == 4 and [models.has(key) for key in [first, second, *given]] == [1, 1, 0, 0, 1, 1]
     assert sum(models.folder(key).is_dir() for key in [first, second, *given[2:]]) == 4
     assert len(list(Path(models._home.name).glob("*/model/config.json"))) == 4
-    with pytest.raises(gr.Error, match="has been evicted: give its download back"):
+    with pytest.raises(gr.Error, match="is not here any more: upload its download"):
         handlers.predict(str(SEVEN), same)
     assert handlers.give_back(archive)[1] not in given  # and it is there again
     _, third, _ = handlers.teach("letter C", [str(path) for path in letters[:3]])
