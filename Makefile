@@ -11,7 +11,7 @@ CORE = adapters backbone_loading bank card class_routers cli combine download ev
 	images learn model naming own_methods prefix push reader routing scoring storage streams training trunk
 export PYTHONUNBUFFERED = 1
 
-.PHONY: help demo test test-lowest quality style docs
+.PHONY: help demo test test-upstream test-lowest quality style docs
 
 help:  ## show this text
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' Makefile
@@ -27,6 +27,9 @@ demo: $(VENV)/installed  ## learn five tasks of handwritten digits one after ano
 
 test: $(VENV)/installed  ## run the tests, offline
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist loadfile --no-loadscope-reorder $(TESTS)
+
+test-upstream:  ## run the tests on the newest versions there are
+	$(MAKE) test VENV=.venv-upstream CONSTRAINTS=/dev/null EXTRAS=test
 
 test-lowest:  ## run the core tests on the lowest versions that are supported
 	$(MAKE) test VENV=.venv-lowest CONSTRAINTS=constraints-lowest.txt EXTRAS=test TESTS="$(CORE:%=tests/test_%.py)"

@@ -117,10 +117,12 @@ def _check_alike(one: ContinualModel, two: ContinualModel, name: str, other_name
     first, other = _alike(one, name), _alike(two, other_name)
     if not two.config.tasks:
         raise ConfigError(f"{other_name} has learnt no task.")
+    methods = [model.config.method.name for model in (one, two)]
+    said = "" if methods[0] == methods[1] else f"they are models of {methods[0]} and {methods[1]}, and "
     for what in first | other:
         if first.get(what) != other.get(what):
             raise ConfigError(
-                f"{name} and {other_name} cannot be combined: their {what} differs, {first.get(what)!r} and "
+                f"{name} and {other_name} cannot be combined: {said}their {what} differs, {first.get(what)!r} and "
                 f"{other.get(what)!r}."
             )
     settings = one.backbone.transform.differs_from(two.backbone.transform)

@@ -107,7 +107,7 @@ def main():
     paths = draw(rows, config, results.with_suffix(""))
     print(table)
     print(f"results: {results}    table: {results.with_suffix('.md')}    pictures: {', '.join(map(str, paths))}")
-    print(f"next, another seed: {command_line()} --seeds {max(int(row['seed']) for row in rows) + 1}")
+    print(f"next, another seed: {command_line('--seeds')} --seeds {max(int(row['seed']) for row in rows) + 1}")
 
 
 if __name__ == "__main__":

@@ -53,7 +53,7 @@ def test_predict_agrees_with_the_library_and_the_pipeline(saved, learnt, picture
         assert row["label"] == scores[0]["label"] and row["score"] == pytest.approx(scores[0]["score"], abs=1e-5)
     noise = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
     Image.fromarray(noise).save("noise.png")
-    rejected = json.loads(run("predict", saved, "noise.png", "--reject-rate", "0.05", "--top-k", "3", "--json"))[0]
+    rejected = json.loads(run("predict", saved, "noise.png", "--reject_rate", "0.05", "--top_k", "3", "--as_json"))[0]
     assert rejected["label"] is None and len(rejected["classes"]) == len(rejected["experts"]) == 3
     table = run("predict", saved, *pictures)
     assert "{" not in table
@@ -67,7 +67,7 @@ def test_predict_takes_folders_patterns_and_lists_and_goes_on_after_what_it_cann
     Path("more/broken.png").write_bytes(b"\x89PNG")
     Path("more/notes.txt").write_text("no picture")
     wanted = [f"more/{pictures[0]}", f"more/deep/{pictures[1]}", pictures[2]]
-    done = run("predict", saved, "more", pictures[2], "--format", "jsonl", "--batch-size", "1", fails=True)
+    done = run("predict", saved, "more", pictures[2], "--format", "jsonl", "--batch_size", "1", fails=True)
     rows = [json.loads(line) for line in done.stdout.splitlines()]
     assert sorted(row["image"] for row in rows) == sorted(wanted) and done.exit_code == 1
     assert "broken.png" in done.stderr and "notes.txt" not in done.stderr
@@ -83,14 +83,19 @@ def test_predict_takes_folders_patterns_and_lists_and_goes_on_after_what_it_cann
 
 
 def test_predict_sorts_pictures_and_replaces_none(saved, learnt, pictures):
-    for _ in range(2):
-        run("predict", saved, *pictures, "--copy_to", "sorted")
+    for option in ("--copy_to", "--copy-to"):
+        run("predict", saved, *pictures, option, "sorted")
     rows = json.loads(run("predict", saved, *pictures, "--json"))
     for row in rows:
-        first = Path("sorted", row["label"], row["image"])
-        assert first.read_bytes() == Path(row["image"]).read_bytes()
-        assert first.with_stem(f"{first.stem} 2").is_file()
-    assert len(list(Path("sorted").rglob("*.png"))) == 2 * len(rows)
+        assert Path("sorted", row["label"], row["image"]).read_bytes() == Path(row["image"]).read_bytes()
+    assert len(list(Path("sorted").rglob("*.png"))) == len(rows)
+
+
+def test_an_empty_list_of_pictures_is_no_error(saved):
+    for form, printed in (("csv", "image,label,score"), ("table", "label  score"), ("json", "[]"), ("jsonl", "")):
+        done = CliRunner().invoke(cli.app, ["predict", str(saved), "-", "--format", form], input="")
+        assert done.exit_code == 0 and done.stdout.startswith(printed) and len(done.stdout.splitlines()) <= 1
+        assert "The list is empty" in done.stderr
 
 
 def test_info_says_what_was_learnt_without_downloading_weights(hub, learnt):
@@ -201,8 +206,12 @@ def command(*words):
     "words, code, message",
     [
         (("info", "alice/nothing"), 1, "error: Cannot load alice/nothing"),
+        (("info", "s-lora-digits"), 1, "no such folder, .* OWNER/NAME. Did you mean hf-clpeft/s-lora-digits.$"),
+        (("predict", "hf-clpeft/s-lora-digit", "bomb.png"), 1, "no such folder, .* Did you mean hf-clpeft/s-lora-di"),
         (("predict", "MODEL", "nothing.png"), 2, "nothing.png"),
         (("predict", "MODEL", "MODEL/config.json"), 1, "error: .*config.json is not a valid image"),
+        (("predict", "nothing", "bomb.png", "--copy_to", "bomb.png/x"), 2, "--copy-to bomb.png/x: bomb.png is a file"),
+        (("export", "nothing", "--int8", "-o", "x"), 2, "--int8 goes with --onnx"),
         (("predict", "MODEL", "bomb.png"), 1, "error: bomb.png is not a valid image: .*bomb"),
         (("export", "MODEL", "task-009", "-o", "x"), 1, "error: .*task-009"),
         (("combine", "MODEL", "-o", "x"), 1, "error: Combining needs two models"),

@@ -170,7 +170,10 @@ def test_models_that_do_not_go_together_are_refused_with_what_differs(halves, tm
     with pytest.raises(ConfigError, match="their image size differs, 32 and 48"):
         combine([root / "low", "big"])
     make_trainer(s_prompts(k=1), "prompts", num_train_epochs=1).learn(stream[0])
-    with pytest.raises(ConfigError, match="their technique differs, 'LORA' and 'PROMPT_TUNING'"):
+    with pytest.raises(
+        ConfigError,
+        match="they are models of s_lora and s_prompts, and their technique differs, 'LORA' and 'PROMPT_TUNING'",
+    ):
         combine([root / "low", "prompts"])
     changed = ContinualModel.from_pretrained(root / "high")
     known, changed.config.backbone.weight_hash = changed.config.backbone.weight_hash, "0" * 64

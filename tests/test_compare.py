@@ -350,7 +350,9 @@ def test_own_pictures_and_a_benchmark_are_compared_from_the_command_line(hub, fa
     assert "| method | birds |" in text and "| ncm | 100.0 |" in text
     assert {path.name for path in Path("out/birds").glob("*.*")} >= {"results.csv", "results.md", "results_curves.png"}
     assert "hf-clpeft compare birds --methods ncm slda --num_workers 1 --seeds 1" in text
-    assert "4 runs, of which 2 stand in" in run_command("compare", "birds", *words, "--seeds", "0", "1")
+    text = run_command("compare", "birds", "--seeds", "0", "1", *words)
+    assert "4 runs, of which 2 stand in" in text
+    assert "hf-clpeft compare birds --methods ncm slda --num_workers 1 --seeds 2" in text
     small = '{"num_tasks": 2, "max_train_samples_per_task": 32, "max_test_samples_per_task": 12}'
     assert "| slda |" in run_command("compare", "digits", *words, "--options", small)
     for words, message, status in [

@@ -1,5 +1,6 @@
 """A model of one's own from the command line: made, grown and used, on the Hub and in a folder."""
 
+import importlib
 import json
 import os
 import re
@@ -18,6 +19,7 @@ from hf_clpeft.config.places import find_place
 from hf_clpeft.training.callbacks import CallbackList
 
 
+learning = importlib.import_module("hf_clpeft.cli.learn")  # which the command hides
 REPO = "me/birds"
 TINY = ("--backbone", BACKBONE, "--views", "2")
 
@@ -90,7 +92,12 @@ def test_mistakes_end_before_any_work(me, fails, monkeypatch):
     run("learn", "good", "--to", "birds", *TINY)
     monkeypatch.setattr(ContinualTrainer, "learn_stream", lambda *_: pytest.fail("it learns"))
     for words, message, status in [
-        (("nowhere", "--to", "new"), "'nowhere' is neither a folder of images nor a data set on the Hub", 1),
+        (
+            ("nowhere", "--to", "new"),
+            "'nowhere' is neither a folder of images nor a data set on the Hub. There is no such folder",
+            1,
+        ),
+        (("good/*", "--to", "new"), "There is no folder 'good/\\*', and it is not a valid Hub id", 1),
         (("flat", "--to", "new"), "flat has images but no class folders: .* flat/robin/1.jpg", 1),
         (("empty", "--to", "new"), "'empty' is empty: put the pictures of each class into a folder", 1),
         (("one", "--to", "new"), "a single class, 'bird 2', and a model tells at least two apart", 1),
@@ -104,7 +111,12 @@ def test_mistakes_end_before_any_work(me, fails, monkeypatch):
         (("good",), "the following arguments are required: --to", 2),
         (("good", "--to", "new", "--veiws", "9"), "no option --veiws; did you mean --views", 2),
         (("good", "--to", "new", "--output_dir", "x"), "There is no option --output_dir", 2),
-        (("good", "--to", "new", "--method", "slda++"), "--method: 'slda\\+\\+' is not one of slda_pp", 2),
+        (("good", "--to", "new", "--method", "slda++"), "--method: 'slda\\+\\+' does not exist; did you mean slda", 2),
+        (
+            ("good", "--to", "new", "--method", "sldapp"),
+            "'sldapp' does not exist; did you mean slda_pp\\? See --help.$",
+            2,
+        ),
         (("good", "more", "--to", "new"), "'more' does not belong to an option", 2),
         (("good", "--to", "good"), "good holds bird 0, and no model: name a folder that is new or empty", 1),
     ]:
@@ -150,7 +162,7 @@ def test_memory_that_does_not_suffice_halves_the_batch(hub, monkeypatch):
 def test_the_bundled_backbone_serves_where_the_usual_one_cannot_be_had(hub):
     text = run("learn", pictures("a", [0, 1]), "--to", "out", "--views", "2")
     assert f"{BACKBONE}, bundled, as google/vit-base-patch16-224-in21k is not on this Hub" in text
-    assert "WARNING: it is made for drawn letters" in text
+    assert "WARNING: it is made for drawn letters and signs; for photographs: --backbone google/vit-base" in text
 
 
 def test_an_interrupted_run_goes_on_with_the_same_command(me, monkeypatch):
@@ -173,3 +185,76 @@ def interrupting_at(wanted):
             os.kill(os.getpid(), signal.SIGINT)
 
     return call
+
+
+@pytest.fixture
+def read(monkeypatch):
+    """What `learn` has to learn from and to measure with, and what it warns of; nothing is learnt."""
+    sizes = []
+
+    def stop(model, args, stream, there):
+        sizes.extend([len(stream[0].train.dataset), 0 if stream[0].test is None else len(stream[0].test.dataset)])
+        raise ConfigError("enough")
+
+    monkeypatch.setattr(learning, "_train", stop)
+
+    def of(fails, caplog, *words):
+        caplog.clear(), sizes.clear()
+        said, _ = fails("learn", *words, "--to", "new", *TINY)
+        return said, sizes, " ".join(record.getMessage() for record in caplog.records)
+
+    return of
+
+
+@pytest.mark.parametrize("classes", ["abc", "a", "ab"])
+def test_the_only_picture_of_a_class_is_learnt(classes, hub, read, fails, caplog):
+    for name in "abc":
+        pictures("all", [0], per_class=1 if name in classes else 10)
+        Path("all", "bird 0").rename(Path("all", name))
+    _, sizes, warned = read(fails, caplog, "all")
+    others = 3 - len(classes)
+    assert sizes == [len(classes) + 8 * others, 2 * others]
+    assert f"{', '.join(classes)}: a single image each, which is learnt" in warned
+
+
+def test_a_model_learns_of_one_picture_per_class(hub):
+    text = run("learn", pictures("few", [0, 1, 2], per_class=1), "--to", "out", *TINY)
+    assert "3 pictures to learn from\n" in text and "not measured, as no picture was held out" in text
+
+
+def test_pictures_that_cannot_be_read_are_named_and_left_out(hub, read, fails, caplog):
+    folder = Path(pictures("mixed", [0, 1], per_class=20))
+    paths = sorted(folder.rglob("*.png"))
+    for path, content in zip(paths[:3], (b"\x89PNG", b"", paths[2].read_bytes()[:60]), strict=True):
+        path.write_bytes(content)
+    _, sizes, warned = read(fails, caplog, folder)
+    assert sum(sizes) == 37 and "3 of 40 images cannot be read" in warned and "They are left out" in warned
+    assert all(path.name in warned for path in paths[:3])
+    for path in paths[3:5]:
+        path.write_bytes(b"")
+    said, sizes, _ = read(fails, caplog, folder)
+    assert "5 of 40 images cannot be read" in said and "--max_bad_images 5" in said and "dataset." not in said
+    assert said.count("bird 0") == 5 and "Only 4 may be left out, 10% of them" in said and not sizes
+    assert sum(read(fails, caplog, folder, "--max_bad_images", "5")[1]) == 35
+    assert "Only 0 may be left out:" in read(fails, caplog, folder, "--max_bad_images", "0")[0]
+    for path in paths[:20]:
+        path.write_bytes(b"")
+    assert "No image of bird 0 is left" in read(fails, caplog, folder, "--max_bad_images", "20")[0]
+
+
+@pytest.mark.parametrize(
+    "names, words",
+    [
+        (["x/a", "x/b", "y/c"], "images in the folders 'a', 'b' below 'x' are taken as x; so are those below 1 more"),
+        (["x", "y/c"], "images in the folder 'c' below 'y' are taken as y. If it is a class, give nested/y."),
+        (["train/x/a", "train/y"], "images in the folder 'a' below 'x' are taken as x."),
+    ],
+)
+def test_folders_below_classes_are_told_of(names, words, hub, read, fails, caplog):
+    for name in names:
+        pictures(Path("nested", name), [0], per_class=5)
+        for path in Path("nested", name, "bird 0").iterdir():
+            path.rename(path.parents[1] / path.name)
+        Path("nested", name, "bird 0").rmdir()
+    assert words in read(fails, caplog, "nested")[2]
+    assert "below" not in read(fails, caplog, pictures("flat", [0, 1]))[2]

@@ -100,6 +100,10 @@ def test_its_folder_is_used_without_torch(exported, digits):
         "import runpy; sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
     )
     done = subprocess.run([sys.executable, "-c", code, script, picture], capture_output=True, text=True, check=True)
+    Path("broken.png").write_bytes(picture.read_bytes()[:60])
+    both = subprocess.run([sys.executable, script, "broken.png", picture], capture_output=True, text=True)
+    assert both.returncode == 1 and both.stdout == done.stdout
+    assert both.stderr.startswith("error: broken.png cannot be read: ") and len(both.stderr.splitlines()) == 1
     answer, wanted = json.loads(done.stdout.removeprefix(str(picture))), digits.predict(picture, top_k=3)[0]
     assert next(iter(answer["classes"])) == wanted.label and answer["expert"] == wanted.expert
     assert answer["classes"][wanted.label] == pytest.approx(wanted.score, abs=0.2)

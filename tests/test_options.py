@@ -56,7 +56,10 @@ def refused(argv, capsys, *methods):
         (["--k", "none"], "k='none' must be a whole number of prototypes"),
         (["--k", "²"], "k='²' must be a whole number of prototypes"),
         (["--query_layers", "2", "1"], "query_layers=[2, 1] must be layers"),
-        (["--head", "sharde"], "--head: 'sharde' is not one of auto, shared, per_task; did you mean shared?"),
+        (
+            ["--head", "sharde"],
+            "--head: 'sharde' is not one of auto, shared, per_task; did you mean shared? See --help.",
+        ),
         (["--lora", "dropout"], "--lora: 'dropout' is not a mapping in JSON, such as"),
         (["--lora", "[1]"], "--lora: '[1]' is not a mapping in JSON"),
         (["--lora", '{"lora_dropuot": 0.1}'], "lora_dropuot"),

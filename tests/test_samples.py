@@ -226,8 +226,11 @@ def test_a_share_is_held_out_of_small_classes_but_never_all_of_one():
         train, test = hold_out(labels, test_size, 0)
         assert set(labels[train]) == {0, 1, 2, 3} and sorted([*train, *test]) == list(range(66))
         assert {1, 2} <= set(labels[test])
-    with pytest.raises(StreamError, match="test_size=0.2 .* cannot be held out"):
-        TaskStream.class_incremental(rows(["a", "b"]), num_tasks=1)
+    stream = TaskStream.class_incremental(rows(["a", "b", "b"]), num_tasks=2)  # the only image of a class is learnt
+    assert [task.test is None for task in stream] == [True, False] and len(list(stream[0].train)) == 1
+    assert TaskStream.class_incremental(rows(["a", "b"]), num_tasks=1)[0].test is None
+    with pytest.raises(StreamError, match="test_size=1.5 .* cannot be held out"):
+        TaskStream.class_incremental(rows(["a", "b"]), num_tasks=1, test_size=1.5)
     with pytest.raises(StreamError, match="test_size=1.0 must be a fraction"):
         TaskStream.from_batches([], lambda images: images, test_size=1.0)
 

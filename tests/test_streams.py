@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from conftest import make_trainer, pattern_dataset, pattern_rows
 from datasets import ClassLabel, Dataset, DatasetDict, Image, IterableDatasetDict
+from huggingface_hub import HfApi
 
 from hf_clpeft import (
     ContinualModel,
@@ -139,9 +140,24 @@ def test_a_folder_with_one_class_folder_is_one_class_and_one_with_none_is_refuse
         load_task("flat", name="october", test_size=0)
 
 
-def test_a_data_set_that_is_nowhere_is_refused(hub):
-    with pytest.raises(StreamError, match="'my/pictures' is neither a folder of images nor a data set on the Hub: "):
-        load_task("my/pictures", name="birds")
+def test_a_data_set_that_is_nowhere_is_refused(hub, monkeypatch):
+    neither = "is neither a folder of images nor a data set on the Hub"
+    for name, message in (
+        ("my/pictures", f"'my/pictures' {neither}: .* There is no such folder here.$"),
+        ("pictures", f"'pictures' {neither}. There is no such folder here.$"),
+        ("pictures/*", r"There is no folder 'pictures/\*', and it is not a valid Hub id"),
+        ("my pictures", "There is no folder 'my pictures', and it is not a valid Hub id"),
+        ("./pictures", "There is no folder './pictures'"),
+    ):
+        with pytest.raises(StreamError, match=message):
+            load_task(name, name="birds")
+    monkeypatch.setattr(
+        HfApi, "dataset_info", lambda *_, **options: (_ for _ in ()).throw(ConnectionError("no network"))
+    )
+    hub.log.clear()
+    with pytest.raises(StreamError, match="There is no folder 'pictures' here, and the Hub cannot be asked"):
+        load_task("pictures", name="birds")
+    assert not hub.log  # which is asked again and again for half a minute otherwise
 
 
 def test_an_empty_task_is_refused():

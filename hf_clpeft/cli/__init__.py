@@ -18,7 +18,7 @@ from .migrate import migrate
 from .predict import predict
 from .push import push
 from .remove import remove
-from .run import run_app
+from .run import SPELLINGS, run_app
 from .test import test
 
 
@@ -28,6 +28,7 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
+    context_settings=SPELLINGS,
 )
 for parsing in (learn, compare):  # their words themselves, as options depend on the method
     settings = {"allow_extra_args": True, "ignore_unknown_options": True}

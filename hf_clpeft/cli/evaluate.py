@@ -21,9 +21,7 @@ def evaluate(
         str, typer.Argument(help="Folder with a folder for each class, Hub id of a data set, or name of a benchmark.")
     ],
     split: Annotated[str | None, typer.Option(help="Default: the test split; without one, all pictures.")] = None,
-    reject_rate: Annotated[
-        float, typer.Option("--reject-rate", "--reject_rate", min=0.01, max=1, help="Count what `predict` withholds.")
-    ] = 0.05,
+    reject_rate: Annotated[float, typer.Option(min=0.01, max=1, help="Count what `predict` withholds.")] = 0.05,
     as_json: AsJson = False,
     config_name: Annotated[str | None, typer.Option("--name", help="Configuration of the data set.")] = None,
     image_column: Annotated[str | None, typer.Option(help="Default: detected.")] = None,

@@ -32,12 +32,12 @@ def export(
     from ..config.errors import OptionError
     from ..export import export_adapter, export_merged, export_onnx
 
+    if int8 > onnx or (pictures is not None and not int8):
+        raise OptionError("--int8 goes with --onnx, and --pictures with --int8.")
     if task is None and not onnx:
         raise OptionError("Name the task whose expert is exported; all of a model can be exported with --onnx.")
     if onnx and merge:
         raise OptionError("With --onnx and a task, its expert is merged anyway; leave out --merge.")
-    if int8 > onnx or (pictures is not None and not int8):
-        raise OptionError("--int8 goes with --onnx, and --pictures with --int8.")
     samples = None if pictures is None else find_pictures([pictures])
     model = load_model(repo, backbone, token, device)
     facts = {"folder": str(output), "task": task or "all"}

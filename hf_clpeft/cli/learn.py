@@ -29,6 +29,7 @@ DECIDED = (  # by --to, or made for streams of several tasks
     "forward_transfer",
 )
 RATES = ("learning_rate", "head_learning_rate")
+MOST_BAD = 0.1  # share of pictures that cannot be read and are left out, if no number is given
 MOST_CLASSES = 8  # that are named
 ABOUT = """Make a model of your own pictures, or teach the one that is there new classes, without the old pictures.
 
@@ -66,7 +67,9 @@ def learn(context: typer.Context) -> None:
     there = Destination(*_read_goal(context.args))  # which decides which method's options there are
     _say("to", f"{there.place.name}, a {'repo on the Hub' if there.place.is_repo else 'folder'}: {there.place.why}")
     options = _read(context.args, there)
-    stream = TaskStream.class_incremental(options["pictures"], num_tasks=1, **options["data"].reading())
+    most = options["training"].max_bad_images if "max_bad_images" in options["named"] else MOST_BAD
+    reading = {**options["data"].reading(), "max_bad_images": most}
+    stream = TaskStream.class_incremental(options["pictures"], num_tasks=1, **reading)
     task = _name_task(stream, options["learn"], there)
     _check_classes(task, there, options["learn"].domain)
     if options["learn"].tune and there.there is not None and there.there.tasks:
@@ -224,7 +227,7 @@ def _open(options: dict[str, Any], there: "Destination") -> "ContinualModel":
     if name == USUAL_BACKBONE and "backbone" not in named and best_device(None).type == "cpu":
         _say("", "Without a GPU it takes minutes; --image_size 112 is four times as fast, and less accurate.")
     if name in BUNDLED_BACKBONES:
-        _say("", "WARNING: it is made for drawn letters and signs, and bad at photographs; --backbone is another one")
+        _say("", f"WARNING: it is made for drawn letters and signs; for photographs: --backbone {USUAL_BACKBONE}")
     if there.place.is_repo and Path(name).is_dir():
         _say("", f"It is a folder of this machine: later commands need --backbone {name}, as others do who have it.")
     return ContinualModel.from_backbone(
@@ -329,7 +332,8 @@ def _close(model: "ContinualModel", task: "Task", there: "Destination") -> None:
     pushed, place, home = there.done(), shlex.quote(there.place.name), model.config.backbone.name_or_path
     own = f" --backbone {shlex.quote(home)}" if there.place.is_repo and Path(home).is_dir() else ""
     accuracy = model.report.accuracy_matrix[-1][-1]
-    _say("accuracy", f"{percent(accuracy)} on the pictures of {task.name} that were held out")
+    held_out = f"{percent(accuracy)} on the pictures of {task.name} that were held out"
+    _say("accuracy", "not measured, as no picture was held out" if task.test is None else held_out)
     tasks = len(model.config.tasks)
     _say("it knows", f"{len(model.config.classes)} classes of {tasks} task{'s' * (tasks != 1)}")
     if not pushed:

@@ -4,14 +4,14 @@ import sys
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from ..config.text import one_line
 from .common import BackbonePath, Device, Repo, Token, end_with, load_model
 from .rows import Format, write_rows
-from .sorting import Sorter
+from .sorting import Sorter, check_folder
 from .sources import find_pictures
 
 
@@ -28,9 +28,7 @@ def predict(
     ],
     form: Annotated[Format, typer.Option("--format", help="How to print, row by row.")] = Format.table,
     as_json: Annotated[bool, typer.Option("--json", "--as-json", help="Short for --format json.")] = False,
-    copy_to: Annotated[
-        Path | None, typer.Option("--copy-to", "--copy_to", help="Copy pictures to a folder per class in this one.")
-    ] = None,
+    copy_to: Annotated[Path | None, typer.Option(help="Copy pictures to a folder per class in this one.")] = None,
     backbone: BackbonePath = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Pictures per forward pass.")] = 32,
     reject_rate: Annotated[
@@ -47,6 +45,12 @@ def predict(
     device: Device = None,
 ) -> None:
     """Classify pictures: label, score, and expert of each. Goes on after those that cannot be read, and names them."""
+    from dataclasses import fields
+
+    from ..prediction import Prediction
+
+    if copy_to is not None:
+        check_folder(copy_to)
     paths = find_pictures(images)
     model = load_model(repo, backbone, token, device)
     bad: list[str] = []
@@ -57,7 +61,9 @@ def predict(
     widths = {"label": _widest(["label", *labels]), "score": 5, "expert": _widest(["expert", *experts]), "distance": 8}
     if model.can_reject:
         widths["typicality"] = 10
-    write_rows(rows, Format.json if as_json else form, {**widths, "image": 5})
+    columns: dict[str, Any] = dict.fromkeys(("image", *(column.name for column in fields(Prediction))))
+    columns |= {"classes": dict.fromkeys(labels[:top_k]), "experts": dict.fromkeys(experts[:top_k])}
+    write_rows(rows, Format.json if as_json else form, {**widths, "image": 5}, columns)
     end_with(bad)
 
 
@@ -70,6 +76,7 @@ def _classified(
     from ..backbones.pictures import PictureError, open_image
     from ..training.progress import progress_bar
 
+    seen = 0
     with progress_bar(desc="Predicting", unit="image", disable=sys.stdout.isatty()) as bar:
         while batch := list(islice(paths, batch_size)):
             pictures = {}
@@ -81,7 +88,10 @@ def _classified(
             found = model.predict(list(pictures.values()), batch_size=batch_size, **options) if pictures else []
             for number, prediction in zip(pictures, found, strict=True):
                 yield {"image": str(batch[number]), **asdict(prediction)}
+            seen += len(batch)
             bar.update(len(batch))
+    if not seen:
+        print("The list is empty: there is no picture to classify.", file=sys.stderr)
 
 
 def _sorted(rows: Iterator[dict], sorter: Sorter) -> Iterator[dict]:

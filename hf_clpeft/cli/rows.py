@@ -15,16 +15,18 @@ class Format(StrEnum):
     table, csv, jsonl, json = "table", "csv", "jsonl", "json"
 
 
-def write_rows(rows: Iterable[dict], form: Format, widths: dict[str, int]) -> None:
+def write_rows(rows: Iterable[dict], form: Format, widths: dict[str, int], example: dict | None = None) -> None:
     """Prints rows one by one, so that nothing is kept.
 
     Args:
         rows (iterable of `dict`): With the same keys; a mapping in a cell gets columns of its own in a CSV.
         form ([`Format`]): How.
         widths (`dict[str, int]`): Columns of the table and their widths in characters; the last one may be exceeded.
+        example (`dict`, *optional*): A row that has the columns of a CSV, for when there is none.
     """
-    writers = {Format.table: _table, Format.csv: _csv, Format.jsonl: _jsonl, Format.json: _json}
-    writers[form](rows, widths)
+    if form is Format.csv:
+        return _csv(rows, example)
+    {Format.table: _table, Format.jsonl: _jsonl, Format.json: _json}[form](rows, widths)
 
 
 def _table(rows: Iterable[dict], widths: dict[str, int]) -> None:
@@ -38,15 +40,19 @@ def _table(rows: Iterable[dict], widths: dict[str, int]) -> None:
         line([f"{c:.3f}" if isinstance(c, float) else "–" if c is None else printable(c) for c in cells])
 
 
-def _csv(rows: Iterable[dict], widths: dict[str, int]) -> None:
+def _csv(rows: Iterable[dict], example: dict | None) -> None:
+    def begin(row: dict) -> csv.DictWriter:
+        writer = csv.DictWriter(sys.stdout, dict(_cells(row)), lineterminator="\n", restval="")
+        writer.writeheader()
+        return writer
+
     writer = None
     for row in rows:
-        cells = dict(_cells(row))
-        if writer is None:
-            writer = csv.DictWriter(sys.stdout, cells, lineterminator="\n", restval="")
-            writer.writeheader()
-        writer.writerow(cells)
+        writer = writer or begin(row)
+        writer.writerow(dict(_cells(row)))
         sys.stdout.flush()
+    if writer is None and example is not None:
+        begin(example)
 
 
 def _cells(row: dict) -> Iterable[tuple[str, object]]:

@@ -10,6 +10,8 @@ from ..config.errors import OptionError, errors_in_one_line
 
 
 UsageError: Any = typer.BadParameter.__base__  # of click, or of the copy vendored by typer
+SPELLINGS = {"token_normalize_func": lambda name: name.replace("_", "-")}
+"""Settings of a program, and so of all its commands: `--top_k` is `--top-k`."""
 
 
 def run_app(app: typer.Typer) -> None:
@@ -32,6 +34,6 @@ def run_app(app: typer.Typer) -> None:
 
 def run_program(main: Callable) -> None:
     """Runs a script with a single function, whose arguments become options, like [`run_app`]."""
-    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, context_settings=SPELLINGS)
     app.command()(main)
     run_app(app)

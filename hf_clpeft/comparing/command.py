@@ -6,7 +6,7 @@ from pathlib import Path
 
 from ..config.errors import ConfigError, OptionError
 from ..training.parsing import OptionParser
-from ..training.recipe import command_line
+from ..training.recipe import command_line, without
 from .drawing import draw
 from .plan import CompareArguments, config_of, folder_of, plan, read_config
 from .rows import key_of, read_rows
@@ -71,7 +71,7 @@ def compare(argv: list[str] | None = None, program: str = "python recipes/compar
     paths = draw(shown, results.with_suffix(""), families, config.get("references", ()), config.get("along", ""))
     print(table)
     print(f"results: {results}    table: {results.with_suffix('.md')}    pictures: {paths[0]}, ...")
-    again = command_line() if argv is None else f"{program} {shlex.join(argv)}"
+    again = command_line("--seeds") if argv is None else f"{program} {shlex.join(without('--seeds', argv))}"
     print(f"next, another seed: {again} --seeds {max(int(row['seed']) for row in rows) + 1}")
     if not args.table_only:
         check_complete(rows, runs)

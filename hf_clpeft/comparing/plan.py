@@ -110,7 +110,7 @@ def config_of(data: str, args: CompareArguments) -> dict:
     why = "as you chose"
     if args.backbone is None:
         chosen["backbone"], why = choose_backbone()
-    print(f"{count} training images of {classes} classes in {num_tasks} tasks")
+    print(f"{count} training images of {classes} classes in {num_tasks} task{'s' * (num_tasks != 1)}")
     print(f"backbone: {args.backbone or chosen['backbone']}, {why}")
     print("where a method trains: {num_train_epochs} passes, {train_batch_size} images at a time".format(**chosen))
     return {**config, "benchmarks": {images.name: chosen}}

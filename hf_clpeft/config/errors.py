@@ -1,12 +1,17 @@
 """Base errors of the library, and how command-line programs report them."""
 
+import os
 import re
 import signal
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from typing import NoReturn
 
 from .text import one_line
+
+
+CLOSED_PIPE = 13  # SIGPIPE, which Windows has not
 
 
 class HfClpeftError(Exception):
@@ -108,7 +113,8 @@ def refusing_options() -> Iterator[None]:
 def errors_in_one_line() -> Iterator[None]:
     """For command-line programs: reports errors as one line and an exit status, instead of a traceback.
 
-    The status is 2 for a wrong command line, 130 after SIGINT and 143 after SIGTERM as in shells, else 1.
+    The status is 2 for a wrong command line; 130 after SIGINT, 143 after SIGTERM, and 141 without a word if nobody
+    reads the output any more (`| head -1`), as in shells; else 1.
 
     Raises:
         `SystemExit`: On an error of this library, an `OSError`, or an interrupt.
@@ -128,10 +134,19 @@ def errors_in_one_line() -> Iterator[None]:
     ```
     """
     try:
-        yield
+        try:
+            yield
+        finally:
+            _flush()
     except KeyboardInterrupt as error:
         print("interrupted", file=sys.stderr, flush=True)
         raise SystemExit(128 + getattr(error, "signal", signal.SIGINT)) from None
+    except BrokenPipeError:
+        _end_unread()
+    except SystemExit as error:
+        if isinstance(error.__context__, BrokenPipeError):  # by click or rich, with 1
+            _end_unread()
+        raise
     except (HfClpeftError, OSError) as error:
         line = one_line(re.sub(r"^\[Errno -?\d+\] ", "", str(error)))
         status = getattr(error, "exit_status", 1)
@@ -139,3 +154,16 @@ def errors_in_one_line() -> Iterator[None]:
             raise SystemExit(f"error: {line}") from error
         print(f"error: {line}", file=sys.stderr, flush=True)
         raise SystemExit(status) from error
+
+
+def _flush() -> None:
+    if sys.stdout is not None and not sys.stdout.closed:
+        sys.stdout.flush()
+
+
+def _end_unread() -> NoReturn:
+    """Ends a program whose output nobody reads; what Python still has of it goes nowhere."""
+    if sys.stdout is not None:
+        with suppress(OSError, ValueError):  # of an output that is no file
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    raise SystemExit(128 + CLOSED_PIPE)

@@ -74,8 +74,8 @@ def write_graph(module: torch.nn.Module, pixels: torch.Tensor, outputs: Sequence
             raise ExpertError(
                 f"{what}, so that this model cannot be a graph. Choose another router or method, or use torch.export."
             ) from error
-    # Transposed weights are no larger, and only constants can be quantised.
-    fold_constants(program.model, should_fold=_is_transposed, input_size_limit=MOST, output_size_limit=MOST)
+        # Transposed weights are no larger, and only constants can be quantised.
+        fold_constants(program.model, should_fold=_is_transposed, input_size_limit=MOST, output_size_limit=MOST)
     RemoveUnusedNodesPass()(program.model)
     for node in program.model.graph.all_nodes():  # paths of this machine among them
         for name in [*node.metadata_props]:

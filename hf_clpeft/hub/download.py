@@ -1,8 +1,11 @@
 """Downloads the files that a model is loaded from, and no others."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..backbones.bundled import did_you_mean
 from ..config.checks import LARGEST_JSON
 from ..config.errors import ConfigError
 from ..config.hub_client import hub_client
@@ -65,7 +68,7 @@ def fetch_config(
     from huggingface_hub import hf_hub_download, try_to_load_from_cache
 
     api = hub_client(token)
-    with explained("load", repo_id, revision):
+    with _suggesting(repo_id), explained("load", repo_id, revision):
         commit = _resolve(api, repo_id, revision, cache_dir, local_files_only)
         cached = try_to_load_from_cache(repo_id, CONFIG_NAME, cache_dir=cache_dir, revision=commit)
         if isinstance(cached, str):
@@ -100,6 +103,20 @@ def fetch_config(
         (folder / CONFIG_NAME).unlink(missing_ok=True)  # else the next call takes it from the cache unchecked
         raise
     return folder
+
+
+@contextmanager
+def _suggesting(repo_id: str) -> Iterator[None]:
+    """For what is nowhere: what may be meant, and no request for what cannot be the id of a model."""
+    try:
+        if "/" not in repo_id:
+            raise HubError(f"Cannot load {repo_id}: there is no such folder, and a repo on the Hub reads OWNER/NAME.")
+        yield
+    except HubError as error:
+        hint = did_you_mean(repo_id)
+        if not hint:
+            raise
+        raise HubError(f"{error}{hint}", error.transient) from error.__cause__
 
 
 def _resolve(

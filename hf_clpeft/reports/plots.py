@@ -1,5 +1,6 @@
 """Plots of accuracy matrices, routing confusion, comparisons and throughput."""
 
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
@@ -11,6 +12,7 @@ from ..config.text import percent, printable
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 MOST_COLUMNS = 4
 MOST_LINES = 20  # of a legend, in one column
@@ -60,7 +62,7 @@ def plot_report(
         axes[1].set_ylabel("images of")
         axes[1].set_xlabel("expert")
     figure.suptitle(_literal(name))
-    figure.savefig(path)
+    _save(figure, path)
 
 
 def plot_comparison(reports: Sequence, path: str | Path) -> None:
@@ -98,7 +100,7 @@ def plot_comparison(reports: Sequence, path: str | Path) -> None:
         title = f"{report.method}: {percent(report.summary()['average_accuracy'])} at the end"
         draw_matrix(axis, np.asarray(report.accuracy_matrix), after, report.titles, title, "Blues")
     figure.suptitle(_literal(f"accuracy on each task of {reports[0].stream}"))
-    figure.savefig(path)
+    _save(figure, path)
 
 
 def plot_series(
@@ -161,7 +163,7 @@ def plot_series(
             axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     labels = [_literal(name) for name in drawn]
     figure.legend(list(drawn.values()), labels, loc="outside right upper", fontsize=8, ncols=columns)
-    figure.savefig(path)
+    _save(figure, path)
 
 
 def plot_grid(
@@ -235,7 +237,7 @@ def plot_grid(
     if grey:
         labels = [_literal(name) for name in grey]
         figure.legend(list(grey.values()), labels, loc="outside lower left", ncols=4, fontsize=8, frameon=False)
-    figure.savefig(path)
+    _save(figure, path)
 
 
 def _draw_line(axis: "Axes", x: Sequence[float], values: np.ndarray, style: dict[str, Any]) -> Any:
@@ -303,7 +305,7 @@ def plot_dots(
     for tick, (text, _) in zip(axes[0].get_yticklabels(), labels, strict=True):
         tick.set_fontweight("bold" if text is None else "normal")
     figure.supxlabel(f"{xlabel}, %", fontsize=9)
-    figure.savefig(path)
+    _save(figure, path)
 
 
 def plot_bars(panels: dict[str, dict[str, Sequence[float]]], path: str | Path, ylabel: str) -> None:
@@ -334,7 +336,7 @@ def plot_bars(panels: dict[str, dict[str, Sequence[float]]], path: str | Path, y
         axis.set_xticks(range(len(bars)), [_label(name) for name in bars], rotation=45, ha="right")
         axis.set(title=_label(title), ylabel=f"{ylabel}, %", ylim=(0, 105))
         axis.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path)
+    _save(figure, path)
 
 
 def plot_throughput(rows: Sequence[dict], path: str | Path) -> None:
@@ -376,7 +378,7 @@ def plot_throughput(rows: Sequence[dict], path: str | Path) -> None:
         axis.yaxis.set_minor_formatter("")
         axis.legend(fontsize=8)
         axis.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path)
+    _save(figure, path)
 
 
 def draw_matrix(
@@ -403,3 +405,10 @@ def _label(text: str) -> str:
 def _literal(text: str) -> str:
     """Text with control characters and the `$` of mathtext escaped."""
     return printable(text).replace("$", r"\$")
+
+
+def _save(figure: "Figure", path: str | Path | BinaryIO) -> None:
+    """Writes a picture; signs that no font has are boxes in it, which is not worth a warning for each."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", r"Glyph \d+ .* missing from ")
+        figure.savefig(path)

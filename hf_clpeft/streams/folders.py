@@ -217,10 +217,12 @@ def find_pictures(root: str, files: Iterable[str], named: Collection[str] = ()) 
                 )
     level.warn_of_skipped([*splits, *(() if splits else level.folders)])
     if not splits:
+        level.tell_of_nested()
         return PictureFolder(root, {"train": level.pictures()})
     found = {name: _Level(root, paths, (*below, name)) for name in splits}
     for name, split in found.items():
         split.warn_of_skipped(split.folders)
+        split.tell_of_nested()
         if not split.folders:
             raise StreamError(f"{split.place} has images but no class folders, so {name!r} cannot be a split.")
     return PictureFolder(root, {name: split.pictures() for name, split in found.items()}, _aliases_of(splits))
@@ -319,6 +321,25 @@ class _Level:
             logger.warning("%s: skipping the folders %s, which have no images.", self.place, _listed(self.empty))
         if self.loose:
             logger.warning("%s: skipping images outside of class folders: %s.", self.place, _listed(self.loose))
+
+    def tell_of_nested(self) -> None:
+        """Says which folders below classes are taken as a part of these, as they could be the classes."""
+        deep = {name: sorted({path[0] for path in self.files[name] if len(path) > 1}) for name in self.folders}
+        nested = [name for name, below in deep.items() if below]
+        if nested:
+            name, more = nested[0], f"; so are those below {len(nested) - 1} more" if len(nested) > 1 else ""
+            several = len(deep[name]) > 1
+            logger.warning(
+                "%s: images in the folder%s %s below %r are taken as %s%s. If %s, give %s.",
+                self.place,
+                "s" * several,
+                _listed(deep[name]),
+                name,
+                name,
+                more,
+                "they are classes" if several else "it is a class",
+                self.path(name),
+            )
 
 
 def _listed(names: list[str]) -> str:

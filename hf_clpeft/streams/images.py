@@ -167,7 +167,7 @@ def _drop_bad(images: Dataset, title: str, most: int) -> Dataset:
     listed += "; ..." if len(bad) > MAX_LISTED else ""
     if len(bad) > most or len(bad) == len(labels):
         raise StreamError(
-            f"{title}, {listed}. These are {len(bad)} of {len(labels)} images. Fix or drop them (`dataset.select`), "
+            f"{title}, {listed}. These are {len(bad)} of {len(labels)} images. Mend them or take them out, "
             f"or skip them with --max_bad_images {len(bad)}."
         )
     logger.warning("%s, %s. Skipping %d of %d images.", title, listed, len(bad), len(labels))

@@ -18,14 +18,17 @@ from datasets import (
     load_dataset_builder,
     load_from_disk,
 )
+from datasets.config import HF_DATASETS_CACHE
 from datasets.data_files import get_data_patterns
 from datasets.exceptions import DatasetNotFoundError, DatasetsError
 from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
 from datasets.packaged_modules.parquet.parquet import Parquet
-from huggingface_hub import hf_hub_download, snapshot_download
+from huggingface_hub import constants, hf_hub_download, snapshot_download
+from huggingface_hub.errors import GatedRepoError, HFValidationError
+from huggingface_hub.utils import validate_repo_id
 
 from ..config.hub_client import hub_client
-from ..config.hub_errors import HfHubHTTPError, RepositoryNotFoundError, answer_in_words
+from ..config.hub_errors import CLIENT_ERRORS, HfHubHTTPError, RepositoryNotFoundError, answer_in_words
 from ..config.text import get_logger
 from .folders import SPLIT_WORDS, PictureFolder, find_metadata, find_pictures, holds_data, is_picture, list_files
 from .source import ImageSource, StreamError
@@ -35,6 +38,8 @@ logger = get_logger(__name__)
 
 AnyDataset: TypeAlias = str | Path | Dataset | IterableDataset | DatasetDict | IterableDatasetDict
 README = "README.md"
+TIMEOUT = 10  # seconds to wait for an answer to whether there is a data set
+NOT_HERE = "There is no such folder here."
 TEST_WORDS = ("test", "testing", "eval", "evaluation", "validation", "valid", "val", "dev")
 
 
@@ -119,13 +124,37 @@ def locate_dataset(
             raise StreamError(
                 f"{str(dataset)!r} is a file. Pass the folder of images or Parquet files that contains it."
             )
-        if str(dataset).startswith((".", "/", "~")) or str(dataset).count("/") > 1:
-            raise StreamError(f"There is no folder {str(dataset)!r}, and it is not a valid Hub id.")
+        _check_id(str(dataset), revision)
         return _on_hub(str(dataset), name, revision, named)
     if (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file():
         with _as_stream_error(f"Data set {str(dataset)!r}"):
             return locate_dataset(load_from_disk(folder))
     return _in_folder(folder, str(dataset), name, named)
+
+
+def _check_id(name: str, revision: str | None) -> None:
+    """Raises an error at once for what cannot be on the Hub: `datasets` would try for half a minute."""
+    path = name.startswith((".", "/", "~")) or name.count("/") > 1
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        path = True
+    if path:
+        raise StreamError(f"There is no folder {name!r}, and it is not a valid Hub id.")
+    kept = (f"{HF_DATASETS_CACHE}/{name}", f"{constants.HF_HUB_CACHE}/datasets--{name}")
+    if "/" in name or any(map(os.path.isdir, kept)):
+        return
+    try:  # a few data sets of old have an id without a slash
+        hub_client().dataset_info(name, revision=revision, timeout=TIMEOUT)
+    except GatedRepoError:
+        return
+    except RepositoryNotFoundError as error:
+        raise StreamError(f"{name!r} is neither a folder of images nor a data set on the Hub. {NOT_HERE}") from error
+    except HfHubHTTPError:  # which is explained where the data set is asked for
+        return
+    except (*CLIENT_ERRORS, ConnectionError, TimeoutError) as error:
+        reason = f"the Hub cannot be asked for a data set of this name ({type(error).__name__})"
+        raise StreamError(f"There is no folder {name!r} here, and {reason}.") from error
 
 
 def load_source(
@@ -241,7 +270,7 @@ def _of_pictures(name: str, found: PictureFolder, download: Callable[[], str] | 
 def _from_library(name: str, path: str, config: str | None = None, **options: Any) -> tuple[LocatedDataset, Any]:
     """Locates a data set with `datasets`, and returns the builder as well."""
     options["name"] = config
-    with _as_stream_error(f"Data set {name!r}"):
+    with _as_stream_error(f"Data set {name!r}", NOT_HERE if "revision" in options else ""):
         builder: Any = load_dataset_builder(path, **options)
     splits = [str(split) for split in builder.info.splits or builder.config.data_files or ()]
 
@@ -296,8 +325,8 @@ def _pictures_on_hub(repo: str, revision: str | None, named: Collection[str]) ->
 
 
 @contextmanager
-def _as_stream_error(what: str) -> Iterator[None]:
-    """Converts errors of the libraries to a one-line [`StreamError`]."""
+def _as_stream_error(what: str, more: str = "") -> Iterator[None]:
+    """Converts errors of the libraries to a one-line [`StreamError`], and adds what else is to be said."""
     try:
         yield
     except StreamError:
@@ -310,6 +339,7 @@ def _as_stream_error(what: str) -> Iterator[None]:
             reason += " Accept its terms on its page on the Hub, and log in with `hf auth login`."
         if isinstance(error, ConnectionError):
             reason += " If it has been downloaded before, set HF_HUB_OFFLINE=1."
+        reason += f" {more}" * bool(more)
         if isinstance(error, FileNotFoundError) and "doesn't exist" in reason and "Revision" not in reason:
             raise StreamError(f"{what} is neither a folder of images nor a data set on the Hub: {reason}") from error
         raise StreamError(f"{what} cannot be loaded: {reason}") from error

@@ -205,6 +205,14 @@ class ImageSource:
             if problem:
                 raise StreamError(f"{self.title}, row 0: column {self.image_column!r} holds no image. {problem}")
 
+    def leave_out(self, positions: Iterable[int]) -> None:
+        """Leaves rows out of a source that is not streamed; the others keep their numbers."""
+        kept = np.setdiff1d(np.arange(len(self.dataset)), list(positions))
+        if len(kept) < len(self.dataset):
+            names = self.class_names  # as they were
+            self.dataset, self._raw, self._values = self.dataset.select(kept), {}, {}
+            self.class_names = names
+
     def has_labels(self) -> bool:
         """Whether any row (of a stream: any of the first rows) has a label; test labels are often withheld."""
         if self.streaming and self.reopen is None:

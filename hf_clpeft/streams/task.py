@@ -152,7 +152,7 @@ def split_of(
 
 
 def hold_out(labels: np.ndarray, test_size: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Stratified split into train and test rows; every class keeps at least one train row.
+    """Stratified split into train and test rows; every class keeps at least one train row, and so its only one.
 
     Args:
         labels (array of shape `(rows,)`): Label of every row.
@@ -160,7 +160,7 @@ def hold_out(labels: np.ndarray, test_size: float, seed: int) -> tuple[np.ndarra
         seed (`int`): Seed of the split.
 
     Raises:
-        [`StreamError`]: There are too few rows to hold any out.
+        [`StreamError`]: There are no rows, or `test_size` is no fraction.
 
     Example:
 
@@ -182,7 +182,7 @@ def hold_out(labels: np.ndarray, test_size: float, seed: int) -> tuple[np.ndarra
         if len(np.unique(labels[train])) == len(values):
             return train, test
     except ValueError as error:  # a class has a single image, or there are more classes than images to hold out
-        if not 0 < test_size < 1 or (len(counts) == 0 or counts.max() < 2):
+        if not 0 < test_size < 1 or len(counts) == 0:
             raise StreamError(
                 f"test_size={test_size} of every class cannot be held out for testing: {error}"
             ) from error

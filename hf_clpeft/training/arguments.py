@@ -156,7 +156,10 @@ class ContinualTrainingArguments:
         },
     )
     max_bad_images: int = field(
-        default=0, metadata={"help": "Skip at most this many images of a split that cannot be decoded."}
+        default=0,
+        metadata={
+            "help": "Skip at most this many images of a split that cannot be decoded; `hf-clpeft learn`: one in ten."
+        },
     )
     cache_size_gb: float | None = field(
         default=None,

@@ -18,6 +18,7 @@ from transformers import HfArgumentParser
 from ..config.errors import ConfigError, OptionError, refusing_options
 
 
+MOST_LISTED = 8  # choices, where one of them is suggested
 KINDS = {
     "int": "a whole number",
     "float": "a number",
@@ -101,8 +102,10 @@ class OptionParser(HfArgumentParser):
         elif found := re.search(r": invalid choice: (.*) \(choose from (.*)\)$", message):
             allowed = [choice.strip().strip("'") for choice in found[2].split(",")]
             near = nearest(found[1].strip("'"), allowed)
-            message = f"{message[: found.start()]}: {found[1]} is not one of {', '.join(allowed)}{near}"
-        raise OptionError(f"{message}. See --help.")
+            long = len(allowed) > MOST_LISTED and near.endswith("?")
+            what = "does not exist" if long else f"is not one of {', '.join(allowed)}"
+            raise OptionError(f"{message[: found.start()]}: {found[1]} {what}{near} See --help.")
+        raise OptionError(f"{message.rstrip('.')}. See --help.")
 
     def given(self, argv: list[str]) -> Any:
         """Parses a command line into an `argparse.Namespace` of the options given.

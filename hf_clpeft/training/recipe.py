@@ -5,7 +5,7 @@ import shlex
 import sys
 import urllib.error
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from accelerate import PartialState
@@ -82,7 +82,7 @@ def run_recipe(*methods: str, argv: list[str] | None = None) -> StreamReport | N
         require_hub(stream_args, backbone_args)
         stream = stream_args.load()
         if run_args.dry_run:
-            model, then = open_model(backbone_args, training_args, method), command_line(without="--dry_run")
+            model, then = open_model(backbone_args, training_args, method), command_line("--dry_run")
             print_plan(model, stream, training_args, f"Nothing was learnt (--dry_run). Learn it with: {then}")
             return None
         try:
@@ -101,18 +101,41 @@ def run_recipe(*methods: str, argv: list[str] | None = None) -> StreamReport | N
     return report
 
 
-def command_line(without: str | None = None) -> str:
-    """The command line of this program, except for a flag to leave out."""
+def without(option: str, words: Iterable[str]) -> list[str]:
+    """Words of a command line, except for an option and its values, however it is spelt.
+
+    Example:
+
+    ```py
+    >>> from hf_clpeft.training.recipe import without
+
+    >>> without("--num_tasks", ["pets", "--num-tasks", "2", "--seeds", "0", "1"])
+    ['pets', '--seeds', '0', '1']
+
+    ```
+    """
+    kept, inside = list[str](), False
+    for word in words:
+        name, equals, _ = word.partition("=")
+        named = name.replace("-", "_") == option.replace("-", "_")
+        inside = named and not equals if name.startswith("--") else inside
+        if not (named or inside):
+            kept.append(word)
+    return kept
+
+
+def command_line(leave_out: str | None = None) -> str:
+    """The command line of this program, except for an option to leave out."""
     launched = {"ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID"} & os.environ.keys()
     # Without --quiet, the launcher prints its own traceback after an error message.
     program = ["accelerate", "launch", "--quiet"] if launched else [Path(sys.executable).name]
-    return shlex.join([*program, *(word for word in sys.argv if word != without)])
+    return shlex.join([*program, *(sys.argv if leave_out is None else without(leave_out, sys.argv))])
 
 
 def resuming_command() -> str:
     """The command line of this program that resumes the run."""
     resumes = any(word.replace("-", "_").startswith("__resume_from_checkpoint") for word in sys.argv)
-    return command_line(without="--overwrite_output_dir") + ("" if resumes else " --resume_from_checkpoint auto")
+    return command_line("--overwrite_output_dir") + ("" if resumes else " --resume_from_checkpoint auto")
 
 
 def learn(

@@ -41,6 +41,8 @@ def judged_by_its_own(task: Task, seed: int = 0) -> Task:
     if not isinstance(rows, Dataset):
         raise StreamError("Learning rates are chosen on held-out images, and streamed ones cannot be held out.")
     train, held_out = hold_out_rows(np.array(list(rows[task.train.label_column])), HELD_OUT, seed)
+    if not len(held_out):
+        raise StreamError(f"{task.train.title}: learning rates are chosen on held-out images, and each class has one.")
     parts: list[Split] = [replace(task.train, dataset=rows.select(part)) for part in (train, held_out)]
     return replace(task, train=parts[0], test=parts[1])
 

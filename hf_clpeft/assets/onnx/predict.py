@@ -72,7 +72,14 @@ def _size(image: Image.Image, size: dict[str, int]) -> tuple[int, int]:
 
 
 if __name__ == "__main__":
-    classifier = Classifier(Path(__file__).parent)
+    classifier, bad = Classifier(Path(__file__).parent), 0
     for name in sys.argv[1:]:
-        with Image.open(name) as picture:
-            print(name, json.dumps(classifier([picture], top_k=3)[0], ensure_ascii=False))
+        try:
+            with Image.open(name) as picture:
+                found = classifier([picture], top_k=3)[0]
+        except Exception as error:  # of the many that damaged files cause
+            print(f"error: {name} cannot be read: {' '.join(str(error).split())}", file=sys.stderr)
+            bad += 1
+        else:
+            print(name, json.dumps(found, ensure_ascii=False))
+    sys.exit(bool(bad))
