@@ -19,6 +19,7 @@ from hf_clpeft import (
     s_lora,
     s_lora_mix,
     slda,
+    slda_pp,
 )
 from hf_clpeft.routing import ROUTERS, GaussianRouter
 from hf_clpeft.routing.covariance import factorize
@@ -137,6 +138,7 @@ CHOSEN = {
     "klda": klda(kernel_features=40),
     "s_lora": s_lora(router="gaussian"),
     "mix": s_lora_mix(mix=2, covariance_rank=4),
+    "views": slda_pp(adapt=False, views=4, view_kind="crop", query_layers=[-2, -1]),
     "first": METHODS["closed_form_first"].Config(peft={"peft_type": "LORA"}),
 }
 
@@ -172,6 +174,17 @@ def test_unlearning_is_exact_and_deletes_a_file(name, learnt, stream, tmp_path):
     assert torch.equal(logits(ContinualModel.from_pretrained(folder)), logits(never))
 
 
+@pytest.mark.parametrize("name", ["slda", "klda", "views"])
+@pytest.mark.parametrize("gone", [0, 1])
+def test_what_was_learnt_after_a_task_does_not_know_that_it_was_there(name, gone, learnt, stream, tmp_path):
+    model = ContinualModel.from_pretrained(learnt[name])
+    model.remove(stream[gone].name)
+    others = TaskStream([task for task in stream if task is not stream[gone]])
+    never = make_trainer(CHOSEN[name], tmp_path / "never").learn_stream(others)
+    assert never.tasks == [task.name for task in model.config.tasks]
+    assert same(model.router, ContinualModel.from_pretrained(tmp_path / "never").router)
+
+
 @pytest.mark.parametrize("name", ["mix", "first"])
 def test_the_task_whose_expert_takes_query_features_stays(name, learnt):
     model = ContinualModel.from_pretrained(learnt[name])
@@ -189,7 +202,7 @@ def test_sums_of_all_images_cannot_be_taken_apart(stream, tmp_path):
         model.remove("task-001")
 
 
-@pytest.mark.parametrize("name", ["slda", "ncm", "klda", "s_lora"])
+@pytest.mark.parametrize("name", ["slda", "ncm", "klda", "s_lora", "views"])
 def test_models_of_single_tasks_are_combined_to_the_one_that_learnt_all(name, learnt, stream, tmp_path):
     for task in stream:
         make_trainer(CHOSEN[name], tmp_path / task.name, num_train_epochs=1).learn(task)
