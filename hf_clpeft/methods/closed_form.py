@@ -52,13 +52,16 @@ class ClosedForm(ManyViews):
         self.router, self.confidence = router, None
         if router.gives_likelihoods:
             width = self.query_size if isinstance(router, GaussianRouter) else 0  # others may add what they like
-            self.confidence = Confidence(self._spreads, width, self._adapted)
+            self.confidence = Confidence(self._spreads, width, self._adapted, self._known)
 
     def _spreads(self, origins: torch.Tensor) -> torch.Tensor:
         return self.router.spreads(origins)  # of the router by then, which may be another one
 
     def _adapted(self) -> bool:
         return len(self.bank) > 0
+
+    def _known(self) -> int:
+        return self.router.num_classes
 
     def route(self, query: torch.Tensor) -> Routing:
         return self.router(query)
