@@ -166,7 +166,7 @@ def test_a_clear_minimum_is_taken_as_it_is():
 def test_what_was_measured_among_few_of_the_classes_calibrates_nothing():
     now, targets = 10, torch.arange(40) % 4
     losses = losses_on_grid(torch.nn.functional.one_hot(targets, 4) + drawn(40, 4), targets)
-    confidence = Confidence(classes=lambda: now)
+    confidence = Confidence(width=64, classes=lambda: now)
     for known in (2, 4, 10):
         confidence.add(losses, known=known)
     fitted = confidence.fitted()
@@ -175,7 +175,8 @@ def test_what_was_measured_among_few_of_the_classes_calibrates_nothing():
     now = 8
     assert confidence.fitted() is None is confidence.temperature()
     scores = torch.tensor([[-3.0, -4.0]])
-    torch.testing.assert_close(confidence(scores), scores.log_softmax(dim=1))
+    tails = -32 * torch.log1p(-scores / 32)
+    torch.testing.assert_close(confidence(scores), tails.log_softmax(dim=1))  # as √64 / 8 = 1
     confidence.add(losses, known=8)
     assert confidence.fitted() is not None
     parts, now = [Confidence(classes=lambda: now) for _ in range(3)], 12

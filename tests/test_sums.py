@@ -230,8 +230,26 @@ def test_models_that_went_on_from_the_same_one_share_its_tasks(name, learnt, str
     if name != "slda":
         stranger = make_trainer(method, tmp_path / "other", num_train_epochs=1, seed=5)
         stranger.learn(stream[1])
-        with pytest.raises(ConfigError, match="their first task's expert differs"):
+        said = "their first task's expert differs, [0-9a-f]{12}… and [0-9a-f]{12}…. .*with slda_pp.adapt=False."
+        with pytest.raises(ConfigError, match=said):
             combine([tmp_path / "one", tmp_path / "other"])
+
+
+def test_models_that_look_at_a_picture_in_other_ways_are_not_combined(stream, tmp_path):
+    ways = {"crop": ("crop", 2, 2), "flip": ("flip", 2, 2), "four": ("crop", 4, 3), "plain": ("flip", 2, 1)}
+    for name, (kind, views, seen) in {**ways, "many": ("crop", 4, 2), "one": ("crop", 4, 1)}.items():
+        task = stream[name in ("crop", "plain")]
+        make_trainer(slda(view_kind=kind, views=views, test_views=seen), tmp_path / name).learn(task)
+    with pytest.raises(ConfigError, match="their view_kind differs, 'crop' and 'flip'.* the same --view_kind when"):
+        combine([tmp_path / "crop", tmp_path / "flip"])
+    with pytest.raises(ConfigError, match="their test_views differs, 2 and 3.* the same --test_views when learning"):
+        combine([tmp_path / "crop", tmp_path / "four"])
+    both = combine([tmp_path / "crop", tmp_path / "many"])  # sums over any number of views add up
+    assert len(both.config.classes) == 4 and both.method.options.view_kind == "crop"
+    assert len(combine([tmp_path / "plain", tmp_path / "one"]).config.classes) == 4  # and over any kind of them
+    models = [ContinualModel.from_pretrained(tmp_path / name) for name in ("crop", "flip")]
+    models[1].config.method.view_kind = "crop"  # as the message says
+    assert combine(models).config.classes == ["class 2", "class 3", "class 0", "class 1"]
 
 
 def test_only_sums_of_the_new_task_are_sent(stream, hub):

@@ -42,9 +42,9 @@ class Confidence(ReadsOnce):
     >>> import torch
     >>> from hf_clpeft.methods.confidence import Confidence
 
-    >>> confidence = Confidence()
-    >>> confidence.fitted() is None, confidence(torch.tensor([[3.0, 0.0]])).exp()  # nothing was measured
-    (True, tensor([[0.9526, 0.0474]]))
+    >>> confidence = Confidence(width=64)
+    >>> confidence.fitted() is None, confidence(torch.tensor([[-1.0, -4.0]])).exp()  # nothing was measured
+    (True, tensor([[0.9418, 0.0582]]))
 
     ```
     """
@@ -82,11 +82,15 @@ class Confidence(ReadsOnce):
 
     def forward(self, scores: torch.Tensor) -> torch.Tensor:
         """Log-probabilities of classes, `(batch, classes)`, from their scores."""
-        temperature, share = self.fitted() or (plain_temperature(self.once("width", int)), 0.0)
-        return calibrate(self._lengthen(scores), temperature, share)
+        fitted, width = self.fitted(), self.once("width", int)
+        if fitted is None and not width:  # of before anything was measured: as it was
+            return scores
+        return calibrate(self._lengthen(scores), *(fitted or (plain_temperature(width), 0.0)))
 
     def measure(self, scores: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         """Losses of held-out images for [`Confidence.add`]; see [`losses_on_grid`]."""
+        if not self.losses.any():
+            self.width = torch.tensor(self._features).to(self.width)
         return losses_on_grid(self._lengthen(scores), targets)
 
     def add(self, losses: torch.Tensor, spread: float = 0.0, known: int = 0) -> None:
