@@ -19,6 +19,20 @@ from .model import ContinualModel
 from .storage.pictures import of_tasks
 
 
+SAME_LOOK = (
+    " It decides how a picture to predict is looked at. Give the same --{0} when learning both; or, where it is too "
+    "late for that, load them, set model.config.method.{0} to one value, and combine these."
+)
+WHAT_TO_DO = {
+    "test_views": SAME_LOOK.format("test_views"),
+    "view_kind": SAME_LOOK.format("view_kind"),
+    "first task's expert": (
+        " It takes the features of all tasks. Learn both with slda_pp(adapt=False), or go on with both from "
+        "one model that has learnt the first task."
+    ),
+}
+
+
 def combine(
     sources: Iterable[str | Path | ContinualModel], backbone: str | None = None, **options: Any
 ) -> ContinualModel:
@@ -122,8 +136,8 @@ def _check_alike(one: ContinualModel, two: ContinualModel, name: str, other_name
     for what in first | other:
         if first.get(what) != other.get(what):
             raise ConfigError(
-                f"{name} and {other_name} cannot be combined: {said}their {what} differs, {first.get(what)!r} and "
-                f"{other.get(what)!r}."
+                f"{name} and {other_name} cannot be combined: {said}their {what} differs, {_shown(first.get(what))} and "
+                f"{_shown(other.get(what))}.{WHAT_TO_DO.get(what, '')}"
             )
     settings = one.backbone.transform.differs_from(two.backbone.transform)
     if settings:
@@ -131,6 +145,11 @@ def _check_alike(one: ContinualModel, two: ContinualModel, name: str, other_name
             f"{name} and {other_name} cannot be combined: they were trained on pictures that were resized or "
             f"normalised in other ways; {', '.join(settings)} differ."
         )
+
+
+def _shown(value: Any) -> str:
+    """A value in a message; of a hash its beginning."""
+    return f"{value[:12]}…" if isinstance(value, str) and re.fullmatch("[0-9a-f]{64}", value) else repr(value)
 
 
 def _alike(model: ContinualModel, name: str) -> dict[str, Any]:

@@ -260,8 +260,11 @@ class ContinualModel(torch.nn.Module):
         self.config.removed.append(task)
         for name in (task, sums_file(task)):
             self.unchanged.pop(name, None)
+        temperature = self.method.temperature()
+        self.config.calibrated = temperature is not None
         if self.report is not None:
             self.report.remove_task(task)
+            self.report.temperature = temperature
 
     # Saving and the Hub
 

@@ -177,7 +177,7 @@ def test_models_that_do_not_go_together_are_refused_with_what_differs(halves, tm
         combine([root / "low", "prompts"])
     changed = ContinualModel.from_pretrained(root / "high")
     known, changed.config.backbone.weight_hash = changed.config.backbone.weight_hash, "0" * 64
-    with pytest.raises(ConfigError, match=f"their backbone weights differs, '{known}.*' and '0000"):
+    with pytest.raises(ConfigError, match=f"their backbone weights differs, {known[:12]}… and 000000000000…\\.$"):
         combine([root / "low", changed])
 
 

@@ -81,6 +81,9 @@ def test_a_table_is_finished_where_it_was_left(config, tmp_path, capsys):
     assert [(row["method"], int(row["seed"])) for row in rows] == [(run.method, run.seed) for run in runs]
     table = make_table(rows)
     assert " ± " in table and "## digits" in table
+    assert "| oracle-routed | calibration error | forwards" in table  # a column where rows have it
+    plain = make_table([{**row, "calibration_error": ""} for row in rows])
+    assert "| oracle-routed | forwards" in plain and "calibration" not in plain
     seen = {
         name: {int(row["images_seen"]) for row in rows if row["method"] == name}
         for name in read_yaml(config)["methods"]

@@ -1,6 +1,7 @@
 """Confidence: measured on every training image as if it were not learnt, calibrated, and exact where it must be."""
 
 from copy import deepcopy
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,10 +12,12 @@ from safetensors.torch import load_file, save_file
 from hf_clpeft import ConfigError, ContinualModel, TaskStream, combine, slda, slda_pp
 from hf_clpeft.methods.confidence import Confidence
 from hf_clpeft.metrics import calibration_error
+from hf_clpeft.reports.card import make_card_of
 from hf_clpeft.reports.report import StreamReport, margin_bins
 from hf_clpeft.routing import ROUTERS, GaussianRouter
 from hf_clpeft.routing.confidence import SHARES, TEMPERATURES, best_on_grid, calibrate, losses_on_grid
 from hf_clpeft.routing.covariance import leave_one_out
+from hf_clpeft.streams import load_benchmark
 from hf_clpeft.training.evaluation import reliability_of
 
 
@@ -139,6 +142,57 @@ def test_losses_of_tasks_add_up_and_leave_with_what_they_were_beside():
         one.check(3)
 
 
+@pytest.mark.parametrize("right", [4, 12, 200])
+def test_a_few_images_that_are_all_right_do_not_make_it_sure_beyond_measure(right):
+    targets = torch.arange(right) % 4
+    scores = torch.nn.functional.one_hot(targets, 4).double() * 30
+    losses = losses_on_grid(scores, targets)
+    temperature, share = best_on_grid(losses)
+    assert temperature > 2 and share == 0
+    said = calibrate(scores, temperature, share).exp().amax(dim=1)
+    assert 1 - 1 / right < said.mean() < 1 - 0.01 / right
+
+
+def test_a_clear_minimum_is_taken_as_it_is():
+    table = losses_on_grid(torch.zeros(1, 2).double(), torch.zeros(1).long()).reshape(len(TEMPERATURES), len(SHARES))
+    steps = torch.arange(len(TEMPERATURES)).double() - 20
+    for depth in (1, 100):
+        found = best_on_grid(
+            (table + depth * steps[:, None].square().clamp(max=9) + torch.arange(len(SHARES))).flatten()
+        )
+        assert found == (float(TEMPERATURES[20]), 0.0)
+
+
+def test_what_was_measured_among_few_of_the_classes_calibrates_nothing():
+    now, targets = 10, torch.arange(40) % 4
+    losses = losses_on_grid(torch.nn.functional.one_hot(targets, 4) + drawn(40, 4), targets)
+    confidence = Confidence(width=64, classes=lambda: now)
+    for known in (2, 4, 10):
+        confidence.add(losses, known=known)
+    fitted = confidence.fitted()
+    assert fitted is not None and confidence.temperature() == fitted[0]
+    confidence.remove(1)  # and with it what the third said, which was measured beside it
+    now = 8
+    assert confidence.fitted() is None is confidence.temperature()
+    scores = torch.tensor([[-3.0, -4.0]])
+    tails = -32 * torch.log1p(-scores / 32)
+    torch.testing.assert_close(confidence(scores), tails.log_softmax(dim=1))  # as √64 / 8 = 1
+    confidence.add(losses, known=8)
+    assert confidence.fitted() is not None
+    parts, now = [Confidence(classes=lambda: now) for _ in range(3)], 12
+    for part in parts:
+        part.add(losses, known=4)
+    for part in parts[1:]:
+        parts[0].merge(part)
+    assert parts[0].fitted() is not None  # each part was measured, so that all classes were
+    now = 25
+    parts[0].remove(2)
+    assert parts[0].fitted() is None
+    old = Confidence(classes=lambda: now)
+    old.add(losses)  # of before numbers of classes were noted
+    assert old.fitted() is not None
+
+
 def test_images_that_have_trained_the_features_count_as_long_as_there_are_no_others():
     logs = torch.log_softmax(4 * drawn(4_000, 4), dim=1)
     targets = torch.multinomial(logs.exp(), 1, generator=torch.Generator().manual_seed(1))[:, 0]
@@ -238,7 +292,7 @@ def test_a_model_keeps_its_confidence_and_reads_what_was_saved_without(stream, t
     model = ContinualModel.from_pretrained(tmp_path / "model")
     image = next(iter(stream[0].test))[0]
     assert model.predict(image) == trainer.model.predict(image)
-    assert model.method.confidence.fitted() == trainer.model.method.confidence.fitted() != (1.0, 0.0)
+    assert model.method.confidence.fitted() == trainer.model.method.confidence.fitted() is not None
     state = load_file(tmp_path / "model" / "method.safetensors")
     wrongs = {name: -state[f"confidence.{name}"] - 1 for name in ("losses", "spreads", "known")}
     for name, wrong in (*wrongs.items(), ("origins", state["confidence.origins"] + 1)):
@@ -260,7 +314,7 @@ def test_a_model_keeps_its_confidence_and_reads_what_was_saved_without(stream, t
     (tmp_path / "model" / "method.safetensors").unlink()
     vouch(tmp_path / "model")
     old = ContinualModel.from_pretrained(tmp_path / "model")
-    assert old.method.confidence.fitted() == (1.0, 0.0) and len(old.method.confidence.losses) == 3
+    assert old.method.confidence.fitted() is None and len(old.method.confidence.losses) == 3
     assert [found.label for found in old.predict(image)] == [found.label for found in model.predict(image)]
 
 
@@ -271,7 +325,7 @@ def test_a_class_of_a_few_images_leaves_the_confidence_as_it_is(stream, tmp_path
     before = trainer.model.method.confidence.fitted()
     trainer.model.router.learns_few = True
     trainer.learn(stream[2])
-    assert trainer.model.method.confidence.fitted() == before != (1.0, 0.0)
+    assert trainer.model.method.confidence.fitted() == before is not None
 
 
 def test_the_recommended_method_does_everything(stream, tmp_path):
@@ -289,6 +343,29 @@ def test_the_recommended_method_does_everything(stream, tmp_path):
     model.remove(model.config.tasks[0].name)  # the first task, too
     alone = ContinualModel.from_pretrained(tmp_path / "two")
     assert [found.classes for found in model.predict(images)] == [found.classes for found in alone.predict(images)]
+
+
+def test_a_model_that_has_lost_what_calibrated_it_says_so_until_it_learns_again(tmp_path):
+    stream = load_benchmark("digits", max_train_samples_per_task=24, max_test_samples_per_task=24)
+    method = slda_pp(adapt=False, views=2, view_kind="crop", query_layers=[1])
+    trainer = make_trainer(method, tmp_path / "model")
+    trainer.learn_stream(stream)
+    assert trainer.model.config.calibrated is True and trainer.report.temperature is not None
+    promise, apology = "the probability that it is right, calibrated", "is no calibrated probability: too little"
+    assert promise in (tmp_path / "model" / "README.md").read_text()
+    model = ContinualModel.from_pretrained(tmp_path / "model")
+    model.remove("task-001")
+    model.save_pretrained(tmp_path / "model")
+    model = ContinualModel.from_pretrained(tmp_path / "model")
+    assert model.config.calibrated is False and model.method.temperature() is None is model.report.temperature
+    for text in ((tmp_path / "model" / "README.md").read_text(), str(make_card_of(tmp_path / "model", "me/model"))):
+        assert apology in text and promise not in text and "temperature" not in text
+    images = [image for task in stream if task.name != "task-001" for image, *_ in task.test]
+    assert 0.6 < np.mean([found.score for found in model.predict(images)]) < 0.99
+    trainer = type(trainer)(model, trainer.args)
+    trainer.learn(replace(stream[1], name="again"))
+    assert model.method.temperature() == model.report.temperature is not None
+    assert promise in (tmp_path / "model" / "README.md").read_text()
 
 
 def test_adapted_features_belong_to_the_first_task(stream, tmp_path):

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import make_trainer, pattern_dataset
+from conftest import drawing, make_trainer, pattern_dataset
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
@@ -18,6 +18,7 @@ from hf_clpeft import (
     ContinualModel,
     ExpertError,
     TaskStream,
+    slda,
 )
 from hf_clpeft.backbones.bundled import bundled_folder
 from hf_clpeft.cli import app
@@ -107,6 +108,20 @@ def test_a_model_that_has_unlearnt_replaces_itself(make):
     model.save_pretrained("out")
     teach(model, tasks=[2]).save_pretrained("out")
     assert [path.name for path in sorted(Path("out/experts").iterdir())] == ["task-001", "task-002"]
+
+
+def test_a_model_that_has_unlearnt_all_of_its_tasks_is_saved_and_learns_again():
+    stream = TaskStream.class_incremental(pattern_dataset(4, per_class=6), num_tasks=2)
+    make_trainer(slda(), "out").learn(stream[0])
+    with drawing():
+        done = CliRunner().invoke(app, ["remove", "out", "task-000", "--yes"])
+        assert done.exit_code == 0, done.output
+        assert CliRunner().invoke(app, ["info", "out"]).exit_code == 0
+    assert "It has learnt nothing yet." in Path("out/README.md").read_text()
+    model = ContinualModel.from_pretrained("out")
+    assert model.config.tasks == [] and model.config.removed == ["task-000"]
+    type(make_trainer(slda(), "other"))(model, make_trainer(slda(), "out").args).learn(stream[1])
+    assert ContinualModel.from_pretrained("out").config.classes == ["class 2", "class 3"]
 
 
 @pytest.mark.usefixtures("deep")

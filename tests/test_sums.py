@@ -19,6 +19,7 @@ from hf_clpeft import (
     s_lora,
     s_lora_mix,
     slda,
+    slda_pp,
 )
 from hf_clpeft.routing import ROUTERS, GaussianRouter
 from hf_clpeft.routing.covariance import factorize
@@ -137,6 +138,7 @@ CHOSEN = {
     "klda": klda(kernel_features=40),
     "s_lora": s_lora(router="gaussian"),
     "mix": s_lora_mix(mix=2, covariance_rank=4),
+    "views": slda_pp(adapt=False, views=4, view_kind="crop", query_layers=[-2, -1]),
     "first": METHODS["closed_form_first"].Config(peft={"peft_type": "LORA"}),
 }
 
@@ -172,6 +174,17 @@ def test_unlearning_is_exact_and_deletes_a_file(name, learnt, stream, tmp_path):
     assert torch.equal(logits(ContinualModel.from_pretrained(folder)), logits(never))
 
 
+@pytest.mark.parametrize("name", ["slda", "klda", "views"])
+@pytest.mark.parametrize("gone", [0, 1])
+def test_what_was_learnt_after_a_task_does_not_know_that_it_was_there(name, gone, learnt, stream, tmp_path):
+    model = ContinualModel.from_pretrained(learnt[name])
+    model.remove(stream[gone].name)
+    others = TaskStream([task for task in stream if task is not stream[gone]])
+    never = make_trainer(CHOSEN[name], tmp_path / "never").learn_stream(others)
+    assert never.tasks == [task.name for task in model.config.tasks]
+    assert same(model.router, ContinualModel.from_pretrained(tmp_path / "never").router)
+
+
 @pytest.mark.parametrize("name", ["mix", "first"])
 def test_the_task_whose_expert_takes_query_features_stays(name, learnt):
     model = ContinualModel.from_pretrained(learnt[name])
@@ -189,7 +202,7 @@ def test_sums_of_all_images_cannot_be_taken_apart(stream, tmp_path):
         model.remove("task-001")
 
 
-@pytest.mark.parametrize("name", ["slda", "ncm", "klda", "s_lora"])
+@pytest.mark.parametrize("name", ["slda", "ncm", "klda", "s_lora", "views"])
 def test_models_of_single_tasks_are_combined_to_the_one_that_learnt_all(name, learnt, stream, tmp_path):
     for task in stream:
         make_trainer(CHOSEN[name], tmp_path / task.name, num_train_epochs=1).learn(task)
@@ -217,8 +230,26 @@ def test_models_that_went_on_from_the_same_one_share_its_tasks(name, learnt, str
     if name != "slda":
         stranger = make_trainer(method, tmp_path / "other", num_train_epochs=1, seed=5)
         stranger.learn(stream[1])
-        with pytest.raises(ConfigError, match="their first task's expert differs"):
+        said = "their first task's expert differs, [0-9a-f]{12}… and [0-9a-f]{12}…. .*with slda_pp.adapt=False."
+        with pytest.raises(ConfigError, match=said):
             combine([tmp_path / "one", tmp_path / "other"])
+
+
+def test_models_that_look_at_a_picture_in_other_ways_are_not_combined(stream, tmp_path):
+    ways = {"crop": ("crop", 2, 2), "flip": ("flip", 2, 2), "four": ("crop", 4, 3), "plain": ("flip", 2, 1)}
+    for name, (kind, views, seen) in {**ways, "many": ("crop", 4, 2), "one": ("crop", 4, 1)}.items():
+        task = stream[name in ("crop", "plain")]
+        make_trainer(slda(view_kind=kind, views=views, test_views=seen), tmp_path / name).learn(task)
+    with pytest.raises(ConfigError, match="their view_kind differs, 'crop' and 'flip'.* the same --view_kind when"):
+        combine([tmp_path / "crop", tmp_path / "flip"])
+    with pytest.raises(ConfigError, match="their test_views differs, 2 and 3.* the same --test_views when learning"):
+        combine([tmp_path / "crop", tmp_path / "four"])
+    both = combine([tmp_path / "crop", tmp_path / "many"])  # sums over any number of views add up
+    assert len(both.config.classes) == 4 and both.method.options.view_kind == "crop"
+    assert len(combine([tmp_path / "plain", tmp_path / "one"]).config.classes) == 4  # and over any kind of them
+    models = [ContinualModel.from_pretrained(tmp_path / name) for name in ("crop", "flip")]
+    models[1].config.method.view_kind = "crop"  # as the message says
+    assert combine(models).config.classes == ["class 2", "class 3", "class 0", "class 1"]
 
 
 def test_only_sums_of_the_new_task_are_sent(stream, hub):

@@ -28,7 +28,7 @@ from .plan import Run, import_file, make_method, split_options
 from .rows import MEASURES, key_of, read_rows, write_rows
 
 
-MORE_MEASURES = ("backward_transfer", "calibration_error")  # in the CSV alone
+MORE_MEASURES = ("backward_transfer", "calibration_error")
 IMAGES_COUNTED = 4  # of each task, whose forward passes are counted
 
 

@@ -61,11 +61,14 @@ def make_table(
     for benchmark, of in groups.items():
         first, tasks = next(iter(of.values()))[0], num_tasks(of)
         lines += ["", f"## {benchmark}", "", f"{first['train_images']} training images in {tasks} tasks.", ""]
-        lines += ["| method | " + " | ".join([*MEASURES.values(), *COSTS]) + " |"]
-        lines += ["|---|" + "---|" * (len(MEASURES) + len(COSTS))]
+        measures = dict(MEASURES)
+        if any(values_of(found, "calibration_error") for found in of.values()):
+            measures["calibration_error"] = "calibration error"
+        lines += ["| method | " + " | ".join([*measures.values(), *COSTS]) + " |"]
+        lines += ["|---|" + "---|" * (len(measures) + len(COSTS))]
         for method in methods:
             found = of.get(method, [])
-            cells = [spread(values_of(found, measure)) for measure in MEASURES]
+            cells = [spread(values_of(found, measure)) for measure in measures]
             for column, digits in COSTS.values():
                 scale = 1 / (1000 * num_tasks({method: found})) if found and column == "stored_bytes" else 1
                 cells.append(spread(values_of(found, column), scale, digits))

@@ -124,6 +124,7 @@ class ContinualConfig:
         license (`str`): License identifier of the Hub for the experts.
         files (`dict[str, str]`): SHA-256 of all other files of the model, by path.
         versions (`dict[str, str]`): Versions of the libraries that saved the model.
+        calibrated (`bool`, *optional*): Whether its scores are calibrated probabilities; `None`: not noted.
         format_version (`int`): Version of the format on disk.
 
     Example:
@@ -147,6 +148,7 @@ class ContinualConfig:
     license: str = "apache-2.0"
     files: dict[str, str] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
+    calibrated: bool | None = None
     format_version: int = FORMAT_VERSION
 
     def __post_init__(self) -> None:

@@ -52,13 +52,16 @@ class ClosedForm(ManyViews):
         self.router, self.confidence = router, None
         if router.gives_likelihoods:
             width = self.query_size if isinstance(router, GaussianRouter) else 0  # others may add what they like
-            self.confidence = Confidence(self._spreads, width, self._adapted)
+            self.confidence = Confidence(self._spreads, width, self._adapted, self._known)
 
     def _spreads(self, origins: torch.Tensor) -> torch.Tensor:
         return self.router.spreads(origins)  # of the router by then, which may be another one
 
     def _adapted(self) -> bool:
         return len(self.bank) > 0
+
+    def _known(self) -> int:
+        return self.router.num_classes
 
     def route(self, query: torch.Tensor) -> Routing:
         return self.router(query)
@@ -95,12 +98,14 @@ class ClosedForm(ManyViews):
 
     def state(self) -> dict[str, torch.Tensor]:
         state, confidence = super().state(), self.confidence
-        if confidence is not None and len(confidence.losses) and not confidence.losses.any():  # nothing was measured
+        measured = confidence is None or len(confidence.losses) == 0 or confidence.width or confidence.losses.any()
+        if not measured:  # nor will it be, of these tasks
             state = {name: tensor for name, tensor in state.items() if not name.startswith("confidence.")}
         return state
 
     def load_state(self, tensors: dict[str, torch.Tensor]) -> None:
         if not tensors and self.confidence is not None:  # saved before confidence was measured
+            self.confidence.width = torch.tensor(0)
             for _ in self.config.tasks:
                 self.confidence.add(torch.zeros(GRID))
             tensors = self.state()
@@ -118,7 +123,7 @@ class ClosedForm(ManyViews):
 
     def alike(self) -> dict[str, Any]:
         drawn = {name: getattr(self.router, name) for name in self.router.options if name != "covariance_rank"}
-        return {"router": self._which, "query_layers": self.query_layers, **drawn}
+        return {"router": self._which, "query_layers": self.query_layers, **drawn, **self.looks_alike()}
 
     def merge(self, other: Keeper, number_of: list[int], names: list[str]) -> None:
         assert isinstance(other, ClosedForm)

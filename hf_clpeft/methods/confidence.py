@@ -13,6 +13,7 @@ from ..routing.confidence import (
     calibrate,
     lengthen_tails,
     losses_on_grid,
+    plain_temperature,
 )
 
 
@@ -23,11 +24,17 @@ class Confidence(ReadsOnce):
     have followed it, of which its classes are a part. Images that have trained the features look easier than others
     are: they count as long as there are no others.
 
+    What is left after a task was removed may have been measured among two classes of ten, and say next to nothing of
+    the ten. So probabilities are calibrated if it was measured among at least half of the classes known now. Of models
+    that were combined, the classes of each part are added up. Else a rule of thumb gives the temperature, until
+    another task is learnt: see [`plain_temperature`].
+
     Args:
         spreads (callable, *optional*): [`ClassRouter.spreads`] of the router. When a task was measured, they were
             noted, so that its losses can be brought up to date.
         width (`int`, *optional*, defaults to 0): Number of features, for [`lengthen_tails`].
         adapted (callable, *optional*): Whether the first task has trained the features.
+        classes (callable, *optional*): The number of classes known now.
 
     Example:
 
@@ -35,8 +42,9 @@ class Confidence(ReadsOnce):
     >>> import torch
     >>> from hf_clpeft.methods.confidence import Confidence
 
-    >>> Confidence()(torch.tensor([[3.0, 0.0]]))  # nothing was measured: scores are taken as they are
-    tensor([[3., 0.]])
+    >>> confidence = Confidence(width=64)
+    >>> confidence.fitted() is None, confidence(torch.tensor([[-1.0, -4.0]])).exp()  # nothing was measured
+    (True, tensor([[0.9418, 0.0582]]))
 
     ```
     """
@@ -52,8 +60,10 @@ class Confidence(ReadsOnce):
         spreads: Callable[[torch.Tensor], torch.Tensor] | None = None,
         width: int = 0,
         adapted: Callable[[], bool] | None = None,
+        classes: Callable[[], int] | None = None,
     ) -> None:
         super().__init__()
+        self._classes_now = classes
         self._spreads_now, self._features, self._adapted = spreads, width, adapted
         self.register_buffer("width", torch.tensor(width))  # 0 in what was saved before tails were lengthened
         self.register_buffer("losses", torch.zeros(0, GRID, dtype=torch.float32))  # of each task; zeros: not measured
@@ -61,22 +71,26 @@ class Confidence(ReadsOnce):
         self.register_buffer("spreads", torch.zeros(0, dtype=torch.float32))  # when it was measured; 0: not known
         self.register_buffer("known", torch.zeros(0, dtype=torch.int64))  # classes by then; 0: not known
 
-    def fitted(self) -> tuple[float, float]:
-        """The temperature, above 0, and the share, in [0, 1]."""
-        return self.once("losses", self._fit)[0]
+    def fitted(self) -> tuple[float, float] | None:
+        """The temperature, above 0, and the share, in [0, 1]; `None` if too little was measured to calibrate them."""
+        return self.once("losses", self._fit)
 
     def temperature(self) -> float | None:
-        """The temperature, if it was measured."""
-        (temperature, _), measured = self.once("losses", self._fit)
-        return temperature if measured else None
+        """The temperature of calibrated probabilities; `None` if they are not."""
+        fitted = self.fitted()
+        return None if fitted is None else fitted[0]
 
     def forward(self, scores: torch.Tensor) -> torch.Tensor:
-        """Log-probabilities of classes, `(batch, classes)`, from their scores; the scores if nothing was measured."""
-        fitted, measured = self.once("losses", self._fit)
-        return calibrate(self._lengthen(scores), *fitted) if measured else scores
+        """Log-probabilities of classes, `(batch, classes)`, from their scores."""
+        fitted, width = self.fitted(), self.once("width", int)
+        if fitted is None and not width:  # of before anything was measured: as it was
+            return scores
+        return calibrate(self._lengthen(scores), *(fitted or (plain_temperature(width), 0.0)))
 
     def measure(self, scores: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         """Losses of held-out images for [`Confidence.add`]; see [`losses_on_grid`]."""
+        if not self.losses.any():
+            self.width = torch.tensor(self._features).to(self.width)
         return losses_on_grid(self._lengthen(scores), targets)
 
     def add(self, losses: torch.Tensor, spread: float = 0.0, known: int = 0) -> None:
@@ -132,8 +146,8 @@ class Confidence(ReadsOnce):
     def _lengthen(self, scores: torch.Tensor) -> torch.Tensor:
         return lengthen_tails(scores, self.once("width", int))
 
-    def _fit(self, losses: torch.Tensor) -> tuple[tuple[float, float], bool]:
-        """What [`Confidence.fitted`] returns, and whether anything was measured."""
+    def _fit(self, losses: torch.Tensor) -> tuple[float, float] | None:
+        """What [`Confidence.fitted`] returns."""
         losses, then, known = losses.cpu().double(), self.spreads.cpu().double(), self.known.cpu().double()
         if self._spreads_now is not None and then.any():
             now = self._spreads_now(self.origins).cpu().double()
@@ -143,4 +157,14 @@ class Confidence(ReadsOnce):
             losses = losses * ~first[:, None]
         if known.any():
             losses = losses * torch.where(known > 0, known / known.max(), 1)[:, None]
-        return best_on_grid(losses.sum(dim=0)), bool(losses.any())
+        return best_on_grid(losses.sum(dim=0)) if self._enough(losses.any(dim=1)) else None
+
+    def _enough(self, measured: torch.Tensor) -> bool:
+        """Whether tasks were measured among at least half of the classes known now."""
+        if not measured.any() or self._classes_now is None:
+            return bool(measured.any())
+        known, origins = self.known.cpu()[measured].tolist(), self.origins.cpu()[measured].tolist()
+        if 0 in known:  # of before that was noted
+            return True
+        among = {origin: count for count, origin in sorted(zip(known, origins, strict=True))}  # the most of each
+        return 2 * sum(among.values()) >= self._classes_now()

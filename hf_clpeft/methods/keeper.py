@@ -114,8 +114,8 @@ class Keeper(KeepsPrecision):
     def why_no_reject(self) -> str | None:
         """Why out-of-distribution images cannot be rejected; `None` if they can."""
         return (
-            f"reject_rate needs a router that keeps tasks apart, and {self.name} has none: choose router='prototypes' "
-            "or router='gaussian' in an S-X method, or s_lora_mix."
+            f"reject_rate needs a router that keeps tasks apart, and {self.name} has none: choose slda_pp, or "
+            "router='prototypes' or router='gaussian' in an S-X method, or s_lora_mix."
         )
 
     def typicality(self, query: torch.Tensor, distances: torch.Tensor) -> torch.Tensor:

@@ -138,6 +138,7 @@ class PerTask(ManyViews):
             "expert_layers": self.expert_layers,
             "query_layers": self.query_layers,
             "router": options.router,
+            **self.looks_alike(),
         }
         if self.query_with_first:
             own["first task's expert"] = self.bank[0].digest if len(self.bank) else None

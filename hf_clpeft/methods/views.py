@@ -76,6 +76,11 @@ class ManyViews(Method):
                 return found
         return features_of(self.look, count, self.options.view_kind)
 
+    def looks_alike(self) -> dict[str, Any]:
+        """What of [`~Method.alike`] decides how an image to predict is looked at. Sums over any views add up."""
+        count = getattr(self.options, "test_views", 1)
+        return {"test_views": count, **({"view_kind": self.options.view_kind} if count > 1 else {})}
+
     def check_removable(self, position: int, first: bool = False) -> None:
         """Raises [`ConfigError`] unless a task can be removed from the router.
 

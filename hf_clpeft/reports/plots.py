@@ -384,8 +384,12 @@ def plot_throughput(rows: Sequence[dict], path: str | Path) -> None:
 def draw_matrix(
     axis: "Axes", values: np.ndarray, rows: Sequence[str], columns: Sequence[str], title: str, cmap: str
 ) -> None:
-    """Draws a labelled heat map of values in [0, 1], of shape `(rows, columns)`; NaN leaves a cell empty."""
-    axis.imshow(values, cmap=cmap, vmin=0, vmax=1)
+    """Draws a labelled heat map of values in [0, 1], of shape `(rows, columns)`; NaN leaves a cell empty.
+
+    Of a model that has unlearnt all of its tasks, there are no rows.
+    """
+    if values.size:
+        axis.imshow(values, cmap=cmap, vmin=0, vmax=1)
     axis.set_xticks(range(len(columns)), [_label(text) for text in columns], rotation=45, ha="right")
     axis.set_yticks(range(len(rows)), [_label(text) for text in rows])
     axis.set_title(_literal(title), fontsize=11)

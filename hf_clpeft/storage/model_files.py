@@ -115,6 +115,7 @@ def save_files(
             ],  # a copy of the last, which seal() changes
             files=files,
             versions=library_versions(),
+            calibrated=method.temperature() is not None,
         )
         config.seal()
         config.save(staging)
@@ -127,7 +128,8 @@ def save_files(
         gone += [path for path in (there.files if there else ()) if task_of(path) and path not in pictures]
         gone += [METHOD_NAME] if METHOD_NAME not in tensors and (folder / METHOD_NAME).exists() else []
         remove_with(staging, gone + (list(REPORT_FILES) if report is None else []))
-    model_config.tasks, model_config.files, model_config.versions = config.tasks, config.files, config.versions
+    for name in ("tasks", "files", "versions", "calibrated"):
+        setattr(model_config, name, getattr(config, name))
     return {name: unchanged[name] for name in (*names, *sums)}
 
 
