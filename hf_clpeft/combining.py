@@ -136,8 +136,8 @@ def _check_alike(one: ContinualModel, two: ContinualModel, name: str, other_name
     for what in first | other:
         if first.get(what) != other.get(what):
             raise ConfigError(
-                f"{name} and {other_name} cannot be combined: {said}their {what} differs, {_shown(first.get(what))} and "
-                f"{_shown(other.get(what))}.{WHAT_TO_DO.get(what, '')}"
+                f"{name} and {other_name} cannot be combined: {said}their {what} differs, {_shown(first.get(what))} "
+                f"and {_shown(other.get(what))}.{WHAT_TO_DO.get(what, '')}"
             )
     settings = one.backbone.transform.differs_from(two.backbone.transform)
     if settings:
