@@ -87,6 +87,8 @@ def test_what_is_no_digit_is_not_recognised(ask, letters):
     ],
 )
 def test_low_confidence_has_words(digits, scores, said):
+    digits = copy.copy(digits)
+    digits.report = None  # nothing was measured
     found = Prediction("a", scores[0], None, 0.0, None, dict(zip("ab", scores, strict=True)), {})
     assert f"<small>{said}" in views.verdict(found, digits, 0.05)
 
@@ -117,14 +119,19 @@ def test_a_class_that_was_weighed_against_nothing_has_no_confidence(digits):
     assert "<small>the only class of its task</small>" in views.verdict(found, digits, 0.05)
 
 
-def test_a_confidence_is_measured_against_test_pictures(digits):
+def test_a_confidence_is_measured_against_test_pictures(digits, monkeypatch):
     digits = copy.copy(digits)
     digits.report = copy.deepcopy(digits.report)
     digits.report.reliability = [[0, 0, 0]] * 13 + [[40, 36.0, 30], [19, 18.9, 19]]
     found = Prediction("a", 0.9, None, 0.0, None, {"a": 0.9, "b": 0.1}, {})
-    assert "Of 40 test pictures answered about as surely, 75 % were answered right." in views.verdict(
-        found, digits, 0.05
+    said = views.verdict(found, digits, 0.05)
+    assert (
+        "75 %, probably" in said and "Of 40 test pictures answered about as surely, 75 % were answered right;" in said
     )
+    assert "own score, 90 %, is not calibrated" in said
+    monkeypatch.setattr(type(digits.method), "temperature", lambda method: 2.0)
+    said = views.verdict(found, digits, 0.05)
+    assert "<small>90 %" in said and "75 % were answered right." in said
     assert "test pictures" not in views.verdict(replace(found, score=0.99), digits, 0.05)  # too few to say
 
 

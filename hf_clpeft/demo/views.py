@@ -136,24 +136,40 @@ def _alone(prediction: Prediction, model: ContinualModel) -> bool:
 def _confidence(prediction: Prediction, model: ContinualModel) -> str:
     if _alone(prediction, model):
         return "the only class of its task"
-    number = percent(prediction.score, 0)
-    if prediction.score >= LIKELY:
+    sure, measured = prediction.score, _right_before(prediction, model)
+    if measured is not None and not _is_calibrated(model):
+        sure = measured[1]
+    number = percent(sure, 0)
+    if sure >= LIKELY:
         return number
-    if prediction.score >= UNSURE or len(prediction.classes) < 2:
+    if sure >= UNSURE or len(prediction.classes) < 2:
         return f"{number}, probably"
     return f"{number}, unsure: perhaps {bdi(list(prediction.classes)[1])}"
 
 
-def _measured(prediction: Prediction, model: ContinualModel) -> list[str]:
-    """How often answers as sure as this one were right on test pictures, if that was measured."""
+def _is_calibrated(model: ContinualModel) -> bool:
+    return model.method.temperature() is not None
+
+
+def _right_before(prediction: Prediction, model: ContinualModel) -> tuple[int, float] | None:
+    """The number of test pictures that were answered as surely, and the share of right answers, if it was measured."""
     report = model.report
     if report is None or not report.reliability or _alone(prediction, model):
-        return []
+        return None
     place = min(max(ceil(prediction.score * len(report.reliability)), 1), len(report.reliability)) - 1
     count, _, right = report.reliability[place]
-    if count < FEWEST_MEASURED:
+    return None if count < FEWEST_MEASURED else (round(count), right / count)
+
+
+def _measured(prediction: Prediction, model: ContinualModel) -> list[str]:
+    """How often answers as sure as this one were right on test pictures, if that was measured."""
+    found = _right_before(prediction, model)
+    if found is None:
         return []
-    return [f"Of {count:.0f} test pictures answered about as surely, {percent(right / count, 0)} were answered right."]
+    said = f"Of {found[0]} test pictures answered about as surely, {percent(found[1], 0)} were answered right"
+    if _is_calibrated(model):
+        return [f"{said}."]
+    return [f"{said}; the model's own score, {percent(prediction.score, 0)}, is not calibrated."]
 
 
 def _route(prediction: Prediction, model: ContinualModel) -> list[str]:
