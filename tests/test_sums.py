@@ -236,7 +236,13 @@ def test_models_that_went_on_from_the_same_one_share_its_tasks(name, learnt, str
 
 
 def test_models_that_look_at_a_picture_in_other_ways_are_not_combined(stream, tmp_path):
-    ways = {"crop": ("crop", 2, 2), "flip": ("flip", 2, 2), "four": ("crop", 4, 3), "plain": ("flip", 2, 1)}
+    ways = {
+        "both": ("crop_flip", 2, 2),
+        "crop": ("crop", 2, 2),
+        "flip": ("flip", 2, 2),
+        "four": ("crop", 4, 3),
+        "plain": ("flip", 2, 1),
+    }
     for name, (kind, views, seen) in {**ways, "many": ("crop", 4, 2), "one": ("crop", 4, 1)}.items():
         task = stream[name in ("crop", "plain")]
         make_trainer(slda(view_kind=kind, views=views, test_views=seen), tmp_path / name).learn(task)
@@ -247,6 +253,8 @@ def test_models_that_look_at_a_picture_in_other_ways_are_not_combined(stream, tm
     both = combine([tmp_path / "crop", tmp_path / "many"])  # sums over any number of views add up
     assert len(both.config.classes) == 4 and both.method.options.view_kind == "crop"
     assert len(combine([tmp_path / "plain", tmp_path / "one"]).config.classes) == 4  # and over any kind of them
+    for pair in (["crop", "both"], ["both", "crop"]):  # a model of digits must see no mirror images of them
+        assert combine([tmp_path / name for name in pair]).method.options.view_kind == "crop"
     models = [ContinualModel.from_pretrained(tmp_path / name) for name in ("crop", "flip")]
     models[1].config.method.view_kind = "crop"  # as the message says
     assert combine(models).config.classes == ["class 2", "class 3", "class 0", "class 1"]

@@ -194,7 +194,8 @@ class SX(PerTask, name="s_x"):
         shared = all(method.heads is not None and method.heads.shared for method in every) and len(
             set(classes)
         ) == len(classes)
-        return replace(self.options, head="shared" if shared else "per_task")
+        options: Any = super().merged_options(others)
+        return replace(options, head="shared" if shared else "per_task")
 
 
 class SXPlusPlus(SX, name="s_x_pp"):

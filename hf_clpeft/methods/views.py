@@ -1,15 +1,16 @@
 """Routers on several views: of every training image in their sums, and of an image to predict."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
 
 from ..backbones.views import MOST, MOST_FIXED, augment, fixed_views
-from ..config import ConfigError
+from ..config import ConfigError, MethodOptions
 from ..config.text import get_logger
 from ..routing import ROUTERS, ClassRouter, Router
 from ..routing.held_out import held_out_loss
+from .keeper import Keeper
 from .learning import FeaturesOf
 from .method import Method
 from .options import QueryOptions
@@ -79,7 +80,17 @@ class ManyViews(Method):
     def looks_alike(self) -> dict[str, Any]:
         """What of [`~Method.alike`] decides how an image to predict is looked at. Sums over any views add up."""
         count = getattr(self.options, "test_views", 1)
-        return {"test_views": count, **({"view_kind": self.options.view_kind} if count > 1 else {})}
+        if count == 1:
+            return {"test_views": count}
+        # With mirror images or without them, crops are right.
+        return {"test_views": count, "view_kind": "flip" if self.options.view_kind == "flip" else "crop"}
+
+    def merged_options(self, others: list[Keeper]) -> MethodOptions:
+        options: Any = super().merged_options(others)
+        kinds = {getattr(method.options, "view_kind", None) for method in (self, *others)}
+        if getattr(options, "test_views", 1) > 1 and "crop" in kinds:  # right for the images of all of them
+            return replace(options, view_kind="crop")
+        return options
 
     def check_removable(self, position: int, first: bool = False) -> None:
         """Raises [`ConfigError`] unless a task can be removed from the router.
