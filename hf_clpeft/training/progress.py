@@ -3,6 +3,7 @@
 import sys
 from typing import Any
 
+from tqdm.asyncio import tqdm as plain
 from tqdm.auto import tqdm
 
 
@@ -37,7 +38,8 @@ def progress_bar(*args: Any, **options: Any) -> tqdm:
 
     ```
     """
-    if sys.stderr.isatty() or "ipykernel" in sys.modules:
+    in_notebook = tqdm is not plain
+    if sys.stderr.isatty() or in_notebook:
         return tqdm(*args, **options)
     in_lines = {"file": _Log(), "ncols": 100, "delay": EVERY, "mininterval": EVERY, "maxinterval": 2 * EVERY}
     return tqdm(*args, **in_lines, **options)
