@@ -3,6 +3,8 @@
 import ast
 import re
 import shlex
+import shutil
+import subprocess
 from dataclasses import fields
 from functools import cache, partial
 from pathlib import Path
@@ -12,6 +14,7 @@ import pytest
 import typer
 from conftest import BACKBONE, pattern_rows
 from hub_server import User
+from typer.testing import CliRunner
 
 from hf_clpeft import (
     BENCHMARKS,
@@ -50,6 +53,16 @@ COMMANDS = [
     for line in block.splitlines()
     if line.strip() and not line.startswith("#")
 ]
+OF_OURS = {
+    page: [
+        line
+        for where, line in COMMANDS
+        if where == page and "hf-clpeft " in line
+        # Servers, and what takes long, have tests of their own.
+        if not re.search(r"pip install|hf-clpeft (demo|test|compare)|--onnx", line)
+    ]
+    for page in PAGES
+}
 SYSTEM = "cd cp curl docker export find git hf pip sbatch source".split()  # programs that are not ours
 
 
@@ -85,7 +98,7 @@ def me(hub, learnt, birds, monkeypatch, tmp_path):
 
     def owner_of_what_it_loads(snippet):
         needed = re.findall(
-            r'"((?:me|you)/\w+)(?:@[\w-]+)?"', " ".join(re.findall(r"(?:from_pretrained|combine)\(.*", snippet))
+            r"\b((?:me|you)/\w+)\b", " ".join(re.findall(r"(?:from_pretrained|combine)\(.*|hf-clpeft .*", snippet))
         )
         for repo in set(needed):
             token = f"hf_{repo.split('/')[0]}"
@@ -93,7 +106,7 @@ def me(hub, learnt, birds, monkeypatch, tmp_path):
                 learnt.model.push_to_hub(repo, token=token)
                 hub.repo(repo).set_ref("refs/tags/task-001", "main")
             elif repo in ("me/birds", "you/butterflies"):
-                own = "both" if 'remove("october")' in snippet else "first"
+                own = "both" if re.search(r"remove\(\"october\"\)|remove me/birds october", snippet) else "first"
                 model = ContinualModel.from_pretrained(birds / ("theirs" if repo[:3] == "you" else own))
                 model.push_to_hub(repo, token=token)
 
@@ -124,6 +137,29 @@ def test_a_snippet_runs(me, snippet, request, monkeypatch):
     if "127.0.0.1:7860" in snippet:  # where the demo is
         snippet = snippet.replace("http://127.0.0.1:7860", request.getfixturevalue("page"))
     exec(compile(snippet.replace("google/vit-base-patch16-224-in21k", BACKBONE), "<snippet>", "exec"), {})
+
+
+@pytest.mark.parametrize("learnt", ["s_lora"], indirect=True)
+@pytest.mark.parametrize("page", [page for page, lines in OF_OURS.items() if lines])
+def test_the_commands_of_a_page_run_one_after_another(me, page, birds, learnt, tmp_path):
+    lines = OF_OURS[page]
+    if not any("learn my/pictures" in line for line in lines):  # which makes me/birds
+        me("\n".join(lines))
+    (tmp_path / "more").symlink_to(birds / "my")
+    for name in ("photos", "scans"):
+        (tmp_path / name).symlink_to(birds / "my/pictures/robin")
+    shutil.copy(birds / "my/pictures/robin/0.jpg", birds / "new/photo.jpg")
+    shutil.copytree(birds / "first", "birds")
+    shutil.copytree(learnt.args.output_dir, "out")
+    for line in lines:
+        line, given = re.sub(r" > \S+", "", line), ""
+        if " | " in line:
+            before, line = line.split(" | ")
+            given = subprocess.run(shlex.split(before), capture_output=True, text=True, check=True).stdout
+        _, *words = shlex.split(line, comments=True)
+        words += ["--yes"] if words[0] == "remove" else []  # nobody is asked here
+        result = CliRunner().invoke(cli.app, words, input=given)
+        assert result.exit_code == 0, (line, result.output, result.exception)
 
 
 @pytest.mark.parametrize("page", PAGES)
