@@ -6,6 +6,7 @@ import os
 import re
 import signal
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from typer.testing import CliRunner
 from hf_clpeft import ContinualModel, ContinualTrainer, cli
 from hf_clpeft.config import ConfigError
 from hf_clpeft.config.places import find_place
+from hf_clpeft.streams import readable
 from hf_clpeft.training.callbacks import CallbackList
 
 
@@ -258,3 +260,21 @@ def test_folders_below_classes_are_told_of(names, words, hub, read, fails, caplo
         Path("nested", name, "bird 0").rmdir()
     assert words in read(fails, caplog, "nested")[2]
     assert "below" not in read(fails, caplog, pictures("flat", [0, 1]))[2]
+
+
+def test_pictures_are_tried_without_holding_all_of_them_in_memory(monkeypatch):
+    taken, tried = [], []
+
+    def rows():
+        for number in range(300):
+            taken.append(number)
+            yield {"image": number}
+
+    def problem(column, row):
+        assert len(taken) - len(tried) <= readable.AT_ONCE
+        tried.append(row[column])
+        return "bad" * (row[column] in (7, 299))
+
+    monkeypatch.setattr(readable, "_problem", problem)
+    source = SimpleNamespace(dataset=SimpleNamespace(select_columns=lambda names: rows()), image_column="image")
+    assert readable._unreadable(source) == {7: "bad", 299: "bad"} and len(tried) == 300

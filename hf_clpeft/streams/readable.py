@@ -1,9 +1,10 @@
 """Leaves out images that cannot be decoded, before a data set is split into tasks."""
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from itertools import islice
 
 from ..backbones.pictures import PictureError, open_image
 from ..config.text import get_logger
@@ -12,6 +13,7 @@ from .source import ROW, ImageSource, StreamError
 
 logger = get_logger(__name__)
 
+AT_ONCE = 64  # encoded images in memory
 MOST_LISTED = 5  # images in a message
 
 
@@ -67,9 +69,10 @@ def leave_out_unreadable(sources: Sequence[ImageSource], most: int | float) -> N
 
 def _unreadable(source: ImageSource) -> dict[int, str]:
     """What is wrong with images, by their position."""
-    rows: Iterable[dict] = source.dataset.select_columns([source.image_column, ROW])
+    rows, said = iter(source.dataset.select_columns([source.image_column, ROW])), list[str]()
     with ThreadPoolExecutor(os.cpu_count()) as threads:
-        said = list(threads.map(partial(_problem, source.image_column), rows))
+        while some := list(islice(rows, AT_ONCE)):  # threads take up all that they are given, before the first is done
+            said += threads.map(partial(_problem, source.image_column), some)
     return {position: problem for position, problem in enumerate(said) if problem}
 
 
