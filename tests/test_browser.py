@@ -108,6 +108,13 @@ class Visitor:
             time.sleep(0.5)
         raise AssertionError(f"{selector} has {text!r}, but it cannot be seen")
 
+    def teach(self, name, pictures):
+        """On the tab of lessons."""
+        self.wait("#class-name textarea, #class-name input").send_keys(name)
+        self.give("#lessons", *pictures)
+        self.wait("#lessons", pictures[-1].name[:5])
+        self.press("Teach", "button.primary")
+
     def press(self, text, selector="button"):
         end = time.monotonic() + 30
         while time.monotonic() < end:
@@ -242,10 +249,7 @@ def test_the_slider_goes_back_in_time(page, visitor):
 def test_a_class_taught_from_five_pictures_is_recognised(page, visitor, letters):
     visitor.open(page)
     visitor.press("Teach it", "button[role=tab]")
-    visitor.wait("#class-name textarea, #class-name input").send_keys("letter A")
-    visitor.give("#lessons", *letters[:5])
-    visitor.wait("#lessons", letters[4].name[:5])
-    visitor.press("Teach", "button.primary")
+    visitor.teach("letter A", letters[:5])
     assert "4 of your 5 pictures would be recognised" in visitor.read("#outcome", "Learnt letter A")
     assert "0 of 10 answers" in visitor.read("#outcome", "No old weight has changed")
     visitor.wait("label[data-testid=block-label]", "Your model")
@@ -276,10 +280,7 @@ def test_what_one_tab_forgets_stays_in_another(page, visitor, letters):
     visitor.open(page)
     visitor.press("Teach it", "button[role=tab]")
     assert not any(button.is_displayed() for button in visitor.all("#forget"))  # nothing was taught yet
-    visitor.wait("#class-name textarea, #class-name input").send_keys("letter A")
-    visitor.give("#lessons", *letters[:5])
-    visitor.wait("#lessons", letters[4].name[:5])
-    visitor.press("Teach", "button.primary")
+    visitor.teach("letter A", letters[:5])
     visitor.read("#outcome", "Now give it a new picture under Try it")
     visitor.read("#intro", "recognises 11 things")
     visitor.gone("#lessons", letters[4].name[:5])
@@ -331,10 +332,7 @@ def test_a_heat_map_shows_where_the_model_looks(page, visitor):
 def test_the_route_shows_the_visitors_own_pictures_after_a_lesson(page, visitor, letters):
     visitor.open(page)
     visitor.press("Teach it", "button[role=tab]")
-    visitor.wait("#class-name textarea, #class-name input").send_keys("letter A")
-    visitor.give("#lessons", *letters[:5])
-    visitor.wait("#lessons", letters[4].name[:5])
-    visitor.press("Teach", "button.primary")
+    visitor.teach("letter A", letters[:5])
     visitor.read("#outcome", "Learnt letter A")
     visitor.press("Try it", "button[role=tab]")
     visitor.give("#picture", letters[6])
