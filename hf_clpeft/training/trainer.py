@@ -409,7 +409,7 @@ class ContinualTrainer:
             self.callbacks("on_step_end", self.model, progress.step, loop.num_steps)
             if progress.logged % args.logging_steps == 0:
                 value = loss.item()
-                bar.set_postfix(loss=f"{value:.3f}")
+                bar.set_postfix(loss=f"{value:.3f}", refresh=False)  # with the next update
                 self._log({"train/loss": value})
             if progress.step == loop.num_steps:
                 bar.close()
